@@ -1,0 +1,86 @@
+// What a kernel source includes. Compiled by nvcc it is CUDA; compiled by a C++20 compiler the same source runs on the
+// CPU (cuda_emu.h).
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+// Declares `name`, a reference to the block's dynamic shared memory seen as one `Type`.
+#define R2F_DYNAMIC_SHARED(Type, name)                              \
+  extern __shared__ __align__(16) unsigned char r2f_shared_bytes[]; \
+  Type& name = *reinterpret_cast<Type*>(r2f_shared_bytes)
+
+namespace r2f {
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Arguments... arguments) {
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+}
+
+// Null, or what is wrong with the launches since the last call.
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace r2f
+
+#else
+
+#include "r2f/cuda_emu.h"
+
+#define R2F_DYNAMIC_SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(r2f::emu::block->shared)
+
+namespace r2f {
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+            Arguments... arguments) {
+  auto call = [=] { kernel(static_cast<Parameters>(arguments)...); };
+  emu::run_grid(grid, block, shared_bytes, [](void* self) { (*static_cast<decltype(call)*>(self))(); }, &call);
+}
+
+inline const char* launch_error() { return nullptr; }  // the emulator throws
+
+}  // namespace r2f
+
+#endif
+
+namespace r2f {
+
+constexpr int kWarpSize = 32;
+
+// Items that a grid of one dimension works off in a loop: never more blocks than a grid can have.
+inline unsigned grid_for(int64_t items) {
+  constexpr int64_t kMaxBlocks = 0x7fffffff;
+  return static_cast<unsigned>(items < kMaxBlocks ? items : kMaxBlocks);
+}
+
+// The sum over a warp, in every lane, always added in the same order.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int other = kWarpSize / 2; other > 0; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
+  return value;
+}
+
+// N neighbouring elements, read by one instruction where the address allows it.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T element[N];
+};
+
+// The elements p[0 .. N), those from `available` on as zeros. `aligned`: p is a multiple of the pack's size and all N
+// are there.
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* p, int64_t available, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Pack<T, N>*>(p);
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.element[i] = i < available ? p[i] : T{};
+  return pack;
+}
+
+}  // namespace r2f

@@ -1,0 +1,39 @@
+// LoRA-factor gradients for many groups: what the kernels are asked. No torch and no CUDA here;
+// csrc/torch/lora_grad.cpp fills it in.
+#pragma once
+
+#include <cstdint>
+
+#include "r2f/dtype.h"
+
+namespace r2f {
+
+// For each group p (all arrays row-major and contiguous within a group, of one DType; results in its accumulation
+// type):
+//   U = x_p A^T [tokens, rank]            grad_B = scale delta_p^T U [d_out, rank]       B1 = B - lr grad_B
+//   V = delta_p B [tokens, rank]          grad_A = scale V^T x_p     [rank, d_in]        A1 = A - lr grad_A
+struct LoraGradArgs {
+  int64_t groups = 0, tokens = 0, d_in = 0, d_out = 0, rank = 0;
+  const void* x = nullptr;      // [groups, tokens, d_in]
+  const void* delta = nullptr;  // [groups, tokens, d_out]
+  const void* A = nullptr;      // [rank, d_in], or one per group
+  const void* B = nullptr;      // [d_out, rank], or one per group; null: B = 0, and grad_A and A1 are not computed
+  bool A_per_group = false, B_per_group = false;
+  double scale = 1, lr = 0;
+  void* grad_A = nullptr;  // [groups, rank, d_in], with B only
+  void* grad_B = nullptr;  // [groups, d_out, rank]
+  void* A1 = nullptr;      // null: no step wanted (both)
+  void* B1 = nullptr;
+};
+
+// Groups first <= p < last, on the calling thread. Any rank.
+void lora_grad_cpu(DType dtype, const LoraGradArgs& args, int64_t first, int64_t last);
+
+// All groups, queued on `stream` (a cudaStream_t). Any rank. `workspace` is device memory for
+// lora_grad_cuda_workspace(args) elements of the accumulation type. Returns null, or what CUDA said went wrong.
+const char* lora_grad_cuda(DType dtype, const LoraGradArgs& args, void* workspace, void* stream);
+inline int64_t lora_grad_cuda_workspace(const LoraGradArgs& args) {
+  return args.groups * args.tokens * args.rank * (args.B == nullptr ? 1 : 2);  // U, and V with B
+}
+
+}  // namespace r2f

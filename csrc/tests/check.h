@@ -1,0 +1,75 @@
+// The little that the kernel tests need: random inputs of each dtype and a comparison that counts failures.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "r2f/dtype.h"
+
+namespace r2f::test {
+
+inline const char* name_of(DType dtype) {
+  return dtype == DType::kFloat32 ? "float32" : dtype == DType::kFloat64 ? "float64" : "bfloat16";
+}
+inline size_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat64 ? 8 : 2; }
+
+// An array of one dtype, in memory of exactly its size (so that AddressSanitizer sees every step beyond), and its
+// values as doubles.
+class Array {
+ public:
+  Array(DType dtype, int64_t size, std::mt19937& random, bool finite = true)
+      : values(static_cast<size_t>(size)), bytes_(static_cast<size_t>(size) * bytes_of(dtype)) {
+    bytes_.reserve(1);  // an empty array has an address too: null means "no such argument"
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; i < values.size(); ++i) {
+      float value = finite ? normal(random) : NAN;  // results start as NaN: what is not written shows
+      if (dtype == DType::kBFloat16) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        const BFloat16 upper{static_cast<uint16_t>(bits >> 16)};
+        value = widen(upper);
+        std::memcpy(bytes_.data() + 2 * i, &upper, 2);
+      } else if (dtype == DType::kFloat32) {
+        std::memcpy(bytes_.data() + 4 * i, &value, 4);
+      } else {
+        const double wide = value;
+        std::memcpy(bytes_.data() + 8 * i, &wide, 8);
+      }
+      values[i] = value;
+    }
+  }
+
+  void* data() { return bytes_.data(); }
+  std::vector<double> values;
+
+ private:
+  std::vector<unsigned char> bytes_;
+};
+
+// Results of the accumulation type against doubles. Returns the number of failures (0 or 1) and says what is wrong.
+inline int compare(const char* what, Array& result, DType accumulation, const std::vector<double>& expected) {
+  const double tolerance = accumulation == DType::kFloat64 ? 1e-12 : 2e-5;
+  double scale = 1;
+  for (double e : expected) scale = std::fmax(scale, std::fabs(e));
+  for (size_t i = 0; i < expected.size(); ++i) {
+    double got;
+    if (accumulation == DType::kFloat64) {
+      std::memcpy(&got, static_cast<char*>(result.data()) + 8 * i, 8);
+    } else {
+      float single;
+      std::memcpy(&single, static_cast<char*>(result.data()) + 4 * i, 4);
+      got = single;
+    }
+    if (!(std::fabs(got - expected[i]) <= tolerance * scale)) {
+      std::printf("WRONG %s [%zu]: %.9g, expected %.9g\n", what, i, got, expected[i]);
+      return 1;
+    }
+  }
+  return 0;
+}
+
+}  // namespace r2f::test

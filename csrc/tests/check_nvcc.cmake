@@ -1,0 +1,10 @@
+# Compiles SOURCE by NVCC with warnings as errors and fails if any kernel spills registers.
+execute_process(
+  COMMAND ${NVCC} -O3 -std=c++17 -arch=sm_80 -Werror all-warnings -Xptxas -v -I${ROOT} -I${ROOT}/include -c ${SOURCE} -o ${OBJECT}
+  RESULT_VARIABLE result OUTPUT_VARIABLE text ERROR_VARIABLE text)
+if(NOT result EQUAL 0)
+  message(FATAL_ERROR "nvcc failed:\n${text}")
+endif()
+if(text MATCHES "[1-9][0-9]* bytes spill")
+  message(FATAL_ERROR "a kernel spills registers:\n${text}")
+endif()

@@ -1,0 +1,74 @@
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from vit_cases import psnr, small_vit, smooth_images
+
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.adapter_rowspace import invert_adapter_rowspace
+from r2f_ext.inversion.identifiability import FIRST_QKV
+from r2f_ext.types import AdaptedLayer, LoraUpdate, Target
+
+
+@functools.cache
+def _victim(rank: int, steps: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Target, LoraUpdate]:
+    """Plain SGD on one image from PEFT's default start."""
+    base, image = small_vit(dtype), smooth_images(1, 16)
+    target = Target(base, (AdaptedLayer(FIRST_QKV, 288, 96, rank, 2.0),))
+    start = (torch.rand(rank, 96, generator=torch.Generator().manual_seed(1), dtype=dtype) - 0.5) / 5
+    a, b = start.clone().requires_grad_(), torch.zeros(288, rank, dtype=dtype, requires_grad=True)
+    qkv = base.model.blocks[0].attn.qkv
+    handle = qkv.register_forward_hook(lambda _, args, out: out + 2.0 * args[0] @ a.T @ b.T)
+    optimizer = torch.optim.SGD([a, b], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(base.model(base.normalize(image.to(dtype))), torch.tensor([3])).backward()
+        optimizer.step()
+    handle.remove()
+    update = LoraUpdate({FIRST_QKV: a.detach()}, {FIRST_QKV: b.detach()}, {FIRST_QKV: start})
+    return image, target, update
+
+
+@pytest.mark.parametrize(("rank", "steps"), [(16, 5), (32, 2), (32, 5)])
+def test_movement_of_a_gives_the_image_in_float64(rank: int, steps: int) -> None:
+    image, target, update = _victim(rank, steps)
+    found = invert_adapter_rowspace(target, update)
+    assert found.route == "adapter_rowspace"
+    assert psnr(found.images, image) >= 50
+
+
+@pytest.mark.parametrize(("dtype", "floor"), [(torch.float64, 80), (torch.float32, 40)])
+def test_one_step_gives_the_image_through_b_where_the_rank_is_large(dtype: torch.dtype, floor: float) -> None:
+    image, target, update = _victim(80, 1, dtype)
+    assert torch.equal(update.a[FIRST_QKV], update.a0[FIRST_QKV])
+    assert psnr(invert_adapter_rowspace(target, update).images, image) >= floor
+
+
+def test_storage_precision_decides() -> None:
+    image, target, update = _victim(32, 5)
+    stored = LoraUpdate(*({n: t.float() for n, t in part.items()} for part in (update.a, update.b, update.a0)))
+    halved = LoraUpdate(*({n: t.half().float() for n, t in part.items()} for part in (update.a, update.b, update.a0)))
+    found = [invert_adapter_rowspace(target, one) for one in (update, stored, halved)]
+    quality = [psnr(one.images, image) for one in found]
+    assert quality[0] > quality[1] + 20 and quality[1] > quality[2]
+    assert found[0].details["expected_error"] < found[1].details["expected_error"] < found[2].details["expected_error"]
+
+
+@pytest.mark.parametrize(("rank", "steps", "message"), [(8, 2, "rank 8 cannot hold"), (32, 1, "A has not moved")])
+def test_refused_by_count(rank: int, steps: int, message: str) -> None:
+    _, target, update = _victim(rank, steps)
+    with pytest.raises(R2FError, match=message):
+        invert_adapter_rowspace(target, update)
+
+
+def test_unknown_start_missing_layer_and_damage_are_refused() -> None:
+    _, target, update = _victim(32, 2)
+    with pytest.raises(R2FError, match="a0"):
+        invert_adapter_rowspace(target, dataclasses.replace(update, a0=None))
+    with pytest.raises(R2FError, match="no adapter on"):
+        invert_adapter_rowspace(Target(target.base, ()), LoraUpdate({}, {}, {}))
+    broken = {FIRST_QKV: update.a[FIRST_QKV] * float("nan")}
+    with pytest.raises(R2FError, match="NaN"):
+        invert_adapter_rowspace(target, dataclasses.replace(update, a=broken))

@@ -1,0 +1,112 @@
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from vit_cases import small_vit
+
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.identifiability import FIRST_QKV, ROUTES, identifiability, vit_geometry
+from r2f_ext.types import AdaptedLayer, BaseModel, Target
+
+
+def _base(model: torch.nn.Module, size: int = 224) -> BaseModel:
+    return BaseModel(model, "test", (3, size, size), (0.5,) * 3, (0.5,) * 3, 10)
+
+
+def _shallow(**options) -> BaseModel:
+    with torch.device("meta"):
+        return _base(VisionTransformer(depth=1, num_classes=10, **options), options.get("img_size", 224))
+
+
+def _adapter(base: BaseModel, rank: int, name: str = FIRST_QKV) -> Target:
+    return Target(base, (AdaptedLayer(name, 288, 96, rank, 1.0),))
+
+
+def test_geometry_of_the_embedded_base() -> None:
+    from r2f_ext.models.embedded import build_embedded_vit
+
+    geometry = vit_geometry(build_embedded_vit())
+    assert geometry.patch == (4, 4) and geometry.grid == (8, 8)
+    assert (geometry.patch_tokens, geometry.prefix_tokens, geometry.tokens, geometry.width) == (64, 1, 65, 128)
+    assert geometry.has_pos_embed and geometry.linear_qkv
+    assert geometry.patch_numbers == 48 and geometry.norm_scales == 1
+
+
+def test_geometry_knows_registers_and_pre_norm() -> None:
+    geometry = vit_geometry(small_vit(reg_tokens=4, no_embed_class=True, pre_norm=True).model)
+    assert geometry.prefix_tokens == 5 and geometry.has_pre_norm and geometry.norm_scales == 2
+
+
+def test_a_resnet_is_not_a_vit_but_keeps_its_searches() -> None:
+    base = _base(timm.create_model("resnet10t", num_classes=10))
+    with pytest.raises(R2FError, match="VisionTransformer"):
+        vit_geometry(base.model)
+    verdicts = identifiability(base)
+    assert not any(verdicts[route].identifiable for route in ROUTES[:3])
+    assert "VisionTransformer" in verdicts["patch_position"].why
+
+
+def test_verdicts_come_in_the_order_of_routes() -> None:
+    assert tuple(identifiability(small_vit())) == ROUTES
+
+
+def test_b16_is_refused_for_the_row_space_and_l14_is_not() -> None:
+    b16 = identifiability(_shallow(patch_size=16, embed_dim=768, num_heads=12))
+    assert b16["patch_position"].identifiable
+    assert not b16["attention_rowspace"].identifiable
+    assert (b16["attention_rowspace"].unknowns, b16["attention_rowspace"].equations) == (769, 571)
+    assert "769" in b16["attention_rowspace"].why and "571" in b16["attention_rowspace"].why
+    l14 = identifiability(_shallow(patch_size=14, embed_dim=1024, num_heads=16))
+    assert (l14["attention_rowspace"].unknowns, l14["attention_rowspace"].equations) == (589, 767)
+    assert l14["attention_rowspace"].identifiable and l14["patch_position"].identifiable
+
+
+def test_more_patches_than_width_refuse_patch_position() -> None:
+    verdict = identifiability(_shallow(img_size=32, patch_size=2, embed_dim=192, num_heads=4))["patch_position"]
+    assert not verdict.identifiable and (verdict.unknowns, verdict.equations) == (256, 192)
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+def test_batches_refuse_the_closed_forms(route: str) -> None:
+    assert identifiability(small_vit())[route].identifiable
+    assert "2 images" in identifiability(small_vit(), batch=2)[route].why
+    assert not identifiability(small_vit(), batch=2)[route].identifiable
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+def test_no_positions_refuse_the_closed_forms(route: str) -> None:
+    verdict = identifiability(small_vit(pos_embed="none"))[route]
+    assert not verdict.identifiable and "position embedding" in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("rank", "steps", "identifiable"),
+    [(8, 5, False), (16, 5, True), (32, None, True), (32, 1, False), (66, 1, True)],
+)
+def test_adapter_needs_rank_and_movement(rank: int, steps: int | None, identifiable: bool) -> None:
+    base = small_vit()
+    verdict = identifiability(base, adapter=_adapter(base, rank), steps=steps)["adapter_rowspace"]
+    assert verdict.identifiable is identifiable
+    assert ("A has not moved" in verdict.why) == (steps == 1)
+
+
+def test_adapter_elsewhere_or_absent_is_refused() -> None:
+    base = small_vit()
+    assert not identifiability(base)["adapter_rowspace"].identifiable
+    elsewhere = identifiability(base, adapter=_adapter(base, 32, "blocks.1.attn.qkv"))["adapter_rowspace"]
+    assert not elsewhere.identifiable and FIRST_QKV in elsewhere.why
+
+
+def test_searches_count_the_update_and_promise_nothing() -> None:
+    base = small_vit()
+    few = identifiability(base, adapter=_adapter(base, 2))["matching"]
+    assert (few.unknowns, few.equations, few.identifiable) == (768, 576, False)
+    enough = identifiability(base, adapter=_adapter(base, 8))["gauss_newton"]
+    assert enough.identifiable and enough.equations == 8 * 288 and "search" in enough.why
+    assert identifiability(base, adapter=_adapter(base, 8), steps=2)["matching"].equations == 8 * (288 + 96)
+    assert not identifiability(base, adapter=_adapter(base, 8), batch=4)["amortised"].identifiable
+
+
+def test_impossible_groups_are_refused() -> None:
+    with pytest.raises(R2FError, match="batch 0"):
+        identifiability(small_vit(), batch=0)

@@ -1,0 +1,17 @@
+"""Which reconstruction belongs to which original, where the order is unknown."""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def assign(images: Tensor, originals: Tensor) -> Tensor:
+    """Indices [n] of the originals [m, c, h, w] that match images [n, c, h, w] best in total, m >= n (Hungarian method).
+
+    The cost is the negative PSNR.
+    """
+    error = torch.cdist(images.flatten(1).double(), originals.flatten(1).double()).square().clamp_min(1e-20)
+    _, columns = linear_sum_assignment(10 * torch.log10(error).numpy())
+    return torch.from_numpy(columns)

@@ -1,0 +1,51 @@
+"""PSNR and SSIM of raw images in [0, 1]; no per-image rescaling (protocol)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+
+def psnr_db(images: Tensor, originals: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per image, dB, [n]; images and originals [n, c, h, w] in [0, 1].
+
+    Equal images give 200 dB, the ceiling.
+    """
+    error = (images.double() - originals.double()).square().flatten(1).mean(1)
+    return -10 * torch.log10(error.clamp_min(1e-20))
+
+
+def ssim(images: Tensor, originals: Tensor) -> Tensor:
+    """Windowed SSIM per image (Wang et al. 2004; 7x7 uniform window, scikit-image), [n]."""
+    pairs = zip(
+        images.cpu().double().numpy(), originals.cpu().double().numpy(), strict=True
+    )
+    scores = [
+        structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs
+    ]
+    return torch.from_numpy(np.asarray(scores))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A route's figures over n images: PSNR mean, standard deviation and median in dB, mean SSIM."""
+
+    psnr_db_mean: float
+    psnr_db_std: float
+    psnr_db_median: float
+    ssim_mean: float
+
+
+def score(images: Tensor, originals: Tensor) -> Score:
+    """Score reconstructions [n, c, h, w] against originals, in order."""
+    psnr = psnr_db(images, originals)
+    return Score(
+        float(psnr.mean()),
+        float(psnr.std(correction=0)),
+        float(psnr.median()),
+        float(ssim(images, originals).mean()),
+    )

@@ -1,0 +1,227 @@
+"""The audit of adapters that share one start: pairs -> decoders -> inversion, each stage in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r2f_ext.config import AuditConfig
+from r2f_ext.data import ImageSet
+from r2f_ext.decoders import KINDS, Decoder, Updates, held_out_cosines, stack_updates
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.inversion.matching import MatchingConfig, match
+from r2f_ext.inversion.objectives import GradientCosine, UpdateCosine
+from r2f_ext.pairs import GeneratedPairs, PairSource
+from r2f_ext.progress import Advance, Stages
+from r2f_ext.types import Gradient, LoraUpdate, Reconstruction, Target
+
+MIN_PAIRS = 40  # fewer leave nothing to hold out
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit of V adapters found.
+
+    Attributes:
+        pair_count, pairs_per_second: of the generation pass.
+        decoders: layer -> kind -> {cosine_mean, cosine_p05} on held-out pairs.
+        decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units
+            of the victim's learning rate.
+        reconstructions: one a route, images [V, c, h, w].
+        shuffled: the amortised estimate from another adapter (or from another sample's update, if V = 1).
+        seconds: stage -> wall time.
+    """
+
+    pair_count: int
+    pairs_per_second: float
+    decoders: dict[str, dict[str, dict[str, float]]]
+    decoded: Gradient
+    reconstructions: list[Reconstruction]
+    shuffled: Tensor
+    seconds: dict[str, float]
+
+
+def audit(
+    target: Target,
+    adapters: list[LoraUpdate],
+    proxy: ImageSet,
+    config: AuditConfig | None = None,
+    stages: Stages | None = None,
+) -> AuditResult:
+    """Audit adapters that started from the same A (the clients of one server, or a single one).
+
+    Args:
+        target: base and adapted layers, from `attach`.
+        adapters: the victims' factors; all with the same A up to training.
+        proxy: public or generated images with labels.
+
+    Raises:
+        R2FError: too small a proxy, or adapters of different starts.
+    """
+    config, stages = config or AuditConfig(), stages or Stages()
+    a = _common_start(adapters)
+    pairs = GeneratedPairs(target, a, proxy)
+    count = min(config.pairs, len(pairs))
+    if count < MIN_PAIRS:
+        raise R2FError(
+            f"proxy '{proxy.name}' gives {count} pairs: at least {MIN_PAIRS} are needed, thousands are good."
+        )
+    held_out = min(config.held_out, count // 4)
+    fitted = min(config.decoder_pairs, count - held_out)
+    observed = stack_updates(adapters)
+
+    decoders = [kind() for kind in KINDS.values()]
+    with stages.stage("pairs", count) as advance:
+        updates = generate(pairs, count, decoders, fitted, advance)
+    with stages.stage("decoders"):
+        for decoder in decoders:
+            decoder.finish()
+    with stages.stage("decode", fitted) as advance:
+        scored, decoded = decode(pairs, decoders, updates, observed, fitted, held_out)
+    with stages.stage("amortised"):
+        inverter = AmortisedInverter(
+            updates,
+            proxy.batch(slice(0, count)),
+            proxy.labels[:count],
+            target.base.num_classes,
+        )
+        amortised = inverter.invert(observed)
+        shuffled = inverter.invert(_shuffle(observed, updates, config.seed)).images
+    with stages.stage("matching", config.matching.steps) as advance:
+        matching = match_decoded(target, decoded, amortised, config.matching, advance)
+    with stages.stage("refinement", config.refinement.steps) as advance:
+        refined = refine(target, a, observed, amortised, config.refinement, advance)
+    rate = count / stages.seconds["pairs"]
+    return AuditResult(
+        count,
+        rate,
+        scored,
+        decoded,
+        [matching, amortised, refined],
+        shuffled,
+        dict(stages.seconds),
+    )
+
+
+def match_decoded(
+    target: Target, decoded: Gradient, amortised: Reconstruction, config: MatchingConfig, advance: Advance
+) -> Reconstruction:
+    """Route `matching` (METHODS 3a): from a gray image towards the decoded gradient, with the amortised route's labels."""
+    assert amortised.labels is not None
+    return match(
+        target,
+        GradientCosine(decoded),
+        torch.full_like(amortised.images, 0.5),
+        amortised.labels,
+        config,
+        "matching",
+        "local search from gray on the decoded gradient; on ViTs it usually stalls below the mean image",
+        lambda: advance(1),
+    )
+
+
+def refine(
+    target: Target,
+    a: dict[str, Tensor],
+    observed: Updates,
+    amortised: Reconstruction,
+    config: MatchingConfig,
+    advance: Advance,
+) -> Reconstruction:
+    """Route `amortised_refined`: from the amortised estimate towards the LoRA update that was observed."""
+    assert amortised.labels is not None
+    return match(
+        target,
+        UpdateCosine(target, a, observed),
+        amortised.images,
+        amortised.labels,
+        config,
+        "amortised_refined",
+        "local search from the amortised estimate on the LoRA update itself",
+        lambda: advance(1),
+    )
+
+
+def generate(
+    pairs: PairSource,
+    count: int,
+    decoders: list[Decoder],
+    fitted: int,
+    advance: Advance,
+) -> dict[str, Tensor]:
+    """Walk once through `count` pairs: decoders observe the first `fitted`; all updates [count, d_out * r] are kept."""
+    collected: dict[str, list[Tensor]] = {name: [] for name in pairs.target.names}
+    for decoder in decoders:
+        decoder.start(pairs, fitted)
+    first = 0
+    for part in ((0, fitted), (fitted, count)):
+        for batch in pairs.batches(*part):
+            for name, update in batch.updates.items():
+                collected[name].append(update.flatten(1))
+            if first < fitted:
+                for decoder in decoders:
+                    decoder.observe(batch)
+            first += len(batch.labels)
+            advance(len(batch.labels))
+    return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def decode(
+    pairs: PairSource,
+    decoders: list[Decoder],
+    updates: dict[str, Tensor],
+    observed: Updates,
+    fitted: int,
+    held_out: int,
+) -> tuple[dict[str, dict[str, dict[str, float]]], Gradient]:
+    """Score every decoder on the `held_out` pairs after the fitted ones, and decode the victims with the last one."""
+    scored: dict[str, dict[str, dict[str, float]]] = {name: {} for name in observed}
+    victims = len(next(iter(observed.values())))
+    decoded = Gradient({})
+    for decoder in decoders:
+        both = {
+            name: torch.cat(
+                [
+                    u,
+                    updates[name][fitted : fitted + held_out].view(
+                        held_out, *u.shape[1:]
+                    ),
+                ]
+            )
+            for name, u in observed.items()
+        }
+        gradients = decoder.decode(both).dense
+        rest = Gradient({name: g[victims:] for name, g in gradients.items()})
+        cosines = held_out_cosines(rest, pairs, fitted, fitted + held_out)
+        for name, figures in cosines.summary().items():
+            scored[name][decoder.kind] = figures
+        decoded = Gradient({name: g[:victims].clone() for name, g in gradients.items()})
+    return scored, decoded
+
+
+def _common_start(adapters: list[LoraUpdate]) -> dict[str, Tensor]:
+    first = adapters[0].a
+    for other in adapters[1:]:
+        for name, a in other.a.items():
+            if a.shape != first[name].shape or not torch.allclose(
+                a, first[name], rtol=0, atol=1e-2 * float(a.abs().max())
+            ):
+                raise R2FError(
+                    f"the adapters do not share one start (A of {name} differs): audit them one by one."
+                )
+    return {
+        name: torch.stack([adapter.a[name].float() for adapter in adapters]).mean(0)
+        for name in first
+    }
+
+
+def _shuffle(observed: Updates, proxies: dict[str, Tensor], seed: int) -> Updates:
+    """Another victim's update for each victim; for a single one, a proxy sample's."""
+    count = len(next(iter(observed.values())))
+    if count > 1:
+        return {name: u.roll(1, 0) for name, u in observed.items()}
+    pick = seed % len(next(iter(proxies.values())))
+    return {name: proxies[name][pick].view_as(u) for name, u in observed.items()}

@@ -1,0 +1,91 @@
+"""One forward and backward over many groups; every group's gradient as factors (x, delta).
+
+All pairs are taken at the same parameters, so one batch serves many groups: a Linear layer's gradient of
+group p is the sum over that group's tokens only. This is exact for models without batch statistics.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r2f_ext.errors import R2FError
+from r2f_ext.types import FactoredGradient, Target
+
+
+class Capture:
+    """Hooks on the adapted layers of a target; use it as a context manager and call it batch by batch.
+
+    Example:
+        with Capture(target) as capture:
+            gradient = capture(images, labels)
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        modules = dict(target.base.model.named_modules())
+        absent = [name for name in target.names if name not in modules]
+        if absent:
+            raise R2FError(f"base '{target.base.spec}' has no layer {absent[0]}: pass the adapter's own base.")
+        self._modules = {name: modules[name] for name in target.names}
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Capture:
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._seen.clear()
+
+    def _hook(self, name: str):
+        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # Nothing below the first adapted layer is wanted: the backward starts at its output.
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            self._seen[name] = (args[0], output)
+            return output
+
+        return record
+
+    def __call__(self, images: Tensor, labels: Tensor, create_graph: bool = False) -> FactoredGradient:
+        """Gradients of the cross-entropy, averaged within each group, at the base's own weights.
+
+        At PEFT's default start (B = 0) these are the gradients at every adapter's start, whatever its A.
+
+        Args:
+            images: [P, b, c, h, w], pixels in [0, 1]; P groups of b samples.
+            labels: [P, b] int64.
+            create_graph: keep the graph, so that the factors can be differentiated w.r.t. `images`.
+
+        Returns:
+            x[name] [P, b * tokens, d_in], delta[name] [P, b * tokens, d_out].
+        """
+        groups, size = labels.shape
+        with torch.enable_grad():
+            logits = self.target.base.model(self.target.base.normalize(images.flatten(0, 1)))
+            loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / size
+            outputs = [self._seen[name][1] for name in self.target.names]
+            grads = torch.autograd.grad(loss, outputs, create_graph=create_graph)
+        x, delta = {}, {}
+        for name, grad in zip(self.target.names, grads, strict=True):
+            tokens, grad = _as_tokens(self._modules[name], self._seen[name][0], grad)
+            tokens = tokens if create_graph else tokens.detach()
+            x[name] = tokens.reshape(groups, -1, tokens.shape[-1])
+            delta[name] = grad.reshape(groups, -1, grad.shape[-1])
+        self._seen.clear()
+        return FactoredGradient(x, delta)
+
+
+def _as_tokens(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Layer input and output gradient as [samples, tokens, features], for Linear and patchifying Conv2d."""
+    if isinstance(module, nn.Conv2d):
+        return F.unfold(x, module.kernel_size, stride=module.stride).mT, grad.flatten(2).mT
+    return x.reshape(len(x), -1, x.shape[-1]), grad.reshape(len(grad), -1, grad.shape[-1])

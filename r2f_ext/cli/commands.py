@@ -1,0 +1,248 @@
+"""One function a command; each returns what it printed, as data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+
+from r2f_ext.audit.demo import Finished, demo, finish
+from r2f_ext.audit.figures import write_images
+from r2f_ext.audit.phase0 import run_phase0
+from r2f_ext.audit.report import set_report, target_figures
+from r2f_ext.audit.run import audit, match_decoded, refine
+from r2f_ext.cli.display import console, drawn_stages, print_report, print_target, table
+from r2f_ext.config import AuditConfig
+from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.decoders import held_out_cosines, load_decoder, save_decoders, stack_updates
+from r2f_ext.decoders.base import fit_together
+from r2f_ext.decoders.store import read_gradients
+from r2f_ext.env import environment
+from r2f_ext.errors import R2FError
+from r2f_ext.files import output_folder, write_tensors
+from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.models import attach, load_base, read_adapter, untouched_a
+from r2f_ext.pairs import GeneratedPairs, StoredPairs, write_pairs
+from r2f_ext.types import BaseModel, LoraUpdate, Target
+
+Options = argparse.Namespace
+
+
+def run_audit(options: Options) -> dict[str, Any]:
+    target, adapters = _adapters(options.adapter, options)
+    base = target.base
+    folder = output_folder(options.out)
+    steps = 1 if all(untouched_a(update) for update in adapters) else None
+    verdicts = identifiability(base, adapter=target, steps=steps)
+    print_target({**target_figures(target, verdicts), "steps": _say_steps(steps)})
+
+    config = AuditConfig(pairs=options.count, seed=options.seed)
+    proxy = _images(options.proxy, base, options, "proxy", count=config.pairs)
+    private = None if options.private is None else _private(options.private, base, options)
+    if private is not None:
+        proxy = drop_private(proxy, private)
+    for note in proxy.notes:
+        console.print(f"note: {escape(note)}")
+    with drawn_stages() as stages:
+        result = audit(target, adapters, proxy, config, stages)
+    if private is not None:
+        private = _pair_up(private, result.reconstructions[1].images.cpu())
+    part = set_report(Path(options.adapter[0]).name, result, proxy, private)
+    write_tensors(folder / "gradients.safetensors", result.decoded.dense, {"unit": "the victim's learning rate"})
+    done = finish(folder, target, verdicts, {proxy.name: result}, [part], [], [], config, result.seconds)
+    return _say_finished(done)
+
+
+def run_demo(options: Options) -> dict[str, Any]:
+    if options.base != "embedded":
+        raise R2FError("the demo makes its victims on the embedded base: leave --base out, or use r2f audit.")
+    folder = output_folder(options.out)
+    with drawn_stages() as stages:
+        done = demo(folder, AuditConfig(seed=options.seed), _device(options), stages)
+    return _say_finished(done)
+
+
+def run_phase0_command(options: Options) -> dict[str, Any]:
+    base = load_base(options.base, _device(options))
+    folder = output_folder(options.out)
+    images = _images(options.images, base, options, "private", count=options.count)
+    verdicts = identifiability(base, adapter=None)
+    rows = [[v.route, "yes" if v.identifiable else "no", v.why] for v in verdicts.values()]
+    table("Which routes can work, by count", ["route", "enough?", "why"], rows)
+    figures, pictures = run_phase0(base, images)
+    write_images(folder / "phase0.png", [("original", images.batch(slice(None))), *pictures])
+    rows = [[f["route"], f"{f['psnr_db_mean']:.1f}", f"{f['psnr_db_min']:.1f}", f"{f['seconds']:.2f}"] for f in figures]
+    table(f"{len(images)} exact gradients, inverted in closed form", ["route", "PSNR dB", "worst", "seconds"], rows)
+    console.print(f"pictures: {escape(str(folder / 'phase0.png'))}")
+    return {"phase0": figures, "identifiable": {v.route: v.identifiable for v in verdicts.values()}}
+
+
+def run_pairs(options: Options) -> dict[str, Any]:
+    target, (adapter,) = _adapters([options.adapter], options)
+    folder = output_folder(options.out)
+    proxy = _images(options.proxy, target.base, options, "proxy", count=options.count)
+    pairs = GeneratedPairs(target, {name: a.float() for name, a in adapter.a.items()}, proxy)
+    count = min(options.count, len(pairs))
+    with drawn_stages() as stages, stages.stage("pairs", count) as advance:
+        write_pairs(pairs, count, folder, advance)
+    rate = count / stages.seconds["pairs"]
+    console.print(f"{count} pairs, {rate:,.0f} a second, in {escape(str(folder))}")
+    return {"count": count, "per_second": rate, "proxy": proxy.name}
+
+
+def run_fit(options: Options) -> dict[str, Any]:
+    folder = output_folder(options.out)
+    pairs = StoredPairs(options.pairs, load_base(options.base, _device(options)))
+    held_out = min(200, len(pairs) // 5)
+    if held_out < 4:
+        raise R2FError(f"'{options.pairs}' holds {len(pairs)} pairs: at least 20 are needed, thousands are good.")
+    count = len(pairs) - held_out
+    with drawn_stages() as stages:
+        with stages.stage("fit", count) as advance:
+            decoders = fit_together(pairs, count, advance)
+        with stages.stage("held-out", len(decoders)) as advance:
+            figures = {}
+            for decoder in decoders:
+                updates = pairs.updates(count, count + held_out)
+                figures[decoder.kind] = held_out_cosines(decoder.decode(updates), pairs, count, len(pairs)).summary()
+                advance(1)
+    save_decoders(folder, decoders, pairs, count)
+    rows = [
+        [name, *(f"{f[name]['cosine_mean']:.3f} ({f[name]['cosine_p05']:.3f})" for f in figures.values())]
+        for name in pairs.target.names
+    ]
+    table(f"Held-out cosine on {held_out} pairs, mean (5th percentile)", ["layer", *figures], rows)
+    return {"fitted": count, "held_out": held_out, "decoders": figures}
+
+
+def run_decode(options: Options) -> dict[str, Any]:
+    target, adapters = _adapters([options.adapter], options)
+    folder = output_folder(options.out)
+    pairs = _stored(options, target, adapters[0])
+    decoder = load_decoder(Path(options.decoders), options.kind, pairs)
+    decoded = decoder.decode(stack_updates(adapters))
+    path = folder / "gradients.safetensors"
+    write_tensors(path, decoded.dense, {"kind": options.kind, "unit": "the victim's learning rate"})
+    norms = {name: float(gradient.norm()) for name, gradient in decoded.dense.items()}
+    table("Decoded gradients", ["layer", "norm"], [[name, f"{norm:.3e}"] for name, norm in norms.items()])
+    console.print(f"gradients: {escape(str(path))}")
+    return {"kind": options.kind, "norms": norms, "file": path.name}
+
+
+def run_invert(options: Options) -> dict[str, Any]:
+    target, adapters = _adapters([options.adapter], options)
+    folder = output_folder(options.out)
+    pairs = _stored(options, target, adapters[0])
+    observed, config = stack_updates(adapters), AuditConfig(seed=options.seed)
+    with drawn_stages() as stages:
+        with stages.stage("amortised"):
+            images, labels = pairs.samples()
+            inverter = AmortisedInverter(pairs.updates(0, len(pairs)), images, labels, target.base.num_classes)
+            found = [inverter.invert(observed)]
+        with stages.stage("refinement", config.refinement.steps) as advance:
+            found.append(refine(target, pairs.a, observed, found[0], config.refinement, advance))
+        if options.gradients is not None:
+            gradients = read_gradients(Path(options.gradients), target)
+            with stages.stage("matching", config.matching.steps) as advance:
+                found.append(match_decoded(target, gradients, found[0], config.matching, advance))
+    for part in found:
+        write_images(folder / f"{part.route}.png", [(part.route, part.images.cpu())])
+    write_tensors(folder / "images.safetensors", {part.route: part.images for part in found})
+    table("Routes taken", ["route", "seconds", "why"], [[p.route, f"{p.seconds:.1f}", p.why] for p in found])
+    console.print(f"images: {escape(str(folder))}")
+    return {"routes": {p.route: {"seconds": p.seconds, "why": p.why, "details": p.details} for p in found}}
+
+
+def run_env(options: Options) -> dict[str, Any]:
+    information = environment()
+    console.print_json(json.dumps(information))
+    return information
+
+
+COMMANDS: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "audit": run_audit,
+    "demo": run_demo,
+    "phase0": run_phase0_command,
+    "pairs": run_pairs,
+    "fit": run_fit,
+    "decode": run_decode,
+    "invert": run_invert,
+    "env": run_env,
+}
+
+
+def _device(options: Options) -> str:
+    if options.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise R2FError("--device cuda: torch sees no CUDA device here; use --device cpu.")
+    return options.device
+
+
+def _adapters(folders: list[str], options: Options) -> tuple[Target, list[LoraUpdate]]:
+    files = [read_adapter(folder) for folder in folders]
+    base = load_base(options.base, _device(options), files[0].num_classes)
+    bound = [attach(file, base) for file in files]
+    return bound[0][0], [update for _, update in bound]
+
+
+def _stored(options: Options, target: Target, adapter: LoraUpdate) -> StoredPairs:
+    pairs = StoredPairs(options.pairs, target.base)
+    for name, a in adapter.a.items():
+        if name not in pairs.a or pairs.a[name].shape != a.shape or not torch.allclose(pairs.a[name], a.float(), atol=1e-2):
+            raise R2FError(f"the pairs in '{options.pairs}' were made for another adapter (A of {name} differs): make new ones.")
+    return pairs
+
+
+def _images(spec: str, base: BaseModel, options: Options, role: str, count: int | None) -> ImageSet:
+    return load_images(
+        spec, input_shape=base.input_shape, num_classes=base.num_classes, count=count, seed=options.seed, role=role
+    )
+
+
+def _private(spec: str, base: BaseModel, options: Options) -> ImageSet:
+    """`DATA`, or `DATA:INDEX` for one image of it."""
+    name, _, index = spec.rpartition(":")
+    if not name or not index.isdigit():
+        return _images(spec, base, options, "private", None)
+    images = _images(name, base, options, "private", None)
+    if int(index) >= len(images):
+        raise R2FError(f"--private {spec}: '{name}' has {len(images)} images, counted from 0.")
+    return replace(images.take(torch.tensor([int(index)])), name=spec)
+
+
+def _pair_up(private: ImageSet, images: torch.Tensor) -> ImageSet:
+    """Private images in the adapters' order: as given if there are as many, else the best match by PSNR."""
+    from r2f_ext.audit.matching import assign
+
+    if len(private) == len(images):
+        return private
+    if len(private) < len(images):
+        raise R2FError(f"--private gives {len(private)} images for {len(images)} adapters: give one for each.")
+    console.print(
+        f"note: {len(private)} private images for {len(images)} adapters: each adapter is scored against its best match, "
+        "which flatters it; name the true image with --private DATA:INDEX."
+    )
+    return private.take(assign(images, private.batch(slice(None))))
+
+
+def _say_steps(steps: int | None) -> str:
+    if steps == 1:
+        return "A still lies in PEFT's initial range, as after one step"
+    return "A has left PEFT's initial range, so more than one step was taken"
+
+
+def _say_finished(done: Finished) -> dict[str, Any]:
+    console.print()
+    print_report(done.report)
+    console.print(f"{done.report['seconds'].get('total', sum(done.report['seconds'].values())):.0f} s; see:")
+    for name in ("report.html", "reconstructions.png", "report.json"):
+        console.print(f"  {escape(str(done.folder / name))}")
+    return done.report

@@ -1,0 +1,135 @@
+"""What a person reads: progress bars and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from r2f_ext.progress import Advance, Stages
+
+console = Console(highlight=False, soft_wrap=True)
+CONTROL = "red"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        if task.total is None or task.total <= 1:
+            return Text("")
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s")
+
+
+class Bars:
+    """Progress as rich draws it; on a pipe, one plain line when a stage ends."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:<34}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self.tasks: dict[str, Any] = {}
+
+    def start(self, stage: str, total: int) -> Advance:
+        task = self.progress.add_task(stage, total=total)
+        self.tasks[stage] = task
+        return lambda units: self.progress.advance(task, units)
+
+    def finish(self, stage: str) -> None:
+        task = next(t for t in self.progress.tasks if t.id == self.tasks[stage])
+        self.progress.update(task.id, completed=task.total)
+        if not console.is_terminal:
+            rate = f", {task.total / task.elapsed:,.0f}/s" if task.total and task.total > 1 and task.elapsed else ""
+            console.print(f"{stage}: {task.elapsed or 0:.1f} s{rate}")
+
+
+@contextmanager
+def drawn_stages() -> Iterator[Stages]:
+    """Stages whose progress is drawn on the terminal."""
+    bars = Bars()
+    if not console.is_terminal:
+        yield Stages(bars)
+        return
+    with bars.progress:
+        yield Stages(bars)
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    """Print a table; rows whose first cell begins with `control` are marked."""
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, name in enumerate(head):
+        drawn.add_column(name, justify="left" if i == 0 or name == "why" else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row), style=CONTROL if row[0].startswith("control") else None)
+    console.print(drawn)
+    console.print()
+
+
+def print_target(target: dict[str, Any]) -> None:
+    """What an adapter holds and which routes can work."""
+    layers = target["layers"]
+    console.print(
+        f"base {target['base']}, {len(layers)} adapted layers, rank {target['rank']}, "
+        f"scale {layers[0]['scale']:g}, {target['tokens']} tokens; {target['steps']}"
+    )
+    rows = [[route, "yes" if ok else "no", target["why"][route]] for route, ok in target["identifiable"].items()]
+    table("Which routes can work, by count", ["route", "enough?", "why"], rows)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The figures of an audit, for a person."""
+    _print_phase0(report["phase0"])
+    for proxy, part in report["proxies"].items():
+        _print_decoders(proxy, part)
+    for name, figures in report["reconstruction"].items():
+        rows = [_route_row(route, values) for route, values in figures["routes"].items()]
+        rows += [[f"control: {control.replace('_', ' ')}", f"{value:.2f}", "", "", ""] for control, value in figures["controls"].items()]
+        title = f"{name}: {figures['n']} adapters, proxy {figures['proxy']}"
+        table(title, ["", "PSNR dB", "std", "SSIM", "labels right"], rows)
+        console.print(Text(figures["verdict"], style="bold"))
+        for note in figures["notes"]:
+            console.print(Text(note, style="yellow"))
+        console.print()
+
+
+def _route_row(route: str, values: dict[str, Any]) -> list[str]:
+    if values["psnr_db_mean"] is None:
+        return [route, "not scored", "", "", ""]
+    accuracy = values["label_accuracy"]
+    return [
+        route,
+        f"{values['psnr_db_mean']:.2f}",
+        f"{values['psnr_db_std']:.2f}",
+        f"{values['ssim_mean']:.3f}",
+        "" if accuracy is None else f"{accuracy:.0%}",
+    ]
+
+
+def _print_phase0(figures: list[dict[str, Any]]) -> None:
+    if figures:
+        rows = [[f["route"], f"{f['psnr_db_mean']:.1f}", f"{f['psnr_db_min']:.1f}", f"{f['seconds']:.2f}"] for f in figures]
+        table("Phase 0: the exact gradient, inverted in closed form", ["route", "PSNR dB", "worst", "seconds"], rows)
+
+
+def _print_decoders(proxy: str, part: dict[str, Any]) -> None:
+    by_kind: dict[str, list[dict[str, float]]] = {}
+    for kinds in part["decoders"].values():
+        for kind, figures in kinds.items():
+            by_kind.setdefault(kind, []).append(figures)
+    rows = []
+    for kind, layers in by_kind.items():
+        means = [figures["cosine_mean"] for figures in layers]
+        worst_p05 = min(figures["cosine_p05"] for figures in layers)
+        rows.append([kind, f"{sum(means) / len(means):.3f}", f"{min(means):.3f}", f"{worst_p05:.3f}"])
+    pairs = part["pairs"]
+    title = f"Decoders, proxy {proxy} ({pairs['count']:,} pairs, {pairs['per_second']:,.0f} a second): held-out cosine"
+    table(title, ["kind", "mean", "worst layer", "worst 5%"], rows)

@@ -1,0 +1,28 @@
+"""What an audit can be told. Every field is written to report.json, so that a report replays itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from r2f_ext.inversion.matching import MatchingConfig
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Sizes and seeds of one audit.
+
+    Attributes:
+        pairs: proxy pairs for the amortised route.
+        decoder_pairs: how many of them the decoders are fitted to.
+        held_out: further pairs that decoders are scored on.
+        matching: gradient matching from the decoded gradient.
+        refinement: LoRA-space matching from the amortised estimate.
+        seed: proxies, random labels, the shuffled control.
+    """
+
+    pairs: int = 8000
+    decoder_pairs: int = 4000
+    held_out: int = 100
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    refinement: MatchingConfig = field(default_factory=lambda: MatchingConfig(steps=60, step_size=0.01, tv_weight=0.05))
+    seed: int = 0

@@ -1,0 +1,15 @@
+"""Images: public proxies and private test images."""
+
+from r2f_ext.data.image_set import ImageSet, content_hashes, drop_private, fit_images
+from r2f_ext.data.load import load_images
+from r2f_ext.data.procedural import procedural_images, procedural_labels
+
+__all__ = [
+    "ImageSet",
+    "content_hashes",
+    "drop_private",
+    "fit_images",
+    "load_images",
+    "procedural_images",
+    "procedural_labels",
+]

@@ -1,0 +1,48 @@
+"""Fashion-MNIST (Xiao et al. 2017, MIT licence) from Debian's package or torchvision's downloader."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from r2f_ext.errors import R2FError
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+def load_fashion_mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (images uint8 [n, 28, 28], labels int64 [n]) of `split`, "train" or "test".
+
+    Looks for Debian's `dataset-fashion-mnist` first, then lets torchvision download into
+    `$R2F_DATA` (default `~/.cache/r2f_ext`).
+
+    Raises:
+        R2FError: the data set is neither installed nor can it be downloaded.
+    """
+    prefix = {"train": "train", "test": "t10k"}[split]
+    path = DEBIAN_FOLDER / f"{prefix}-images-idx3-ubyte.gz"
+    if path.exists():
+        pixels = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=16)
+        labels = np.frombuffer(
+            gzip.decompress(path.with_name(f"{prefix}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
+        )
+        return torch.from_numpy(pixels.reshape(-1, 28, 28).copy()), torch.from_numpy(labels.astype(np.int64))
+    return _from_torchvision(split)
+
+
+def _from_torchvision(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    from torchvision.datasets import FashionMNIST
+
+    folder = Path(os.environ.get("R2F_DATA", Path.home() / ".cache" / "r2f_ext"))
+    try:
+        data = FashionMNIST(str(folder), train=split == "train", download=True)
+    except Exception as error:  # torchvision raises RuntimeError, URLError or OSError by version
+        raise R2FError(
+            "Fashion-MNIST is not on this machine and could not be downloaded: install Debian's "
+            "dataset-fashion-mnist, or use --proxy procedural or --proxy embedded."
+        ) from error
+    return data.data, data.targets.long()

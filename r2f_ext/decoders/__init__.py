@@ -1,0 +1,26 @@
+"""Decoders from LoRA space to full gradients, one per layer behind one interface."""
+
+from r2f_ext.decoders.base import Decoder, Updates, stack_updates
+from r2f_ext.decoders.evaluate import HeldOut, held_out_cosines
+from r2f_ext.decoders.projection import Projection
+from r2f_ext.decoders.ridge import Ridge
+from r2f_ext.decoders.row_lmmse import RowLMMSE
+from r2f_ext.decoders.store import load_decoder, save_decoders
+
+KINDS: dict[str, type[Decoder]] = {
+    kind.kind: kind for kind in (Projection, RowLMMSE, Ridge)
+}
+
+__all__ = [
+    "KINDS",
+    "Decoder",
+    "HeldOut",
+    "Projection",
+    "Ridge",
+    "RowLMMSE",
+    "Updates",
+    "held_out_cosines",
+    "load_decoder",
+    "save_decoders",
+    "stack_updates",
+]

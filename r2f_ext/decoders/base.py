@@ -1,0 +1,85 @@
+"""The interface of a decoder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from r2f_ext.pairs import PairSource
+from r2f_ext.progress import Advance
+from r2f_ext.types import Gradient, LoraUpdate, PairBatch
+
+Updates = dict[str, Tensor]
+"""name -> updates s G A^T (up to one positive factor a victim) [V, d_out, r]."""
+
+
+class Decoder(ABC):
+    """Maps updates of all layers to full gradients; each layer has its own map, fitted to one A.
+
+    Decoders are homogeneous: decode(c * u) = c * decode(u). The unknown learning rate of a victim
+    therefore scales its decoded gradient and nothing else.
+    """
+
+    kind: ClassVar[str]
+
+    def fit(self, pairs: PairSource, count: int) -> None:
+        """Fit to the first `count` pairs. To fit several decoders in one walk, call the three steps yourself."""
+        self.start(pairs, count)
+        for batch in pairs.batches(0, count):
+            self.observe(batch)
+        self.finish()
+
+    @abstractmethod
+    def start(self, pairs: PairSource, count: int) -> None:
+        """Prepare to observe the first `count` pairs."""
+
+    @abstractmethod
+    def observe(self, batch: PairBatch) -> None:
+        """Take in one batch; batches come in the order of the pairs."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Fit to what was observed."""
+
+    @abstractmethod
+    def decode(self, updates: Updates) -> Gradient:
+        """Updates [V, d_out, r] a layer -> gradients [V, d_out, d_in] a layer."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What `save` writes: name -> tensor. `load_state` of a decoder of the same kind takes it back."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
+        """Restore a fitted decoder; `pairs` are those that it was fitted to."""
+
+
+def fit_together(pairs: PairSource, count: int, advance: Advance = lambda units: None) -> list[Decoder]:
+    """Fit one decoder of every kind to the first `count` pairs in a single walk."""
+    from r2f_ext.decoders import KINDS
+
+    decoders = [kind() for kind in KINDS.values()]
+    for decoder in decoders:
+        decoder.start(pairs, count)
+    for batch in pairs.batches(0, count):
+        for decoder in decoders:
+            decoder.observe(batch)
+        advance(len(batch.labels))
+    for decoder in decoders:
+        decoder.finish()
+    return decoders
+
+
+def stack_updates(adapters: list[LoraUpdate]) -> Updates:
+    """V adapters as a decoder's input: -B, [V, d_out, r] a layer, float32.
+
+    After one SGD step from PEFT's start B = -lr * s * G A^T; after T small steps it is, to first order, that of
+    the average gradient (the seed's Eq. 5-6).
+    """
+    return {
+        name: -torch.stack([adapter.b[name].float() for adapter in adapters])
+        for name in adapters[0].b
+    }

@@ -1,0 +1,76 @@
+"""Fitted decoders on disk: decoders.json and one safetensors file a kind.
+
+A ridge decoder in dual form *is* its pairs and lambda, so its file refers to the pairs by fingerprint and `load_decoder`
+takes them again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from r2f_ext.decoders.base import Decoder
+from r2f_ext.errors import R2FError
+from r2f_ext.files import write_tensors, write_text
+from r2f_ext.pairs import StoredPairs
+from r2f_ext.types import Gradient, Target
+
+SCHEMA = 1
+
+
+def save_decoders(folder: Path, decoders: list[Decoder], pairs: StoredPairs, count: int) -> None:
+    """Write fitted decoders; decoders.json comes last."""
+    for decoder in decoders:
+        write_tensors(folder / f"{decoder.kind}.safetensors", decoder.state())
+    record = {
+        "schema": SCHEMA,
+        "kinds": [decoder.kind for decoder in decoders],
+        "pairs": pairs.fingerprint,
+        "count": count,
+    }
+    write_text(folder / "decoders.json", json.dumps(record, indent=2))
+
+
+def load_decoder(folder: Path, kind: str, pairs: StoredPairs) -> Decoder:
+    """Read one decoder back.
+
+    Raises:
+        R2FError: the folder holds no such decoder, or it was fitted to other pairs.
+    """
+    from r2f_ext.decoders import KINDS
+
+    try:
+        record = json.loads((folder / "decoders.json").read_text())
+        state = load_file(folder / f"{kind}.safetensors")
+        fingerprint = record["pairs"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise R2FError(f"'{folder}' holds no usable {kind} decoder: run r2f fit --out '{folder}'.") from error
+    if fingerprint != pairs.fingerprint:
+        raise R2FError(f"the decoders in '{folder}' were fitted to other pairs than '{pairs.folder}': fit them again.")
+    decoder = KINDS[kind]()
+    decoder.load_state(state, pairs)
+    return decoder
+
+
+def read_gradients(path: Path, target: Target) -> Gradient:
+    """Read gradients as `r2f decode` writes them, [V, d_out, d_in] a layer.
+
+    Raises:
+        R2FError: missing or damaged file, missing layers, wrong shapes, NaN.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise R2FError(f"'{path}' is missing or not a safetensors file: write it with r2f decode.") from error
+    for layer in target.layers:
+        tensor = tensors.get(layer.name)
+        if tensor is None or tensor.shape[-2:] != (layer.d_out, layer.d_in):
+            shape = "missing" if tensor is None else tuple(tensor.shape)
+            raise R2FError(f"'{path}': layer {layer.name} is {shape}, expected (..., {layer.d_out}, {layer.d_in}).")
+        if not torch.isfinite(tensor).all():
+            raise R2FError(f"'{path}': layer {layer.name} holds NaN or infinity.")
+    return Gradient({layer.name: tensors[layer.name].to(target.base.device, torch.float32) for layer in target.layers})

@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from r2f_ext.errors import R2FError
+
+
+def output_folder(path: str | Path) -> Path:
+    """Make sure that `path` is a folder that can be written to, before any time is spent.
+
+    Raises:
+        R2FError: it cannot be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise R2FError(f"cannot write to --out '{path}' ({error.strerror}): choose another folder.") from error
+    return folder
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Raise R2FError when the disk under `folder` cannot hold `size` more bytes."""
+    free = shutil.disk_usage(folder).free
+    if size > 0.95 * free:
+        raise R2FError(
+            f"'{folder}' needs {size / 1e9:.1f} GB but its disk has {free / 1e9:.1f} GB free: "
+            "ask for fewer pairs or choose another disk."
+        )
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary name beside `path`, then rename; on any failure nothing is left behind.
+
+    Raises:
+        R2FError: the disk is full or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise R2FError(f"cannot write '{path}' ({error.strerror}): free some space or choose another --out.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous CPU copies of `tensors` as safetensors."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def save(temporary: Path) -> None:
+        try:
+            save_file(plain, temporary, metadata=metadata)
+        except Exception as error:  # safetensors raises its own error for a full disk
+            raise OSError(0, str(error)) from error
+
+    write_atomically(path, save)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,106 @@
+"""Images as patches, what is known of a patch beforehand, and the linear solve that uses it.
+
+The order of a patch's pixels is that of a flattened Conv2d kernel: channel, row, column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r2f_ext.types import BaseModel
+
+# A generic pixel in [0, 1]: mid gray, spread over the range, neighbours and channels alike.
+PIXEL_PRIOR_MEAN = 0.5
+PIXEL_PRIOR_STD = 0.4
+NEIGHBOUR_LENGTH = 8.0
+CHANNEL_CORRELATION = 0.95
+# The condition number beyond which float64 itself, not the data, limits a solve.
+FLOAT64_FLOOR = 1e-15
+
+
+def unfold_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Images [n, c, h, w] -> patches [n, N, c * ph * pw], row by row, as a patchifying Conv2d reads them."""
+    n, c, h, w = images.shape
+    rows, cols = h // patch[0], w // patch[1]
+    tiles = images.reshape(n, c, rows, patch[0], cols, patch[1])
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(n, rows * cols, c * patch[0] * patch[1])
+
+
+def fold_patches(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Patches [n, N, c * ph * pw] -> images [n, c, h, w]; the inverse of `unfold_patches`."""
+    n = len(patches)
+    tiles = patches.reshape(n, grid[0], grid[1], -1, patch[0], patch[1])
+    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(n, -1, grid[0] * patch[0], grid[1] * patch[1])
+
+
+def to_image(base: BaseModel, patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Model inputs as patches [N, c * ph * pw], any float dtype -> image [1, c, h, w] in [0, 1], float32."""
+    image = base.denormalize(fold_patches(patches[None], patch, grid))
+    return image.clamp(0, 1).float()
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A Gaussian belief about k unknowns: mean [k] and a square root of the covariance, root [k, k], float64."""
+
+    mean: Tensor
+    root: Tensor
+
+
+def patch_prior(base: BaseModel, patch: tuple[int, int]) -> Prior:
+    """Belief about one patch of model inputs before any data: smooth, gray, within the pixel range.
+
+    It decides nothing where the gradient is precise; where it is not, it keeps the solve from amplifying noise.
+    """
+    std = torch.tensor(base.std, dtype=torch.float64)
+    gray = (PIXEL_PRIOR_MEAN - torch.tensor(base.mean, dtype=torch.float64)) / std
+    steps = torch.cartesian_prod(torch.arange(patch[0]), torch.arange(patch[1])).double()
+    within = torch.exp(-torch.cdist(steps, steps) / NEIGHBOUR_LENGTH)
+    channels = len(std)
+    between = torch.full((channels, channels), CHANNEL_CORRELATION, dtype=torch.float64).fill_diagonal_(1.0)
+    scale = (PIXEL_PRIOR_STD / std).repeat_interleave(len(steps))
+    covariance = scale[:, None] * torch.kron(between, within) * scale
+    root = torch.linalg.cholesky(covariance)
+    return Prior(gray.repeat_interleave(len(steps)).to(base.device), root.to(base.device))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Solution of a linear system with an unknown, even noise level.
+
+    Attributes:
+        solution: [k, n].
+        noise: standard deviation of one equation's error, from the residual.
+        uncertainty: root-mean-square standard deviation of one unknown after the data.
+    """
+
+    solution: Tensor
+    noise: float
+    uncertainty: float
+
+
+def posterior_mean(system: Tensor, rhs: Tensor, prior: Prior) -> Estimate:
+    """Solve system [m, k] @ solution [k, n] = rhs [m, n], float64, for n right-hand sides at once.
+
+    The noise level comes from the part of `rhs` that no solution reaches, (m - k) n numbers; where m <= k it
+    is set by float64's precision. The estimate is the mean of the Gaussian posterior: the least-squares
+    solution where the data are precise, the prior along directions that the noise hides.
+    """
+    left, singular, right = torch.linalg.svd(system @ prior.root, full_matrices=False)
+    surprise = rhs - (system @ prior.mean)[:, None]
+    seen = left.mT @ surprise
+    spare = system.shape[0] - system.shape[1]
+    floor = (FLOAT64_FLOOR * rhs.square().mean().sqrt()).square().clamp_min(torch.finfo(torch.float64).tiny)
+    noise = floor
+    if spare > 0:
+        unreached = (surprise - left @ seen).square().sum() / (spare * rhs.shape[1])
+        noise = torch.maximum(unreached, floor)
+    gain = singular / (singular.square() + noise)
+    solution = prior.mean[:, None] + prior.root @ (right.mT @ (gain[:, None] * seen))
+    spread = prior.root @ right.mT
+    kept = (spread.square() * (noise / (singular.square() + noise))).sum()
+    unseen = (prior.root.square().sum() - spread.square().sum()).clamp_min(0)
+    return Estimate(solution, noise.sqrt().item(), ((kept + unseen) / system.shape[1]).sqrt().item())

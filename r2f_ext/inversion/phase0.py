@@ -1,0 +1,112 @@
+"""Phase 0: what an observer of exact batch-1 gradients recovers in closed form, the upper bound of an audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion import attention_rowspace, patch_position
+from r2f_ext.inversion.identifiability import RouteVerdict, identifiability
+from r2f_ext.types import BaseModel, Reconstruction
+
+NEEDED = (patch_position.PATCH_WEIGHT, patch_position.POSITIONS, attention_rowspace.QKV_WEIGHT)
+INVERTERS: dict[str, Callable[[BaseModel, dict[str, Tensor]], Reconstruction]] = {
+    patch_position.ROUTE: patch_position.invert_patch_position,
+    attention_rowspace.ROUTE: attention_rowspace.invert_attention_rowspace,
+}
+
+
+@dataclass(frozen=True)
+class Phase0:
+    """Reconstructions of the closed forms that the count allows, and the verdicts of both.
+
+    Attributes:
+        reconstructions: one per allowed route; images [n, c, h, w], `details` those of the least certain image.
+        verdicts: route -> verdict; the refused ones say why in `why`.
+    """
+
+    reconstructions: list[Reconstruction]
+    verdicts: dict[str, RouteVerdict]
+
+
+def exact_gradients(
+    base: BaseModel, images: Tensor, labels: Tensor, names: Sequence[str] | None = None
+) -> list[dict[str, Tensor]]:
+    """Cross-entropy gradients of every image on its own, in the model's dtype, as a client computes them.
+
+    Args:
+        images: [n, c, h, w] in [0, 1]; labels: [n] int64.
+        names: parameters wanted; None takes those of `NEEDED` that the base has.
+
+    Returns:
+        n dicts, parameter name -> gradient of the parameter's shape. Which parameters require a gradient is
+        the same afterwards as before.
+
+    Raises:
+        R2FError: the images do not fit the base, or it has no such parameter.
+    """
+    if tuple(images.shape[1:]) != tuple(base.input_shape) or len(images) != len(labels):
+        raise R2FError(
+            f"images {tuple(images.shape)} with {len(labels)} labels do not fit the base's input {base.input_shape}."
+        )
+    parameters = dict(base.model.named_parameters())
+    wanted = tuple(names) if names is not None else tuple(name for name in NEEDED if name in parameters)
+    absent = [name for name in wanted if name not in parameters]
+    if absent or not wanted:
+        raise R2FError(f"base '{base.spec}' has no parameter {(absent or NEEDED)[0]}: its gradient cannot be taken.")
+    chosen = [parameters[name] for name in wanted]
+    before = [parameter.requires_grad for parameter in chosen]
+    images, labels = images.to(chosen[0]), labels.to(base.device)
+    try:
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        taken = [_one_gradient(base, chosen, image, label) for image, label in zip(images, labels, strict=True)]
+        return [dict(zip(wanted, gradients, strict=True)) for gradients in taken]
+    finally:
+        for parameter, state in zip(chosen, before, strict=True):
+            parameter.requires_grad_(state)
+
+
+def _one_gradient(
+    base: BaseModel, parameters: list[torch.nn.Parameter], image: Tensor, label: Tensor
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        loss = F.cross_entropy(base.model(base.normalize(image[None])), label[None])
+        return torch.autograd.grad(loss, parameters)
+
+
+def phase0(base: BaseModel, images: Tensor, labels: Tensor) -> Phase0:
+    """Run every closed form that the count allows on each image's exact gradient.
+
+    Args:
+        images: [n, c, h, w] in [0, 1], n >= 1; labels: [n] int64.
+
+    Returns:
+        See `Phase0`; with a base that no closed form fits (B/16 for the row space, any ResNet), fewer or no
+        reconstructions.
+
+    Raises:
+        R2FError: the images do not fit the base, or a gradient is zero or not finite.
+    """
+    every = identifiability(base)
+    verdicts = {route: every[route] for route in INVERTERS}
+    allowed = [route for route, verdict in verdicts.items() if verdict.identifiable]
+    if len(images) == 0:
+        raise R2FError("phase 0 needs at least one image.")
+    if not allowed:
+        return Phase0([], verdicts)
+    gradients = exact_gradients(base, images, labels)
+    return Phase0([_stack([INVERTERS[route](base, one) for one in gradients]) for route in allowed], verdicts)
+
+
+def _stack(parts: list[Reconstruction]) -> Reconstruction:
+    """n reconstructions of one image -> one of n, with the sum of seconds and the details of the least certain."""
+    first = parts[0]
+    details = max((part.details for part in parts), key=lambda details: details["expected_error"])
+    seconds = sum(part.seconds for part in parts)
+    return Reconstruction(first.route, torch.cat([part.images for part in parts]), None, first.why, seconds, details)

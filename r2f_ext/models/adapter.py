@@ -1,0 +1,200 @@
+"""A PEFT LoRA folder -> Target + LoraUpdate. PEFT itself places the factors; nothing is unpickled."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from r2f_ext.errors import R2FError
+from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+# What is taken over from adapter_config.json. Paths, revisions and code references in it are never read.
+USED_FIELDS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
+    "modules_to_save",
+)
+# Variants that change what A and B mean: field -> (value that is plain LoRA, how to call the variant).
+PLAIN = {
+    "use_dora": (False, "DoRA"),
+    "use_qalora": (False, "QALoRA"),
+    "use_bdlora": (None, "BD-LoRA"),
+    "lora_bias": (False, "LoRA bias"),
+    "bias": ("none", "trained biases"),
+    "layer_replication": (None, "layer replication"),
+    "trainable_token_indices": (None, "trainable tokens"),
+    "target_parameters": (None, "LoRA on bare parameters"),
+    "alora_invocation_tokens": (None, "activated LoRA"),
+    "arrow_config": (None, "Arrow"),
+    "corda_config": (None, "CorDA"),
+    "eva_config": (None, "EVA"),
+}
+PLAIN_INITS = (True, "gaussian")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The two files of a PEFT folder, checked: plain LoRA, finite numbers, no pickle.
+
+    Attributes:
+        folder: where they were read.
+        config: the fields of adapter_config.json that are used.
+        weights: PEFT's state dict.
+    """
+
+    folder: Path
+    config: dict
+    weights: dict[str, Tensor]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Width of the classification head saved with the adapter (`modules_to_save`), if there is one."""
+        heads = [w for name, w in self.weights.items() if name.removeprefix(PREFIX) in ("head.weight", "fc.weight")]
+        return heads[0].shape[0] if heads else None
+
+
+def read_adapter(folder: str | Path) -> AdapterFiles:
+    """Read and check a PEFT LoRA folder without binding it to a base.
+
+    Raises:
+        R2FError: a file is missing or broken, only a pickle is there, the variant is not plain LoRA,
+            or a factor holds NaN or infinity.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise R2FError(f"adapter folder '{folder}' does not exist: pass a folder written by PEFT's save_pretrained.")
+    config = _read_config(folder)
+    weights = _read_weights(folder)
+    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise R2FError(f"adapter '{folder}' holds NaN or infinity in {bad[0]}: it diverged or is damaged; save it again.")
+    factors = [tensor for name, tensor in weights.items() if ".lora_B" in name]
+    if factors and not any(tensor.any() for tensor in factors):
+        raise R2FError(f"adapter '{folder}' is untrained: every B is zero, so it holds nothing of any data.")
+    return AdapterFiles(folder, config, weights)
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise R2FError(f"'{folder}' has no {CONFIG}: pass a folder written by PEFT's save_pretrained.")
+    try:
+        raw = json.loads(path.read_text())
+        kind = raw.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise R2FError(f"{path} is not a JSON object: save the adapter again with PEFT.") from error
+    if kind != "LORA":
+        raise R2FError(f"{path} is a {kind} adapter: only plain LoRA (peft_type LORA) is supported.")
+    for name, (plain, variant) in PLAIN.items():
+        if raw.get(name, plain) not in (plain, None, {}, []):
+            raise R2FError(f"{path} uses {variant} ({name}): only plain LoRA is supported; train without it.")
+    init = raw.get("init_lora_weights", True)
+    if init not in PLAIN_INITS:
+        raise R2FError(f"{path} uses init_lora_weights={init!r}, which changes the base: only PEFT's default start is supported.")
+    return {name: raw[name] for name in USED_FIELDS if raw.get(name) is not None}
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if (folder / PICKLE).exists():
+            raise R2FError(f"'{folder}' holds {PICKLE}, a pickle, which is never opened: save it as safetensors.")
+        raise R2FError(f"'{folder}' has no {WEIGHTS}: save the adapter with PEFT's save_pretrained.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise R2FError(f"{path} is truncated or not a safetensors file: copy it again.") from error
+
+
+def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
+    """Bind an adapter to its base: which layers it changes, with which factors and scale.
+
+    A head saved with the adapter (`modules_to_save`) replaces the base's head: it is the head *after*
+    training, the best that is known of the one that the victim's gradients were taken at.
+
+    Returns:
+        (target, update); factors are float32 (float64 stays float64) on the base's device.
+
+    Raises:
+        R2FError: the adapter names layers or shapes that the base does not have, or wraps a kind of layer
+            other than Linear and patchifying Conv2d.
+    """
+    try:
+        wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
+        outcome = set_peft_model_state_dict(wrapped, files.weights)
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise R2FError(f"adapter '{files.folder}' does not fit base '{base.spec}': {reason}") from error
+    missing = [name for name in outcome.missing_keys if "lora_" in name]
+    if outcome.unexpected_keys or missing:
+        name = (list(outcome.unexpected_keys) + missing)[0]
+        raise R2FError(f"adapter '{files.folder}' does not fit base '{base.spec}': no match for {name}; name its own base.")
+
+    layers: list[AdaptedLayer] = []
+    a: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
+    for path, module in wrapped.named_modules():
+        name = path.removeprefix(PREFIX)
+        if isinstance(module, LoraLayer):
+            layer = _adapted_layer(name, module)
+            layers.append(layer)
+            dtype = torch.promote_types(files.weights[f"{PREFIX}{name}.lora_A.weight"].dtype, torch.float32)
+            a[name] = files.weights[f"{PREFIX}{name}.lora_A.weight"].to(base.device, dtype).flatten(1)
+            b[name] = files.weights[f"{PREFIX}{name}.lora_B.weight"].to(base.device, dtype).flatten(1)
+    model = _with_saved_modules(wrapped, base.model)
+    return Target(replace(base, model=model), tuple(layers)), LoraUpdate(a, b)
+
+
+def _adapted_layer(name: str, module: LoraLayer) -> AdaptedLayer:
+    inner = module.get_base_layer()
+    if isinstance(inner, nn.Linear):
+        d_in = inner.in_features
+    elif isinstance(inner, nn.Conv2d) and inner.kernel_size == inner.stride and inner.groups == 1:
+        d_in = inner.in_channels * inner.kernel_size[0] * inner.kernel_size[1]
+    else:
+        raise R2FError(f"layer {name} is a {type(inner).__name__}: only Linear and patchifying Conv2d are supported.")
+    return AdaptedLayer(name, inner.weight.shape[0], d_in, module.r["default"], module.scaling["default"])
+
+
+def _with_saved_modules(wrapped: nn.Module, model: nn.Module) -> nn.Module:
+    saved = {
+        path.removeprefix(PREFIX): module.modules_to_save["default"]
+        for path, module in wrapped.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    if not saved:
+        return model
+    model = copy.deepcopy(model)
+    for name, module in saved.items():
+        model.set_submodule(name, module.requires_grad_(False))
+    return model
+
+
+def untouched_a(update: LoraUpdate) -> bool:
+    """Whether every A may still be what PEFT drew: its default start is uniform within 1 / sqrt(d_in).
+
+    At T = 1 A is exactly its start (grad_A = 0 while B = 0, METHODS 1); later steps move it, and some entries leave
+    that range.
+    """
+    return all(float(a.abs().max()) <= a.shape[1] ** -0.5 * (1 + 1e-6) for a in update.a.values())

@@ -1,0 +1,120 @@
+"""Base models: the embedded default, timm by name, or a local folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import set_fused_attn
+from torch import nn
+
+from r2f_ext.errors import R2FError
+from r2f_ext.models.embedded import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, WEIGHTS, build_embedded_vit
+from r2f_ext.types import BaseModel
+
+
+def load_base(spec: str = "embedded", device: str | torch.device = "cpu", num_classes: int | None = None) -> BaseModel:
+    """Load a base classifier in eval mode, with frozen parameters and unfused attention.
+
+    Args:
+        spec: `embedded`; `timm:NAME` (timm's pretrained weights where they are cached or can be fetched);
+            or a folder with timm's `config.json` (`architecture`, `num_classes`, `pretrained_cfg`) and
+            `model.safetensors`, as timm's own `save_for_hf` writes it.
+        device: where the model lives.
+        num_classes: width of the head for `timm:NAME` where an adapter brings its own head.
+
+    Raises:
+        R2FError: unknown name, missing or unreadable weights, not an image classifier.
+    """
+    # Fused attention has no double backward, which matching needs: set before any model is built.
+    set_fused_attn(False)
+    if spec == "embedded":
+        base = _embedded()
+    elif spec.startswith("timm:"):
+        base = _from_timm(spec, num_classes)
+    else:
+        base = _from_folder(spec)
+    base.model.eval().requires_grad_(False).to(device)
+    return base
+
+
+def _embedded() -> BaseModel:
+    model = build_embedded_vit()
+    model.load_state_dict(load_file(WEIGHTS))
+    return BaseModel(model, "embedded", (3, 32, 32), PIXEL_MEAN, PIXEL_STD, NUM_CLASSES)
+
+
+def _from_timm(spec: str, num_classes: int | None) -> BaseModel:
+    name = spec.removeprefix("timm:")
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3]) or "see timm.list_models()"
+        raise R2FError(f"unknown base model '{name}': timm has no model of that name (close: {close}).")
+    head = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        model = timm.create_model(name, pretrained=True, **head)
+    except Exception as error:  # hub, network and safetensors errors differ by version
+        raise R2FError(
+            f"the pretrained weights of '{name}' could not be loaded ({type(error).__name__}): "
+            f"save them with timm's save_for_hf and pass that folder as --base."
+        ) from error
+    return _describe(model, spec)
+
+
+def _from_folder(spec: str) -> BaseModel:
+    folder = Path(spec)
+    if not folder.is_dir():
+        raise R2FError(f"unknown base '{spec}': use 'embedded', 'timm:NAME', or a folder that exists.")
+    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise R2FError(f"base folder '{spec}' has no {path.name}: save it with timm's save_for_hf.")
+    try:
+        config = json.loads(config_path.read_text())
+        architecture = config["architecture"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise R2FError(f"{config_path} is not a timm config (JSON with 'architecture').") from error
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise R2FError(f"{config_path} names '{architecture}', which timm does not have.")
+    try:
+        model = timm.create_model(
+            architecture,
+            pretrained=False,
+            num_classes=config.get("num_classes", 1000),
+            **config.get("model_args", {}),
+        )
+        model.load_state_dict(load_file(weights_path))
+    except (SafetensorError, RuntimeError, TypeError, OSError) as error:
+        first_line = str(error).splitlines()[0]
+        raise R2FError(f"{weights_path} does not fit '{architecture}': {first_line}") from error
+    cfg = config.get("pretrained_cfg") or {}
+    for key in ("mean", "std", "input_size"):
+        if key in cfg:
+            model.pretrained_cfg[key] = cfg[key]
+    return _describe(model, spec)
+
+
+def _describe(model: nn.Module, spec: str) -> BaseModel:
+    cfg = model.pretrained_cfg
+    size = model.patch_embed.img_size if hasattr(model, "patch_embed") else cfg["input_size"][1:]
+    channels = cfg.get("input_size", (3,))[0]
+    shape = (channels, int(size[0]), int(size[1]))
+    return BaseModel(model, spec, shape, tuple(cfg["mean"]), tuple(cfg["std"]), model.num_classes)
+
+
+def save_base(base: BaseModel, folder: Path, architecture: str, model_args: dict | None = None) -> None:
+    """Write `base` as a folder that `load_base` reads (timm's own layout)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architecture": architecture,
+        "num_classes": base.num_classes,
+        "model_args": model_args or {},
+        "pretrained_cfg": {"input_size": base.input_shape, "mean": base.mean, "std": base.std},
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    save_file({k: v.contiguous() for k, v in base.model.state_dict().items()}, folder / "model.safetensors")

@@ -1,0 +1,46 @@
+"""The embedded default: a small ViT that ships inside the package.
+
+Patch 4, d = 128 and 65 tokens, so that patch_dim + 1 = 49 <= d - tokens = 63: the attention row
+space route can be exact (docs/methods, route `attention_rowspace`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+ASSETS = Path(__file__).parent / "assets"
+WEIGHTS = ASSETS / "embedded_vit.safetensors"
+
+# Pixel statistics of Fashion-MNIST train, used for all three channels.
+PIXEL_MEAN = (0.2860, 0.2860, 0.2860)
+PIXEL_STD = (0.3530, 0.3530, 0.3530)
+NUM_CLASSES = 10
+HEAD_SEED = 1
+
+
+def build_embedded_vit() -> VisionTransformer:
+    """Return the architecture with timm's random initialisation: 32x32x3, patch 4, d = 128, 4 blocks."""
+    return VisionTransformer(
+        img_size=32,
+        patch_size=4,
+        in_chans=3,
+        num_classes=NUM_CLASSES,
+        embed_dim=128,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=2.0,
+    )
+
+
+def reset_head(model: VisionTransformer, seed: int = HEAD_SEED) -> None:
+    """Give `model` the fresh classification head that every client of one server starts from.
+
+    A head that already fits its task gives near-zero gradients; fine-tuning starts from a fresh one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=generator) * 0.02)
+        model.head.bias.zero_()

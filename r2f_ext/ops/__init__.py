@@ -1,0 +1,9 @@
+"""The operators. Importing this package defines all of them, on plain PyTorch kernels, then loads the compiled ones if they fit."""
+
+from . import schemas  # isort: skip  (defines the operators; everything below needs them)
+from .backend import backend_of, build_information, load_compiled_kernels
+from .lora_grad import LoraGrad, lora_grad
+
+load_compiled_kernels()
+
+__all__ = ["LoraGrad", "backend_of", "build_information", "lora_grad", "schemas"]

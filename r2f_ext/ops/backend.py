@@ -1,0 +1,78 @@
+"""Loads the compiled kernels, if there are any that fit this PyTorch, and says which kernel an operator uses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .schemas import NAMESPACE, SCHEMAS
+
+BUILD_RECORD = Path(__file__).resolve().parent.parent / "_build_info.json"  # written by setup.py beside the compiled module
+
+_build: dict[str, Any] = {}
+_why_not_loaded: str | None = "r2f_ext.ops has not been imported"
+
+
+def load_compiled_kernels() -> None:
+    """Loads `r2f_ext._C`, whose loading registers its kernels; on any doubt leaves the reference kernels in place and notes why."""
+    global _build, _why_not_loaded
+    _build = _read_record()
+    _why_not_loaded = _reason_to_stay_with_reference()
+    if _why_not_loaded is not None:
+        return
+    try:
+        compiled = importlib.import_module("r2f_ext._C")
+    except ImportError as error:
+        _why_not_loaded = f"the compiled module could not be loaded: {error}"
+        return
+    _build = {**_build, **compiled.build_info()}
+
+
+def _read_record() -> dict[str, Any]:
+    try:
+        return dict(json.loads(BUILD_RECORD.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _reason_to_stay_with_reference() -> str | None:
+    if os.environ.get("R2F_FORCE_REFERENCE", "0") not in ("", "0"):
+        return "R2F_FORCE_REFERENCE is set"
+    if not _build:
+        return "this installation has no compiled kernels (built with R2F_BUILD=none, or not built)"
+    # A C++ extension fits only the PyTorch it was compiled against: with another one it may fail to load, or load and misbehave.
+    if _build.get("torch") != torch.__version__:
+        return f"compiled for torch {_build.get('torch')}, but torch {torch.__version__} is running: reinstall r2f-ext"
+    running = cuda_major(torch.version.cuda)
+    built = _build.get("cuda_major")
+    if built is not None and running is not None and built != running:
+        return f"compiled with CUDA {built}, but torch runs with CUDA {running}: reinstall r2f-ext"
+    return None
+
+
+def cuda_major(version: str | None) -> int | None:
+    return int(version.split(".")[0]) if version else None
+
+
+def build_information() -> dict[str, Any]:
+    """What was built (empty if nothing was), with `loaded` and, if not loaded, `why_not_loaded`."""
+    information: dict[str, Any] = {**_build, "loaded": _why_not_loaded is None}
+    if _why_not_loaded is not None:
+        information["why_not_loaded"] = _why_not_loaded
+    return information
+
+
+def backend_of(op_name: str, device_type: str) -> str:
+    """The kernel that `torch.ops.r2f.<op_name>` runs for tensors on `device_type`: "cuda", "cpu" or "reference"."""
+    if op_name not in SCHEMAS:
+        raise KeyError(f"no operator named {op_name!r}; there are: {', '.join(SCHEMAS)}")
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None:
+        return "reference"
+    own_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op_name}", key)
+    return device_type if own_kernel else "reference"

@@ -1,0 +1,163 @@
+"""`lora_grad`: the gradients that training gives to a layer's LoRA factors, for many groups in one call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+import torch
+
+from . import reference
+from .reference import accumulation_dtype
+from .schemas import NAMESPACE
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class LoraGrad(NamedTuple):
+    """Per-group gradients of the LoRA factors and, where a step was asked for, the stepped factors."""
+
+    grad_A: Tensor  # [P, r, d_in]
+    grad_B: Tensor  # [P, d_out, r]
+    A1: Tensor | None  # [P, r, d_in]
+    B1: Tensor | None  # [P, d_out, r]
+
+
+def lora_grad(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None = None, *, scale: float, lr: float | None = None
+) -> LoraGrad:
+    """Gradients of the LoRA factors of one linear layer, group by group, and one SGD step along them.
+
+    The layer computes `y = x W^T + scale * x A^T B^T`. With `delta = dL/dy` and, per group p, `G = delta_p^T x_p` (never formed):
+
+        grad_A = scale * B^T G = scale * (delta B)^T x        A1 = A - lr * grad_A
+        grad_B = scale * G A^T = scale * delta^T (x A^T)      B1 = B - lr * grad_B
+
+    Shapes (P groups of N tokens each, rank r):
+        x      [P, N, d_in]       inputs of the layer
+        delta  [P, N, d_out]      loss gradients at its output
+        A      [r, d_in]          one for all groups, or [P, r, d_in]
+        B      [d_out, r]         one for all groups, or [P, d_out, r], or None
+
+    `B=None` means B = 0, PEFT's start: grad_A is exactly zero and costs nothing (it and A1 are then expanded tensors: clone
+    before writing into them). `lr=None` means that no step is wanted: A1 and B1 are None.
+
+    x, delta, A and B share one dtype: float32, float64 or bfloat16. Sums are taken and results returned in float32 (float64 for
+    float64). Any strides are accepted; empty tensors give zeros of the right shape. The compiled kernels take ranks up to 64 at full
+    speed and any rank correctly. Results are deterministic. Differentiable twice in x, delta, A and B.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        TypeError: dtypes that are not supported or differ from each other.
+    """
+    _check(x, delta, A, B)
+    grad_A, grad_B, A1, B1 = torch.ops.r2f.lora_grad(x, delta, A, B, float(scale), None if lr is None else float(lr))
+    if B is None:
+        shape = (x.shape[0], *A.shape[-2:])
+        grad_A = grad_B.new_zeros(()).expand(shape)
+        # A copy, so that a later in-place step on the caller's A does not change a result already given.
+        A1 = A.to(grad_B.dtype, copy=True).expand(shape) if lr is not None else A1
+    return LoraGrad(grad_A, grad_B, None if lr is None else A1, None if lr is None else B1)
+
+
+def _check(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None) -> None:
+    def fail(what: str) -> None:
+        given = f"x {list(x.shape)}, delta {list(delta.shape)}, A {list(A.shape)}, B {None if B is None else list(B.shape)}"
+        raise ValueError(f"lora_grad: {what}; got {given}")
+
+    if x.dim() != 3 or delta.dim() != 3 or x.shape[:2] != delta.shape[:2]:
+        fail("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N")
+    groups, d_in, d_out = x.shape[0], x.shape[2], delta.shape[2]
+    if A.dim() not in (2, 3) or A.shape[-1] != d_in or (A.dim() == 3 and A.shape[0] != groups):
+        fail("A must be [r, d_in] or [P, r, d_in]")
+    rank = A.shape[-2]
+    if rank < 1:
+        fail("the rank must be at least 1")
+    if B is not None and (B.dim() not in (2, 3) or B.shape[-2:] != (d_out, rank) or (B.dim() == 3 and B.shape[0] != groups)):
+        fail("B must be [d_out, r] or [P, d_out, r]")
+
+    tensors = [x, delta, A] if B is None else [x, delta, A, B]
+    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors):
+        raise TypeError(
+            "lora_grad: x, delta, A and B must share one dtype of float32, float64, bfloat16; got "
+            + ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
+        )
+    if any(t.device != x.device for t in tensors):
+        raise ValueError("lora_grad: all tensors must be on one device; got " + ", ".join(str(t.device) for t in tensors))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::lora_grad")
+def _fake(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups, d_in, d_out, rank = x.shape[0], x.shape[2], delta.shape[2], A.shape[-2]
+    dtype = accumulation_dtype(x.dtype)
+
+    def result(wanted: bool, *shape: int) -> Tensor:
+        return x.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    has_B, has_lr = B is not None, lr is not None
+    return (
+        result(has_B, groups, rank, d_in),
+        result(True, groups, d_out, rank),
+        result(has_B and has_lr, groups, rank, d_in),
+        result(has_lr, groups, d_out, rank),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, delta, A, B, ctx.scale, ctx.lr = inputs
+    ctx.save_for_backward(x, delta, A, B)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, to_grad_A: Tensor | None, to_grad_B: Tensor | None, to_A1: Tensor | None, to_B1: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
+    """Written in ordinary differentiable PyTorch, so that it can be differentiated again."""
+    x, delta, A, B = ctx.saved_tensors
+    dtype = accumulation_dtype(x.dtype)
+    to_x = to_delta = to_A = to_B = None
+
+    # A1 = A - lr grad_A: its gradient goes straight to A, and times -lr to grad_A. Likewise B1.
+    if B is not None and ctx.lr is not None:
+        to_grad_A = _add(to_grad_A, _times(to_A1, -ctx.lr))
+        to_A = to_A1
+    if ctx.lr is not None:
+        to_grad_B = _add(to_grad_B, _times(to_B1, -ctx.lr))
+        to_B = to_B1 if B is not None else None
+
+    X, D, A_ = x.to(dtype), delta.to(dtype), A.to(dtype)
+    if to_grad_B is not None:  # grad_B = scale D^T U with U = X A^T
+        H = ctx.scale * to_grad_B
+        to_U = D @ H
+        to_delta = _add(to_delta, (X @ A_.mT) @ H.mT)
+        to_x = _add(to_x, to_U @ A_)
+        to_A = _add(to_A, to_U.mT @ X)
+    if B is not None and to_grad_A is not None:  # grad_A = scale V^T X with V = D B
+        H, B_ = ctx.scale * to_grad_A, B.to(dtype)
+        to_V = X @ H.mT
+        to_x = _add(to_x, (D @ B_) @ H)
+        to_delta = _add(to_delta, to_V @ B_.mT)
+        to_B = _add(to_B, D.mT @ to_V)
+    return _like(to_x, x), _like(to_delta, delta), _like(to_A, A), _like(to_B, B), None, None
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _times(a: Tensor | None, factor: float) -> Tensor | None:
+    return None if a is None else a * factor
+
+
+def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    """A factor shared by all groups receives the sum over the groups; dtypes follow the input."""
+    if gradient is None or tensor is None:
+        return None
+    return gradient.sum_to_size(tensor.shape).to(tensor.dtype)
+
+
+torch.library.register_autograd(f"{NAMESPACE}::lora_grad", _backward, setup_context=_save_for_backward)
+
+__all__ = ["LoraGrad", "lora_grad", "reference"]

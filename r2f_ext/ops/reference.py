@@ -1,0 +1,43 @@
+"""The operators in plain PyTorch: the formula to read, the default kernel on every device, and what the fast kernels are tested against.
+
+Each function takes exactly the arguments of its schema and is registered for `CompositeExplicitAutograd`, so a kernel for a
+particular device replaces it there. Gradients are not taken through these functions: `<op>.py` registers an explicit backward.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+import torch
+
+from .schemas import NAMESPACE
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64, everything else is summed (and returned) in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lora_grad(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """G = delta^T x per group; grad_A = scale B^T G, grad_B = scale G A^T, without ever forming G."""
+    dtype = accumulation_dtype(x.dtype)
+    x, delta, A = x.to(dtype), delta.to(dtype), A.to(dtype)
+    nothing = x.new_empty(0)
+
+    u = x @ A.mT  # [P, N, r]
+    # (u^T delta)^T rather than delta^T u: the same numbers, about 1.7 times faster in the batched products of the CPU.
+    grad_B = (u.mT @ delta).mT.contiguous().mul_(scale)
+    if B is None:
+        B1 = nothing if lr is None else grad_B * -lr
+        return nothing, grad_B, nothing.clone(), B1.clone() if lr is None else B1
+
+    B = B.to(dtype)
+    v = delta @ B  # [P, N, r]
+    grad_A = (v.mT @ x).mul_(scale)
+    if lr is None:
+        return grad_A, grad_B, nothing, nothing.clone()
+    return grad_A, grad_B, A - lr * grad_A, B - lr * grad_B
+
+
+torch.library.impl(f"{NAMESPACE}::lora_grad", "default", lora_grad)

@@ -1,0 +1,154 @@
+"""Pairs on disk: safetensors shards with gradients as factors, and a manifest written last.
+
+    manifest.json            schema, base, layers, proxy, count, shard names with their SHA-256
+    start.safetensors        A of every layer
+    pairs-00000.safetensors  update/NAME float32, x/NAME and delta/NAME bfloat16, images uint8, labels
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from r2f_ext.errors import R2FError
+from r2f_ext.files import need_space, output_folder, write_tensors, write_text
+from r2f_ext.pairs.generate import GeneratedPairs
+from r2f_ext.progress import Advance
+from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
+
+SCHEMA = 1
+# bfloat16 keeps every exponent of float32 (deltas can be as small as 1e-8); its rounding moves G by a cosine of 1e-6.
+FACTOR_DTYPE = torch.bfloat16
+
+
+def write_pairs(pairs: GeneratedPairs, count: int, folder: str | Path, advance: Advance) -> Path:
+    """Write the first `count` pairs and return the manifest's path.
+
+    Raises:
+        R2FError: the folder cannot be written to, or the disk cannot hold them.
+    """
+    folder = output_folder(folder)
+    shards, written = [], 0
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for batch in pairs.batches(0, count):
+        if not shards:
+            need_space(folder, shard_bytes(batch) * -(-count // len(batch.labels)))
+        name = f"pairs-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, _shard(batch))
+        shards.append({"name": name, "count": len(batch.labels), "sha256": _sha256(folder / name)})
+        written += len(batch.labels)
+        advance(len(batch.labels))
+    write_tensors(folder / "start.safetensors", pairs.a)
+    manifest = {
+        "schema": SCHEMA,
+        "base": pairs.target.base.spec,
+        "layers": [asdict(layer) for layer in pairs.target.layers],
+        "proxy": pairs.proxy.name,
+        "group_size": pairs.group_size,
+        "count": written,
+        "shards": shards,
+    }
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2))
+    return folder / "manifest.json"
+
+
+def shard_bytes(batch: PairBatch) -> int:
+    """Bytes that `batch` takes on disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _shard(batch).values())
+
+
+def _shard(batch: PairBatch) -> dict[str, Tensor]:
+    tensors = {f"update/{name}": update for name, update in batch.updates.items()}
+    tensors |= {f"x/{name}": x.to(FACTOR_DTYPE) for name, x in batch.gradients.x.items()}
+    tensors |= {f"delta/{name}": delta.to(FACTOR_DTYPE) for name, delta in batch.gradients.delta.items()}
+    return {**tensors, "images": (batch.images * 255).round().to(torch.uint8), "labels": batch.labels}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class StoredPairs:
+    """Pairs read back from a folder, for the same base.
+
+    Raises:
+        R2FError: no manifest (an unfinished run), another schema, or shards that are missing or changed.
+    """
+
+    def __init__(self, folder: str | Path, base: BaseModel) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            raise R2FError(f"'{folder}' holds no finished pairs (no manifest.json): run r2f pairs --out '{folder}'.")
+        try:
+            self.manifest = json.loads(path.read_text())
+            if self.manifest["schema"] != SCHEMA:
+                raise R2FError(f"{path} has schema {self.manifest['schema']}, this version reads {SCHEMA}: make it anew.")
+            layers = tuple(AdaptedLayer(**layer) for layer in self.manifest["layers"])
+            self._shards = [(_plain_name(s["name"]), int(s["count"]), s["sha256"]) for s in self.manifest["shards"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise R2FError(f"{path} is damaged: run r2f pairs again.") from error
+        self.target = Target(base, layers)
+        self.a = self._load("start.safetensors")
+        self.fingerprint = hashlib.sha256("".join(s[2] for s in self._shards).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return sum(count for _, count, _ in self._shards)
+
+    def updates(self, start: int, stop: int) -> dict[str, Tensor]:
+        """name -> updates [stop - start, d_out, r]."""
+        parts = [batch.updates for batch in self.batches(start, stop)]
+        return {name: torch.cat([part[name] for part in parts]) for name in self.target.names}
+
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """Images [n, c, h, w] in [0, 1] and labels [n] of pairs of one sample each.
+
+        Raises:
+            R2FError: the pairs are of larger groups.
+        """
+        if self.manifest["group_size"] != 1:
+            raise R2FError("the amortised route needs pairs of one sample each: make them with group size 1.")
+        parts = [(batch.images[:, 0], batch.labels[:, 0]) for batch in self.batches()]
+        return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.folder / name)
+        except (SafetensorError, OSError) as error:
+            raise R2FError(f"'{self.folder / name}' is missing or damaged: run r2f pairs again.") from error
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
+        stop = len(self) if stop is None else min(stop, len(self))
+        first = 0
+        for name, count, _ in self._shards:
+            low, high = max(start, first), min(stop, first + count)
+            if low < high:
+                tensors = {k: v[low - first : high - first] for k, v in self._load(name).items()}
+                yield self._batch(tensors)
+            first += count
+
+    def _batch(self, tensors: dict[str, Tensor]) -> PairBatch:
+        device = self.target.base.device
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name: tensors[f"{prefix}/{name}"].to(device, torch.float32) for name in self.target.names}
+
+        images = tensors["images"].to(device, torch.float32).div(255)
+        gradient = FactoredGradient(part("x"), part("delta"))
+        return PairBatch(part("update"), gradient, images, tensors["labels"].to(device))
+
+
+def _plain_name(name: str) -> str:
+    """A file's name from a manifest, which is not trusted with a path."""
+    if Path(name).name != name:
+        raise ValueError(name)
+    return name

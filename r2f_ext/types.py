@@ -1,0 +1,147 @@
+"""What flows between the stages: a handful of dataclasses with tensors inside.
+
+Shapes use P groups (victims or proxy steps), N tokens of one group, r the rank. Every mapping is
+keyed by the module path of an adapted layer in the base model, e.g. `blocks.0.attn.qkv`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A public base model and what is needed to feed it.
+
+    Attributes:
+        model: classifier in eval mode, no parameter requires a gradient.
+        spec: how the user named it: `embedded`, `timm:NAME` or a folder.
+        input_shape: (channels, height, width).
+        mean, std: per channel, applied to pixels in [0, 1].
+        num_classes: width of the head.
+    """
+
+    model: nn.Module
+    spec: str
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_classes: int
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pixels [n, c, h, w] in [0, 1] -> what the model reads."""
+        mean = images.new_tensor(self.mean).view(-1, 1, 1)
+        std = images.new_tensor(self.std).view(-1, 1, 1)
+        return (images - mean) / std
+
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        mean = inputs.new_tensor(self.mean).view(-1, 1, 1)
+        std = inputs.new_tensor(self.std).view(-1, 1, 1)
+        return inputs * std + mean
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One linear map W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's)."""
+
+    name: str
+    d_out: int
+    d_in: int
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A base model and the layers of it that an adapter changes, in the order of the model's modules."""
+
+    base: BaseModel
+    layers: tuple[AdaptedLayer, ...]
+
+    def layer(self, name: str) -> AdaptedLayer:
+        return next(layer for layer in self.layers if layer.name == name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """One adapter's factors after the victim's steps: a[name] [r, d_in], b[name] [d_out, r], float32 or float64.
+
+    `a0` holds the factors A before the first step where they are known (PEFT's B starts at 0).
+    """
+
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    a0: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class FactoredGradient:
+    """Full gradients of P groups as factors: G_p = delta_p^T x_p, never written out unless asked.
+
+    Attributes:
+        x: name -> layer inputs [P, N, d_in].
+        delta: name -> loss gradients at the layer outputs [P, N, d_out].
+    """
+
+    x: dict[str, Tensor]
+    delta: dict[str, Tensor]
+
+    def dense(self, name: str) -> Tensor:
+        """G [P, d_out, d_in] of one layer."""
+        return self.delta[name].mT @ self.x[name]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Dense full gradients: dense[name] [P, d_out, d_in] (P groups)."""
+
+    dense: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """P (LoRA update, full gradient) pairs taken from one start, with the samples that made them.
+
+    Attributes:
+        updates: name -> descent directions of B from PEFT's start, s G A^T [P, d_out, r].
+        gradients: the full gradients as factors.
+        images: [P, b, c, h, w] in [0, 1]; labels [P, b].
+    """
+
+    updates: dict[str, Tensor]
+    gradients: FactoredGradient
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What one route made of V victims.
+
+    Attributes:
+        route: one of r2f_ext.inversion.identifiability.ROUTES.
+        images: [V, c, h, w] in [0, 1].
+        labels: [V], the label the route used or found; None where it needs none.
+        why: one sentence on why this route was taken or what limits it.
+        seconds: wall time for all V.
+        details: figures of the route (spectra, residuals, ...), plain numbers.
+    """
+
+    route: str
+    images: Tensor
+    labels: Tensor | None
+    why: str
+    seconds: float
+    details: dict[str, float] = field(default_factory=dict)
