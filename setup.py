@@ -30,7 +30,12 @@ def stop(sentence):
 
 def cuda_home():
     """Where both nvcc and the headers are. torch's own guess is None for a CPU build, and wrong where nvcc is a wrapper script."""
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", *sorted(glob("/usr/local/cuda-*"))[::-1]]
+    places = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        "/usr/local/cuda",
+        *sorted(glob("/usr/local/cuda-*"))[::-1],
+    ]
     for place in filter(None, places):
         if Path(place, "bin/nvcc").exists() and Path(place, "include/cuda_runtime.h").exists():
             return Path(place)
@@ -59,7 +64,9 @@ def build_mode():
     if mode == "none":
         return mode, None
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++").split()[0], "c++", "g++")):
-        stop("no C++ compiler was found. Install one (g++ 11 or newer), or set R2F_BUILD=none to install without compiled kernels.")
+        stop(
+            "no C++ compiler was found. Install one (g++ 11 or newer), or set R2F_BUILD=none to install without compiled kernels."
+        )
     toolkit = cuda_home() if mode in ("auto", "cuda") else None
     if mode == "cuda" and toolkit is None:
         stop("R2F_BUILD=cuda, but no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found; set CUDA_HOME.")
@@ -71,7 +78,9 @@ def extension(mode, toolkit):
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        stop("torch is needed to build: install it first, then run `pip install --no-build-isolation .` (or set R2F_BUILD=none).")
+        stop(
+            "torch is needed to build: install it first, then run `pip install --no-build-isolation .` (or set R2F_BUILD=none)."
+        )
 
     sources = [s for s in (CSRC / "sources.txt").read_text().split("\n") if s and not s.startswith("#")]
     cuda_sources = [s for s in sources if s.endswith(".cu")] if mode == "cuda" else []
@@ -130,11 +139,15 @@ def extension(mode, toolkit):
         # would give two pools of threads.
         extra_compile_args=[*FLAGS, "-fopenmp"],
         # The CUDA runtime goes in statically, so that the module also loads beside a torch without CUDA.
-        extra_link_args=[f"-L{toolkit}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"] if mode == "cuda" else [],
+        extra_link_args=[f"-L{toolkit}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        if mode == "cuda"
+        else [],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
 BUILDS = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}
-mode, toolkit = build_mode() if BUILDS & set(sys.argv) else ("none", None)  # asking for metadata needs neither torch nor a compiler
+mode, toolkit = (
+    build_mode() if BUILDS & set(sys.argv) else ("none", None)
+)  # asking for metadata needs neither torch nor a compiler
 setup(**(extension(mode, toolkit) if mode != "none" else {}))

@@ -15,7 +15,10 @@ import torch
 def interleaved_medians(
     functions: Mapping[str, Callable[[], object]], rounds: int = 15, device: str = "cpu", calls: int = 1
 ) -> dict[str, float]:
-    """Median milliseconds of each function. Every round times each of them once, so that noise hits all alike; at least 5 rounds."""
+    """Median milliseconds of each function, over at least 5 rounds.
+
+    Every round times each of them once, in turn, so that noise hits all alike.
+    """
     if rounds < 5:
         raise ValueError("at least 5 rounds")
 

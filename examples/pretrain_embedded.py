@@ -31,8 +31,7 @@ def to_input(images: torch.Tensor) -> torch.Tensor:
 def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     model.eval()
     hits = [
-        (model(to_input(x)).argmax(1) == y).sum()
-        for x, y in zip(images.split(500), labels.split(500), strict=True)
+        (model(to_input(x)).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True)
     ]
     model.train()
     return float(sum(hits)) / len(labels)
@@ -69,8 +68,10 @@ def main() -> None:
         print(f"epoch {epoch}: loss {loss.item():.3f}, {time.time() - start:.0f} s", flush=True)
     test_accuracy = accuracy(model, test_images, test_labels)
     reset_head(model)
-    metadata = {"pretraining": f"Fashion-MNIST train, {options.epochs} epochs, seed {options.seed}",
-                "test_accuracy_before_head_reset": f"{test_accuracy:.4f}"}
+    metadata = {
+        "pretraining": f"Fashion-MNIST train, {options.epochs} epochs, seed {options.seed}",
+        "test_accuracy_before_head_reset": f"{test_accuracy:.4f}",
+    }
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, WEIGHTS, metadata=metadata)
     print(f"test accuracy {test_accuracy:.4f}; wrote {WEIGHTS.name}")
 

@@ -16,10 +16,16 @@ PACKAGES = {"torchvision": "torchvision", "timm": "timm", "peft": "peft", "numpy
 
 
 def environment() -> dict[str, Any]:
-    """Versions, the compiled module (what was built, or why it is not used), the backend of each operator, and the hardware."""
+    """Versions, what was built (or why it is not used), the backend of each operator, and the hardware."""
     versions = {name: _version(package) for name, package in PACKAGES.items()}
     return {
-        "versions": {"r2f_ext": __version__, **versions, "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "versions": {
+            "r2f_ext": __version__,
+            **versions,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
         "build": build_information(),
         "backends": {op: {device: backend_of(op, device) for device in ("cpu", "cuda")} for op in SCHEMAS},
         "threads": torch.get_num_threads(),

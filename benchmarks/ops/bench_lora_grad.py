@@ -44,7 +44,11 @@ def plain_forms(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None) -> dict[s
 def measure(device: str, dtype: torch.dtype, shape: tuple[int, ...], rank: int, with_B: bool, rounds: int) -> dict:
     P, N, d_in, d_out = shape
     options = {"device": device, "dtype": dtype}
-    x, delta, A = torch.randn(P, N, d_in, **options), torch.randn(P, N, d_out, **options), torch.randn(rank, d_in, **options)
+    x, delta, A = (
+        torch.randn(P, N, d_in, **options),
+        torch.randn(P, N, d_out, **options),
+        torch.randn(rank, d_in, **options),
+    )
     B = torch.randn(d_out, rank, **options) if with_B else None
     functions = {"ours": lambda: lora_grad(x, delta, A, B, scale=1.0), **plain_forms(x, delta, A, B)}
     medians = interleaved_medians(functions, rounds, device)
@@ -63,8 +67,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
-    print(f"backend {backend_of('lora_grad', arguments.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'P, N, d_in, d_out':>20} {'r':>3} {'dtype':>8} {'B':>4} {'ours ms':>8} {'plain ms':>9} {'ratio':>6} {'GB/s':>6}  best plain")
+    print(
+        f"backend {backend_of('lora_grad', arguments.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(
+        f"{'P, N, d_in, d_out':>20} {'r':>3} {'dtype':>8} {'B':>4} {'ours ms':>8} {'plain ms':>9} {'ratio':>6} {'GB/s':>6}  best plain"
+    )
     cases = [(shape, rank, torch.float32, False) for shape in SHAPES for rank in RANKS]
     cases += [(shape, 8, torch.float32, True) for shape in SHAPES]
     cases += [(shape, 8, dtype, False) for shape in SHAPES for dtype in (torch.float64, torch.bfloat16)]

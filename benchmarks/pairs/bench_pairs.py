@@ -2,10 +2,10 @@
 
     python benchmarks/pairs/bench_pairs.py [--json FILE]
 
-Sequential loop: one batch-1 forward and backward of the PEFT model gives the full gradients (of the adapted base weights) and
-those of A and B; one SGD step; record A1, B1 and G; reset A and B. Ours: batched capture and projection from the same A, once
-with gradients as factors (what the pipeline uses) and once writing every G out. `bare model`: forward and input-gradient
-backward of the base alone, the floor of any method.
+Sequential loop: one batch-1 forward and backward of the PEFT model gives the full gradients (of the adapted base
+weights) and those of A and B; one SGD step; record A1, B1 and G; reset A and B. Ours: batched capture and projection
+from the same A, once with gradients as factors (what the pipeline uses) and once writing every G out. `bare model`:
+forward and input-gradient backward of the base alone, the floor of any method.
 """
 
 from __future__ import annotations

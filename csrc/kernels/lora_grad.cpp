@@ -20,17 +20,20 @@ namespace {
 
 using simd::VectorOf;
 
-constexpr int64_t kTileTokens = 24;  // a multiple of every block of tokens below; 24 rows of 768 float32 are 72 KB
-constexpr int64_t kChunkBytes =
-    3072;                         // of features projected at once, so that 8 rows of W stay in the first-level cache
-constexpr int64_t kPadding = 64;  // rows in scratch memory are whole vectors of any width
+// Tokens in a tile: a multiple of every block of tokens below, and few, as rows a multiple of 4 KB apart share 8 places
+// in the cache.
+constexpr int64_t kTileTokens = 12;
+// Features projected at once: 8 rows of W stay in the first-level cache.
+constexpr int64_t kChunkBytes = 3072;
+// Elements that rows in scratch memory are padded to: whole vectors of any width.
+constexpr int64_t kPadding = 64;
 
 // Accumulators kept in registers (of 32 with AVX-512, of 16 otherwise), as `ranks` x `others`.
 template <int Bytes>
 struct Block {
   static constexpr int kAccumulators = Bytes == 64 ? 24 : 12;
   static constexpr int kMaxRanks = Bytes == 64 ? 8 : 4;
-  static constexpr int others(int ranks) { return kAccumulators / ranks < 8 ? kAccumulators / ranks : 8; }
+  static constexpr int others(int ranks) { return kAccumulators / ranks < 6 ? kAccumulators / ranks : 6; }
 };
 
 // Rows of a matrix, `stride` elements apart.
@@ -96,9 +99,10 @@ R2F_INLINE void project(Rows<const Acc> x, Rows<const Acc> w, int64_t tokens, in
   }
 }
 
-// s [Ranks, Vectors] += u^T x over all tokens of the tile.
+// s [Ranks, Vectors] += u^T x over all tokens of the tile. `ahead`: what will be read two blocks later.
 template <typename Acc, int Bytes, int Ranks, int Vectors>
-R2F_INLINE void accumulate_block(Rows<const Acc> x, Rows<const Acc> u, int64_t tokens, Rows<Acc> s) {
+R2F_INLINE void accumulate_block(Rows<const Acc> x, Rows<const Acc> ahead, Rows<const Acc> u, int64_t tokens,
+                                 Rows<Acc> s) {
   using V = typename VectorOf<Acc, Bytes>::type;
   constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
   V sum[Ranks][Vectors];
@@ -112,7 +116,7 @@ R2F_INLINE void accumulate_block(Rows<const Acc> x, Rows<const Acc> u, int64_t t
 #pragma GCC unroll 8
     for (int c = 0; c < Vectors; ++c) {
       token[c] = simd::load<V>(x.at(t, c * kLanes));
-      __builtin_prefetch(x.at(t, (c + 2 * Vectors) * kLanes));  // two blocks ahead
+      __builtin_prefetch(ahead.at(t, c * kLanes));
     }
 #pragma GCC unroll 8
     for (int j = 0; j < Ranks; ++j) {
@@ -131,10 +135,14 @@ R2F_INLINE void accumulate_block(Rows<const Acc> x, Rows<const Acc> u, int64_t t
 template <typename Acc, int Bytes, int Ranks>
 R2F_INLINE void accumulate_ranks(Rows<const Acc> x, Rows<const Acc> u, int64_t tokens, int64_t features, Rows<Acc> s) {
   constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes, kVectors = Block<Bytes>::others(Ranks);
+  // After the last columns come the first ones of the next tile, which follows in memory.
+  const auto ahead = [&](int64_t i) { return i < features ? x.from(0, i) : x.from(tokens, i - features); };
   int64_t i = 0;
   for (; i + kVectors * kLanes <= features; i += kVectors * kLanes)
-    accumulate_block<Acc, Bytes, Ranks, kVectors>(x.from(0, i), u, tokens, s.from(0, i));
-  for (; i < features; i += kLanes) accumulate_block<Acc, Bytes, Ranks, 1>(x.from(0, i), u, tokens, s.from(0, i));
+    accumulate_block<Acc, Bytes, Ranks, kVectors>(x.from(0, i), ahead(i + 2 * kVectors * kLanes), u, tokens,
+                                                  s.from(0, i));
+  for (; i < features; i += kLanes)
+    accumulate_block<Acc, Bytes, Ranks, 1>(x.from(0, i), ahead(i + 2 * kLanes), u, tokens, s.from(0, i));
 }
 
 // s [rank, features] += u^T x with u [tokens, rank] and x [tokens, features]; features are whole vectors.
@@ -199,23 +207,75 @@ R2F_INLINE void copy_transposed(const T* from, int64_t rows, int64_t columns, Ro
     for (int64_t k = 0; k < columns; ++k) *to.at(k, i) = widen(from[i * columns + k]);
 }
 
-// The tile itself where it can be read as whole vectors; else a widened, zero-padded copy in `room`.
+// Whether rows can be read in place, as whole vectors of the type that is summed.
+template <typename T, int Bytes>
+R2F_INLINE bool reads_directly(int64_t features) {
+  return std::is_same_v<T, Accumulation<T>> && features % VectorOf<Accumulation<T>, Bytes>::kLanes == 0;
+}
+
+// The tile itself if it can be read in place; else a widened copy in `room`, padded with zeros.
 template <typename T, int Bytes>
 R2F_INLINE Rows<const Accumulation<T>> readable(const T* tile, int64_t tokens, int64_t features,
                                                 Rows<Accumulation<T>> room) {
   if constexpr (std::is_same_v<T, Accumulation<T>>) {
-    if (features % VectorOf<T, Bytes>::kLanes == 0) return {tile, features};
+    if (reads_directly<T, Bytes>(features)) return {tile, features};
   }
   copy(tile, tokens, features, room);
   return {room.data, room.stride};
 }
 
-// grad = scale * sum and, if a step is wanted, stepped = factor - lr * grad.
-template <typename T, typename Acc = Accumulation<T>>
-R2F_INLINE void write_element(Acc sum, const T* factor, Acc scale, Acc lr, Acc* grad, Acc* stepped, int64_t index) {
-  const Acc g = scale * sum;
-  grad[index] = g;
-  if (stepped != nullptr) stepped[index] = (factor == nullptr ? Acc(0) : Acc(widen(factor[index]))) - lr * g;
+// The results of one group: grad = scale * sum and, if a step is wanted, stepped = factor - lr * grad.
+template <typename T>
+struct Result {
+  using Acc = Accumulation<T>;
+  Acc scale, lr;
+  const T* factor;  // null: zero
+  Acc* grad;
+  Acc* stepped;  // null: no step
+
+  R2F_INLINE void write(int64_t index, Acc sum) const {
+    const Acc g = scale * sum;
+    grad[index] = g;
+    if (stepped != nullptr) stepped[index] = (factor == nullptr ? Acc(0) : Acc(widen(factor[index]))) - lr * g;
+  }
+
+  template <typename V>
+  R2F_INLINE void write_vector(int64_t index, V sum) const {
+    constexpr int kLanes = static_cast<int>(sizeof(V) / sizeof(Acc));
+    const V g = sum * scale;
+    simd::store(grad + index, g);
+    if (stepped == nullptr) return;
+    V from{};
+    if (factor != nullptr)
+      for (int i = 0; i < kLanes; ++i) from[i] = widen(factor[index + i]);
+    const V after = from - g * lr;
+    simd::store(stepped + index, after);
+  }
+};
+
+// sum [ranks, features], written as [features, ranks]: in squares of 4 x 4, or this would cost as much as the sums of a
+// short group.
+template <typename T>
+R2F_INLINE void write_transposed(Rows<const Accumulation<T>> sum, int64_t ranks, int64_t features,
+                                 const Result<T>& result) {
+  using Acc = Accumulation<T>;
+  using V = typename VectorOf<Acc, 4 * sizeof(Acc)>::type;
+  const int64_t whole_ranks = ranks / 4 * 4, whole_features = features / 4 * 4;
+  for (int64_t j = 0; j < whole_ranks; j += 4) {
+    for (int64_t o = 0; o < whole_features; o += 4) {
+      const V a = simd::load<V>(sum.at(j, o)), b = simd::load<V>(sum.at(j + 1, o));
+      const V c = simd::load<V>(sum.at(j + 2, o)), d = simd::load<V>(sum.at(j + 3, o));
+      const V ab = {a[0], b[0], a[1], b[1]}, cd = {c[0], d[0], c[1], d[1]};
+      const V ab2 = {a[2], b[2], a[3], b[3]}, cd2 = {c[2], d[2], c[3], d[3]};
+      const int64_t index = o * ranks + j;
+      result.write_vector(index, V{ab[0], ab[1], cd[0], cd[1]});
+      result.write_vector(index + ranks, V{ab[2], ab[3], cd[2], cd[3]});
+      result.write_vector(index + 2 * ranks, V{ab2[0], ab2[1], cd2[0], cd2[1]});
+      result.write_vector(index + 3 * ranks, V{ab2[2], ab2[3], cd2[2], cd2[3]});
+    }
+  }
+  for (int64_t o = 0; o < features; ++o)
+    for (int64_t j = o < whole_features ? whole_ranks : 0; j < ranks; ++j) result.write(o * ranks + j, *sum.at(j, o));
 }
 
 template <typename T, int Bytes>
@@ -230,12 +290,13 @@ R2F_INLINE void run_groups(const LoraGradArgs& args, int64_t first, int64_t last
   const bool with_B = args.B != nullptr;
   const Acc scale = static_cast<Acc>(args.scale), lr = static_cast<Acc>(args.lr);
 
-  const int64_t half =
-      S::size(rank + kTileTokens, d_in) + S::size(rank + kTileTokens, d_out) + S::size(kTileTokens, rank);
+  const int64_t x_rows = reads_directly<T, Bytes>(d_in) ? 0 : kTileTokens;
+  const int64_t delta_rows = reads_directly<T, Bytes>(d_out) ? 0 : kTileTokens;
+  const int64_t half = S::size(rank + x_rows, d_in) + S::size(rank + delta_rows, d_out) + S::size(kTileTokens, rank);
   S scratch(with_B ? half + S::size(rank, d_in) + S::size(rank, d_out) + S::size(kTileTokens, rank) : half);
   const Rows<Acc> A_rows = scratch.take(rank, d_in), sum_B = scratch.take(rank, d_out),
                   u = scratch.take(kTileTokens, rank);
-  const Rows<Acc> x_room = scratch.take(kTileTokens, d_in), delta_room = scratch.take(kTileTokens, d_out);
+  const Rows<Acc> x_room = scratch.take(x_rows, d_in), delta_room = scratch.take(delta_rows, d_out);
   Rows<Acc> B_rows{}, sum_A{}, v{};
   if (with_B) B_rows = scratch.take(rank, d_out), sum_A = scratch.take(rank, d_in), v = scratch.take(kTileTokens, rank);
   const auto read = [](const Rows<Acc>& m) { return Rows<const Acc>{m.data, m.stride}; };
@@ -261,15 +322,15 @@ R2F_INLINE void run_groups(const LoraGradArgs& args, int64_t first, int64_t last
       accumulate<Acc, Bytes>(delta, read(u), count, out_vectors, rank, sum_B);
     }
 
-    Acc* grad_B = static_cast<Acc*>(args.grad_B) + p * d_out * ranks;
-    Acc* B1 = args.B1 == nullptr ? nullptr : static_cast<Acc*>(args.B1) + p * d_out * ranks;
-    for (int64_t o = 0; o < d_out; ++o)
-      for (int64_t j = 0; j < ranks; ++j) write_element<T>(*sum_B.at(j, o), B, scale, lr, grad_B, B1, o * ranks + j);
+    const auto part = [p](void* all, int64_t size) {
+      return all == nullptr ? nullptr : static_cast<Acc*>(all) + p * size;
+    };
+    const Result<T> to_B{scale, lr, B, part(args.grad_B, d_out * ranks), part(args.B1, d_out * ranks)};
+    write_transposed<T>(read(sum_B), ranks, d_out, to_B);
     if (with_B) {
-      Acc* grad_A = static_cast<Acc*>(args.grad_A) + p * ranks * d_in;
-      Acc* A1 = args.A1 == nullptr ? nullptr : static_cast<Acc*>(args.A1) + p * ranks * d_in;
+      const Result<T> to_A{scale, lr, A, part(args.grad_A, ranks * d_in), part(args.A1, ranks * d_in)};
       for (int64_t j = 0; j < ranks; ++j)
-        for (int64_t i = 0; i < d_in; ++i) write_element<T>(*sum_A.at(j, i), A, scale, lr, grad_A, A1, j * d_in + i);
+        for (int64_t i = 0; i < d_in; ++i) to_A.write(j * d_in + i, *sum_A.at(j, i));
     }
   }
 }

@@ -15,7 +15,11 @@ from r2f_ext.ops import LoraGrad, backend_of, build_information, lora_grad, refe
 
 RANKS = [1, 2, 3, 8, 16, 33, 64]
 SHAPES = [(3, 5, 33, 17), (2, 49, 16, 130), (4, 65, 128, 96), (1, 1, 1, 1), (1, 26, 1030, 7)]  # P, N, d_in, d_out
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}  # bfloat16 is widened, then summed in float32
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float64: 1e-12,
+    torch.bfloat16: 1e-5,
+}  # bfloat16 is widened, then summed in float32
 
 
 def make(shape, rank, dtype=torch.float32, device="cpu", A_per_group=False, B="none") -> list[Tensor | None]:

@@ -23,9 +23,7 @@ class Controls:
         return dict(vars(self))
 
 
-def make_controls(
-    proxy: ImageSet, labels: Tensor, reconstruction: Tensor, shuffled: Tensor
-) -> Controls:
+def make_controls(proxy: ImageSet, labels: Tensor, reconstruction: Tensor, shuffled: Tensor) -> Controls:
     """Controls for n victims.
 
     Args:
@@ -36,15 +34,9 @@ def make_controls(
     """
     images = proxy.batch(slice(None))
     mean = images.mean(0)
-    classes = torch.stack(
-        [_mean_of(images[proxy.labels == label], mean) for label in labels]
-    )
-    nearest = images[
-        torch.cdist(reconstruction.flatten(1).cpu(), images.flatten(1)).argmin(1)
-    ]
-    return Controls(
-        mean.expand(len(labels), -1, -1, -1), classes, nearest, shuffled.cpu()
-    )
+    classes = torch.stack([_mean_of(images[proxy.labels == label], mean) for label in labels])
+    nearest = images[torch.cdist(reconstruction.flatten(1).cpu(), images.flatten(1)).argmin(1)]
+    return Controls(mean.expand(len(labels), -1, -1, -1), classes, nearest, shuffled.cpu())
 
 
 def _mean_of(images: Tensor, fallback: Tensor) -> Tensor:

@@ -75,10 +75,7 @@ def make_victims(
     target: Target | None = None
     for name, images in sets.items():
         labels = images.labels
-        assert labels is not None
-        folders = train_victims(
-            base, images.batch(slice(None)), labels, folder / name, VictimConfig(seed=config.seed)
-        )
+        folders = train_victims(base, images.batch(slice(None)), labels, folder / name, VictimConfig(seed=config.seed))
         victims[name] = []
         for path in folders:
             target, update = attach(read_adapter(path), base)

@@ -51,9 +51,14 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _target(target: dict[str, Any]) -> str:
-    lead = f"Base {target['base']}, {len(target['layers'])} adapted layers, rank {target['rank']}, {target['tokens']} tokens."
+    lead = (
+        f"Base {target['base']}, {len(target['layers'])} adapted layers, rank {target['rank']}, "
+        f"{target['tokens']} tokens."
+    )
     rows = [[route, "yes" if ok else "no", target["why"][route]] for route, ok in target["identifiable"].items()]
-    return f"<p>{escape(lead)}</p><h2>Which routes can work, by count</h2>" + _table(["route", "equations suffice", "why"], rows)
+    return f"<p>{escape(lead)}</p><h2>Which routes can work, by count</h2>" + _table(
+        ["route", "equations suffice", "why"], rows
+    )
 
 
 def _set(part: SetReport, figures: dict[str, Any]) -> str:
@@ -81,11 +86,14 @@ def _pictures(rows: list[tuple[str, Tensor]]) -> str:
     for key, images in rows:
         name = row_name(key)
         cells = "".join(
-            f"<td><img alt='{escape(name)} {i}' src='data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}'></td>"
-            for i, image in enumerate(images)
+            f"<td><img alt='{escape(name)} {i}' src='{_inline(image)}'></td>" for i, image in enumerate(images)
         )
         lines.append(f"<tr{' class=control' if name.startswith('control') else ''}><td>{escape(name)}</td>{cells}</tr>")
     return f"<div class=scroll><table class=pictures>{''.join(lines)}</table></div>"
+
+
+def _inline(image: Tensor) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
 
 
 def _phase0(figures: list[dict[str, Any]], images: list[tuple[str, Tensor]]) -> str:

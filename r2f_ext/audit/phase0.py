@@ -19,7 +19,6 @@ def run_phase0(base: BaseModel, private: ImageSet) -> tuple[list[dict[str, Any]]
         figures [{route, psnr_db_mean, psnr_db_min, seconds, why}] and pictures [(route, images [n, c, h, w])].
     """
     originals, labels = private.batch(slice(None)), private.labels
-    assert labels is not None
     figures, pictures = [], []
     for found in phase0(base, originals.to(base.device), labels.to(base.device)).reconstructions:
         psnr = psnr_db(found.images.cpu(), originals)

@@ -75,7 +75,9 @@ def set_report(
 ) -> SetReport:
     """Take the victims `rows` out of an audit and put them beside their originals (in the same order)."""
     parts = [
-        Reconstruction(r.route, r.images[rows], None if r.labels is None else r.labels[rows], r.why, r.seconds, r.details)
+        Reconstruction(
+            r.route, r.images[rows], None if r.labels is None else r.labels[rows], r.why, r.seconds, r.details
+        )
         for r in result.reconstructions
     ]
     amortised = next(r for r in parts if r.route == "amortised")
@@ -83,8 +85,9 @@ def set_report(
     if private is None:
         return SetReport(name, proxy.name, parts, None, None, None, notes)
     labels = private.labels
-    assert labels is not None
-    controls = make_controls(proxy, labels, amortised.images, result.shuffled[rows])
+    # Another victim of the same set for each: what the route makes of any adapter.
+    shuffled = amortised.images.roll(1, 0) if len(amortised.images) > 1 else result.stranger
+    controls = make_controls(proxy, labels, amortised.images, shuffled)
     return SetReport(name, proxy.name, parts, private.batch(slice(None)), labels, controls, notes)
 
 
@@ -156,7 +159,11 @@ def _set_figures(part: SetReport) -> dict[str, Any]:
         "proxy": part.proxy,
         "routes": {
             r.route: {
-                **(asdict(scores[r.route]) if scores else {"psnr_db_mean": None, "psnr_db_std": None, "ssim_mean": None}),
+                **(
+                    asdict(scores[r.route])
+                    if scores
+                    else {"psnr_db_mean": None, "psnr_db_std": None, "ssim_mean": None}
+                ),
                 "label_accuracy": _label_accuracy(r, part.labels),
                 "why": r.why,
                 "details": r.details,

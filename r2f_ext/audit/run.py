@@ -31,7 +31,8 @@ class AuditResult:
         decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units
             of the victim's learning rate.
         reconstructions: one a route, images [V, c, h, w].
-        shuffled: the amortised estimate from another adapter (or from another sample's update, if V = 1).
+        stranger: [1, c, h, w], the amortised estimate from the update of a proxy sample drawn by the seed: the
+            shuffled-adapter control of a single victim.
         seconds: stage -> wall time.
     """
 
@@ -40,7 +41,7 @@ class AuditResult:
     decoders: dict[str, dict[str, dict[str, float]]]
     decoded: Gradient
     reconstructions: list[Reconstruction]
-    shuffled: Tensor
+    stranger: Tensor
     seconds: dict[str, float]
 
 
@@ -89,27 +90,19 @@ def audit(
             target.base.num_classes,
         )
         amortised = inverter.invert(observed)
-        shuffled = inverter.invert(_shuffle(observed, updates, config.seed)).images
+        stranger = inverter.invert(_proxy_update(observed, updates, config.seed)).images
     with stages.stage("matching", config.matching.steps) as advance:
         matching = match_decoded(target, decoded, amortised, config.matching, advance)
     with stages.stage("refinement", config.refinement.steps) as advance:
         refined = refine(target, a, observed, amortised, config.refinement, advance)
     rate = count / stages.seconds["pairs"]
-    return AuditResult(
-        count,
-        rate,
-        scored,
-        decoded,
-        [matching, amortised, refined],
-        shuffled,
-        dict(stages.seconds),
-    )
+    return AuditResult(count, rate, scored, decoded, [matching, amortised, refined], stranger, dict(stages.seconds))
 
 
 def match_decoded(
     target: Target, decoded: Gradient, amortised: Reconstruction, config: MatchingConfig, advance: Advance
 ) -> Reconstruction:
-    """Route `matching` (METHODS 3a): from a gray image towards the decoded gradient, with the amortised route's labels."""
+    """Route `matching`: from a gray image towards the decoded gradient, with the amortised route's labels."""
     assert amortised.labels is not None
     return match(
         target,
@@ -186,9 +179,7 @@ def decode(
             name: torch.cat(
                 [
                     u,
-                    updates[name][fitted : fitted + held_out].view(
-                        held_out, *u.shape[1:]
-                    ),
+                    updates[name][fitted : fitted + held_out].view(held_out, *u.shape[1:]),
                 ]
             )
             for name, u in observed.items()
@@ -209,19 +200,10 @@ def _common_start(adapters: list[LoraUpdate]) -> dict[str, Tensor]:
             if a.shape != first[name].shape or not torch.allclose(
                 a, first[name], rtol=0, atol=1e-2 * float(a.abs().max())
             ):
-                raise R2FError(
-                    f"the adapters do not share one start (A of {name} differs): audit them one by one."
-                )
-    return {
-        name: torch.stack([adapter.a[name].float() for adapter in adapters]).mean(0)
-        for name in first
-    }
+                raise R2FError(f"the adapters do not share one start (A of {name} differs): audit them one by one.")
+    return {name: torch.stack([adapter.a[name].float() for adapter in adapters]).mean(0) for name in first}
 
 
-def _shuffle(observed: Updates, proxies: dict[str, Tensor], seed: int) -> Updates:
-    """Another victim's update for each victim; for a single one, a proxy sample's."""
-    count = len(next(iter(observed.values())))
-    if count > 1:
-        return {name: u.roll(1, 0) for name, u in observed.items()}
+def _proxy_update(observed: Updates, proxies: dict[str, Tensor], seed: int) -> Updates:
     pick = seed % len(next(iter(proxies.values())))
-    return {name: proxies[name][pick].view_as(u) for name, u in observed.items()}
+    return {name: proxies[name][pick].view(1, *u.shape[1:]) for name, u in observed.items()}

@@ -6,6 +6,7 @@ group p is the sum over that group's tokens only. This is exact for models witho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -45,7 +46,7 @@ class Capture:
         self._handles.clear()
         self._seen.clear()
 
-    def _hook(self, name: str):
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # Nothing below the first adapted layer is wanted: the backward starts at its output.
             if not output.requires_grad:

@@ -196,8 +196,14 @@ def _adapters(folders: list[str], options: Options) -> tuple[Target, list[LoraUp
 def _stored(options: Options, target: Target, adapter: LoraUpdate) -> StoredPairs:
     pairs = StoredPairs(options.pairs, target.base)
     for name, a in adapter.a.items():
-        if name not in pairs.a or pairs.a[name].shape != a.shape or not torch.allclose(pairs.a[name], a.float(), atol=1e-2):
-            raise R2FError(f"the pairs in '{options.pairs}' were made for another adapter (A of {name} differs): make new ones.")
+        if (
+            name not in pairs.a
+            or pairs.a[name].shape != a.shape
+            or not torch.allclose(pairs.a[name], a.float(), atol=1e-2)
+        ):
+            raise R2FError(
+                f"the pairs in '{options.pairs}' were made for another adapter (A of {name} differs): make new ones."
+            )
     return pairs
 
 

@@ -92,7 +92,10 @@ def print_report(report: dict[str, Any]) -> None:
         _print_decoders(proxy, part)
     for name, figures in report["reconstruction"].items():
         rows = [_route_row(route, values) for route, values in figures["routes"].items()]
-        rows += [[f"control: {control.replace('_', ' ')}", f"{value:.2f}", "", "", ""] for control, value in figures["controls"].items()]
+        rows += [
+            [f"control: {control.replace('_', ' ')}", f"{value:.2f}", "", "", ""]
+            for control, value in figures["controls"].items()
+        ]
         title = f"{name}: {figures['n']} adapters, proxy {figures['proxy']}"
         table(title, ["", "PSNR dB", "std", "SSIM", "labels right"], rows)
         console.print(Text(figures["verdict"], style="bold"))
@@ -116,7 +119,9 @@ def _route_row(route: str, values: dict[str, Any]) -> list[str]:
 
 def _print_phase0(figures: list[dict[str, Any]]) -> None:
     if figures:
-        rows = [[f["route"], f"{f['psnr_db_mean']:.1f}", f"{f['psnr_db_min']:.1f}", f"{f['seconds']:.2f}"] for f in figures]
+        rows = [
+            [f["route"], f"{f['psnr_db_mean']:.1f}", f"{f['psnr_db_min']:.1f}", f"{f['seconds']:.2f}"] for f in figures
+        ]
         table("Phase 0: the exact gradient, inverted in closed form", ["route", "PSNR dB", "worst", "seconds"], rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 DESCRIPTION = """\
 How much of its training data does a LoRA adapter give away?
@@ -32,6 +33,7 @@ Files appear under their final names only when they are whole.
 """
 
 BASE_HELP = "embedded (default) | timm:NAME | a FOLDER with config.json and model.safetensors"
+Commands = Any  # what add_subparsers returns; argparse keeps its type private
 IMAGES_HELP = "embedded | fashion-mnist | cifar100 | lfw | photos | procedural | a FOLDER | a+b"
 
 
@@ -55,7 +57,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _command(commands, name: str, summary: str, base: bool = True, out: str | None = None) -> argparse.ArgumentParser:
+def _command(
+    commands: Commands, name: str, summary: str, base: bool = True, out: str | None = None
+) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
     if base:
         command.add_argument("--base", default="embedded", metavar="MODEL", help=BASE_HELP)
@@ -82,7 +86,7 @@ def _adapter(command: argparse.ArgumentParser, many: bool = False) -> None:
     )
 
 
-def _audit(commands) -> None:
+def _audit(commands: Commands) -> None:
     command = _command(commands, "audit", "the main job: what did this adapter give away?", out="for the report")
     _adapter(command, many=True)
     _proxy(command)
@@ -94,11 +98,13 @@ def _audit(commands) -> None:
     command.add_argument("--count", type=int, default=8000, metavar="N", help="proxy pairs (default 8000)")
 
 
-def _demo(commands) -> None:
-    _command(commands, "demo", "make 24 real victims with PEFT and audit them; about 5 minutes on 2 cores", out="for it")
+def _demo(commands: Commands) -> None:
+    _command(
+        commands, "demo", "make 24 real victims with PEFT and audit them; about 5 minutes on 2 cores", out="for it"
+    )
 
 
-def _phase0(commands) -> None:
+def _phase0(commands: Commands) -> None:
     command = _command(
         commands, "phase0", "the ceiling: invert the exact full gradient in closed form", out="for the images"
     )
@@ -106,19 +112,19 @@ def _phase0(commands) -> None:
     command.add_argument("--count", type=int, default=16, metavar="N", help="how many images (default 16)")
 
 
-def _pairs(commands) -> None:
+def _pairs(commands: Commands) -> None:
     command = _command(commands, "pairs", "make (LoRA update, full gradient) pairs on disk", out="for the shards")
     _adapter(command)
     _proxy(command)
     command.add_argument("--count", type=int, default=3000, metavar="N", help="how many pairs (default 3000)")
 
 
-def _fit(commands) -> None:
+def _fit(commands: Commands) -> None:
     command = _command(commands, "fit", "fit the decoders of every layer to pairs", out="for the decoders")
     command.add_argument("pairs", metavar="PAIRS", help="a folder written by r2f pairs")
 
 
-def _decode(commands) -> None:
+def _decode(commands: Commands) -> None:
     command = _command(commands, "decode", "decode an adapter's update to full gradients", out="for the gradients")
     _adapter(command)
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="the folder that the decoders were fitted to")
@@ -128,12 +134,12 @@ def _decode(commands) -> None:
     )
 
 
-def _invert(commands) -> None:
+def _invert(commands: Commands) -> None:
     command = _command(commands, "invert", "invert an adapter's update to images", out="for the images")
     _adapter(command)
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="a folder written by r2f pairs")
     command.add_argument("--gradients", metavar="FILE", help="decoded gradients; adds the route `matching`")
 
 
-def _env(commands) -> None:
+def _env(commands: Commands) -> None:
     _command(commands, "env", "versions, what was built, and which kernel each operator uses", base=False)

@@ -24,19 +24,19 @@ class ImageSet:
     Attributes:
         name: what the images are, for reports.
         images: uint8 [n, c, h, w].
-        labels: int64 [n], or None.
+        labels: int64 [n].
         notes: sentences a report should repeat: fewer images than asked for, folded or random labels.
     """
 
     name: str
     images: Tensor
-    labels: Tensor | None
+    labels: Tensor
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8 [n, c, h, w], got {self.images.dtype} {tuple(self.images.shape)}")
-        if self.labels is not None and self.labels.shape != self.images.shape[:1]:
+        if self.labels.shape != self.images.shape[:1]:
             raise ValueError("one label an image")
 
     def __len__(self) -> int:
@@ -48,8 +48,7 @@ class ImageSet:
 
     def take(self, indices: Tensor) -> ImageSet:
         """The same set with only the rows at `indices`, in that order."""
-        labels = None if self.labels is None else self.labels[indices]
-        return replace(self, images=self.images[indices], labels=labels)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def noted(self, *notes: str) -> ImageSet:
         """The same set with more notes."""

@@ -125,7 +125,7 @@ class _Request:
 
     def folded(self, loaded: ImageSet) -> ImageSet:
         """Labels below num_classes, by label % num_classes, with a note where that changes any."""
-        if loaded.labels is None or not len(loaded) or int(loaded.labels.max()) < self.num_classes:
+        if not len(loaded) or int(loaded.labels.max()) < self.num_classes:
             return loaded
         folded = ImageSet(loaded.name, loaded.images, loaded.labels % self.num_classes, loaded.notes)
         return folded.noted(f"labels of '{loaded.name}' go beyond the {self.num_classes} classes and were folded.")
@@ -192,7 +192,7 @@ class _Request:
             short = share is not None and len(part) < share
             sets.append(part.noted(f"'{name}' has {len(part)} images of its share of {share}.") if short else part)
         images = torch.cat([part.images for part in sets])
-        labels = torch.cat([part.labels for part in sets if part.labels is not None])
+        labels = torch.cat([part.labels for part in sets])
         notes = tuple(dict.fromkeys(note for part in sets for note in part.notes))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         return ImageSet(spec, images, labels, notes).take(order)

@@ -13,7 +13,17 @@ from r2f_ext.errors import R2FError
 
 # Two lists without a common photograph, so that private crops never lie in proxy crops.
 PROXY_PHOTOS = (
-    "brick", "camera", "cell", "clock", "coins", "grass", "gravel", "immunohistochemistry", "moon", "page", "text",
+    "brick",
+    "camera",
+    "cell",
+    "clock",
+    "coins",
+    "grass",
+    "gravel",
+    "immunohistochemistry",
+    "moon",
+    "page",
+    "text",
 )
 PRIVATE_PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
 FACES = 100

@@ -7,9 +7,7 @@ from r2f_ext.decoders.ridge import Ridge
 from r2f_ext.decoders.row_lmmse import RowLMMSE
 from r2f_ext.decoders.store import load_decoder, save_decoders
 
-KINDS: dict[str, type[Decoder]] = {
-    kind.kind: kind for kind in (Projection, RowLMMSE, Ridge)
-}
+KINDS: dict[str, type[Decoder]] = {kind.kind: kind for kind in (Projection, RowLMMSE, Ridge)}
 
 __all__ = [
     "KINDS",

@@ -79,7 +79,4 @@ def stack_updates(adapters: list[LoraUpdate]) -> Updates:
     After one SGD step from PEFT's start B = -lr * s * G A^T; after T small steps it is, to first order, that of
     the average gradient (the seed's Eq. 5-6).
     """
-    return {
-        name: -torch.stack([adapter.b[name].float() for adapter in adapters])
-        for name in adapters[0].b
-    }
+    return {name: -torch.stack([adapter.b[name].float() for adapter in adapters]) for name in adapters[0].b}

@@ -29,9 +29,7 @@ class HeldOut:
         }
 
 
-def held_out_cosines(
-    decoded: Gradient, pairs: PairSource, start: int, stop: int
-) -> HeldOut:
+def held_out_cosines(decoded: Gradient, pairs: PairSource, start: int, stop: int) -> HeldOut:
     """Compare decoded gradients [stop - start, d_out, d_in] with the true ones of the pairs `start` to `stop`.
 
     The decoder must not have been fitted to those pairs.
@@ -42,8 +40,6 @@ def held_out_cosines(
         last = first + len(batch.labels)
         for name, guess in decoded.dense.items():
             true = batch.gradients.dense(name).flatten(1)
-            cosines[name].append(
-                F.cosine_similarity(guess[first:last].flatten(1), true)
-            )
+            cosines[name].append(F.cosine_similarity(guess[first:last].flatten(1), true))
         first = last
     return HeldOut({name: torch.cat(parts) for name, parts in cosines.items()})

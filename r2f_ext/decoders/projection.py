@@ -19,10 +19,7 @@ class Projection(Decoder):
     kind = "projection"
 
     def start(self, pairs: PairSource, count: int) -> None:
-        self.maps = {
-            layer.name: projection_map(layer, pairs.a[layer.name]).float()
-            for layer in pairs.target.layers
-        }
+        self.maps = {layer.name: projection_map(layer, pairs.a[layer.name]).float() for layer in pairs.target.layers}
 
     def observe(self, batch: PairBatch) -> None:
         pass
@@ -31,9 +28,7 @@ class Projection(Decoder):
         pass
 
     def decode(self, updates: Updates) -> Gradient:
-        return Gradient(
-            {name: update @ self.maps[name] for name, update in updates.items()}
-        )
+        return Gradient({name: update @ self.maps[name] for name, update in updates.items()})
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.maps)

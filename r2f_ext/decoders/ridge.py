@@ -1,7 +1,7 @@
 """Closed-form linear map from the updates to a layer's whole gradient, in dual form; the default decoder.
 
-A layer's decoder reads its own update u_l, and at a smaller weight those of all layers: one sample shaped all of
-them, so they help each other (docs/decoders.md has the ablation). With unit updates z = u / |u| the kernel of layer l is
+A layer's decoder reads its own update u_l and those of all layers: one sample shaped all of them, so they help each
+other (docs/decoders.md has the ablation). With unit updates z = u / |u| the kernel of layer l is
     k_l = OWN * <z_l, z_l'> + (1 - OWN) * mean_m <z_m, z_m'>
 and ridge regression of G_p / |u_p| predicts
     w = (K_l + lam I)^-1 k_l(u),   G_hat = |u| * sum_p w_p D_p^T X_p / |u_p|
@@ -68,7 +68,9 @@ class Ridge(Decoder):
         weights = self.weights(updates)
         count = len(next(iter(self.norms.values())))
         total = {
-            layer.name: torch.zeros(len(updates[layer.name]), layer.d_out * layer.d_in, device=weights[layer.name].device)
+            layer.name: torch.zeros(
+                len(updates[layer.name]), layer.d_out * layer.d_in, device=weights[layer.name].device
+            )
             for layer in self.pairs.target.layers
         }
         first = 0
@@ -77,7 +79,12 @@ class Ridge(Decoder):
             for name, gradient in total.items():
                 gradient.addmm_(weights[name][:, first:last], batch.gradients.dense(name).flatten(1))
             first = last
-        return Gradient({layer.name: total[layer.name].unflatten(1, (layer.d_out, layer.d_in)) for layer in self.pairs.target.layers})
+        return Gradient(
+            {
+                layer.name: total[layer.name].unflatten(1, (layer.d_out, layer.d_in))
+                for layer in self.pairs.target.layers
+            }
+        )
 
     def state(self) -> dict[str, Tensor]:
         scaled = {name: self.units[name] * self.norms[name][:, None] for name in self.units}

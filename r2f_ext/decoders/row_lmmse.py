@@ -9,9 +9,7 @@ from r2f_ext.decoders.base import Decoder, Updates
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient, PairBatch
 
-RIDGE = (
-    1e-6  # relative to the mean diagonal: the r x r normal equations need next to none
-)
+RIDGE = 1e-6  # relative to the mean diagonal: the r x r normal equations need next to none
 
 
 class RowLMMSE(Decoder):
@@ -20,15 +18,11 @@ class RowLMMSE(Decoder):
     def start(self, pairs: PairSource, count: int) -> None:
         device = pairs.target.base.device
         self.left = {
-            layer.name: torch.zeros(
-                layer.rank, layer.rank, dtype=torch.float64, device=device
-            )
+            layer.name: torch.zeros(layer.rank, layer.rank, dtype=torch.float64, device=device)
             for layer in pairs.target.layers
         }
         self.right = {
-            layer.name: torch.zeros(
-                layer.rank, layer.d_in, dtype=torch.float64, device=device
-            )
+            layer.name: torch.zeros(layer.rank, layer.d_in, dtype=torch.float64, device=device)
             for layer in pairs.target.layers
         }
 
@@ -41,25 +35,16 @@ class RowLMMSE(Decoder):
             self.left[name] += (rows.mT @ rows).double()
             # sum_p Z_p^T G_p = sum_p (D_p Z_p)^T X_p: G is never formed.
             tokens = batch.gradients.delta[name] @ (unit / norm)
-            self.right[name] += (
-                tokens.flatten(0, 1).mT @ batch.gradients.x[name].flatten(0, 1)
-            ).double()
+            self.right[name] += (tokens.flatten(0, 1).mT @ batch.gradients.x[name].flatten(0, 1)).double()
 
     def finish(self) -> None:
         self.maps = {}
         for name, gram in self.left.items():
-            damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(
-                len(gram), dtype=gram.dtype, device=gram.device
-            )
+            damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             self.maps[name] = torch.linalg.solve(damped, self.right[name]).float()
 
     def decode(self, updates: Updates) -> Gradient:
-        return Gradient(
-            {
-                name: update @ self.maps[name].to(update.device)
-                for name, update in updates.items()
-            }
-        )
+        return Gradient({name: update @ self.maps[name].to(update.device) for name, update in updates.items()})
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.maps)

@@ -1,7 +1,7 @@
 """Fitted decoders on disk: decoders.json and one safetensors file a kind.
 
-A ridge decoder in dual form *is* its pairs and lambda, so its file refers to the pairs by fingerprint and `load_decoder`
-takes them again.
+A ridge decoder in dual form *is* its pairs and lambda, so its file refers to the pairs by fingerprint and
+`load_decoder` takes them again.
 """
 
 from __future__ import annotations

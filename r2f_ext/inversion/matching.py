@@ -17,7 +17,7 @@ from r2f_ext.types import Reconstruction, Target
 
 @dataclass(frozen=True)
 class MatchingConfig:
-    """steps of signed Adam; step_size in pixels of [0, 1], divided by 10 at 3/8, 5/8 and 7/8 of the way; weight of TV."""
+    """Steps of signed Adam; step size in pixels of [0, 1], a tenth of it after 3/8, 5/8 and 7/8; weight of TV."""
 
     steps: int = 120
     step_size: float = 0.05

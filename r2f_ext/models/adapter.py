@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -88,7 +89,9 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     weights = _read_weights(folder)
     bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise R2FError(f"adapter '{folder}' holds NaN or infinity in {bad[0]}: it diverged or is damaged; save it again.")
+        raise R2FError(
+            f"adapter '{folder}' holds NaN or infinity in {bad[0]}: it diverged or is damaged; save it again."
+        )
     factors = [tensor for name, tensor in weights.items() if ".lora_B" in name]
     if factors and not any(tensor.any() for tensor in factors):
         raise R2FError(f"adapter '{folder}' is untrained: every B is zero, so it holds nothing of any data.")
@@ -111,7 +114,9 @@ def _read_config(folder: Path) -> dict:
             raise R2FError(f"{path} uses {variant} ({name}): only plain LoRA is supported; train without it.")
     init = raw.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
-        raise R2FError(f"{path} uses init_lora_weights={init!r}, which changes the base: only PEFT's default start is supported.")
+        raise R2FError(
+            f"{path} uses init_lora_weights={init!r}, which changes the base: only PEFT's default start is supported."
+        )
     return {name: raw[name] for name in USED_FIELDS if raw.get(name) is not None}
 
 
@@ -142,14 +147,16 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     """
     try:
         wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
-        outcome = set_peft_model_state_dict(wrapped, files.weights)
+        outcome: Any = set_peft_model_state_dict(wrapped, files.weights)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise R2FError(f"adapter '{files.folder}' does not fit base '{base.spec}': {reason}") from error
     missing = [name for name in outcome.missing_keys if "lora_" in name]
     if outcome.unexpected_keys or missing:
         name = (list(outcome.unexpected_keys) + missing)[0]
-        raise R2FError(f"adapter '{files.folder}' does not fit base '{base.spec}': no match for {name}; name its own base.")
+        raise R2FError(
+            f"adapter '{files.folder}' does not fit base '{base.spec}': no match for {name}; name its own base."
+        )
 
     layers: list[AdaptedLayer] = []
     a: dict[str, Tensor] = {}

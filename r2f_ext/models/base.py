@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import set_fused_attn
-from torch import nn
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models.embedded import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, WEIGHTS, build_embedded_vit
@@ -53,7 +53,7 @@ def _from_timm(spec: str, num_classes: int | None) -> BaseModel:
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3]) or "see timm.list_models()"
         raise R2FError(f"unknown base model '{name}': timm has no model of that name (close: {close}).")
-    head = {} if num_classes is None else {"num_classes": num_classes}
+    head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         model = timm.create_model(name, pretrained=True, **head)
     except Exception as error:  # hub, network and safetensors errors differ by version
@@ -80,7 +80,7 @@ def _from_folder(spec: str) -> BaseModel:
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise R2FError(f"{config_path} names '{architecture}', which timm does not have.")
     try:
-        model = timm.create_model(
+        model: Any = timm.create_model(
             architecture,
             pretrained=False,
             num_classes=config.get("num_classes", 1000),
@@ -97,7 +97,7 @@ def _from_folder(spec: str) -> BaseModel:
     return _describe(model, spec)
 
 
-def _describe(model: nn.Module, spec: str) -> BaseModel:
+def _describe(model: Any, spec: str) -> BaseModel:
     cfg = model.pretrained_cfg
     size = model.patch_embed.img_size if hasattr(model, "patch_embed") else cfg["input_size"][1:]
     channels = cfg.get("input_size", (3,))[0]

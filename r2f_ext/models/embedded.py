@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 ASSETS = Path(__file__).parent / "assets"
 WEIGHTS = ASSETS / "embedded_vit.safetensors"
@@ -41,6 +42,8 @@ def reset_head(model: VisionTransformer, seed: int = HEAD_SEED) -> None:
     A head that already fits its task gives near-zero gradients; fine-tuning starts from a fresh one.
     """
     generator = torch.Generator().manual_seed(seed)
+    head = model.get_classifier()
+    assert isinstance(head, nn.Linear)
     with torch.no_grad():
-        model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=generator) * 0.02)
-        model.head.bias.zero_()
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
+        head.bias.zero_()

@@ -12,7 +12,9 @@ import torch
 
 from .schemas import NAMESPACE, SCHEMAS
 
-BUILD_RECORD = Path(__file__).resolve().parent.parent / "_build_info.json"  # written by setup.py beside the compiled module
+BUILD_RECORD = (
+    Path(__file__).resolve().parent.parent / "_build_info.json"
+)  # written by setup.py beside the compiled module
 
 _build: dict[str, Any] = {}
 _why_not_loaded: str | None = "r2f_ext.ops has not been imported"

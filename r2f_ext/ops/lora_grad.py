@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from . import reference
 from .reference import accumulation_dtype
@@ -51,7 +51,9 @@ def lora_grad(
         TypeError: dtypes that are not supported or differ from each other.
     """
     _check(x, delta, A, B)
-    grad_A, grad_B, A1, B1 = torch.ops.r2f.lora_grad(x, delta, A, B, float(scale), None if lr is None else float(lr))
+    grad_A, grad_B, A1, B1 = torch.ops.r2f.lora_grad.default(
+        x, delta, A, B, float(scale), None if lr is None else float(lr)
+    )
     if B is None:
         shape = (x.shape[0], *A.shape[-2:])
         grad_A = grad_B.new_zeros(()).expand(shape)
@@ -61,29 +63,40 @@ def lora_grad(
 
 
 def _check(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None) -> None:
-    def fail(what: str) -> None:
-        given = f"x {list(x.shape)}, delta {list(delta.shape)}, A {list(A.shape)}, B {None if B is None else list(B.shape)}"
-        raise ValueError(f"lora_grad: {what}; got {given}")
+    """Runs on every call, so it touches each shape once."""
+    given, x_shape, delta_shape, A_shape = (
+        (x, delta, A) if B is None else (x, delta, A, B),
+        x.shape,
+        delta.shape,
+        A.shape,
+    )
+    if len(x_shape) != 3 or len(delta_shape) != 3 or x_shape[:2] != delta_shape[:2]:
+        raise _bad_shape("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N", given)
+    groups, _, d_in = x_shape
+    if len(A_shape) not in (2, 3) or A_shape[-1] != d_in or (len(A_shape) == 3 and A_shape[0] != groups):
+        raise _bad_shape("A must be [r, d_in] or [P, r, d_in]", given)
+    if A_shape[-2] < 1:
+        raise _bad_shape("the rank must be at least 1", given)
+    if B is not None:
+        one = (delta_shape[2], A_shape[-2])
+        if B.shape not in (one, (groups, *one)):
+            raise _bad_shape("B must be [d_out, r] or [P, d_out, r]", given)
 
-    if x.dim() != 3 or delta.dim() != 3 or x.shape[:2] != delta.shape[:2]:
-        fail("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N")
-    groups, d_in, d_out = x.shape[0], x.shape[2], delta.shape[2]
-    if A.dim() not in (2, 3) or A.shape[-1] != d_in or (A.dim() == 3 and A.shape[0] != groups):
-        fail("A must be [r, d_in] or [P, r, d_in]")
-    rank = A.shape[-2]
-    if rank < 1:
-        fail("the rank must be at least 1")
-    if B is not None and (B.dim() not in (2, 3) or B.shape[-2:] != (d_out, rank) or (B.dim() == 3 and B.shape[0] != groups)):
-        fail("B must be [d_out, r] or [P, d_out, r]")
+    dtype, device = x.dtype, x.device
+    for tensor in given:
+        if tensor.dtype != dtype or dtype not in DTYPES:
+            raise TypeError(
+                "lora_grad: x, delta, A and B must share one dtype of float32, float64, bfloat16; got "
+                + ", ".join(str(t.dtype).removeprefix("torch.") for t in given)
+            )
+        if tensor.device != device:
+            devices = ", ".join(str(t.device) for t in given)
+            raise ValueError(f"lora_grad: all tensors must be on one device; got {devices}")
 
-    tensors = [x, delta, A] if B is None else [x, delta, A, B]
-    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors):
-        raise TypeError(
-            "lora_grad: x, delta, A and B must share one dtype of float32, float64, bfloat16; got "
-            + ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
-        )
-    if any(t.device != x.device for t in tensors):
-        raise ValueError("lora_grad: all tensors must be on one device; got " + ", ".join(str(t.device) for t in tensors))
+
+def _bad_shape(what: str, tensors: tuple[Tensor, ...]) -> ValueError:
+    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(("x", "delta", "A", "B"), tensors, strict=False))
+    return ValueError(f"lora_grad: {what}; got {shapes}")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_grad")

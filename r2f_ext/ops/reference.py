@@ -6,8 +6,8 @@ particular device replaces it there. Gradients are not taken through these funct
 
 from __future__ import annotations
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from .schemas import NAMESPACE
 

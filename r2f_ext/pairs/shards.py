@@ -1,8 +1,8 @@
 """Pairs on disk: safetensors shards with gradients as factors, and a manifest written last.
 
-    manifest.json            schema, base, layers, proxy, count, shard names with their SHA-256
-    start.safetensors        A of every layer
-    pairs-00000.safetensors  update/NAME float32, x/NAME and delta/NAME bfloat16, images uint8, labels
+manifest.json            schema, base, layers, proxy, count, shard names with their SHA-256
+start.safetensors        A of every layer
+pairs-00000.safetensors  update/NAME float32, x/NAME and delta/NAME bfloat16, images uint8, labels
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,7 +37,8 @@ def write_pairs(pairs: GeneratedPairs, count: int, folder: str | Path, advance: 
         R2FError: the folder cannot be written to, or the disk cannot hold them.
     """
     folder = output_folder(folder)
-    shards, written = [], 0
+    shards: list[dict[str, Any]] = []
+    written = 0
     (folder / "manifest.json").unlink(missing_ok=True)
     for batch in pairs.batches(0, count):
         if not shards:
@@ -92,7 +94,9 @@ class StoredPairs:
         try:
             self.manifest = json.loads(path.read_text())
             if self.manifest["schema"] != SCHEMA:
-                raise R2FError(f"{path} has schema {self.manifest['schema']}, this version reads {SCHEMA}: make it anew.")
+                raise R2FError(
+                    f"{path} has schema {self.manifest['schema']}, this version reads {SCHEMA}: make it anew."
+                )
             layers = tuple(AdaptedLayer(**layer) for layer in self.manifest["layers"])
             self._shards = [(_plain_name(s["name"]), int(s["count"]), s["sha256"]) for s in self.manifest["shards"]]
         except (ValueError, KeyError, TypeError) as error:
