@@ -29,7 +29,7 @@ def stop(sentence):
 
 
 def cuda_home():
-    """Where both nvcc and the headers are. torch's own guess is None for a CPU build, and wrong where nvcc is a wrapper script."""
+    """Where nvcc and its headers are. torch's guess is None for a CPU build, wrong where nvcc is a wrapper script."""
     places = [
         os.environ.get("CUDA_HOME"),
         os.environ.get("CUDA_PATH"),
@@ -43,7 +43,7 @@ def cuda_home():
 
 
 def gencode():
-    """nvcc's flags for the wanted architectures, and their list in words. No GPU is asked: most machines that build have none."""
+    """nvcc's flags for the wanted architectures, and their list. No GPU is asked: most build machines have none."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX").replace(" ", ";")
     flags = []
     for arch in filter(None, wanted.split(";")):
@@ -64,9 +64,7 @@ def build_mode():
     if mode == "none":
         return mode, None
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++").split()[0], "c++", "g++")):
-        stop(
-            "no C++ compiler was found. Install one (g++ 11 or newer), or set R2F_BUILD=none to install without compiled kernels."
-        )
+        stop("no C++ compiler was found: install one (g++ 11 or newer), or set R2F_BUILD=none for no compiled kernels.")
     toolkit = cuda_home() if mode in ("auto", "cuda") else None
     if mode == "cuda" and toolkit is None:
         stop("R2F_BUILD=cuda, but no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found; set CUDA_HOME.")
@@ -78,9 +76,7 @@ def extension(mode, toolkit):
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        stop(
-            "torch is needed to build: install it first, then run `pip install --no-build-isolation .` (or set R2F_BUILD=none)."
-        )
+        stop("torch is needed to build: install it, then `pip install --no-build-isolation .` (or set R2F_BUILD=none).")
 
     sources = [s for s in (CSRC / "sources.txt").read_text().split("\n") if s and not s.startswith("#")]
     cuda_sources = [s for s in sources if s.endswith(".cu")] if mode == "cuda" else []
@@ -135,8 +131,8 @@ def extension(mode, toolkit):
         [str(CSRC / s) for s in sources if s.endswith(".cpp")],
         include_dirs=[str(CSRC.resolve()), str((CSRC / "include").resolve())],
         define_macros=[("R2F_WITH_CUDA", "1")] if mode == "cuda" else [],
-        # at::parallel_for is OpenMP code in a header. Its runtime is the one that torch has already loaded: linking a second one
-        # would give two pools of threads.
+        # at::parallel_for is OpenMP code in a header. Its runtime is the one that torch has already loaded: linking a
+        # second one would give two pools of threads.
         extra_compile_args=[*FLAGS, "-fopenmp"],
         # The CUDA runtime goes in statically, so that the module also loads beside a torch without CUDA.
         extra_link_args=[f"-L{toolkit}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]

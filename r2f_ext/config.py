@@ -21,7 +21,7 @@ class AuditConfig:
     """
 
     pairs: int = 8000
-    decoder_pairs: int = 4000
+    decoder_pairs: int = 6000
     held_out: int = 100
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     refinement: MatchingConfig = field(default_factory=lambda: MatchingConfig(steps=60, step_size=0.01, tv_weight=0.05))

@@ -1,4 +1,7 @@
-"""lora_grad against the best plain PyTorch form.  python benchmarks/ops/bench_lora_grad.py [--device cuda] [--json FILE]"""
+"""lora_grad against the best plain PyTorch form.
+
+python benchmarks/ops/bench_lora_grad.py [--device cuda] [--json FILE]
+"""
 
 from __future__ import annotations
 
@@ -67,12 +70,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
-    print(
-        f"backend {backend_of('lora_grad', arguments.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    print(
-        f"{'P, N, d_in, d_out':>20} {'r':>3} {'dtype':>8} {'B':>4} {'ours ms':>8} {'plain ms':>9} {'ratio':>6} {'GB/s':>6}  best plain"
-    )
+    backend = backend_of("lora_grad", arguments.device)
+    print(f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("   P, N, d_in, d_out   r    dtype    B  ours ms  plain ms  ratio   GB/s  best plain")
     cases = [(shape, rank, torch.float32, False) for shape in SHAPES for rank in RANKS]
     cases += [(shape, 8, torch.float32, True) for shape in SHAPES]
     cases += [(shape, 8, dtype, False) for shape in SHAPES for dtype in (torch.float64, torch.bfloat16)]
@@ -81,8 +81,9 @@ def main() -> None:
         row = measure(arguments.device, dtype, shape, rank, with_B, arguments.rounds)
         rows.append(row)
         print(
-            f"{', '.join(map(str, shape)):>20} {rank:3} {row['dtype']:>8} {'yes' if with_B else 'zero':>4} {row['ours_ms']:8.3f} "
-            f"{row['best_plain_ms']:9.3f} {row['ratio']:6.2f} {row['GB_per_s']:6.1f}  {row['best_plain']}",
+            f"{', '.join(map(str, shape)):>20} {rank:3} {row['dtype']:>8} {'yes' if with_B else 'zero':>4} "
+            f"{row['ours_ms']:8.3f} {row['best_plain_ms']:9.3f} {row['ratio']:6.2f} "
+            f"{row['GB_per_s']:6.1f}  {row['best_plain']}",
             flush=True,
         )
     if arguments.json:

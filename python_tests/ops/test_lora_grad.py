@@ -19,7 +19,7 @@ TOLERANCE = {
     torch.float32: 1e-5,
     torch.float64: 1e-12,
     torch.bfloat16: 1e-5,
-}  # bfloat16 is widened, then summed in float32
+}  # bfloat16 is summed in float32
 
 
 def make(shape, rank, dtype=torch.float32, device="cpu", A_per_group=False, B="none") -> list[Tensor | None]:

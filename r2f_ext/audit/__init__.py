@@ -1,1 +1,5 @@
 """The main job: what did an adapter give away, by which route, beside which controls."""
+
+from r2f_ext.audit.run import AuditResult, audit
+
+__all__ = ["AuditResult", "audit"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import KINDS, Decoder, Updates, held_out_cosines, stack_updates
@@ -70,6 +71,7 @@ def audit(
         raise R2FError(
             f"proxy '{proxy.name}' gives {count} pairs: at least {MIN_PAIRS} are needed, thousands are good."
         )
+    config = fit_to_memory(target, len(adapters), count, config)
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)
     observed = stack_updates(adapters)

@@ -2,7 +2,7 @@
 
 A layer's decoder reads its own update u_l and those of all layers: one sample shaped all of them, so they help each
 other (docs/decoders.md has the ablation). With unit updates z = u / |u| the kernel of layer l is
-    k_l = OWN * <z_l, z_l'> + (1 - OWN) * mean_m <z_m, z_m'>
+    k_l = own * <z_l, z_l'> + (1 - own) * mean_m <z_m, z_m'>
 and ridge regression of G_p / |u_p| predicts
     w = (K_l + lam I)^-1 k_l(u),   G_hat = |u| * sum_p w_p D_p^T X_p / |u_p|
 (METHODS 1). The map itself is never formed, and neither are the gradients of all pairs: `decode` walks through the
@@ -19,15 +19,16 @@ from r2f_ext.linalg import gram
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient, PairBatch
 
-RIDGE = 2e-3  # lambda, for a kernel with unit diagonal
+RIDGE = 5e-3  # lambda, for a kernel with unit diagonal
 OWN = 0.5  # weight of the layer's own update in its kernel
 
 
 class Ridge(Decoder):
     kind = "ridge"
 
-    def __init__(self, ridge: float = RIDGE) -> None:
-        self.ridge = ridge
+    def __init__(self, ridge: float = RIDGE, own: float = OWN) -> None:
+        """ridge: lambda. own: share of the layer's own update in its kernel, 0 to 1."""
+        self.ridge, self.own = ridge, own
 
     def start(self, pairs: PairSource, count: int) -> None:
         self.pairs = pairs
@@ -47,7 +48,7 @@ class Ridge(Decoder):
         self.norms = {name: u.norm(dim=1).clamp_min(1e-30) for name, u in updates.items()}
         self.units = {name: u / self.norms[name][:, None] for name, u in updates.items()}
         self.factors = {}
-        for name, kernel in _mix({name: gram(unit) for name, unit in self.units.items()}).items():
+        for name, kernel in _mix({name: gram(unit) for name, unit in self.units.items()}, self.own).items():
             # float64: the kernel's smallest eigenvalues are about lambda, its largest about the number of pairs.
             damped = kernel.double()
             damped.diagonal().add_(self.ridge)
@@ -57,7 +58,7 @@ class Ridge(Decoder):
         """name -> dual weights w [V, count] of updates [V, d_out, r]: G_hat_v = sum_p w[v, p] G_p."""
         flat = {name: update.flatten(1) for name, update in updates.items()}
         norms = {name: u.norm(dim=1, keepdim=True).clamp_min(1e-30) for name, u in flat.items()}
-        kernels = _mix({name: (u / norms[name]) @ self.units[name].mT for name, u in flat.items()})
+        kernels = _mix({name: (u / norms[name]) @ self.units[name].mT for name, u in flat.items()}, self.own)
         weights = {}
         for name, kernel in kernels.items():
             dual = torch.cholesky_solve(kernel.double().mT, self.factors[name]).mT
@@ -88,14 +89,14 @@ class Ridge(Decoder):
 
     def state(self) -> dict[str, Tensor]:
         scaled = {name: self.units[name] * self.norms[name][:, None] for name in self.units}
-        return {**scaled, "ridge": torch.tensor(self.ridge, dtype=torch.float64)}
+        return {**scaled, "ridge_and_own": torch.tensor([self.ridge, self.own], dtype=torch.float64)}
 
     def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
-        self.ridge = float(state["ridge"])
-        self.fit_updates({name: tensor for name, tensor in state.items() if name != "ridge"}, pairs)
+        self.ridge, self.own = state["ridge_and_own"].tolist()
+        self.fit_updates({name: tensor for name, tensor in state.items() if name != "ridge_and_own"}, pairs)
 
 
-def _mix(own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _mix(kernels: dict[str, Tensor], own: float) -> dict[str, Tensor]:
     """Each layer's own kernel [n, count] -> that layer's k_l."""
-    shared = sum(own.values()) / len(own)
-    return {name: OWN * kernel + (1 - OWN) * shared for name, kernel in own.items()}
+    shared = sum(kernels.values()) / len(kernels)
+    return {name: own * kernel + (1 - own) * shared for name, kernel in kernels.items()}

@@ -19,7 +19,7 @@ from r2f_ext.types import Reconstruction
 
 GAMMAS = (0.5, 1.0, 2.0)
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1)
-SELECTION_PAIRS = 3000  # gamma and ridge are chosen on a part: they hardly depend on the count
+SELECTION_PAIRS = 2000  # gamma and ridge are chosen on a part: they hardly depend on the count
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The operators. Importing this package defines all of them, on plain PyTorch kernels, then loads the compiled ones if they fit."""
+"""The operators. Importing this defines them all on plain PyTorch, then loads the compiled kernels if they fit."""
 
 from . import schemas  # isort: skip  (defines the operators; everything below needs them)
 from .backend import backend_of, build_information, load_compiled_kernels

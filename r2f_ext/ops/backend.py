@@ -12,16 +12,15 @@ import torch
 
 from .schemas import NAMESPACE, SCHEMAS
 
-BUILD_RECORD = (
-    Path(__file__).resolve().parent.parent / "_build_info.json"
-)  # written by setup.py beside the compiled module
+# Written by setup.py beside the compiled module.
+BUILD_RECORD = Path(__file__).resolve().parent.parent / "_build_info.json"
 
 _build: dict[str, Any] = {}
 _why_not_loaded: str | None = "r2f_ext.ops has not been imported"
 
 
 def load_compiled_kernels() -> None:
-    """Loads `r2f_ext._C`, whose loading registers its kernels; on any doubt leaves the reference kernels in place and notes why."""
+    """Loads `r2f_ext._C`, which registers its kernels; on any doubt the reference stays in place, and why is noted."""
     global _build, _why_not_loaded
     _build = _read_record()
     _why_not_loaded = _reason_to_stay_with_reference()
@@ -47,7 +46,7 @@ def _reason_to_stay_with_reference() -> str | None:
         return "R2F_FORCE_REFERENCE is set"
     if not _build:
         return "this installation has no compiled kernels (built with R2F_BUILD=none, or not built)"
-    # A C++ extension fits only the PyTorch it was compiled against: with another one it may fail to load, or load and misbehave.
+    # A C++ extension fits only the PyTorch it was compiled against: with another it may fail to load, or misbehave.
     if _build.get("torch") != torch.__version__:
         return f"compiled for torch {_build.get('torch')}, but torch {torch.__version__} is running: reinstall r2f-ext"
     running = cuda_major(torch.version.cuda)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
@@ -28,7 +27,8 @@ def lora_grad(
 ) -> LoraGrad:
     """Gradients of the LoRA factors of one linear layer, group by group, and one SGD step along them.
 
-    The layer computes `y = x W^T + scale * x A^T B^T`. With `delta = dL/dy` and, per group p, `G = delta_p^T x_p` (never formed):
+    The layer computes `y = x W^T + scale * x A^T B^T`. With `delta = dL/dy` and, per group p, `G = delta_p^T x_p`,
+    which is never formed:
 
         grad_A = scale * B^T G = scale * (delta B)^T x        A1 = A - lr * grad_A
         grad_B = scale * G A^T = scale * delta^T (x A^T)      B1 = B - lr * grad_B
@@ -39,12 +39,12 @@ def lora_grad(
         A      [r, d_in]          one for all groups, or [P, r, d_in]
         B      [d_out, r]         one for all groups, or [P, d_out, r], or None
 
-    `B=None` means B = 0, PEFT's start: grad_A is exactly zero and costs nothing (it and A1 are then expanded tensors: clone
-    before writing into them). `lr=None` means that no step is wanted: A1 and B1 are None.
+    `B=None` means B = 0, PEFT's start: grad_A is exactly zero and costs nothing (it and A1 are then expanded tensors:
+    clone before writing into them). `lr=None` means that no step is wanted: A1 and B1 are None.
 
-    x, delta, A and B share one dtype: float32, float64 or bfloat16. Sums are taken and results returned in float32 (float64 for
-    float64). Any strides are accepted; empty tensors give zeros of the right shape. The compiled kernels take ranks up to 64 at full
-    speed and any rank correctly. Results are deterministic. Differentiable twice in x, delta, A and B.
+    x, delta, A and B share one dtype: float32, float64 or bfloat16. Sums are taken and results returned in float32
+    (float64 for float64). Any strides and any rank are accepted; empty tensors give zeros of the right shape. Results
+    are deterministic. Differentiable twice in x, delta, A and B.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -172,5 +172,3 @@ def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
 
 
 torch.library.register_autograd(f"{NAMESPACE}::lora_grad", _backward, setup_context=_save_for_backward)
-
-__all__ = ["LoraGrad", "lora_grad", "reference"]

@@ -1,7 +1,8 @@
 """Every custom operator of r2f, by its schema. This file is the table of contents of `ops` and `csrc`.
 
-An operator exists as `torch.ops.r2f.<name>` as soon as `r2f_ext.ops` is imported, on any machine: `reference.py` gives it a plain
-PyTorch kernel, and the compiled module, where there is one, adds faster kernels for CPU and CUDA tensors. The dispatcher picks.
+An operator exists as `torch.ops.r2f.<name>` as soon as `r2f_ext.ops` is imported, on any machine: `reference.py` gives
+it a plain PyTorch kernel, and the compiled module, where there is one, adds faster kernels for CPU and CUDA tensors.
+The dispatcher picks.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ NAMESPACE = "r2f"
 
 SCHEMAS: dict[str, str] = {
     # LoRA-factor gradients of one linear layer for many groups, and the SGD-stepped factors.
-    # Returns (grad_A, grad_B, A1, B1). What costs no arithmetic is left out, as a tensor of size 0, and the wrapper fills it in:
+    # What costs no arithmetic is left out, as a tensor of size 0, and the wrapper fills it in:
     # without B, grad_A and A1; without lr, A1 and B1.
     "lora_grad": (
-        "(Tensor x, Tensor delta, Tensor A, Tensor? B, float scale, float? lr) -> (Tensor grad_A, Tensor grad_B, Tensor A1, Tensor B1)"
+        "(Tensor x, Tensor delta, Tensor A, Tensor? B, float scale, float? lr)"
+        " -> (Tensor grad_A, Tensor grad_B, Tensor A1, Tensor B1)"
     ),
 }
 

@@ -1,0 +1,69 @@
+"""What the ridge decoder's kernel should read, and how many pairs it needs: held-out cosine on both shipped proxies.
+
+    python benchmarks/decoders/ridge_ablation.py --json benchmarks/results/0.1.0/ridge_ablation.json
+
+own = 1: a layer reads its own update alone; own = 0: all layers' updates alike; own = 0.5: the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import write_json
+
+from r2f_ext.audit.victims import VictimConfig, train_victim
+from r2f_ext.data import load_images
+from r2f_ext.decoders import Ridge, held_out_cosines
+from r2f_ext.models import attach, load_base, read_adapter
+from r2f_ext.pairs import GeneratedPairs
+
+CASES = [(1.0, 3000), (0.5, 3000), (0.0, 3000), (0.5, 1000), (0.5, 6000)]
+HELD_OUT = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    base = load_base()
+    rows = []
+    for name in ("embedded", "procedural"):
+        proxy = load_images(name, count=max(count for _, count in CASES) + HELD_OUT)
+        with tempfile.TemporaryDirectory() as folder:
+            victim = train_victim(base, proxy.batch(slice(0, 1))[0], 0, Path(folder), VictimConfig())
+            target, adapter = attach(read_adapter(victim), base)
+        pairs = GeneratedPairs(target, adapter.a, proxy)
+        held_out = [batch.updates for batch in pairs.batches(len(pairs) - HELD_OUT)]
+        updates = {layer: torch.cat([part[layer] for part in held_out]) for layer in target.names}
+        for own, count in CASES:
+            decoder = Ridge(own=own)
+            decoder.fit(pairs, count)
+            figures = held_out_cosines(decoder.decode(updates), pairs, len(pairs) - HELD_OUT, len(pairs)).summary()
+            means = [layer["cosine_mean"] for layer in figures.values()]
+            row = {
+                "proxy": name,
+                "own": own,
+                "pairs": count,
+                "cosine_mean": sum(means) / len(means),
+                "cosine_worst_layer": min(means),
+                "cosine_worst_p05": min(layer["cosine_p05"] for layer in figures.values()),
+                "layers": figures,
+            }
+            rows.append(row)
+            print(
+                f"{name:12} own {own:.1f} pairs {count:5d}: mean {row['cosine_mean']:.4f}, "
+                f"worst layer {row['cosine_worst_layer']:.4f}, worst 5% {row['cosine_worst_p05']:.3f}",
+                flush=True,
+            )
+    if options.json:
+        write_json(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""How much of an audit fits into memory, decided before any time is spent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import psutil
+
+from r2f_ext.config import AuditConfig
+from r2f_ext.errors import R2FError
+from r2f_ext.types import Target
+
+FLOAT = 4
+SHARE = 0.7  # of the memory that is free now
+
+
+def fit_to_memory(target: Target, victims: int, count: int, config: AuditConfig, free: int | None = None) -> AuditConfig:
+    """Return `config` with as many held-out pairs as fit; they are what a large base makes expensive.
+
+    Args:
+        victims: adapters to decode.
+        count: proxy pairs that there are.
+        free: bytes; None asks the system.
+
+    Raises:
+        R2FError: not even the pairs fit; the sentence says how many would.
+    """
+    free = int(SHARE * (psutil.virtual_memory().available if free is None else free))
+    channels, height, width = target.base.input_shape
+    update = FLOAT * sum(layer.d_out * layer.rank for layer in target.layers)
+    gradient = FLOAT * sum(layer.d_out * layer.d_in for layer in target.layers)
+    image = FLOAT * channels * height * width
+    # Updates are held as collected and as unit rows, images as targets and as dual weights; kernels are count x count.
+    pairs = count * (3 * update + 3 * image) + 3 * FLOAT * count**2
+    fitted = min(config.decoder_pairs, count)
+    factors = 2 * FLOAT * fitted**2 * (len(target.layers) + 1)
+    left = free - pairs - factors - 2 * victims * gradient
+    held_out = min(config.held_out, left // (2 * gradient))
+    if held_out < 4:
+        fewer = _largest_count(free - 2 * (victims + 4) * gradient, 3 * update + 3 * image, len(target.layers))
+        remedy = f"ask for at most {fewer} (--count)" if fewer >= 40 else "use a machine with more memory"
+        raise R2FError(f"{count} pairs of '{target.base.spec}' do not fit into {free / 1e9:.0f} GB of memory: {remedy}.")
+    return replace(config, held_out=held_out)
+
+
+def _largest_count(free: int, row: int, layers: int) -> int:
+    """Largest n with n * row + (3 + 2 * (layers + 1)) * FLOAT * n^2 <= free."""
+    square = (3 + 2 * (layers + 1)) * FLOAT
+    if free <= 0:
+        return 0
+    return int(((row**2 + 4 * square * free) ** 0.5 - row) / (2 * square))
