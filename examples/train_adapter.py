@@ -1,7 +1,7 @@
 """Train a LoRA adapter with plain PEFT on one image, to have something to audit.
 
-    python examples/train_adapter.py --out my-adapter --rank 4 --alpha 32 --modules attn.qkv mlp.fc1 --index 3
-    r2f audit my-adapter --private embedded:3 --out report
+python examples/train_adapter.py --out my-adapter --rank 4 --alpha 32 --modules attn.qkv mlp.fc1 --index 3
+r2f audit my-adapter --private embedded:3 --out report
 """
 
 from __future__ import annotations

@@ -24,5 +24,7 @@ class AuditConfig:
     decoder_pairs: int = 6000
     held_out: int = 100
     matching: MatchingConfig = field(default_factory=MatchingConfig)
-    refinement: MatchingConfig = field(default_factory=lambda: MatchingConfig(steps=60, step_size=0.01, tv_weight=0.05))
+    refinement: MatchingConfig = field(
+        default_factory=lambda: MatchingConfig(steps=150, step_size=0.005, tv_weight=0.3)
+    )
     seed: int = 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def output_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise R2FError(f"cannot write to --out '{path}' ({error.strerror}): choose another folder.") from error
+        raise R2FError(f"cannot write to '{path}' ({error.strerror or error}): choose another folder.") from error
     return folder
 
 
@@ -51,9 +53,30 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise R2FError(f"cannot write '{path}' ({error.strerror}): free some space or choose another --out.") from error
+        raise R2FError(
+            f"cannot write '{path}' ({error.strerror or error}): free some space or choose another place."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """As `write_atomically`, for a whole folder: an older one under this name is replaced.
+
+    Raises:
+        R2FError: the disk is full or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise R2FError(f"cannot write '{path}' ({reason}): free some space or choose another place.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,6 +94,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             raise OSError(0, str(error)) from error
 
     write_atomically(path, save)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

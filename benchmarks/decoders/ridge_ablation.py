@@ -23,7 +23,7 @@ from r2f_ext.decoders import Ridge, held_out_cosines
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
 
-CASES = [(1.0, 3000), (0.5, 3000), (0.0, 3000), (0.5, 1000), (0.5, 6000)]
+CASES = [(1.0, 2000), (0.5, 2000), (0.0, 2000)]
 HELD_OUT = 100
 
 

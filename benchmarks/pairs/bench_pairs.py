@@ -3,9 +3,9 @@
     python benchmarks/pairs/bench_pairs.py [--json FILE]
 
 Sequential loop: one batch-1 forward and backward of the PEFT model gives the full gradients (of the adapted base
-weights) and those of A and B; one SGD step; record A1, B1 and G; reset A and B. Ours: batched capture and projection
-from the same A, once with gradients as factors (what the pipeline uses) and once writing every G out. `bare model`:
-forward and input-gradient backward of the base alone, the floor of any method.
+weights) and those of A and B; one SGD step; record B1 A1 and G, as the brief stores them; reset A and B. Ours: batched
+capture and projection from the same A, once with gradients as factors (what the pipeline uses) and once writing every
+G out. `bare model`: forward and input-gradient backward of the base alone, the floor of any method.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class SequentialPeft:
         self.full = {name: p for name, p in named.items() if name.endswith("base_layer.weight")}
         for parameter in self.full.values():
             parameter.requires_grad_(True)
+        self.layers = {
+            name.replace(".lora_A.default.weight", ""): (p, self.factors[name.replace("lora_A", "lora_B")])
+            for name, p in self.factors.items()
+            if ".lora_A." in name
+        }
         self.start = {name: p.detach().clone() for name, p in self.factors.items()}
         self.optimizer = torch.optim.SGD(self.factors.values(), lr=LR)
 
@@ -56,7 +61,7 @@ class SequentialPeft:
         F.cross_entropy(self.model(self.base.normalize(image[None])), label[None]).backward()
         gradients = {name: p.grad for name, p in self.full.items()}
         self.optimizer.step()
-        update = {name: p.detach().clone() for name, p in self.factors.items()}
+        update = {layer: (b @ a).detach() for layer, (a, b) in self.layers.items()}
         with torch.no_grad():
             for name, parameter in self.factors.items():
                 parameter.copy_(self.start[name])

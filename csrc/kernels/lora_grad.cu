@@ -1,9 +1,12 @@
 // LoRA-factor gradients on CUDA. See lora_grad.h for what is computed.
 //
 // Two kernels, each used once, or twice when there is a B:
-//   project     U = X W^T    one warp takes a few tokens; its lanes share the features and add up at the end     (W =
-//   A, or B^T) accumulate  S = U^T X    one block takes a group and a stripe of columns; its warps share the tokens (S
-//   = grad_B^T, or grad_A)
+//
+//   project:     U = X W^T (W = A, or B^T). One warp takes a few tokens; its lanes share the features and add up last.
+//
+//   accumulate:  S = U^T X (S = grad_B^T, or grad_A). One block takes a group and a stripe of columns; its warps share
+//                the tokens.
+//
 // So x and delta are each read once from memory without B, twice with it (for ranks over 16, accumulate reads once per
 // 16 ranks, mostly from L2). U goes through memory rather than staying in one block: it is small, and few groups still
 // fill a large GPU. Each sum is taken in one fixed order: results are deterministic.

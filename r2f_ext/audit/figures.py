@@ -62,7 +62,9 @@ def write_reconstructions(path: Path, sets: list[SetReport], phase0: list[tuple[
     figure = Figure(figsize=(width, height), facecolor="white")
     top = total_rows + 0.15
     for part, rows in blocks:
-        figure.text(0.01, (top - 0.65) * CELL_INCHES / height, _title(part), fontsize=10, weight="bold")
+        # parse_math: a set's name is a folder's name, and may hold a dollar sign.
+        height_of_title = (top - 0.65) * CELL_INCHES / height
+        figure.text(0.01, height_of_title, _title(part), fontsize=10, weight="bold", parse_math=False)
         top -= 1
         for key, images in rows:
             top -= 1

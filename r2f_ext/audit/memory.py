@@ -14,7 +14,9 @@ FLOAT = 4
 SHARE = 0.7  # of the memory that is free now
 
 
-def fit_to_memory(target: Target, victims: int, count: int, config: AuditConfig, free: int | None = None) -> AuditConfig:
+def fit_to_memory(
+    target: Target, victims: int, count: int, config: AuditConfig, free: int | None = None
+) -> AuditConfig:
     """Return `config` with as many held-out pairs as fit; they are what a large base makes expensive.
 
     Args:
@@ -33,13 +35,15 @@ def fit_to_memory(target: Target, victims: int, count: int, config: AuditConfig,
     # Updates are held as collected and as unit rows, images as targets and as dual weights; kernels are count x count.
     pairs = count * (3 * update + 3 * image) + 3 * FLOAT * count**2
     fitted = min(config.decoder_pairs, count)
-    factors = 2 * FLOAT * fitted**2 * (len(target.layers) + 1)
+    factors = FLOAT * fitted**2 * (2 * len(target.layers) + 1)
     left = free - pairs - factors - 2 * victims * gradient
     held_out = min(config.held_out, left // (2 * gradient))
     if held_out < 4:
         fewer = _largest_count(free - 2 * (victims + 4) * gradient, 3 * update + 3 * image, len(target.layers))
         remedy = f"ask for at most {fewer} (--count)" if fewer >= 40 else "use a machine with more memory"
-        raise R2FError(f"{count} pairs of '{target.base.spec}' do not fit into {free / 1e9:.0f} GB of memory: {remedy}.")
+        raise R2FError(
+            f"{count} pairs of '{target.base.spec}' do not fit into {free / 1e9:.0f} GB of memory: {remedy}."
+        )
     return replace(config, held_out=held_out)
 
 

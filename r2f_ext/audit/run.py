@@ -198,6 +198,9 @@ def decode(
 def _common_start(adapters: list[LoraUpdate]) -> dict[str, Tensor]:
     first = adapters[0].a
     for other in adapters[1:]:
+        if other.a.keys() != first.keys():
+            name = sorted(other.a.keys() ^ first.keys())[0]
+            raise R2FError(f"the adapters do not adapt the same layers ({name} differs): audit them one by one.")
         for name, a in other.a.items():
             if a.shape != first[name].shape or not torch.allclose(
                 a, first[name], rtol=0, atol=1e-2 * float(a.abs().max())

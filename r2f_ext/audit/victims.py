@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
+from r2f_ext.files import write_folder_atomically
 from r2f_ext.types import BaseModel
 
 TARGET_MODULES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -46,9 +47,10 @@ def train_victim(base: BaseModel, image: torch.Tensor, label: int, folder: Path,
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT asks the hub for a base config, which a local base has not
-        model.save_pretrained(str(folder), safe_serialization=True)
+        write_folder_atomically(folder, lambda temporary: model.save_pretrained(str(temporary)))
     return folder
 
 

@@ -21,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         warnings.filterwarnings("ignore", module="peft")
         if options.json is not None:
+            if Path(options.json).is_dir():
+                raise R2FError(f"--json '{options.json}' is a folder: name a file.")
             output_folder(Path(options.json).resolve().parent)
         printed = commands.COMMANDS[options.command](options)
         if options.json is not None:

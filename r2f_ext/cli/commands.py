@@ -47,6 +47,8 @@ def run_audit(options: Options) -> dict[str, Any]:
     proxy = _images(options.proxy, base, options, "proxy", count=config.pairs)
     private = None if options.private is None else _private(options.private, base, options)
     if private is not None:
+        if len(private) < len(adapters):
+            raise R2FError(f"--private gives {len(private)} images for {len(adapters)} adapters: give one for each.")
         proxy = drop_private(proxy, private)
     for note in proxy.notes:
         console.print(f"note: {escape(note)}")
@@ -54,7 +56,7 @@ def run_audit(options: Options) -> dict[str, Any]:
         result = audit(target, adapters, proxy, config, stages)
     if private is not None:
         private = _pair_up(private, result.reconstructions[1].images.cpu())
-    part = set_report(Path(options.adapter[0]).name, result, proxy, private)
+    part = set_report(Path(options.adapter[0]).resolve().name, result, proxy, private)
     write_tensors(folder / "gradients.safetensors", result.decoded.dense, {"unit": "the victim's learning rate"})
     done = finish(folder, target, verdicts, {proxy.name: result}, [part], [], [], config, result.seconds)
     return _say_finished(done)
@@ -140,6 +142,7 @@ def run_invert(options: Options) -> dict[str, Any]:
     target, adapters = _adapters([options.adapter], options)
     folder = output_folder(options.out)
     pairs = _stored(options, target, adapters[0])
+    gradients = None if options.gradients is None else read_gradients(Path(options.gradients), target, len(adapters))
     observed, config = stack_updates(adapters), AuditConfig(seed=options.seed)
     with drawn_stages() as stages:
         with stages.stage("amortised"):
@@ -148,8 +151,7 @@ def run_invert(options: Options) -> dict[str, Any]:
             found = [inverter.invert(observed)]
         with stages.stage("refinement", config.refinement.steps) as advance:
             found.append(refine(target, pairs.a, observed, found[0], config.refinement, advance))
-        if options.gradients is not None:
-            gradients = read_gradients(Path(options.gradients), target)
+        if gradients is not None:
             with stages.stage("matching", config.matching.steps) as advance:
                 found.append(match_decoded(target, gradients, found[0], config.matching, advance))
     for part in found:
@@ -195,6 +197,9 @@ def _adapters(folders: list[str], options: Options) -> tuple[Target, list[LoraUp
 
 def _stored(options: Options, target: Target, adapter: LoraUpdate) -> StoredPairs:
     pairs = StoredPairs(options.pairs, target.base)
+    extra = [name for name in pairs.a if name not in adapter.a]
+    if extra:
+        raise R2FError(f"the pairs in '{options.pairs}' were made for another adapter ({extra[0]} too): make new ones.")
     for name, a in adapter.a.items():
         if (
             name not in pairs.a
@@ -226,15 +231,13 @@ def _private(spec: str, base: BaseModel, options: Options) -> ImageSet:
 
 def _pair_up(private: ImageSet, images: torch.Tensor) -> ImageSet:
     """Private images in the adapters' order: as given if there are as many, else the best match by PSNR."""
-    from r2f_ext.audit.matching import assign
+    from r2f_ext.audit.assign import assign
 
     if len(private) == len(images):
         return private
-    if len(private) < len(images):
-        raise R2FError(f"--private gives {len(private)} images for {len(images)} adapters: give one for each.")
     console.print(
-        f"note: {len(private)} private images for {len(images)} adapters: each adapter is scored against its best match, "
-        "which flatters it; name the true image with --private DATA:INDEX."
+        f"note: {len(private)} private images for {len(images)} adapters: each adapter is scored against its best "
+        "match, which flatters it; name the true image with --private DATA:INDEX."
     )
     return private.take(assign(images, private.batch(slice(None))))
 

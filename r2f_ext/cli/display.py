@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -65,7 +66,8 @@ def drawn_stages() -> Iterator[Stages]:
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> None:
     """Print a table; rows whose first cell begins with `control` are marked."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    drawn = Table(title=Text(title), title_justify="left", title_style="bold", box=None)
+    drawn.pad_edge, drawn.padding = False, (0, 2, 0, 0)
     for i, name in enumerate(head):
         drawn.add_column(name, justify="left" if i == 0 or name == "why" else "right", overflow="fold")
     for row in rows:
@@ -78,7 +80,7 @@ def print_target(target: dict[str, Any]) -> None:
     """What an adapter holds and which routes can work."""
     layers = target["layers"]
     console.print(
-        f"base {target['base']}, {len(layers)} adapted layers, rank {target['rank']}, "
+        f"base {escape(target['base'])}, {len(layers)} adapted layers, rank {target['rank']}, "
         f"scale {layers[0]['scale']:g}, {target['tokens']} tokens; {target['steps']}"
     )
     rows = [[route, "yes" if ok else "no", target["why"][route]] for route, ok in target["identifiable"].items()]

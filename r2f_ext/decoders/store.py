@@ -15,15 +15,17 @@ from safetensors.torch import load_file
 
 from r2f_ext.decoders.base import Decoder
 from r2f_ext.errors import R2FError
-from r2f_ext.files import write_tensors, write_text
+from r2f_ext.files import sha256, write_tensors, write_text
 from r2f_ext.pairs import StoredPairs
 from r2f_ext.types import Gradient, Target
 
 SCHEMA = 1
+RECORD = "decoders.json"
 
 
 def save_decoders(folder: Path, decoders: list[Decoder], pairs: StoredPairs, count: int) -> None:
-    """Write fitted decoders; decoders.json comes last."""
+    """Write fitted decoders; decoders.json comes last, and an older one goes first."""
+    (folder / RECORD).unlink(missing_ok=True)
     for decoder in decoders:
         write_tensors(folder / f"{decoder.kind}.safetensors", decoder.state())
     record = {
@@ -31,8 +33,9 @@ def save_decoders(folder: Path, decoders: list[Decoder], pairs: StoredPairs, cou
         "kinds": [decoder.kind for decoder in decoders],
         "pairs": pairs.fingerprint,
         "count": count,
+        "sha256": {decoder.kind: sha256(folder / f"{decoder.kind}.safetensors") for decoder in decoders},
     }
-    write_text(folder / "decoders.json", json.dumps(record, indent=2))
+    write_text(folder / RECORD, json.dumps(record, indent=2))
 
 
 def load_decoder(folder: Path, kind: str, pairs: StoredPairs) -> Decoder:
@@ -44,8 +47,11 @@ def load_decoder(folder: Path, kind: str, pairs: StoredPairs) -> Decoder:
     from r2f_ext.decoders import KINDS
 
     try:
-        record = json.loads((folder / "decoders.json").read_text())
-        state = load_file(folder / f"{kind}.safetensors")
+        record = json.loads((folder / RECORD).read_text())
+        path = folder / f"{kind}.safetensors"
+        if sha256(path) != record["sha256"][kind]:
+            raise ValueError(path)
+        state = load_file(path, device=str(pairs.target.base.device))
         fingerprint = record["pairs"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise R2FError(f"'{folder}' holds no usable {kind} decoder: run r2f fit --out '{folder}'.") from error
@@ -56,8 +62,8 @@ def load_decoder(folder: Path, kind: str, pairs: StoredPairs) -> Decoder:
     return decoder
 
 
-def read_gradients(path: Path, target: Target) -> Gradient:
-    """Read gradients as `r2f decode` writes them, [V, d_out, d_in] a layer.
+def read_gradients(path: Path, target: Target, adapters: int) -> Gradient:
+    """Read gradients of that many adapters as `r2f decode` writes them, [adapters, d_out, d_in] a layer.
 
     Raises:
         R2FError: missing or damaged file, missing layers, wrong shapes, NaN.
@@ -68,9 +74,12 @@ def read_gradients(path: Path, target: Target) -> Gradient:
         raise R2FError(f"'{path}' is missing or not a safetensors file: write it with r2f decode.") from error
     for layer in target.layers:
         tensor = tensors.get(layer.name)
-        if tensor is None or tensor.shape[-2:] != (layer.d_out, layer.d_in):
+        if tensor is None or tensor.shape != (adapters, layer.d_out, layer.d_in):
             shape = "missing" if tensor is None else tuple(tensor.shape)
-            raise R2FError(f"'{path}': layer {layer.name} is {shape}, expected (..., {layer.d_out}, {layer.d_in}).")
+            raise R2FError(
+                f"'{path}': layer {layer.name} is {shape}, expected ({adapters}, {layer.d_out}, {layer.d_in}): "
+                "decode this adapter again."
+            )
         if not torch.isfinite(tensor).all():
-            raise R2FError(f"'{path}': layer {layer.name} holds NaN or infinity.")
+            raise R2FError(f"'{path}': layer {layer.name} holds NaN or infinity: decode this adapter again.")
     return Gradient({layer.name: tensors[layer.name].to(target.base.device, torch.float32) for layer in target.layers})

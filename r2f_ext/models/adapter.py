@@ -49,6 +49,9 @@ PLAIN = {
     "alora_invocation_tokens": (None, "activated LoRA"),
     "arrow_config": (None, "Arrow"),
     "corda_config": (None, "CorDA"),
+    "kasa_config": (None, "KaSA"),
+    "monteclora_config": (None, "MonteCLoRA"),
+    "velora_config": (None, "VeLoRA"),
     "eva_config": (None, "EVA"),
 }
 PLAIN_INITS = (True, "gaussian")
@@ -148,7 +151,7 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     try:
         wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
         outcome: Any = set_peft_model_state_dict(wrapped, files.weights)
-    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+    except Exception as error:  # PEFT raises what its reading of a damaged config happens to hit
         reason = " ".join(str(error).split())[:300]
         raise R2FError(f"adapter '{files.folder}' does not fit base '{base.spec}': {reason}") from error
     missing = [name for name in outcome.missing_keys if "lora_" in name]
@@ -177,11 +180,16 @@ def _adapted_layer(name: str, module: LoraLayer) -> AdaptedLayer:
     inner = module.get_base_layer()
     if isinstance(inner, nn.Linear):
         d_in = inner.in_features
-    elif isinstance(inner, nn.Conv2d) and inner.kernel_size == inner.stride and inner.groups == 1:
+    elif isinstance(inner, nn.Conv2d) and _patchifies(inner):
         d_in = inner.in_channels * inner.kernel_size[0] * inner.kernel_size[1]
     else:
         raise R2FError(f"layer {name} is a {type(inner).__name__}: only Linear and patchifying Conv2d are supported.")
     return AdaptedLayer(name, inner.weight.shape[0], d_in, module.r["default"], module.scaling["default"])
+
+
+def _patchifies(conv: nn.Conv2d) -> bool:
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding in ((0, 0), "valid")
+    return plain and conv.kernel_size == conv.stride
 
 
 def _with_saved_modules(wrapped: nn.Module, model: nn.Module) -> nn.Module:

@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import set_fused_attn
 
@@ -87,14 +86,15 @@ def _from_folder(spec: str) -> BaseModel:
             **config.get("model_args", {}),
         )
         model.load_state_dict(load_file(weights_path))
-    except (SafetensorError, RuntimeError, TypeError, OSError) as error:
-        first_line = str(error).splitlines()[0]
-        raise R2FError(f"{weights_path} does not fit '{architecture}': {first_line}") from error
-    cfg = config.get("pretrained_cfg") or {}
-    for key in ("mean", "std", "input_size"):
-        if key in cfg:
-            model.pretrained_cfg[key] = cfg[key]
-    return _describe(model, spec)
+    except Exception as error:  # timm's constructors assert, index and multiply what config.json holds
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise R2FError(f"{weights_path} does not fit '{architecture}' as {config_path} has it: {reason}") from error
+    try:
+        cfg = config.get("pretrained_cfg") or {}
+        model.pretrained_cfg.update({key: tuple(cfg[key]) for key in ("mean", "std", "input_size") if key in cfg})
+        return _describe(model, spec)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise R2FError(f"{config_path} has a damaged pretrained_cfg: save it again with timm's save_for_hf.") from error
 
 
 def _describe(model: Any, spec: str) -> BaseModel:

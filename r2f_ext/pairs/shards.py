@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
-from r2f_ext.files import need_space, output_folder, write_tensors, write_text
+from r2f_ext.files import need_space, output_folder, sha256, write_tensors, write_text
 from r2f_ext.pairs.generate import GeneratedPairs
 from r2f_ext.progress import Advance
 from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
@@ -45,7 +45,7 @@ def write_pairs(pairs: GeneratedPairs, count: int, folder: str | Path, advance: 
             need_space(folder, shard_bytes(batch) * -(-count // len(batch.labels)))
         name = f"pairs-{len(shards):05d}.safetensors"
         write_tensors(folder / name, _shard(batch))
-        shards.append({"name": name, "count": len(batch.labels), "sha256": _sha256(folder / name)})
+        shards.append({"name": name, "count": len(batch.labels), "sha256": sha256(folder / name)})
         written += len(batch.labels)
         advance(len(batch.labels))
     write_tensors(folder / "start.safetensors", pairs.a)
@@ -74,11 +74,6 @@ def _shard(batch: PairBatch) -> dict[str, Tensor]:
     return {**tensors, "images": (batch.images * 255).round().to(torch.uint8), "labels": batch.labels}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class StoredPairs:
     """Pairs read back from a folder, for the same base.
 
@@ -102,7 +97,8 @@ class StoredPairs:
         except (ValueError, KeyError, TypeError) as error:
             raise R2FError(f"{path} is damaged: run r2f pairs again.") from error
         self.target = Target(base, layers)
-        self.a = self._load("start.safetensors")
+        self._verified: set[str] = set()
+        self.a = self._start()
         self.fingerprint = hashlib.sha256("".join(s[2] for s in self._shards).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -124,19 +120,33 @@ class StoredPairs:
         parts = [(batch.images[:, 0], batch.labels[:, 0]) for batch in self.batches()]
         return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
 
-    def _load(self, name: str) -> dict[str, Tensor]:
+    def _load(self, name: str, digest: str | None = None) -> dict[str, Tensor]:
+        """One file; its SHA-256 is compared with `digest` the first time."""
+        path = self.folder / name
         try:
-            return load_file(self.folder / name)
-        except (SafetensorError, OSError) as error:
-            raise R2FError(f"'{self.folder / name}' is missing or damaged: run r2f pairs again.") from error
+            if digest is not None and name not in self._verified:
+                if sha256(path) != digest:
+                    raise ValueError(name)
+                self._verified.add(name)
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise R2FError(f"'{path}' is missing or damaged: run r2f pairs again.") from error
+
+    def _start(self) -> dict[str, Tensor]:
+        """A [r, d_in] of every layer, on the base's device."""
+        a = self._load("start.safetensors")
+        for layer in self.target.layers:
+            if layer.name not in a or a[layer.name].shape != (layer.rank, layer.d_in):
+                raise R2FError(f"'{self.folder}' does not hold A of {layer.name}: run r2f pairs again.")
+        return {layer.name: a[layer.name].to(self.target.base.device) for layer in self.target.layers}
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         stop = len(self) if stop is None else min(stop, len(self))
         first = 0
-        for name, count, _ in self._shards:
+        for name, count, digest in self._shards:
             low, high = max(start, first), min(stop, first + count)
             if low < high:
-                tensors = {k: v[low - first : high - first] for k, v in self._load(name).items()}
+                tensors = {k: v[low - first : high - first] for k, v in self._load(name, digest).items()}
                 yield self._batch(tensors)
             first += count
 

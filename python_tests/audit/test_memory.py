@@ -1,0 +1,44 @@
+"""Audits that do not fit into memory are cut or refused before any time is spent."""
+
+import pytest
+from torch import nn
+
+from r2f_ext.audit.memory import fit_to_memory
+from r2f_ext.config import AuditConfig
+from r2f_ext.errors import R2FError
+from r2f_ext.types import AdaptedLayer, BaseModel, Target
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def large() -> Target:
+    base = BaseModel(nn.Identity(), "large", (3, 224, 224), (0.0,) * 3, (1.0,) * 3, 10)
+    return Target(base, tuple(AdaptedLayer(f"l{i}", 768, 3072, 8, 2.0) for i in range(12)))
+
+
+def test_enough_memory_changes_nothing(large: Target) -> None:
+    config = AuditConfig()
+    assert fit_to_memory(large, 1, 300, config, free=200 * GIB) == config
+
+
+def test_held_out_pairs_are_cut_first(large: Target) -> None:
+    cut = fit_to_memory(large, 1, 300, AuditConfig(), free=8 * GIB)
+    assert 4 <= cut.held_out < AuditConfig().held_out
+    assert cut.pairs == AuditConfig().pairs
+
+
+def test_refusal_names_a_count_that_fits(large: Target) -> None:
+    with pytest.raises(R2FError, match=r"at most \d+ \(--count\)") as refused:
+        fit_to_memory(large, 1, 100_000, AuditConfig(), free=16 * GIB)
+    count = int(str(refused.value).split("at most ")[1].split()[0])
+    fit_to_memory(large, 1, count, AuditConfig(), free=16 * GIB)
+
+
+def test_hopeless_memory_is_refused(large: Target) -> None:
+    with pytest.raises(R2FError, match="more memory"):
+        fit_to_memory(large, 1, 100, AuditConfig(), free=GIB // 8)
+
+
+def test_asks_the_system_by_default(large: Target) -> None:
+    assert fit_to_memory(large, 1, 40, AuditConfig()).pairs == AuditConfig().pairs

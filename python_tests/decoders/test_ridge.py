@@ -1,0 +1,114 @@
+"""The dual form against the primal ridge solution, written out."""
+
+import pytest
+import torch
+from cases import LINEAR, cosine, target_of, tiny_base
+
+from r2f_ext.decoders import KINDS, Projection, Ridge
+from r2f_ext.decoders.base import fit_together, stack_updates
+from r2f_ext.types import FactoredGradient, LoraUpdate, PairBatch
+
+FIT, ALL = 120, 160
+
+
+class Pairs:
+    """Random pairs, in batches of seven."""
+
+    def __init__(self, count, dtype=torch.float64):
+        self.target = target_of(tiny_base(), LINEAR, rank=2)
+        layers = self.target.layers
+        self.updates = {layer.name: torch.randn(count, layer.d_out, 2, dtype=dtype) for layer in layers}
+        self.gradients = {layer.name: torch.randn(count, layer.d_out, layer.d_in, dtype=dtype) for layer in layers}
+
+    def batches(self, start=0, stop=None):
+        for first in range(start, stop, 7):
+            rows = slice(first, min(first + 7, stop))
+            x = {name: g[rows] for name, g in self.gradients.items()}
+            eye = {name: torch.eye(g.shape[1], dtype=g.dtype).expand(len(g), -1, -1) for name, g in x.items()}
+            labels = torch.zeros(rows.stop - first, 1)
+            yield PairBatch({n: u[rows] for n, u in self.updates.items()}, FactoredGradient(x, eye), labels, labels)
+
+
+def primal(pairs, name, asked, ridge, own):
+    """argmin_W sum_p |phi_p W - G_p / |u_p||^2 + ridge |W|^2 with the feature map of the kernel, then |u| phi(u) W."""
+
+    def features(updates):
+        units = {n: torch.nn.functional.normalize(u.flatten(1), dim=1) for n, u in updates.items()}
+        share = (1 - own) / len(units)
+        return torch.cat([units[name] * own**0.5, *(u * share**0.5 for u in units.values())], dim=1)
+
+    phi = features(pairs.updates)
+    wanted = pairs.gradients[name].flatten(1) / pairs.updates[name].flatten(1).norm(dim=1, keepdim=True)
+    normal = phi.mT @ phi + ridge * torch.eye(phi.shape[1]).double()
+    solution = torch.linalg.solve(normal, phi.mT @ wanted)
+    return asked[name].flatten(1).norm(dim=1, keepdim=True) * (features(asked) @ solution)
+
+
+@pytest.mark.parametrize(("ridge", "own"), [(5e-3, 0.5), (0.3, 1.0), (1.0, 0.0)])
+def test_the_dual_form_is_the_primal_solution(ridge, own):
+    pairs = Pairs(19)
+    decoder = Ridge(ridge, own)
+    decoder.fit(pairs, 19)
+    asked = {name: 3 * torch.randn_like(u[:4]) for name, u in pairs.updates.items()}
+    weights = decoder.weights(asked)
+    for name in LINEAR:
+        expected = primal(pairs, name, asked, ridge, own)
+        found = weights[name] @ pairs.gradients[name].flatten(1)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_decode_adds_the_pairs_up_with_those_weights():
+    pairs, decoder = Pairs(19, torch.float32), Ridge()
+    decoder.fit(pairs, 17)
+    asked = {name: torch.randn_like(u[:3]) for name, u in pairs.updates.items()}
+    weights, decoded = decoder.weights(asked), decoder.decode(asked).dense
+    for name in LINEAR:
+        expected = torch.einsum("vp,pij->vij", weights[name].double(), pairs.gradients[name][:17].double())
+        torch.testing.assert_close(decoded[name].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_beats_the_projection_on_held_out_pairs(pairs):
+    ridge, floor = Ridge(), Projection()
+    ridge.fit(pairs, FIT)
+    floor.fit(pairs, FIT)
+    (batch,) = pairs.batches(FIT, ALL)
+    mine, theirs = ridge.decode(batch.updates), floor.decode(batch.updates)
+    for name in pairs.target.names:
+        true = batch.gradients.dense(name)
+        assert cosine(mine.dense[name], true).mean() > cosine(theirs.dense[name], true).mean() + 0.2
+
+
+def test_a_fitted_pair_is_given_back_when_lambda_is_tiny(pairs):
+    decoder = Ridge(ridge=1e-9)
+    decoder.fit(pairs, 60)
+    (batch,) = pairs.batches(0, 60)
+    decoded = decoder.decode(batch.updates)
+    for name in pairs.target.names:
+        true = batch.gradients.dense(name)
+        assert (decoded.dense[name] - true).norm() < 1e-2 * true.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoders_are_homogeneous(kind, pairs):
+    decoder = KINDS[kind]()
+    decoder.fit(pairs, 60)
+    (batch,) = pairs.batches(FIT, FIT + 5)
+    once = decoder.decode(batch.updates).dense
+    twice = decoder.decode({name: 2 * u for name, u in batch.updates.items()}).dense
+    for name, gradient in once.items():
+        assert gradient.any()
+        torch.testing.assert_close(twice[name], 2 * gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_one_walk_fits_the_same_as_three(pairs):
+    (batch,) = pairs.batches(FIT, FIT + 5)
+    for together in fit_together(pairs, 60):
+        alone = KINDS[together.kind]()
+        alone.fit(pairs, 60)
+        for name, gradient in alone.decode(batch.updates).dense.items():
+            torch.testing.assert_close(together.decode(batch.updates).dense[name], gradient)
+
+
+def test_a_victims_b_points_against_its_update():
+    b = {"x": torch.randn(4, 2).double()}
+    assert torch.equal(stack_updates([LoraUpdate({}, b), LoraUpdate({}, b)])["x"], -b["x"].float().expand(2, 4, 2))

@@ -1,0 +1,54 @@
+"""One map for all rows, by least squares."""
+
+import torch
+from cases import cosine
+
+from r2f_ext.decoders import Projection, RowLMMSE
+from r2f_ext.types import FactoredGradient, PairBatch
+
+FIT, ALL = 120, 160
+
+
+def test_the_map_is_least_squares_over_all_rows_of_unit_updates(pairs):
+    decoder = RowLMMSE()
+    decoder.fit(pairs, 40)
+    (batch,) = pairs.batches(0, 40)
+    name = pairs.target.names[0]
+    norms = batch.updates[name].double().flatten(1).norm(dim=1)[:, None, None]
+    rows = (batch.updates[name].double() / norms).flatten(0, 1)
+    wanted = (batch.gradients.dense(name).double() / norms).flatten(0, 1)
+    expected = torch.linalg.lstsq(rows, wanted).solution
+    assert cosine(decoder.maps[name].flatten()[None], expected.flatten()[None]) > 0.99999
+    torch.testing.assert_close(decoder.maps[name].norm().double(), expected.norm(), rtol=1e-2, atol=0)
+
+
+def test_an_exactly_linear_world_is_recovered(pairs):
+    """Gradients made as G = U M for a chosen M: the fitted map is M."""
+    target, a = pairs.target, pairs.a
+    maps = {layer.name: torch.randn(layer.rank, layer.d_in) for layer in target.layers}
+
+    class World:
+        def __init__(self):
+            self.target, self.a = target, a
+
+        def batches(self, start=0, stop=None):
+            updates = {layer.name: torch.randn(30, layer.d_out, layer.rank) for layer in target.layers}
+            eye = {layer.name: torch.eye(layer.d_out).expand(30, -1, -1) for layer in target.layers}
+            x = {name: u @ maps[name] for name, u in updates.items()}
+            yield PairBatch(updates, FactoredGradient(x, eye), torch.zeros(30, 1, 3, 32, 32), torch.zeros(30, 1))
+
+    decoder = RowLMMSE()
+    decoder.fit(World(), 30)
+    for name, expected in maps.items():
+        torch.testing.assert_close(decoder.maps[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_it_beats_the_projection_on_held_out_pairs(pairs):
+    lmmse, floor = RowLMMSE(), Projection()
+    lmmse.fit(pairs, FIT)
+    floor.fit(pairs, FIT)
+    (batch,) = pairs.batches(FIT, ALL)
+    for name in pairs.target.names:
+        true = batch.gradients.dense(name)
+        mine = cosine(lmmse.decode(batch.updates).dense[name], true).mean()
+        assert mine > cosine(floor.decode(batch.updates).dense[name], true).mean() + 0.1

@@ -1,0 +1,100 @@
+"""Objectives against dense gradients written out by autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CONV, LINEAR, samples, target_of, tiny_base
+
+from r2f_ext.capture import Capture
+from r2f_ext.inversion.objectives import GradientCosine, UpdateCosine, total_variation
+from r2f_ext.types import Gradient
+
+NAMES = (CONV, *LINEAR)
+
+
+def dense_by_autograd(base, image, label):
+    weights = [base.model.get_submodule(name).weight.requires_grad_(True) for name in NAMES]
+    loss = F.cross_entropy(base.model(base.normalize(image[None])), label[None])
+    grads = torch.autograd.grad(loss, weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    return {name: grad.flatten(1) for name, grad in zip(NAMES, grads, strict=True)}
+
+
+def one_minus_cosine(x, y):
+    return 1 - (x * y).sum() / x.norm() / y.norm()
+
+
+@pytest.fixture
+def world():
+    base = tiny_base()
+    target = target_of(base, NAMES)
+    images, labels = samples(3, base)
+    observed = {layer.name: 1e-3 * torch.randn(3, layer.d_out, layer.d_in).double() for layer in target.layers}
+    a = {layer.name: torch.randn(layer.rank, layer.d_in).double() for layer in target.layers}
+    return target, images, labels, observed, a
+
+
+def candidate(target, images, labels, create_graph=False):
+    with Capture(target) as capture:
+        return capture(images[:, None], labels[:, None], create_graph=create_graph)
+
+
+def test_gradient_cosine(world):
+    target, images, labels, observed, _ = world
+    found = GradientCosine(Gradient(observed))(candidate(target, images, labels))
+    for v in range(3):
+        dense = dense_by_autograd(target.base, images[v], labels[v])
+        expected = torch.stack([one_minus_cosine(dense[n], observed[n][v]) for n in NAMES]).mean()
+        torch.testing.assert_close(found[v], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_update_cosine(world):
+    target, images, labels, observed, a = world
+    updates = {name: g @ a[name].mT for name, g in observed.items()}
+    found = UpdateCosine(target, a, updates)(candidate(target, images, labels))
+    for v in range(3):
+        dense = dense_by_autograd(target.base, images[v], labels[v])
+        expected = torch.stack([one_minus_cosine(dense[n] @ a[n].mT, updates[n][v]) for n in NAMES]).mean()
+        torch.testing.assert_close(found[v], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_truth_scores_zero_at_any_positive_scale(world):
+    target, images, labels, _, a = world
+    factors = candidate(target, images, labels)
+    exact = {name: 7e-4 * factors.dense(name) for name in NAMES}
+    assert GradientCosine(Gradient(exact))(factors).abs().max() < 1e-9
+    assert UpdateCosine(target, a, {n: g @ a[n].mT for n, g in exact.items()})(factors).abs().max() < 1e-9
+    opposite = {name: -gradient for name, gradient in exact.items()}
+    torch.testing.assert_close(GradientCosine(Gradient(opposite))(factors), torch.full((3,), 2.0).double())
+
+
+@pytest.mark.parametrize("kind", ["gradient", "update"])
+def test_gradcheck(world, kind):
+    target, images, labels, observed, a = world
+    objective = GradientCosine(Gradient({n: g[:1] for n, g in observed.items()}))
+    if kind == "update":
+        objective = UpdateCosine(target, a, {n: g[:1] @ a[n].mT for n, g in observed.items()})
+
+    def loss(pixels):
+        image = images[:1].clone()
+        image[:, :, 5:7, 3:6] = pixels
+        return objective(candidate(target, image, labels[:1], create_graph=True))
+
+    assert torch.autograd.gradcheck(loss, [images[:1, :, 5:7, 3:6].clone().requires_grad_()], atol=1e-7)
+
+
+def test_tiny_gradients_do_not_underflow(world):
+    target, images, labels, _, _ = world
+    factors = candidate(target, images, labels)
+    small = {name: (1e-22 * factors.delta[name]).float() for name in NAMES}
+    x = {name: factors.x[name].float() for name in NAMES}
+    observed = {name: factors.dense(name).float() for name in NAMES}
+    loss = GradientCosine(Gradient(observed))(type(factors)(x, small))
+    assert loss.abs().max() < 1e-4
+
+
+def test_total_variation_by_hand():
+    image = torch.tensor([[[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]]])
+    # rows: |2-0|, |2-1|, |2-3| -> mean 4/3; columns: 1, 2, 0, 0 -> mean 3/4
+    assert total_variation(torch.stack([image, torch.ones(1, 2, 3)])).tolist() == pytest.approx([4 / 3 + 3 / 4, 0.0])

@@ -1,0 +1,79 @@
+"""Updates against what one step of PEFT's own training leaves in B."""
+
+import pytest
+import torch
+from cases import CONV, LINEAR, peft_factors, peft_model, proxy_set, samples, target_of, tiny_base, train
+
+from r2f_ext.capture import Capture
+from r2f_ext.errors import R2FError
+from r2f_ext.pairs import GeneratedPairs, generate
+from r2f_ext.pairs.generate import project
+from r2f_ext.types import AdaptedLayer, Target
+
+LR = 0.1
+BLOCKS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+LORAS = {
+    "r 8, alpha 16": {"r": 8, "lora_alpha": 16},
+    "rank 4, alpha 32": {"r": 4, "lora_alpha": 32},
+    "rsLoRA": {"r": 8, "lora_alpha": 16, "use_rslora": True},
+    "convolution": {"target_modules": [CONV, "mlp.fc1"]},
+}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS.keys())
+def test_an_update_is_minus_b_over_lr_of_a_real_victim(lora, size):
+    base = tiny_base()
+    images, labels = samples(size, base)
+    model = peft_model(base, **{"target_modules": BLOCKS, **lora})
+    layers, a0 = [], {}
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b, scale = peft_factors(model, name)
+            layers.append(AdaptedLayer(name, len(b), a.shape[1], len(a), scale))
+            a0[name] = a.clone()
+    train(model, base, images, labels, lr=LR)
+    target = Target(base, tuple(layers))
+    with Capture(target) as capture:
+        updates = project(target, capture(images[None], labels[None]), a0)
+    for layer in layers:
+        a, b, _ = peft_factors(model, layer.name)
+        assert torch.equal(a, a0[layer.name])
+        torch.testing.assert_close(-LR * updates[layer.name][0], b, rtol=1e-6, atol=1e-12)
+        assert b.any()
+
+
+def test_pairs_of_a_proxy_are_victims_of_its_images(bound, embedded, proxy):
+    """End to end in float32: pair i is the victim whose batch is samples 2i and 2i + 1."""
+    target, update = bound
+    pairs = GeneratedPairs(target, update.a, proxy.take(torch.arange(7)), group_size=2)
+    assert len(pairs) == 3
+    (batch,) = pairs.batches()
+    for i in range(3):
+        rows = torch.tensor([2 * i, 2 * i + 1])
+        assert torch.equal(batch.images[i], proxy.batch(rows)) and torch.equal(batch.labels[i], proxy.labels[rows])
+        model = peft_model(embedded)
+        train(model, embedded, proxy.batch(rows), proxy.labels[rows], lr=LR)
+        for name in target.names:
+            a, b, _ = peft_factors(model, name)
+            assert torch.equal(a, update.a[name])
+            torch.testing.assert_close(-LR * batch.updates[name][i], b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+def test_batches_are_slices_of_one_walk(monkeypatch, pairs):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 160)
+    (whole,) = pairs.batches()
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 7)
+    parts = list(pairs.batches(30, 60))
+    assert [len(part.labels) for part in parts] == [7, 7, 7, 7, 2]
+    name = pairs.target.names[-1]
+    for read in (lambda p: p.images, lambda p: p.labels, lambda p: p.updates[name], lambda p: p.gradients.x[name]):
+        torch.testing.assert_close(torch.cat([read(p) for p in parts]), read(whole)[30:60], rtol=1e-3, atol=1e-5)
+    assert sum(len(part.labels) for part in pairs.batches(150, 999)) == 10
+
+
+def test_a_proxy_of_one_pair_is_refused():
+    base = tiny_base(torch.float32)
+    target = target_of(base, LINEAR)
+    with pytest.raises(R2FError, match=r"'noise' has 3 images: at least 4"):
+        GeneratedPairs(target, {}, proxy_set(3, base), group_size=2)
