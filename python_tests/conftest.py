@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from cases import victim
+from cli_cases import run
 
+from r2f_ext.audit import AuditResult, audit
+from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, load_images
+from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import BaseModel, LoraUpdate, Target
@@ -58,3 +63,51 @@ def proxy() -> ImageSet:
 def pairs(bound: tuple[Target, LoraUpdate], proxy: ImageSet) -> GeneratedPairs:
     """160 pairs at the adapter's own start."""
     return GeneratedPairs(bound[0], bound[1].a, proxy)
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A small audit of three real victims of one start, and all that went into it."""
+
+    target: Target
+    adapters: list[LoraUpdate]
+    proxy: ImageSet
+    private: ImageSet
+    config: AuditConfig
+    result: AuditResult
+
+
+@pytest.fixture(scope="session")
+def audited(
+    tmp_path_factory: pytest.TempPathFactory, embedded: BaseModel, private: ImageSet, proxy: ImageSet
+) -> Audited:
+    folder = tmp_path_factory.mktemp("audited")
+    adapters = []
+    for i in range(len(private)):
+        path = victim(embedded, folder / str(i), private.batch([i]), private.labels[i : i + 1])
+        target, update = attach(read_adapter(path), embedded)
+        adapters.append(update)
+    steps = MatchingConfig(steps=3)
+    config = AuditConfig(pairs=120, decoder_pairs=90, held_out=20, matching=steps, refinement=steps)
+    return Audited(target, adapters, proxy, private, config, audit(target, adapters, proxy, config))
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Folders of `r2f pairs`, `r2f fit` and `r2f decode` for the adapter of `adapter_folder`. Copy before changing."""
+
+    adapter: Path
+    pairs: Path
+    decoders: Path
+    gradients: Path
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory, adapter_folder: Path) -> Stages:
+    folder = tmp_path_factory.mktemp("stages")
+    done = Stages(adapter_folder, folder / "p", folder / "d", folder / "g" / "gradients.safetensors")
+    assert run("pairs", done.adapter, "--count", 40, "--proxy", "embedded", "--out", done.pairs) == 0
+    assert run("fit", done.pairs, "--out", done.decoders) == 0
+    decode = ("decode", done.adapter, "--pairs", done.pairs, "--decoders", done.decoders)
+    assert run(*decode, "--out", done.gradients.parent) == 0
+    return done

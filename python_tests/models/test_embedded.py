@@ -10,7 +10,9 @@ from r2f_ext.models.embedded import WEIGHTS, build_embedded_vit, reset_head
 
 def test_asset_holds_exactly_the_architecture(embedded):
     tensors = load_file(WEIGHTS)
-    assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in build_embedded_vit().state_dict().items()}
+    assert {k: v.shape for k, v in tensors.items()} == {
+        k: v.shape for k, v in build_embedded_vit().state_dict().items()
+    }
     assert all(torch.isfinite(t).all() for t in tensors.values())
     assert WEIGHTS.stat().st_size < 5_000_000
     assert all(torch.equal(v, tensors[k]) for k, v in embedded.model.state_dict().items())

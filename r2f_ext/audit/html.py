@@ -17,7 +17,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#1b1b1b}
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ccc}
 table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #eee}
-td:first-child,th:first-child{text-align:left}.control{color:#b03020}.scroll{overflow-x:auto}
+td:first-child,th:first-child,td.why,th.why{text-align:left}.control{color:#b03020}.scroll{overflow-x:auto}
 img{image-rendering:pixelated;width:56px;height:56px;display:block}.pictures td{padding:1px;border:0}
 .pictures td:first-child{padding-right:.8rem;white-space:nowrap}.verdict{font-weight:600}.note{color:#8a5a00}
 """
@@ -42,7 +42,8 @@ def write_html(path: Path, report: dict[str, Any], sets: list[SetReport], phase0
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     def cells(kind: str, row: list[str]) -> str:
-        return "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)
+        classes = [" class=why" if name == "why" else "" for name in head]
+        return "".join(f"<{kind}{name}>{escape(cell)}</{kind}>" for name, cell in zip(classes, row, strict=True))
 
     lines = "".join(
         f"<tr{' class=control' if row[0].startswith('control') else ''}>{cells('td', row)}</tr>" for row in rows

@@ -81,7 +81,7 @@ def set_report(
         for r in result.reconstructions
     ]
     amortised = next(r for r in parts if r.route == "amortised")
-    notes = _proxy_warning(amortised)
+    notes = _proxy_warning(result.far_from_proxy[rows])
     if private is None:
         return SetReport(name, proxy.name, parts, None, None, None, notes)
     labels = private.labels
@@ -91,11 +91,11 @@ def set_report(
     return SetReport(name, proxy.name, parts, private.batch(slice(None)), labels, controls, notes)
 
 
-def _proxy_warning(amortised: Reconstruction) -> tuple[str, ...]:
-    far = amortised.details["far_from_proxy"]
-    if far == 0:
+def _proxy_warning(far: Tensor) -> tuple[str, ...]:
+    count = int(far.sum())
+    if count == 0:
         return ()
-    return (f"{far:.0%} of the audited updates lie far from every proxy update: the proxy may not fit this data.",)
+    return (f"{count} of {len(far)} updates lie far from every proxy update: the proxy may not fit this data.",)
 
 
 def build_report(

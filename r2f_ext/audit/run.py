@@ -34,6 +34,7 @@ class AuditResult:
         reconstructions: one a route, images [V, c, h, w].
         stranger: [1, c, h, w], the amortised estimate from the update of a proxy sample drawn by the seed: the
             shuffled-adapter control of a single victim.
+        far_from_proxy: bool [V], victims whose update no proxy update resembles.
         seconds: stage -> wall time.
     """
 
@@ -43,6 +44,7 @@ class AuditResult:
     decoded: Gradient
     reconstructions: list[Reconstruction]
     stranger: Tensor
+    far_from_proxy: Tensor
     seconds: dict[str, float]
 
 
@@ -92,13 +94,16 @@ def audit(
             target.base.num_classes,
         )
         amortised = inverter.invert(observed)
+        far = inverter.far_from_proxy(observed).cpu()
         stranger = inverter.invert(_proxy_update(observed, updates, config.seed)).images
     with stages.stage("matching", config.matching.steps) as advance:
         matching = match_decoded(target, decoded, amortised, config.matching, advance)
     with stages.stage("refinement", config.refinement.steps) as advance:
         refined = refine(target, a, observed, amortised, config.refinement, advance)
     rate = count / stages.seconds["pairs"]
-    return AuditResult(count, rate, scored, decoded, [matching, amortised, refined], stranger, dict(stages.seconds))
+    return AuditResult(
+        count, rate, scored, decoded, [matching, amortised, refined], stranger, far, dict(stages.seconds)
+    )
 
 
 def match_decoded(

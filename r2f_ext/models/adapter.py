@@ -152,8 +152,9 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
         wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
         outcome: Any = set_peft_model_state_dict(wrapped, files.weights)
     except Exception as error:  # PEFT raises what its reading of a damaged config happens to hit
-        reason = " ".join(str(error).split())[:300]
-        raise R2FError(f"adapter '{files.folder}' does not fit base '{base.spec}': {reason}") from error
+        raise R2FError(
+            f"adapter '{files.folder}' does not fit base '{base.spec}': {_reason(error)}; name its own base."
+        ) from error
     missing = [name for name in outcome.missing_keys if "lora_" in name]
     if outcome.unexpected_keys or missing:
         name = (list(outcome.unexpected_keys) + missing)[0]
@@ -174,6 +175,13 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
             b[name] = files.weights[f"{PREFIX}{name}.lora_B.weight"].to(base.device, dtype).flatten(1)
     model = _with_saved_modules(wrapped, base.model)
     return Target(replace(base, model=model), tuple(layers)), LoraUpdate(a, b)
+
+
+def _reason(error: Exception) -> str:
+    """The first thing that PEFT or torch complains about, on one line."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else " ".join(lines)
+    return first[:300].rstrip(".")
 
 
 def _adapted_layer(name: str, module: LoraLayer) -> AdaptedLayer:

@@ -1,0 +1,44 @@
+"""The demo end to end, at toy sizes."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from r2f_ext.audit import demo as module
+from r2f_ext.audit.demo import demo
+from r2f_ext.config import AuditConfig
+from r2f_ext.data import content_hashes
+from r2f_ext.inversion.matching import MatchingConfig
+
+
+def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FASHION_VICTIMS", 3)
+    monkeypatch.setattr(module, "FACE_VICTIMS", 2)
+    proxies, real = [], module.audit
+    monkeypatch.setattr(module, "audit", lambda t, a, proxy, *rest: proxies.append(proxy) or real(t, a, proxy, *rest))
+    steps = MatchingConfig(steps=2)
+    config = AuditConfig(pairs=80, decoder_pairs=60, held_out=12, matching=steps, refinement=steps)
+    done = demo(tmp_path, config)
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == json.loads(json.dumps(done.report))
+    assert {name: part["n"] for name, part in report["reconstruction"].items()} == {
+        "fashion_mnist": 3,
+        "fashion_mnist_procedural": 3,
+        "lfw": 2,
+    }
+    assert [part["proxy"] for part in report["reconstruction"].values()] == ["embedded", "procedural", "procedural"]
+    assert set(report["proxies"]) == {"embedded", "procedural"}
+    assert report["decoders"] == report["proxies"]["embedded"]["decoders"]
+    assert len(report["target"]["layers"]) == 16 and report["target"]["identifiable"]["patch_position"]
+    assert {f["route"] for f in report["phase0"]} == {"patch_position", "attention_rowspace"}
+    assert min(f["psnr_db_mean"] for f in report["phase0"]) > 40
+    assert {"victims", "phase 0", "embedded: pairs", "procedural: matching", "total"} <= set(report["seconds"])
+    assert report["seconds"]["total"] == pytest.approx(max(report["seconds"].values()))
+    secret = {h for part in done.sets for h in content_hashes((part.originals * 255).round().byte())}
+    assert len(secret) == 5 and not any(secret & set(content_hashes(proxy.images)) for proxy in proxies)
+    assert "<h1>" in (tmp_path / "report.html").read_text()
+    with Image.open(tmp_path / "reconstructions.png") as image:
+        image.load()
+    assert len(list((tmp_path / "victims").glob("*/*/adapter_model.safetensors"))) == 5

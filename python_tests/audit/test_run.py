@@ -1,0 +1,117 @@
+"""A small audit of real victims: what each stage handed on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import cosine, proxy_set
+
+from r2f_ext.audit import audit
+from r2f_ext.audit.run import generate
+from r2f_ext.capture import Capture
+from r2f_ext.data import content_hashes, drop_private
+from r2f_ext.decoders import Projection, Ridge, held_out_cosines, stack_updates
+from r2f_ext.errors import R2FError
+from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.types import LoraUpdate
+
+KINDS = {"projection", "row_lmmse", "ridge"}
+
+
+def pairs_of(audited) -> GeneratedPairs:
+    return GeneratedPairs(audited.target, audited.adapters[0].a, audited.proxy)
+
+
+def test_what_comes_out(audited):
+    result = audited.result
+    assert result.pair_count == 120 and result.pairs_per_second > 0
+    assert [r.route for r in result.reconstructions] == ["matching", "amortised", "amortised_refined"]
+    for reconstruction in result.reconstructions:
+        assert reconstruction.images.shape == (3, 3, 32, 32) and torch.isfinite(reconstruction.images).all()
+        assert reconstruction.images.min() >= 0 and reconstruction.images.max() <= 1
+    assert set(result.decoders) == set(audited.target.names)
+    assert set(result.seconds) == {"pairs", "decoders", "decode", "amortised", "matching", "refinement"}
+    assert result.stranger.shape == (1, 3, 32, 32)
+
+
+def test_scores_are_held_out(audited):
+    """The figures are those of decoders fitted to pairs 0-89 and asked about pairs 90-109."""
+    pairs = pairs_of(audited)
+    for kind, decoder in (("projection", Projection()), ("ridge", Ridge())):
+        decoder.fit(pairs, 90)
+        asked = {n: torch.cat([b.updates[n] for b in pairs.batches(90, 110)]) for n in pairs.target.names}
+        expected = held_out_cosines(decoder.decode(asked), pairs, 90, 110).summary()
+        for name, figures in expected.items():
+            assert audited.result.decoders[name][kind] == pytest.approx(figures, abs=1e-3)
+    for figures in audited.result.decoders.values():
+        assert set(figures) == KINDS
+        means = {kind: figures[kind]["cosine_mean"] for kind in KINDS}
+        assert means["projection"] < means["row_lmmse"] < 1 and means["projection"] < means["ridge"] < 1
+
+
+def test_decoded_gradients_point_along_the_victims_true_ones(audited):
+    private = audited.private
+    with Capture(audited.target) as capture:
+        true = capture(private.batch(slice(None))[:, None], private.labels[:, None])
+    observed = stack_updates(audited.adapters)
+    floor = Projection()
+    floor.start(pairs_of(audited), 0)
+    floor_gradients = floor.decode(observed).dense
+    for name, gradient in audited.result.decoded.dense.items():
+        assert gradient.shape == (3, 384, 128)
+        assert cosine(gradient, true.dense(name)).mean() > cosine(floor_gradients[name], true.dense(name)).mean() + 0.2
+
+
+def test_generate_walks_once_and_keeps_every_update(audited):
+    pairs, decoder, units = pairs_of(audited), Projection(), []
+    updates = generate(pairs, 50, [decoder], 30, units.append)
+    expected = torch.cat([b.updates[pairs.target.names[1]] for b in pairs.batches(0, 50)]).flatten(1)
+    torch.testing.assert_close(updates[pairs.target.names[1]], expected, rtol=1e-3, atol=1e-6)
+    assert sum(units) == 50
+
+
+def test_the_same_seed_gives_the_same_audit(audited):
+    again = audit(audited.target, audited.adapters, audited.proxy, audited.config)
+    for first, second in zip(audited.result.reconstructions, again.reconstructions, strict=True):
+        assert (first.images - second.images).abs().mean() < 1e-3
+
+
+def test_another_seed_draws_another_stranger(audited):
+    other = audit(audited.target, audited.adapters[:1], audited.proxy, replace(audited.config, seed=5))
+    assert not torch.allclose(other.stranger, audited.result.stranger, atol=1e-3)
+
+
+def test_private_images_never_reach_the_proxy(audited):
+    mixed = replace(
+        audited.proxy,
+        images=torch.cat([audited.private.images, audited.proxy.images]),
+        labels=torch.cat([audited.private.labels, audited.proxy.labels]),
+    )
+    left = drop_private(mixed, audited.private)
+    assert torch.equal(left.images, audited.proxy.images)
+    assert not set(content_hashes(left.images)) & set(content_hashes(audited.private.images))
+
+
+def moved(update, change):
+    return LoraUpdate(change(dict(update.a)), dict(update.b))
+
+
+@pytest.mark.parametrize("difference", ["values", "fewer layers", "more layers", "rank"])
+def test_adapters_of_other_starts_are_refused(audited, difference):
+    first, second, _ = audited.adapters
+    name = audited.target.names[0]
+    if difference == "values":
+        second = moved(second, lambda a: a | {name: torch.randn_like(a[name])})
+    elif difference == "rank":
+        second = moved(second, lambda a: a | {name: a[name][:4]})
+    elif difference == "fewer layers":
+        second = moved(second, lambda a: {n: t for n, t in a.items() if n != name})
+    else:
+        second = moved(second, lambda a: a | {"blocks.9": a[name]})
+    with pytest.raises(R2FError, match="audit them one by one"):
+        audit(audited.target, [first, second], audited.proxy, audited.config)
+
+
+def test_too_small_a_proxy(audited):
+    with pytest.raises(R2FError, match="gives 39 pairs: at least 40"):
+        audit(audited.target, audited.adapters, proxy_set(39, audited.target.base), audited.config)

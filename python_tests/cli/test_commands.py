@@ -1,0 +1,171 @@
+"""Every command on real files, with toy counts; what is written is checked against the library."""
+
+import json
+import re
+
+import pytest
+import torch
+from cases import changed_config, changed_weights, cosine, victim
+from cli_cases import few_steps, files_under, refused, run
+from PIL import Image
+from safetensors.torch import load_file
+
+from r2f_ext.capture import Capture
+from r2f_ext.data import content_hashes, load_images
+from r2f_ext.pairs import StoredPairs
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    few_steps(monkeypatch)
+
+
+def test_pairs_wrote_pairs(stages, embedded, bound):
+    stored = StoredPairs(stages.pairs, embedded)
+    assert len(stored) == 40 and stored.manifest["proxy"] == "embedded" and stored.manifest["base"] == "embedded"
+    assert stored.target.layers == bound[0].layers
+    assert files_under(stages.pairs) == ["manifest.json", "pairs-00000.safetensors", "start.safetensors"]
+
+
+def test_fit_wrote_every_kind(stages):
+    record = json.loads((stages.decoders / "decoders.json").read_text())
+    assert record["kinds"] == ["projection", "row_lmmse", "ridge"] and record["count"] == 32
+    kinds = [f"{kind}.safetensors" for kind in ("projection", "ridge", "row_lmmse")]
+    assert files_under(stages.decoders) == ["decoders.json", *kinds]
+
+
+def test_decode_points_along_the_true_gradient(stages, bound, private):
+    decoded = load_file(stages.gradients)
+    with Capture(bound[0]) as capture:
+        true = capture(private.batch([0])[:, None], private.labels[:1, None])
+    for name in bound[0].names:
+        assert cosine(decoded[name], true.dense(name)).item() > 0.4
+
+
+@pytest.mark.parametrize("kind", ["projection", "row_lmmse"])
+def test_decode_with_another_kind(stages, tmp_path, kind):
+    common = ("--pairs", stages.pairs, "--decoders", stages.decoders)
+    out = tmp_path / "out.json"
+    assert run("decode", stages.adapter, *common, "--kind", kind, "--out", tmp_path, "--json", out) == 0
+    decoded, printed = load_file(tmp_path / "gradients.safetensors"), json.loads(out.read_text())
+    assert printed["kind"] == kind and printed["file"] == "gradients.safetensors"
+    assert printed["norms"] == pytest.approx({name: float(g.norm()) for name, g in decoded.items()}, rel=1e-4)
+
+
+def test_fit_prints_what_it_says_in_json(stages, tmp_path, capsys):
+    assert run("fit", stages.pairs, "--out", tmp_path / "d", "--json", tmp_path / "fit.json") == 0
+    printed = json.loads((tmp_path / "fit.json").read_text())
+    assert (printed["fitted"], printed["held_out"]) == (32, 8)
+    shown = capsys.readouterr().out
+    for kind in ("projection", "row_lmmse", "ridge"):
+        figures = printed["decoders"][kind]["blocks.0.attn.qkv"]
+        assert f"{figures['cosine_mean']:.3f} ({figures['cosine_p05']:.3f})" in shown
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_invert(stages, tmp_path, gradients):
+    more = ("--gradients", stages.gradients) if gradients else ()
+    out = tmp_path / "i"
+    code = run("invert", stages.adapter, "--pairs", stages.pairs, *more, "--out", out, "--json", tmp_path / "i.json")
+    assert code == 0
+    routes = ["amortised", "amortised_refined"] + ["matching"] * gradients
+    assert list(json.loads((tmp_path / "i.json").read_text())["routes"]) == routes
+    assert files_under(out) == sorted([f"{route}.png" for route in routes] + ["images.safetensors"])
+    for images in load_file(out / "images.safetensors").values():
+        assert images.shape == (1, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
+
+
+def test_phase0(tmp_path, capsys):
+    assert run("phase0", "--count", 2, "--out", tmp_path / "o", "--json", tmp_path / "p.json") == 0
+    printed = json.loads((tmp_path / "p.json").read_text())
+    assert [f["route"] for f in printed["phase0"]] == ["patch_position", "attention_rowspace"]
+    assert all(f["psnr_db_min"] > 30 for f in printed["phase0"]) and printed["identifiable"]["patch_position"]
+    assert f"{printed['phase0'][0]['psnr_db_mean']:.1f}" in capsys.readouterr().out
+    with Image.open(tmp_path / "o" / "phase0.png") as image:
+        assert image.format == "PNG"
+
+
+def test_audit_end_to_end(adapter_folder, tmp_path, capsys):
+    out, file = tmp_path / "report", tmp_path / "printed.json"
+    options = ("--count", 60, "--proxy", "embedded", "--private", "embedded:0", "--out", out, "--json", file)
+    assert run("audit", adapter_folder, *options) == 0
+    report, shown = json.loads((out / "report.json").read_text()), capsys.readouterr().out
+    assert json.loads(file.read_text()) == report
+    assert report["pairs"]["count"] == 60 and report["reconstruction"]["one"]["n"] == 1
+    assert report["reconstruction"]["one"]["verdict"] in shown and "as after one step" in shown
+    assert files_under(out) == ["gradients.safetensors", "reconstructions.png", "report.html", "report.json"]
+    assert load_file(out / "gradients.safetensors")["blocks.0.attn.qkv"].shape == (1, 384, 128)
+
+
+def test_audit_keeps_private_images_out_of_the_proxy(adapter_folder, tmp_path, monkeypatch, capsys):
+    """The same folder as proxy and as private: every private image is dropped, and said so."""
+    for i, image in enumerate(load_images("procedural", count=50).images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    for i in (3, 7):
+        (secret / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
+    from r2f_ext.cli import commands
+
+    seen, real = [], commands.audit
+    monkeypatch.setattr(commands, "audit", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest))
+    public = tmp_path / "public"
+    public.mkdir()
+    for path in tmp_path.glob("*.png"):
+        path.rename(public / path.name)
+    assert run("audit", adapter_folder, "--proxy", public, "--private", secret, "--out", tmp_path / "o") == 0
+    private = load_images(str(secret), role="private")
+    assert len(seen[0]) == 48 and not set(content_hashes(seen[0].images)) & set(content_hashes(private.images))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 images of" in shown and "were private ones" in shown and "which flatters it" in shown
+
+
+def test_audit_without_originals_and_with_an_odd_name(adapter_folder, tmp_path, capsys):
+    folder = changed_config(adapter_folder, tmp_path / "x[red] $_$ <script>")
+    assert run("audit", folder, "--count", 40, "--proxy", "embedded", "--out", tmp_path / "[red]") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "x[red] $_$ <script>: 1 adapters" in shown and "nothing is scored" in shown and "[red]/report.html" in shown
+    assert "<script" not in (tmp_path / "[red]" / "report.html").read_text()
+
+
+def test_audit_of_clients_of_one_server(embedded, private, tmp_path):
+    folders = [
+        victim(embedded, tmp_path / str(i), private.batch([i]), private.labels[i : i + 1], target_modules=["mlp.fc1"])
+        for i in range(2)
+    ]
+    out = tmp_path / "o"
+    options = ("--count", 40, "--proxy", "embedded", "--private", "embedded", "--out", out)
+    assert run("audit", *folders, *options) == 0
+    assert json.loads((out / "report.json").read_text())["reconstruction"]["0"]["n"] == 2
+
+
+def test_more_than_one_step_is_noticed(adapter_folder, tmp_path, capsys):
+    moved = changed_weights(
+        adapter_folder, tmp_path / "a", lambda w: {k: 3 * v if "lora_A" in k else v for k, v in w.items()}
+    )
+    assert run("audit", moved, "--count", 40, "--proxy", "embedded", "--out", tmp_path / "o") == 0
+    assert "more than one step" in capsys.readouterr().out
+
+
+def test_env(capsys, tmp_path):
+    assert run("env", "--json", tmp_path / "deep" / "env.json") == 0
+    written = json.loads((tmp_path / "deep" / "env.json").read_text())
+    assert json.loads(capsys.readouterr().out) == written
+    assert written["versions"]["torch"] == torch.__version__
+
+
+def test_the_same_seed_makes_the_same_pairs(stages, tmp_path):
+    again = ("pairs", stages.adapter, "--count", 40, "--proxy", "embedded", "--out")
+    assert run(*again, tmp_path / "a") == 0 and run(*again, tmp_path / "b", "--seed", 1) == 0
+    labels = [
+        load_file(f / "pairs-00000.safetensors")["images"] for f in (stages.pairs, tmp_path / "a", tmp_path / "b")
+    ]
+    assert torch.equal(labels[0], labels[1]) and not torch.equal(labels[0], labels[2])
+
+
+def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):
+    from r2f_ext.cli import commands
+
+    monkeypatch.setattr(commands, "audit", lambda *args: pytest.fail("the audit ran"))
+    words = ("audit", adapter_folder, adapter_folder, "--count", 40, "--private", "embedded:1", "--out", tmp_path)
+    assert re.search("gives 1 images for 2 adapters", refused(capsys, *words))

@@ -1,0 +1,64 @@
+"""Files appear whole or not at all."""
+
+import errno
+import hashlib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from r2f_ext import files
+from r2f_ext.errors import R2FError
+from r2f_ext.files import output_folder, sha256, write_atomically, write_folder_atomically, write_tensors, write_text
+
+
+def test_text_and_tensors(tmp_path):
+    write_text(tmp_path / "a.txt", "x ≤ y")
+    tensors = {"a": torch.rand(3, 4).T, "b": torch.arange(3)}
+    write_tensors(tmp_path / "t.safetensors", tensors, {"k": "v"})
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "x ≤ y"
+    read = load_file(tmp_path / "t.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "t.safetensors"]
+    assert sha256(tmp_path / "a.txt") == hashlib.sha256("x ≤ y".encode()).hexdigest()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError("odd"), KeyboardInterrupt()])
+@pytest.mark.parametrize("write", [write_atomically, write_folder_atomically])
+def test_a_failure_keeps_what_was_there(tmp_path, error, write):
+    path = tmp_path / "a"
+    if write is write_folder_atomically:
+        path.mkdir()
+        (path / "old").write_text("old")
+    else:
+        path.write_text("old")
+
+    def half(temporary):
+        if write is write_folder_atomically:
+            temporary.mkdir()
+            (temporary / "new").write_text("half")
+        else:
+            temporary.write_text("half")
+        raise error
+
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else R2FError
+    with pytest.raises(expected) as caught:
+        write(path, half)
+    assert list(tmp_path.iterdir()) == [path]
+    assert (path / "old" if path.is_dir() else path).read_text() == "old"
+    if expected is R2FError:
+        assert (error.strerror or "odd") in str(caught.value) and "None" not in str(caught.value)
+
+
+def test_output_folder(tmp_path):
+    assert output_folder(tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(R2FError, match="choose another folder"):
+        output_folder(tmp_path / "file" / "below")
+
+
+def test_need_space(tmp_path):
+    free = files.shutil.disk_usage(tmp_path).free
+    files.need_space(tmp_path, free // 2)
+    with pytest.raises(R2FError, match="ask for fewer pairs"):
+        files.need_space(tmp_path, 2 * free)
