@@ -109,4 +109,3 @@ def test_a_far_update_is_noted(audited):
         notes = set_report("x", replace(audited.result, far_from_proxy=flags), audited.proxy, None).notes
         assert bool(notes) is (far > 0)
         assert not far or notes[0].startswith(f"1 of {count} updates")
-

@@ -89,8 +89,8 @@ def audit(
     with stages.stage("amortised"):
         inverter = AmortisedInverter(
             updates,
-            proxy.batch(slice(0, count)),
-            proxy.labels[:count],
+            proxy.batch(slice(0, count), target.base.device),
+            proxy.labels[:count].to(target.base.device),
             target.base.num_classes,
         )
         amortised = inverter.invert(observed)

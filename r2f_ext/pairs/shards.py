@@ -92,6 +92,11 @@ class StoredPairs:
                 raise R2FError(
                     f"{path} has schema {self.manifest['schema']}, this version reads {SCHEMA}: make it anew."
                 )
+            if self.manifest["base"] != base.spec:
+                raise R2FError(
+                    f"the pairs in '{folder}' were made on base '{self.manifest['base']}', not '{base.spec}': "
+                    "pass the same --base."
+                )
             layers = tuple(AdaptedLayer(**layer) for layer in self.manifest["layers"])
             self._shards = [(_plain_name(s["name"]), int(s["count"]), s["sha256"]) for s in self.manifest["shards"]]
         except (ValueError, KeyError, TypeError) as error:
