@@ -17,6 +17,7 @@ from r2f_ext.audit.run import AuditResult, audit
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.files import write_tensors
 from r2f_ext.inversion.identifiability import RouteVerdict, identifiability
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.progress import Stages
@@ -57,6 +58,11 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
             proxy = drop_private(proxy, private)
         adapters = [a for name in set_names for a in victims[name.removesuffix("_procedural")]]
         results[proxy_name] = audit(target, adapters, proxy, config, Stages(stages.progress, f"{proxy_name}: "))
+        write_tensors(
+            folder / f"gradients_{proxy_name}.safetensors",
+            results[proxy_name].decoded.dense,
+            {"unit": "the victims' learning rate", "victims": ", ".join(set_names)},
+        )
         sets += _split(results[proxy_name], proxy, set_names)
     verdicts = identifiability(base, adapter=target, steps=1)
     seconds = {

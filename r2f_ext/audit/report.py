@@ -21,6 +21,7 @@ from r2f_ext.ops.schemas import SCHEMAS
 from r2f_ext.types import Reconstruction, Target
 
 SCHEMA = 1
+MIN_GAIN_DB = 0.1  # less than this over what is known anyway is called nothing
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SetReport:
         route, best = max(scores.items(), key=lambda item: item[1].psnr_db_mean)
         prior = max(controls["shuffled_adapter"], controls["mean_image"])
         gain = best.psnr_db_mean - prior
-        if gain <= 0:
+        if gain < MIN_GAIN_DB:
             return f"Nothing recovered: the best route ({route}) does not beat what is known without this adapter."
         return f"The adapter gave away {gain:.1f} dB beyond what is known without it (best route: {route})."
 
