@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def finish(
     seconds: dict[str, float],
 ) -> Finished:
     """Write report.json, report.html and reconstructions.png."""
-    report = build_report(target, verdicts, results, sets, figures, replace(config), seconds)
+    report = build_report(target, verdicts, results, sets, figures, config, seconds)
     write_report(folder, report)
     write_html(folder / "report.html", report, sets, pictures)
     write_reconstructions(folder / "reconstructions.png", sets, pictures)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from rich.markup import escape
 
+from r2f_ext.audit.assign import assign
 from r2f_ext.audit.demo import Finished, demo, finish
 from r2f_ext.audit.figures import write_images
 from r2f_ext.audit.phase0 import run_phase0
 from r2f_ext.audit.report import set_report, target_figures
 from r2f_ext.audit.run import audit, match_decoded, refine
-from r2f_ext.cli.display import console, drawn_stages, print_report, print_target, table
+from r2f_ext.cli.display import console, drawn_stages, print_phase0, print_report, print_target, print_verdicts, table
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import held_out_cosines, load_decoder, save_decoders, stack_updates
@@ -76,12 +77,10 @@ def run_phase0_command(options: Options) -> dict[str, Any]:
     folder = output_folder(options.out)
     images = _images(options.images, base, options, "private", count=options.count)
     verdicts = identifiability(base, adapter=None)
-    rows = [[v.route, "yes" if v.identifiable else "no", v.why] for v in verdicts.values()]
-    table("Which routes can work, by count", ["route", "enough?", "why"], rows)
+    print_verdicts([(v.route, v.identifiable, v.why) for v in verdicts.values()])
     figures, pictures = run_phase0(base, images)
     write_images(folder / "phase0.png", [("original", images.batch(slice(None))), *pictures])
-    rows = [[f["route"], f"{f['psnr_db_mean']:.1f}", f"{f['psnr_db_min']:.1f}", f"{f['seconds']:.2f}"] for f in figures]
-    table(f"{len(images)} exact gradients, inverted in closed form", ["route", "PSNR dB", "worst", "seconds"], rows)
+    print_phase0(f"{len(images)} exact gradients, inverted in closed form", figures)
     console.print(f"pictures: {escape(str(folder / 'phase0.png'))}")
     return {"phase0": figures, "identifiable": {v.route: v.identifiable for v in verdicts.values()}}
 
@@ -111,8 +110,8 @@ def run_fit(options: Options) -> dict[str, Any]:
             decoders = fit_together(pairs, count, advance)
         with stages.stage("held-out", len(decoders)) as advance:
             figures = {}
+            updates = pairs.updates(count, count + held_out)
             for decoder in decoders:
-                updates = pairs.updates(count, count + held_out)
                 figures[decoder.kind] = held_out_cosines(decoder.decode(updates), pairs, count, len(pairs)).summary()
                 advance(1)
     save_decoders(folder, decoders, pairs, count)
@@ -231,8 +230,6 @@ def _private(spec: str, base: BaseModel, options: Options) -> ImageSet:
 
 def _pair_up(private: ImageSet, images: torch.Tensor) -> ImageSet:
     """Private images in the adapters' order: as given if there are as many, else the best match by PSNR."""
-    from r2f_ext.audit.assign import assign
-
     if len(private) == len(images):
         return private
     console.print(

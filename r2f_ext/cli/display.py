@@ -83,13 +83,19 @@ def print_target(target: dict[str, Any]) -> None:
         f"base {escape(target['base'])}, {len(layers)} adapted layers, rank {target['rank']}, "
         f"scale {layers[0]['scale']:g}, {target['tokens']} tokens; {target['steps']}"
     )
-    rows = [[route, "yes" if ok else "no", target["why"][route]] for route, ok in target["identifiable"].items()]
+    print_verdicts([(route, ok, target["why"][route]) for route, ok in target["identifiable"].items()])
+
+
+def print_verdicts(verdicts: list[tuple[str, bool, str]]) -> None:
+    """(route, equations suffice, why) a row."""
+    rows = [[route, "yes" if ok else "no", why] for route, ok, why in verdicts]
     table("Which routes can work, by count", ["route", "enough?", "why"], rows)
 
 
 def print_report(report: dict[str, Any]) -> None:
     """The figures of an audit, for a person."""
-    _print_phase0(report["phase0"])
+    if report["phase0"]:
+        print_phase0("Phase 0: the exact gradient, inverted in closed form", report["phase0"])
     for proxy, part in report["proxies"].items():
         _print_decoders(proxy, part)
     for name, figures in report["reconstruction"].items():
@@ -119,12 +125,10 @@ def _route_row(route: str, values: dict[str, Any]) -> list[str]:
     ]
 
 
-def _print_phase0(figures: list[dict[str, Any]]) -> None:
-    if figures:
-        rows = [
-            [f["route"], f"{f['psnr_db_mean']:.1f}", f"{f['psnr_db_min']:.1f}", f"{f['seconds']:.2f}"] for f in figures
-        ]
-        table("Phase 0: the exact gradient, inverted in closed form", ["route", "PSNR dB", "worst", "seconds"], rows)
+def print_phase0(title: str, figures: list[dict[str, Any]]) -> None:
+    """The closed forms' figures on exact gradients."""
+    rows = [[f["route"], f"{f['psnr_db_mean']:.1f}", f"{f['psnr_db_min']:.1f}", f"{f['seconds']:.2f}"] for f in figures]
+    table(title, ["route", "PSNR dB", "worst", "seconds"], rows)
 
 
 def _print_decoders(proxy: str, part: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -26,11 +27,8 @@ class Decoder(ABC):
     kind: ClassVar[str]
 
     def fit(self, pairs: PairSource, count: int) -> None:
-        """Fit to the first `count` pairs. To fit several decoders in one walk, call the three steps yourself."""
-        self.start(pairs, count)
-        for batch in pairs.batches(0, count):
-            self.observe(batch)
-        self.finish()
+        """Fit to the first `count` pairs. `fit_together` fits several decoders in one walk."""
+        _fit([self], pairs, count)
 
     @abstractmethod
     def start(self, pairs: PairSource, count: int) -> None:
@@ -62,6 +60,11 @@ def fit_together(pairs: PairSource, count: int, advance: Advance = lambda units:
     from r2f_ext.decoders import KINDS
 
     decoders = [kind() for kind in KINDS.values()]
+    _fit(decoders, pairs, count, advance)
+    return decoders
+
+
+def _fit(decoders: Sequence[Decoder], pairs: PairSource, count: int, advance: Advance = lambda units: None) -> None:
     for decoder in decoders:
         decoder.start(pairs, count)
     for batch in pairs.batches(0, count):
@@ -70,7 +73,6 @@ def fit_together(pairs: PairSource, count: int, advance: Advance = lambda units:
         advance(len(batch.labels))
     for decoder in decoders:
         decoder.finish()
-    return decoders
 
 
 def stack_updates(adapters: list[LoraUpdate]) -> Updates:
