@@ -1,6 +1,7 @@
-# Compiles SOURCE by NVCC with warnings as errors and fails if any kernel spills registers.
+# Compiles SOURCE by NVCC for two architectures and to PTX, with warnings as errors; fails if any kernel spills registers.
 execute_process(
-  COMMAND ${NVCC} -O3 -std=c++17 -arch=sm_80 -Werror all-warnings -Xptxas -v -I${ROOT} -I${ROOT}/include -c ${SOURCE} -o ${OBJECT}
+  COMMAND ${NVCC} -O3 -std=c++17 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90
+    -gencode=arch=compute_90,code=compute_90 -Werror all-warnings -Xptxas -v -I${ROOT} -I${ROOT}/include -c ${SOURCE} -o ${OBJECT}
   RESULT_VARIABLE result OUTPUT_VARIABLE text ERROR_VARIABLE text)
 if(NOT result EQUAL 0)
   message(FATAL_ERROR "nvcc failed:\n${text}")
