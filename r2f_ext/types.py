@@ -102,6 +102,12 @@ class FactoredGradient:
         """G [P, d_out, d_in] of one layer."""
         return self.delta[name].mT @ self.x[name]
 
+    def float32(self) -> FactoredGradient:
+        """The same factors in float32."""
+        return FactoredGradient(
+            {name: x.float() for name, x in self.x.items()}, {name: d.float() for name, d in self.delta.items()}
+        )
+
 
 @dataclass(frozen=True)
 class Gradient:

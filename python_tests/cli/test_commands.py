@@ -22,6 +22,7 @@ def _few_steps(monkeypatch):
 
 def test_pairs_wrote_pairs(stages, embedded, bound):
     stored = StoredPairs(stages.pairs, embedded)
+    assert stored.manifest["precision"] == "float32"
     assert len(stored) == 40 and stored.manifest["proxy"] == "embedded" and stored.manifest["base"] == "embedded"
     assert stored.target.layers == bound[0].layers
     assert files_under(stages.pairs) == ["manifest.json", "pairs-00000.safetensors", "start.safetensors"]
@@ -161,6 +162,17 @@ def test_the_same_seed_makes_the_same_pairs(stages, tmp_path):
         load_file(f / "pairs-00000.safetensors")["images"] for f in (stages.pairs, tmp_path / "a", tmp_path / "b")
     ]
     assert torch.equal(labels[0], labels[1]) and not torch.equal(labels[0], labels[2])
+
+
+def test_pairs_in_bfloat16(stages, tmp_path):
+    out = tmp_path / "low"
+    assert (
+        run("pairs", stages.adapter, "--count", 4, "--proxy", "embedded", "--precision", "bfloat16", "--out", out) == 0
+    )
+    assert json.loads((out / "manifest.json").read_text())["precision"] == "bfloat16"
+    got, full = (load_file(folder / "pairs-00000.safetensors") for folder in (out, stages.pairs))
+    names = [name for name in got if name.startswith("update/")]
+    assert names and all(cosine(got[n], full[n][:4]).min() > 0.999 for n in names)
 
 
 def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):

@@ -38,6 +38,7 @@ def test_defaults():
     audit = parse(["audit", "a", "b", "--out", "o"])
     assert (audit.adapter, audit.base, audit.proxy, audit.private) == (["a", "b"], "embedded", "procedural", None)
     assert (audit.count, audit.seed, audit.device, audit.json) == (8000, 0, "auto", None)
+    assert audit.precision == parse(["pairs", "a", "--out", "o"]).precision == "float32"
     assert parse(["decode", "a", "--pairs", "p", "--decoders", "d", "--out", "o"]).kind == "ridge"
 
 
@@ -50,6 +51,7 @@ def test_defaults():
         ["audit", "a"],
         ["pairs", "a", "b", "--out", "o"],
         ["pairs", "a", "--out", "o", "--count", "many"],
+        ["pairs", "a", "--out", "o", "--precision", "float16"],
         ["decode", "a", "--pairs", "p", "--decoders", "d", "--kind", "magic", "--out", "o"],
         ["demo", "--out", "o", "--device", "tpu"],
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CONV, LINEAR, peft_factors, peft_model, proxy_set, samples, target_of, tiny_base, train
+from cases import CONV, LINEAR, cosine, peft_factors, peft_model, proxy_set, samples, target_of, tiny_base, train
 
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
@@ -77,3 +77,24 @@ def test_a_proxy_of_one_pair_is_refused():
     target = target_of(base, LINEAR)
     with pytest.raises(R2FError, match=r"'noise' has 3 images: at least 4"):
         GeneratedPairs(target, {}, proxy_set(3, base), group_size=2)
+
+
+def test_bfloat16_pairs_are_the_float32_ones_to_four_digits(bound, proxy):
+    target, update = bound
+    few = proxy.take(torch.arange(32))
+    (exact,), (rounded,) = (
+        GeneratedPairs(target, update.a, few, precision=precision).batches() for precision in ("float32", "bfloat16")
+    )
+    for name in target.names:
+        assert rounded.updates[name].dtype == rounded.gradients.x[name].dtype == torch.float32
+        for got, expected in (
+            (rounded.updates[name], exact.updates[name]),
+            (rounded.gradients.dense(name), exact.gradients.dense(name)),
+        ):
+            assert not torch.equal(got, expected)
+            assert cosine(got.flatten(1), expected.flatten(1)).mean() >= 0.9995
+
+
+def test_an_unknown_precision_is_refused(bound, proxy):
+    with pytest.raises(R2FError, match="unknown precision 'float16': choose float32 or bfloat16"):
+        GeneratedPairs(bound[0], bound[1].a, proxy, precision="float16")

@@ -67,7 +67,7 @@ def audit(
     """
     config, stages = config or AuditConfig(), stages or Stages()
     a = _common_start(adapters)
-    pairs = GeneratedPairs(target, a, proxy)
+    pairs = GeneratedPairs(target, a, proxy, precision=config.precision)
     count = min(config.pairs, len(pairs))
     if count < MIN_PAIRS:
         raise R2FError(

@@ -18,7 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
         # After parsing: `--help` answers without loading torch.
         from r2f_ext.cli import commands
         from r2f_ext.files import output_folder, write_text
+        from r2f_ext.malloc import keep_freed_memory
 
+        keep_freed_memory()
         warnings.filterwarnings("ignore", module="peft")
         if options.json is not None:
             if Path(options.json).is_dir():

@@ -44,7 +44,7 @@ def run_audit(options: Options) -> dict[str, Any]:
     verdicts = identifiability(base, adapter=target, steps=steps)
     print_target({**target_figures(target, verdicts), "steps": _say_steps(steps)})
 
-    config = AuditConfig(pairs=options.count, seed=options.seed)
+    config = AuditConfig(pairs=options.count, precision=options.precision, seed=options.seed)
     proxy = _images(options.proxy, base, options, "proxy", count=config.pairs)
     private = None if options.private is None else _private(options.private, base, options)
     if private is not None:
@@ -89,7 +89,8 @@ def run_pairs(options: Options) -> dict[str, Any]:
     target, (adapter,) = _adapters([options.adapter], options)
     folder = output_folder(options.out)
     proxy = _images(options.proxy, target.base, options, "proxy", count=options.count)
-    pairs = GeneratedPairs(target, {name: a.float() for name, a in adapter.a.items()}, proxy)
+    a = {name: a.float() for name, a in adapter.a.items()}
+    pairs = GeneratedPairs(target, a, proxy, precision=options.precision)
     count = min(options.count, len(pairs))
     with drawn_stages() as stages, stages.stage("pairs", count) as advance:
         write_pairs(pairs, count, folder, advance)

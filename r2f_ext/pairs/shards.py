@@ -54,6 +54,7 @@ def write_pairs(pairs: GeneratedPairs, count: int, folder: str | Path, advance: 
         "base": pairs.target.base.spec,
         "layers": [asdict(layer) for layer in pairs.target.layers],
         "proxy": pairs.proxy.name,
+        "precision": pairs.precision,
         "group_size": pairs.group_size,
         "count": written,
         "shards": shards,
