@@ -1,30 +1,40 @@
-"""Run the CPU benchmarks one after another and keep their results.
+"""Run the benchmarks one after another and keep their results.
 
-    python benchmarks/run.py          (or: make bench)
+    python benchmarks/run.py [--device cuda [--cold-l2]] [--json FILE]          (or: make bench)
 
-Writes benchmarks/results/VERSION/cpu-NAME.json. Nothing else should compute meanwhile.
+Writes benchmarks/results/latest.json: the machine, and a list of rows {name, shape, dtype, device, ours_ms, baseline,
+baseline_ms, ratio, roofline_fraction}, medians, ratio = baseline over ours. Nothing else should compute meanwhile.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from r2f_ext import __version__
+from common import machine, options
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = {"lora_grad": "ops/bench_lora_grad.py", "pairs": "pairs/bench_pairs.py"}
 
 
 def main() -> int:
-    results = HERE / "results" / __version__
-    results.mkdir(parents=True, exist_ok=True)
-    for name, script in SCRIPTS.items():
-        print(f"== {name}", flush=True)
-        code = subprocess.call([sys.executable, str(HERE / script), "--json", str(results / f"cpu-{name}.json")])
-        if code:
-            return code
+    asked = options(__doc__)
+    out = Path(asked.json or HERE / "results" / "latest.json")
+    passed_on = ["--device", asked.device, *(["--cold-l2"] if asked.cold_l2 else [])]
+    record = {"machine": machine(asked.device), "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "rows.json"
+        for script in sorted(HERE.glob("*/bench_*.py")):
+            print(f"== {script.relative_to(HERE)}", flush=True)
+            code = subprocess.call([sys.executable, str(script), *passed_on, "--json", str(part)])
+            if code:
+                return code
+            record["rows"] += json.loads(part.read_text())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{len(record['rows'])} rows in {out}")
     return 0
 
 
