@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/mypy
 
-bench: $(VENV)/installed
+bench: $(VENV)/peers
 	$(BIN)/python benchmarks/run.py
 
 # The packages first: the extension is compiled against the torch that will load it.
@@ -37,6 +37,11 @@ $(VENV)/packages: pyproject.toml
 
 $(VENV)/installed: $(VENV)/packages $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps .
+	touch $@
+
+# The peers that benchmarks compare with.
+$(VENV)/peers: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'])")
 	touch $@
 
 clean:
