@@ -175,6 +175,19 @@ def test_pairs_in_bfloat16(stages, tmp_path):
     assert names and all(cosine(got[n], full[n][:4]).min() > 0.999 for n in names)
 
 
+def test_pairs_of_victims_that_train_for_steps(stages, tmp_path, capsys):
+    out = tmp_path / "long"
+    words = ("pairs", stages.adapter, "--count", 4, "--proxy", "embedded", "--steps", 3, "--samples", 2, "--lr", 0.05)
+    assert run(*words, "--out", out) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["count"] == 4 and manifest["group_size"] == 2
+    assert manifest["training"]["steps"] == 3 and manifest["training"]["lr"] == 0.05
+    tensors = load_file(out / "pairs-00000.safetensors")
+    assert len(tensors["images"]) == 4 and tensors["images"].shape[1] == 2
+    assert refused(capsys, *words, "--momentum", -1, "--out", out).startswith("r2f pairs: the victims' training")
+    assert "leave --precision out" in refused(capsys, *words, "--precision", "bfloat16", "--out", out)
+
+
 def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):
     from r2f_ext.cli import commands
 

@@ -52,6 +52,7 @@ def test_defaults():
         ["pairs", "a", "b", "--out", "o"],
         ["pairs", "a", "--out", "o", "--count", "many"],
         ["pairs", "a", "--out", "o", "--precision", "float16"],
+        ["pairs", "a", "--out", "o", "--optimizer", "lion"],
         ["decode", "a", "--pairs", "p", "--decoders", "d", "--kind", "magic", "--out", "o"],
         ["demo", "--out", "o", "--device", "tpu"],
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class Capture:
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> Capture:
+    def __enter__(self) -> Self:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
@@ -90,8 +91,9 @@ class Capture:
             grads = torch.autograd.grad(loss, outputs, create_graph=create_graph)
         x, delta = {}, {}
         for name, grad in zip(self.target.names, grads, strict=True):
-            tokens, grad = _as_tokens(self._modules[name], self._seen[name][0], grad)
-            tokens = tokens if create_graph else tokens.detach()
+            module, inputs = self._modules[name], self._seen[name][0]
+            tokens = as_tokens(module, inputs if create_graph else inputs.detach())
+            grad = _output_as_tokens(module, grad)
             if low:  # what the layer multiplied: autocast rounded its input and its output's gradient alike
                 tokens, grad = tokens.bfloat16(), grad.bfloat16()
             x[name] = tokens.reshape(groups, -1, tokens.shape[-1])
@@ -100,8 +102,13 @@ class Capture:
         return FactoredGradient(x, delta)
 
 
-def _as_tokens(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Layer input and output gradient as [samples, tokens, features], for Linear and patchifying Conv2d."""
+def as_tokens(module: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input as [samples, tokens, d_in], for Linear and patchifying Conv2d."""
     if isinstance(module, nn.Conv2d):
-        return F.unfold(x, module.kernel_size, stride=module.stride).mT, grad.flatten(2).mT
-    return x.reshape(len(x), -1, x.shape[-1]), grad.reshape(len(grad), -1, grad.shape[-1])
+        return F.unfold(x, module.kernel_size, stride=module.stride).mT
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _output_as_tokens(module: nn.Module, grad: Tensor) -> Tensor:
+    """A layer's output gradient as [samples, tokens, d_out]."""
+    return grad.flatten(2).mT if isinstance(module, nn.Conv2d) else grad.reshape(len(grad), -1, grad.shape[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.identifiability import identifiability
 from r2f_ext.models import attach, load_base, read_adapter, untouched_a
-from r2f_ext.pairs import GeneratedPairs, StoredPairs, write_pairs
+from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, StoredPairs, Training, write_pairs
 from r2f_ext.types import BaseModel, LoraUpdate, Target
 
 Options = argparse.Namespace
@@ -88,15 +88,29 @@ def run_phase0_command(options: Options) -> dict[str, Any]:
 def run_pairs(options: Options) -> dict[str, Any]:
     target, (adapter,) = _adapters([options.adapter], options)
     folder = output_folder(options.out)
-    proxy = _images(options.proxy, target.base, options, "proxy", count=options.count)
     a = {name: a.float() for name, a in adapter.a.items()}
-    pairs = GeneratedPairs(target, a, proxy, precision=options.precision)
+    training = _training(options)
+    owned = 1 if training is None else training.owned
+    proxy = _images(options.proxy, target.base, options, "proxy", count=options.count * owned)
+    pairs: GeneratedPairs | SimulatedPairs
+    if training is None:
+        pairs = GeneratedPairs(target, a, proxy, precision=options.precision)
+    else:
+        pairs = SimulatedPairs(target, a, proxy, training, options.seed)
     count = min(options.count, len(pairs))
     with drawn_stages() as stages, stages.stage("pairs", count) as advance:
         write_pairs(pairs, count, folder, advance)
     rate = count / stages.seconds["pairs"]
     console.print(f"{count} pairs, {rate:,.0f} a second, in {escape(str(folder))}")
     return {"count": count, "per_second": rate, "proxy": proxy.name}
+
+
+def _training(options: Options) -> Training | None:
+    """The victims' training where anything about it was asked; None: one step of SGD on one image."""
+    asked = {f.name: getattr(options, f.name) for f in fields(Training) if getattr(options, f.name) is not None}
+    if asked and options.precision != "float32":
+        raise R2FError("victims that train step by step do so in float32: leave --precision out.")
+    return Training(**asked) if asked else None
 
 
 def run_fit(options: Options) -> dict[str, Any]:

@@ -128,6 +128,19 @@ def _pairs(commands: Commands) -> None:
     _proxy(command)
     command.add_argument("--count", type=int, default=3000, metavar="N", help="how many pairs (default 3000)")
     _precision(command)
+    training = command.add_argument_group(
+        "how each victim trains (default: one step of SGD on one image)",
+        "Any of these simulates victims step by step, all at once; the update kept is -B over the sum of step sizes.",
+    )
+    training.add_argument("--steps", type=int, metavar="T", help="optimizer steps (default 1)")
+    training.add_argument("--batch", type=int, metavar="B", help="images of a step (default 1)")
+    training.add_argument("--samples", type=int, metavar="N", help="images a victim owns (default: one batch)")
+    training.add_argument("--optimizer", choices=("sgd", "adamw"), help="default sgd")
+    training.add_argument("--lr", type=float, help="step size (default 0.1)")
+    training.add_argument("--momentum", type=float, help="of SGD (default 0)")
+    training.add_argument("--weight-decay", type=float, help="default 0")
+    training.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="default constant")
+    training.add_argument("--dropout", type=float, help="PEFT's lora_dropout (default 0)")
 
 
 def _fit(commands: Commands) -> None:

@@ -1,6 +1,16 @@
-"""(LoRA update, full gradient) pairs on proxy data."""
+"""(LoRA update, full gradient) pairs: generated in batches, simulated over many steps, streamed, stored in shards."""
 
 from r2f_ext.pairs.generate import GeneratedPairs, PairSource
 from r2f_ext.pairs.shards import StoredPairs, write_pairs
+from r2f_ext.pairs.simulate import SimulatedPairs, Training, Victims, simulate
 
-__all__ = ["GeneratedPairs", "PairSource", "StoredPairs", "write_pairs"]
+__all__ = [
+    "GeneratedPairs",
+    "PairSource",
+    "SimulatedPairs",
+    "StoredPairs",
+    "Training",
+    "Victims",
+    "simulate",
+    "write_pairs",
+]

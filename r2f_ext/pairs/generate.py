@@ -7,7 +7,7 @@ The update kept here is the descent direction s * G A^T, which is -B1 / lr: deco
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -82,6 +82,11 @@ class GeneratedPairs:
 
     def __len__(self) -> int:
         return len(self.proxy) // self.group_size
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How the pairs are made: for manifests."""
+        return {"group_size": self.group_size, "precision": self.precision}
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         stop = len(self) if stop is None else min(stop, len(self))

@@ -22,6 +22,7 @@ from torch import Tensor
 from r2f_ext.errors import R2FError
 from r2f_ext.files import need_space, output_folder, sha256, write_tensors, write_text
 from r2f_ext.pairs.generate import GeneratedPairs
+from r2f_ext.pairs.simulate import SimulatedPairs
 from r2f_ext.progress import Advance
 from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
 
@@ -30,7 +31,7 @@ SCHEMA = 1
 FACTOR_DTYPE = torch.bfloat16
 
 
-def write_pairs(pairs: GeneratedPairs, count: int, folder: str | Path, advance: Advance) -> Path:
+def write_pairs(pairs: GeneratedPairs | SimulatedPairs, count: int, folder: str | Path, advance: Advance) -> Path:
     """Write the first `count` pairs and return the manifest's path.
 
     Raises:
@@ -54,8 +55,7 @@ def write_pairs(pairs: GeneratedPairs, count: int, folder: str | Path, advance: 
         "base": pairs.target.base.spec,
         "layers": [asdict(layer) for layer in pairs.target.layers],
         "proxy": pairs.proxy.name,
-        "precision": pairs.precision,
-        "group_size": pairs.group_size,
+        **pairs.recipe,
         "count": written,
         "shards": shards,
     }
