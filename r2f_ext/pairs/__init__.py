@@ -2,7 +2,7 @@
 
 from r2f_ext.pairs.generate import GeneratedPairs, PairSource
 from r2f_ext.pairs.shards import StoredPairs, write_pairs
-from r2f_ext.pairs.simulate import SimulatedPairs, Training, Victims, simulate
+from r2f_ext.pairs.simulation import SimulatedPairs, Training, Victims, simulate
 
 __all__ = [
     "GeneratedPairs",

@@ -22,7 +22,7 @@ from torch import Tensor
 from r2f_ext.errors import R2FError
 from r2f_ext.files import need_space, output_folder, sha256, write_tensors, write_text
 from r2f_ext.pairs.generate import GeneratedPairs
-from r2f_ext.pairs.simulate import SimulatedPairs
+from r2f_ext.pairs.simulation import SimulatedPairs
 from r2f_ext.progress import Advance
 from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
 

@@ -24,6 +24,7 @@ from r2f_ext.ops import lora_grad
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
 SAMPLES_AT_ONCE = 100  # of one forward and backward
+SAMPLES_KEPT = 400  # of all steps: their factors are held until the last step, 1.6 MB a sample of the embedded model
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # done share of the training in [0, 1) -> factor of the step size
     "constant": lambda done: 1.0,
@@ -110,11 +111,12 @@ class Victims:
 
 
 class AdaptedCapture(Capture):
-    """Capture on a model whose layers carry one adapter a group."""
+    """Capture on a model whose layers carry one adapter a group; `b` is None while every B is still zero."""
 
-    def __init__(self, target: Target, a: dict[str, Tensor], b: dict[str, Tensor], dropout: float) -> None:
+    def __init__(self, target: Target, a: dict[str, Tensor], dropout: float) -> None:
         super().__init__(target)
-        self.a, self.b, self.dropout = a, b, dropout
+        self.a, self.dropout = a, dropout
+        self.b: dict[str, Tensor] | None = None
         self.adapter_inputs: dict[str, Tensor] = {}  # name -> what A saw [P, b * tokens, d_in]
         self._scales = {layer.name: layer.scale for layer in target.layers}
 
@@ -122,10 +124,13 @@ class AdaptedCapture(Capture):
         record = super()._hook(name)
 
         def adapt(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            a, b = self.a[name], self.b[name]
+            a = self.a[name]
             tokens = as_tokens(module, args[0])
             x = F.dropout(tokens.reshape(len(a), -1, tokens.shape[-1]), self.dropout)
             self.adapter_inputs[name] = x.detach()
+            if self.b is None:
+                return record(module, args, output)
+            b = self.b[name]
             update = ((x @ a.mT) @ b.mT).mul_(self._scales[name]).reshape(len(output), -1, b.shape[1])
             update = update.mT if isinstance(module, nn.Conv2d) else update
             return record(module, args, output + update.reshape(output.shape))
@@ -150,8 +155,8 @@ def simulate(
         for layer in target.layers
     }
     optimizer = training.optimizer_of([*a.values(), *b.values()])
-    steps: list[FactoredGradient] = []
-    with torch.random.fork_rng(), AdaptedCapture(target, a, b, training.dropout) as capture:
+    average = _Average(training.steps)
+    with torch.random.fork_rng(), AdaptedCapture(target, a, training.dropout) as capture:
         torch.manual_seed(seed)
         for step, rate in enumerate(training.rates()):
             index = training.batch_of(step)
@@ -161,25 +166,39 @@ def simulate(
                     capture.adapter_inputs[layer.name],
                     gradient.delta[layer.name],
                     a[layer.name],
-                    b[layer.name] if step > 0 else None,
+                    None if capture.b is None else b[layer.name],
                     scale=layer.scale,
                 )
                 a[layer.name].grad, b[layer.name].grad = found.grad_A.contiguous(), found.grad_B
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            steps.append(gradient)
-    return Victims(a, b, _average(steps))
+            capture.b = b
+            average.add(step, gradient)
+    assert average.kept is not None
+    return Victims(a, b, average.kept)
 
 
-def _average(steps: list[FactoredGradient]) -> FactoredGradient:
-    """sum_t delta_t^T x_t / T as one pair of factors."""
-    if len(steps) == 1:
-        return steps[0]
-    return FactoredGradient(
-        {name: torch.cat([step.x[name] for step in steps], dim=1) for name in steps[0].x},
-        {name: torch.cat([step.delta[name] for step in steps], dim=1) / len(steps) for name in steps[0].delta},
-    )
+class _Average:
+    """sum_t delta_t^T x_t / T as one pair of factors: the steps' tokens side by side."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.kept: FactoredGradient | None = None
+
+    def add(self, step: int, gradient: FactoredGradient) -> None:
+        if self.steps == 1:
+            self.kept = gradient
+            return
+        if self.kept is None:
+            self.kept = FactoredGradient(self._room(gradient.x), self._room(gradient.delta))
+        for name, x in gradient.x.items():
+            tokens = slice(step * x.shape[1], (step + 1) * x.shape[1])
+            self.kept.x[name][:, tokens] = x
+            torch.div(gradient.delta[name], self.steps, out=self.kept.delta[name][:, tokens])
+
+    def _room(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.new_empty(len(t), self.steps * t.shape[1], t.shape[2]) for name, t in tensors.items()}
 
 
 class SimulatedPairs:
@@ -220,7 +239,8 @@ class SimulatedPairs:
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         stop = len(self) if stop is None else min(stop, len(self))
         device, size = self.target.base.device, self.group_size
-        at_once = max(1, SAMPLES_AT_ONCE // self.training.batch)
+        batch = self.training.batch
+        at_once = max(1, min(SAMPLES_AT_ONCE // batch, SAMPLES_KEPT // (batch * self.training.steps)))
         for first in range(start, stop, at_once):
             groups = min(at_once, stop - first)
             index = torch.arange(first * size, (first + groups) * size)
