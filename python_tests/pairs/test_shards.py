@@ -77,6 +77,61 @@ def test_fewer_than_there_are(made, tmp_path):
     assert len(StoredPairs(tmp_path, made.target.base)) == 7
 
 
+class Killed(BaseException):
+    """As sudden as a signal: nothing may catch it."""
+
+
+def cut_off(pairs, count, folder, after):
+    """A run that dies once `after` pairs are written."""
+    done = 0
+
+    def advance(units):
+        nonlocal done
+        done += units
+        if done >= after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_pairs(pairs, count, folder, advance)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(made, written, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+    cut_off(made, 25, tmp_path, after=20)
+    assert sorted(contents(tmp_path)) == ["pairs-00000.safetensors", "pairs-00001.safetensors", "unfinished.json"]
+    before = (tmp_path / "pairs-00000.safetensors").stat().st_mtime_ns
+    steps = []
+    write_pairs(made, 25, tmp_path, steps.append)
+    assert steps == [20, 5] and (tmp_path / "pairs-00000.safetensors").stat().st_mtime_ns == before
+    assert contents(tmp_path) == contents(written)
+
+
+@pytest.mark.parametrize("what", ["another count", "another A", "another proxy", "a changed shard", "nonsense"])
+def test_what_another_run_left_is_not_taken_over(what, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+    cut_off(made, 25, tmp_path, after=10)
+    pairs, count = made, 25
+    if what == "another count":
+        count = 20
+    elif what == "another A":
+        pairs = GeneratedPairs(made.target, {name: 2 * a for name, a in made.a.items()}, made.proxy)
+    elif what == "another proxy":
+        pairs = GeneratedPairs(made.target, made.a, proxy_set(26, made.target.base))
+    elif what == "a changed shard":
+        with open(tmp_path / "pairs-00000.safetensors", "ab") as file:
+            file.write(b"x")
+    else:
+        (tmp_path / "unfinished.json").write_text("[]")
+    steps = []
+    write_pairs(pairs, count, tmp_path, steps.append)
+    assert steps[0] == 0
+    assert len(StoredPairs(tmp_path, made.target.base)) == count and not (tmp_path / "unfinished.json").exists()
+
+
 def test_an_interrupted_run_leaves_no_manifest_not_even_the_old_one(made, copied):
     def stop(units):
         raise KeyboardInterrupt

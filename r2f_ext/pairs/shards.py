@@ -1,6 +1,6 @@
 """Pairs on disk: safetensors shards with gradients as factors, and a manifest written last.
 
-manifest.json            schema, base, layers, proxy, count, shard names with their SHA-256
+manifest.json            schema, base, layers, proxy, how the pairs were made, count, shard names with their SHA-256
 start.safetensors        A of every layer
 pairs-00000.safetensors  update/NAME float32, x/NAME and delta/NAME bfloat16, images uint8, labels
 """
@@ -27,6 +27,7 @@ from r2f_ext.progress import Advance
 from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
 
 SCHEMA = 1
+UNFINISHED = "unfinished.json"  # what a manifest will say, and the shards so far
 # bfloat16 keeps every exponent of float32 (deltas can be as small as 1e-8); its rounding moves G by a cosine of 1e-6.
 FACTOR_DTYPE = torch.bfloat16
 
@@ -34,33 +35,67 @@ FACTOR_DTYPE = torch.bfloat16
 def write_pairs(pairs: GeneratedPairs | SimulatedPairs, count: int, folder: str | Path, advance: Advance) -> Path:
     """Write the first `count` pairs and return the manifest's path.
 
+    A run that was cut off leaves its finished shards and `unfinished.json`; the same call then goes on after them, and
+    ends with the same files to the bit.
+
     Raises:
         R2FError: the folder cannot be written to, or the disk cannot hold them.
     """
     folder = output_folder(folder)
-    shards: list[dict[str, Any]] = []
-    written = 0
+    plan = _plan(pairs, count)
+    shards = _finished_shards(folder, plan)
+    written = sum(shard["count"] for shard in shards)
     (folder / "manifest.json").unlink(missing_ok=True)
-    for batch in pairs.batches(0, count):
-        if not shards:
-            need_space(folder, shard_bytes(batch) * -(-count // len(batch.labels)))
+    advance(written)
+    room_checked = False
+    for batch in pairs.batches(written, count):
+        if not room_checked:
+            need_space(folder, shard_bytes(batch) * -(-(count - written) // len(batch.labels)))
+            room_checked = True
         name = f"pairs-{len(shards):05d}.safetensors"
         write_tensors(folder / name, _shard(batch))
         shards.append({"name": name, "count": len(batch.labels), "sha256": sha256(folder / name)})
-        written += len(batch.labels)
+        write_text(folder / UNFINISHED, json.dumps({**plan, "shards": shards}))
         advance(len(batch.labels))
     write_tensors(folder / "start.safetensors", pairs.a)
-    manifest = {
+    manifest = {**plan, "count": sum(shard["count"] for shard in shards), "shards": shards}
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2))
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    return folder / "manifest.json"
+
+
+def _plan(pairs: GeneratedPairs | SimulatedPairs, count: int) -> dict[str, Any]:
+    """All that decides what the shards will hold."""
+    digest = hashlib.sha256()
+    for tensor in (*pairs.a.values(), pairs.proxy.images, pairs.proxy.labels):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {
         "schema": SCHEMA,
         "base": pairs.target.base.spec,
         "layers": [asdict(layer) for layer in pairs.target.layers],
         "proxy": pairs.proxy.name,
         **pairs.recipe,
-        "count": written,
-        "shards": shards,
+        "inputs_sha256": digest.hexdigest(),
+        "count": count,
     }
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=2))
-    return folder / "manifest.json"
+
+
+def _finished_shards(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The whole shards that a run of the same plan left behind, up to the first that is missing or changed."""
+    try:
+        left = json.loads((folder / UNFINISHED).read_text())
+        shards = left.pop("shards")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    if left != json.loads(json.dumps(plan)):
+        return []
+    whole = []
+    for shard in shards:
+        path = folder / _plain_name(shard["name"])
+        if not path.is_file() or sha256(path) != shard["sha256"]:
+            break
+        whole.append(shard)
+    return whole
 
 
 def shard_bytes(batch: PairBatch) -> int:
