@@ -188,6 +188,18 @@ def test_pairs_of_victims_that_train_for_steps(stages, tmp_path, capsys):
     assert "leave --precision out" in refused(capsys, *words, "--precision", "bfloat16", "--out", out)
 
 
+def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private, tmp_path, capsys):
+    other = victim(embedded, tmp_path / "other", private.batch([1]), private.labels[1:2], r=4)
+    cached = ("pairs", other, "--count", 10, "--cache", stages.pairs, "--out", tmp_path / "cached")
+    assert run(*cached) == 0
+    assert run("pairs", other, "--count", 10, "--proxy", "embedded", "--out", tmp_path / "anew") == 0
+    got, expected = (load_file(tmp_path / f / "pairs-00000.safetensors") for f in ("cached", "anew"))
+    names = [name for name in expected if name.startswith("update/")]
+    assert names and all(cosine(got[n], expected[n]).min() > 0.9999 for n in names)
+    assert json.loads((tmp_path / "cached" / "manifest.json").read_text())["proxy"] == "embedded"
+    assert "leave the training of victims out" in refused(capsys, *cached, "--steps", 2)
+
+
 def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):
     from r2f_ext.cli import commands
 

@@ -11,7 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from r2f_ext import files
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import GeneratedPairs, StoredPairs, generate, write_pairs
+from r2f_ext.pairs import (
+    GeneratedPairs,
+    ReprojectedPairs,
+    SimulatedPairs,
+    StoredPairs,
+    Training,
+    generate,
+    write_pairs,
+)
+from r2f_ext.types import Target
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -130,6 +139,27 @@ def test_what_another_run_left_is_not_taken_over(what, made, tmp_path, monkeypat
     write_pairs(pairs, count, tmp_path, steps.append)
     assert steps[0] == 0
     assert len(StoredPairs(tmp_path, made.target.base)) == count and not (tmp_path / "unfinished.json").exists()
+
+
+def test_stored_factors_serve_another_adapter(made, written):
+    other = {name: torch.randn_like(a) for name, a in made.a.items()}
+    one_layer = Target(made.target.base, made.target.layers[1:])
+    name = one_layer.names[0]
+    reprojected = ReprojectedPairs(StoredPairs(written, made.target.base), one_layer, {name: other[name]})
+    assert len(reprojected) == 25
+    (expected,) = GeneratedPairs(made.target, other, made.proxy).batches()
+    updates = torch.cat([batch.updates[name] for batch in reprojected.batches()])
+    assert cosine(updates, expected.updates[name]).min() > 0.9999
+    assert [list(batch.gradients.x) for batch in reprojected.batches(0, 5)] == [[name]]
+
+
+def test_what_cannot_serve_another_adapter_is_refused(made, written, tmp_path):
+    base = made.target.base
+    with pytest.raises(R2FError, match=r"do not hold blocks\.0\.mlp\.fc1"):
+        ReprojectedPairs(StoredPairs(written, base), target_of(base, ("blocks.0.mlp.fc1",)), {})
+    write_pairs(SimulatedPairs(made.target, made.a, made.proxy, Training(steps=2)), 4, tmp_path, silent)
+    with pytest.raises(R2FError, match="trained for steps"):
+        ReprojectedPairs(StoredPairs(tmp_path, base), made.target, made.a)
 
 
 def test_an_interrupted_run_leaves_no_manifest_not_even_the_old_one(made, copied):

@@ -30,7 +30,15 @@ from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.identifiability import identifiability
 from r2f_ext.models import attach, load_base, read_adapter, untouched_a
-from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, StoredPairs, Training, write_pairs
+from r2f_ext.pairs import (
+    GeneratedPairs,
+    ReprojectedPairs,
+    SimulatedPairs,
+    StoredPairs,
+    Training,
+    WritablePairs,
+    write_pairs,
+)
 from r2f_ext.types import BaseModel, LoraUpdate, Target
 
 Options = argparse.Namespace
@@ -89,20 +97,26 @@ def run_pairs(options: Options) -> dict[str, Any]:
     target, (adapter,) = _adapters([options.adapter], options)
     folder = output_folder(options.out)
     a = {name: a.float() for name, a in adapter.a.items()}
-    training = _training(options)
-    owned = 1 if training is None else training.owned
-    proxy = _images(options.proxy, target.base, options, "proxy", count=options.count * owned)
-    pairs: GeneratedPairs | SimulatedPairs
-    if training is None:
-        pairs = GeneratedPairs(target, a, proxy, precision=options.precision)
-    else:
-        pairs = SimulatedPairs(target, a, proxy, training, options.seed)
+    pairs = _new_pairs(options, target, a)
     count = min(options.count, len(pairs))
     with drawn_stages() as stages, stages.stage("pairs", count) as advance:
         write_pairs(pairs, count, folder, advance)
     rate = count / stages.seconds["pairs"]
     console.print(f"{count} pairs, {rate:,.0f} a second, in {escape(str(folder))}")
-    return {"count": count, "per_second": rate, "proxy": proxy.name}
+    return {"count": count, "per_second": rate, "proxy": pairs.recipe["proxy"]}
+
+
+def _new_pairs(options: Options, target: Target, a: dict[str, torch.Tensor]) -> WritablePairs:
+    training = _training(options)
+    if options.cache is not None:
+        if training is not None:
+            raise R2FError("--cache holds gradients of one step at the start: leave the training of victims out.")
+        return ReprojectedPairs(StoredPairs(options.cache, target.base), target, a)
+    owned = 1 if training is None else training.owned
+    proxy = _images(options.proxy, target.base, options, "proxy", count=options.count * owned)
+    if training is None:
+        return GeneratedPairs(target, a, proxy, precision=options.precision)
+    return SimulatedPairs(target, a, proxy, training, options.seed)
 
 
 def _training(options: Options) -> Training | None:

@@ -128,6 +128,11 @@ def _pairs(commands: Commands) -> None:
     _proxy(command)
     command.add_argument("--count", type=int, default=3000, metavar="N", help="how many pairs (default 3000)")
     _precision(command)
+    command.add_argument(
+        "--cache",
+        metavar="PAIRS",
+        help="take the gradients of these pairs of another adapter of the same base: only the projection is new",
+    )
     training = command.add_argument_group(
         "how each victim trains (default: one step of SGD on one image)",
         "Any of these simulates victims step by step, all at once; the update kept is -B over the sum of step sizes.",

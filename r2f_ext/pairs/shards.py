@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -20,11 +20,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
-from r2f_ext.files import need_space, output_folder, sha256, write_tensors, write_text
-from r2f_ext.pairs.generate import GeneratedPairs
-from r2f_ext.pairs.simulation import SimulatedPairs
+from r2f_ext.files import need_space, output_folder, sha256, sha256_of, write_tensors, write_text
+from r2f_ext.pairs.generate import PairSource, project
 from r2f_ext.progress import Advance
 from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
+
+
+class WritablePairs(PairSource, Protocol):
+    """Pairs that know how they are made."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All that decides what the pairs are, beside the layers and their A: `proxy`, `group_size`, and others."""
+        ...
+
 
 SCHEMA = 1
 UNFINISHED = "unfinished.json"  # what a manifest will say, and the shards so far
@@ -32,7 +41,7 @@ UNFINISHED = "unfinished.json"  # what a manifest will say, and the shards so fa
 FACTOR_DTYPE = torch.bfloat16
 
 
-def write_pairs(pairs: GeneratedPairs | SimulatedPairs, count: int, folder: str | Path, advance: Advance) -> Path:
+def write_pairs(pairs: WritablePairs, count: int, folder: str | Path, advance: Advance) -> Path:
     """Write the first `count` pairs and return the manifest's path.
 
     A run that was cut off leaves its finished shards and `unfinished.json`; the same call then goes on after them, and
@@ -64,18 +73,14 @@ def write_pairs(pairs: GeneratedPairs | SimulatedPairs, count: int, folder: str 
     return folder / "manifest.json"
 
 
-def _plan(pairs: GeneratedPairs | SimulatedPairs, count: int) -> dict[str, Any]:
+def _plan(pairs: WritablePairs, count: int) -> dict[str, Any]:
     """All that decides what the shards will hold."""
-    digest = hashlib.sha256()
-    for tensor in (*pairs.a.values(), pairs.proxy.images, pairs.proxy.labels):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return {
         "schema": SCHEMA,
         "base": pairs.target.base.spec,
         "layers": [asdict(layer) for layer in pairs.target.layers],
-        "proxy": pairs.proxy.name,
+        "start_sha256": sha256_of(pairs.a.values()),
         **pairs.recipe,
-        "inputs_sha256": digest.hexdigest(),
         "count": count,
     }
 
@@ -200,6 +205,48 @@ class StoredPairs:
         images = tensors["images"].to(device, torch.float32).div(255)
         gradient = FactoredGradient(part("x"), part("delta"))
         return PairBatch(part("update"), gradient, images, tensors["labels"].to(device))
+
+
+class ReprojectedPairs:
+    """Pairs of another adapter from stored ones: from B = 0 the factors of a gradient are the same for every A.
+
+    A second adapter of a base then costs one projection a pair, no pass through the model.
+
+    Args:
+        stored: pairs of one step of SGD, of at least these layers.
+        target: base and layers of the adapter.
+        a: name -> its A [r, d_in].
+
+    Raises:
+        R2FError: the stored pairs lack a layer, or their victims trained for steps (their gradients depend on A).
+    """
+
+    def __init__(self, stored: StoredPairs, target: Target, a: dict[str, Tensor]) -> None:
+        if "training" in stored.manifest:
+            raise R2FError(
+                f"the pairs in '{stored.folder}' are of victims that trained for steps: their gradients depend on A, "
+                "so they serve no other adapter; make new pairs."
+            )
+        absent = [name for name in target.names if name not in stored.target.names]
+        if absent:
+            raise R2FError(f"the pairs in '{stored.folder}' do not hold {absent[0]}: make them for all its layers.")
+        self.stored, self.target, self.a = stored, target, a
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How the pairs are made: for manifests."""
+        kept = {key: self.stored.manifest[key] for key in ("proxy", "group_size")}
+        return {**kept, "factors_of": self.stored.fingerprint}
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
+        names = self.target.names
+        for batch in self.stored.batches(start, stop):
+            x, delta = batch.gradients.x, batch.gradients.delta
+            gradient = FactoredGradient({name: x[name] for name in names}, {name: delta[name] for name in names})
+            yield PairBatch(project(self.target, gradient, self.a), gradient, batch.images, batch.labels)
 
 
 def _plain_name(name: str) -> str:

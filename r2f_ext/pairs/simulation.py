@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from r2f_ext.capture.hooks import Capture, as_tokens
 from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
+from r2f_ext.files import sha256_of
 from r2f_ext.ops import lora_grad
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
@@ -234,7 +235,8 @@ class SimulatedPairs:
     @property
     def recipe(self) -> dict[str, Any]:
         """How the pairs are made: for manifests."""
-        return {"group_size": self.group_size, "training": asdict(self.training), "seed": self.seed}
+        proxy = {"proxy": self.proxy.name, "proxy_sha256": sha256_of([self.proxy.images, self.proxy.labels])}
+        return {**proxy, "group_size": self.group_size, "training": asdict(self.training), "seed": self.seed}
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         stop = len(self) if stop is None else min(stop, len(self))
