@@ -282,7 +282,7 @@ template <typename T, int Bytes>
 R2F_INLINE void run_groups(const LoraGradArgs& args, int64_t first, int64_t last) {
   using Acc = Accumulation<T>;
   using S = Scratch<Acc>;
-  const int64_t tokens = args.tokens, d_in = args.d_in, d_out = args.d_out;
+  const int64_t d_in = args.d_in, d_out = args.d_out;
   const int64_t ranks = args.rank, rank = padded_rank(ranks);  // the rows beyond `ranks` are zero
   constexpr int64_t kLanes = VectorOf<Acc, Bytes>::kLanes;
   const int64_t in_vectors = (d_in + kLanes - 1) / kLanes * kLanes,
@@ -309,11 +309,11 @@ R2F_INLINE void run_groups(const LoraGradArgs& args, int64_t first, int64_t last
     std::fill(sum_B.data, sum_B.at(rank, 0), Acc(0));
     if (with_B) std::fill(sum_A.data, sum_A.at(rank, 0), Acc(0));
 
-    for (int64_t t = 0; t < tokens; t += kTileTokens) {
-      const int64_t count = std::min(kTileTokens, tokens - t);
-      const auto x = readable<T, Bytes>(static_cast<const T*>(args.x) + (p * tokens + t) * d_in, count, d_in, x_room);
-      const auto delta =
-          readable<T, Bytes>(static_cast<const T*>(args.delta) + (p * tokens + t) * d_out, count, d_out, delta_room);
+    const int64_t end = args.first_row(p + 1);
+    for (int64_t t = args.first_row(p); t < end; t += kTileTokens) {
+      const int64_t count = std::min(kTileTokens, end - t);
+      const auto x = readable<T, Bytes>(static_cast<const T*>(args.x) + t * d_in, count, d_in, x_room);
+      const auto delta = readable<T, Bytes>(static_cast<const T*>(args.delta) + t * d_out, count, d_out, delta_room);
       project<Acc, Bytes>(x, read(A_rows), count, in_vectors, rank, u);
       if (with_B) {
         project<Acc, Bytes>(delta, read(B_rows), count, out_vectors, rank, v);

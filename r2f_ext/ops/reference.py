@@ -7,6 +7,8 @@ explicit backward.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def lora_grad(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """G = delta^T x per group; grad_A = scale B^T G, grad_B = scale G A^T, without ever forming G."""
+    if offsets is not None:
+        return _one_by_one(x, delta, A, B, scale, lr, offsets.tolist())
     dtype = accumulation_dtype(x.dtype)
     x, delta, A = x.to(dtype), delta.to(dtype), A.to(dtype)
     nothing = x.new_empty(0)
@@ -39,6 +43,29 @@ def lora_grad(
     if lr is None:
         return grad_A, grad_B, nothing, nothing.clone()
     return grad_A, grad_B, A - lr * grad_A, B - lr * grad_B
+
+
+def _one_by_one(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, bounds: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Groups of unequal size: group p has the rows bounds[p] <= row < bounds[p + 1]."""
+    if bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
+        raise ValueError(f"lora_grad: offsets must start at 0, never decrease, and end at the {len(x)} rows of x")
+    if len(bounds) == 1:
+        return lora_grad(x[None, :][:0], delta[None, :][:0], A, B, scale, lr)
+    results = [
+        lora_grad(
+            x[None, first:last],
+            delta[None, first:last],
+            A[p : p + 1] if A.ndim == 3 else A,
+            B[p : p + 1] if B is not None and B.ndim == 3 else B,
+            scale,
+            lr,
+        )
+        for p, (first, last) in enumerate(pairwise(bounds))
+    ]
+    grad_A, grad_B, A1, B1 = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return grad_A, grad_B, A1, B1
 
 
 torch.library.impl(f"{NAMESPACE}::lora_grad", "default", lora_grad)
