@@ -43,8 +43,19 @@ struct LoraGradArgs {
   }
 };
 
-// Groups first <= p < last, on the calling thread. Any rank.
+// On the calling thread, any rank: groups first <= p < last.
 void lora_grad_cpu(DType dtype, const LoraGradArgs& args, int64_t first, int64_t last);
+
+// The same in two steps, for groups too few or too unequal to be shared out among threads whole: all factors U and V
+// into `workspace`, lora_grad_cpu_workspace(args) elements of the accumulation type, by rows; then the results, by
+// items.
+void lora_grad_cpu_factors(DType dtype, const LoraGradArgs& args, void* workspace, int64_t first_row, int64_t last_row);
+void lora_grad_cpu_sums(DType dtype, const LoraGradArgs& args, const void* workspace, int64_t first_item,
+                        int64_t last_item);
+int64_t lora_grad_cpu_items(const LoraGradArgs& args);
+inline int64_t lora_grad_cpu_workspace(const LoraGradArgs& args) {
+  return args.rows * ((args.rank + 7) / 8 * 8) * (args.B == nullptr ? 1 : 2);
+}
 
 // All groups, queued on `stream` (a cudaStream_t). Any rank. `workspace` is device memory for
 // lora_grad_cuda_workspace(args) elements of the accumulation type. Returns null, or what CUDA said went wrong.

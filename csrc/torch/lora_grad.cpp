@@ -97,6 +97,21 @@ Results lora_grad_on_cpu(const at::Tensor& x, const at::Tensor& delta, const at:
   const Call call = prepare(x, delta, A, B, scale, lr, offsets);
   const LoraGradArgs& args = call.args;
   if (offsets.has_value()) check_values(call.offsets, args.rows);
+  const int64_t share = (args.rows + at::get_num_threads() - 1) / at::get_num_threads();
+  int64_t most = 0;
+  for (int64_t p = 0; p < args.groups; ++p) most = std::max(most, args.first_row(p + 1) - args.first_row(p));
+  if (args.groups % at::get_num_threads() != 0 && 4 * most > share && at::get_num_threads() > 1) {
+    // Whole groups would leave threads waiting.
+    const at::Tensor factors = at::empty({lora_grad_cpu_workspace(args)}, call.grad_B.options());
+    void* workspace = factors.mutable_data_ptr();
+    at::parallel_for(0, args.rows, 24, [&](int64_t first, int64_t last) {
+      lora_grad_cpu_factors(call.dtype, args, workspace, first, last);
+    });
+    at::parallel_for(0, lora_grad_cpu_items(args), 1, [&](int64_t first, int64_t last) {
+      lora_grad_cpu_sums(call.dtype, args, workspace, first, last);
+    });
+    return call.results();
+  }
   // A thread takes the groups that start in its share of the rows; the last one also those without rows at the end.
   at::parallel_for(0, std::max<int64_t>(args.rows, 1), 1, [&](int64_t first, int64_t last) {
     const int64_t end = last >= args.rows ? args.groups : args.first_group_from(last);
