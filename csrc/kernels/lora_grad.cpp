@@ -47,14 +47,7 @@ struct Side {
 
   // Rows t <= row < t + count, columns first <= i < last, in place or as a copy padded with zeros.
   R2F_INLINE Rows<const T> read(int64_t t, int64_t count, int64_t first, int64_t last) const {
-    const T* from = rows + t * features;
-    if (room.data == nullptr) return {from, features};
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t end = std::min(last, features);
-      if (first < end) std::memcpy(room.at(i, first), from + i * features + first, (end - first) * sizeof(T));
-      for (int64_t k = std::max(first, features); k < last; ++k) *room.at(i, k) = T{};
-    }
-    return room;
+    return padded_rows<T>(rows + t * features, features, count, first, last, room);
   }
 
   // stepped = factor - lr * grad for columns first <= i < last of group p.
@@ -144,10 +137,9 @@ R2F_INLINE void run(const LoraGradArgs& args, const Part& part) {
           const int64_t last = std::clamp<int64_t>(part.last_column - before, 0, s.whole);
           before += items_of(s.features) * kItemColumns;
           if (first == last) continue;
-          Panels<Acc, Bytes> factors = side[i].factors;
-          factors.data += place * factors.kWidth;
           const bool copied = part.factors && 1 - i < sides && s.room.data != nullptr;  // when it was projected
-          const Term<T, Bytes> term{copied ? Rows<const T>(s.room) : s.read(t, count, first, last), factors};
+          const Term<T, Bytes> term{copied ? Rows<const T>(s.room) : s.read(t, count, first, last),
+                                    side[i].factors.from(place)};
           accumulate<T, Bytes>(&term, 1, count, first, last,
                                {s.grad + p * rank * s.features, rank, s.features, s.by_feature,
                                 static_cast<Acc>(args.scale), s.partial, t == begin, t + count >= end});

@@ -11,19 +11,12 @@
 // 16 ranks, mostly from L2). U goes through memory rather than staying in one block: it is small, and few groups still
 // fill a large GPU. Each sum is taken in one fixed order: results are deterministic.
 #include "kernels/lora_grad.h"
-#include "r2f/cuda.h"
+#include "kernels/lora_grad_device.h"
 
 namespace r2f {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-constexpr int kProjectTokens = 4, kProjectRanks = 8;  // a warp's sums: one for each lane to write
-static_assert(kProjectTokens * kProjectRanks == kWarpSize);
-constexpr int kTileTokens = 64;  // rows of U in shared memory
-
-// 16 bytes of float or double; of bfloat16 8, or accumulate would need too many registers.
-template <typename T>
-constexpr int kPack = sizeof(T) == 8 ? 2 : 4;
+using namespace tiles;  // add_rows has the barrier that R2F_PLANTED_BUG leaves out
 
 // Which rows belong to a group. Offsets that are no such thing (the host never saw them) are cut to rows that exist.
 struct Groups {
@@ -53,54 +46,6 @@ struct Shape {
   bool aligned;  // every row starts at a whole pack and is made of whole packs
 };
 
-// u [left, rank] = x w^T for a few rows of one group, by one warp.
-template <typename T, bool kByFeature>
-__device__ __forceinline__ void project_rows(const T* x, int64_t left, const T* w, Accumulation<T>* u,
-                                             const Shape& shape) {
-  using Acc = Accumulation<T>;
-  constexpr int kVec = kPack<T>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  for (int64_t j0 = 0; j0 < shape.rank; j0 += kProjectRanks) {
-    Acc sum[kProjectTokens][kProjectRanks] = {};
-    for (int64_t i = lane * kVec; i < shape.features; i += kWarpSize * kVec) {
-      Pack<T, kVec> token[kProjectTokens];
-#pragma unroll
-      for (int t = 0; t < kProjectTokens; ++t) {
-        const int64_t row = t < left ? t : 0;  // a token that is not there: any row will do, its sum is not written
-        token[t] = load_pack<T, kVec>(x + row * shape.features + i, shape.features - i, shape.aligned);
-      }
-#pragma unroll
-      for (int j = 0; j < kProjectRanks; ++j) {
-        if (j0 + j >= shape.rank) break;
-        Acc weight[kVec];
-        if constexpr (kByFeature) {
-#pragma unroll
-          for (int c = 0; c < kVec; ++c)
-            weight[c] = i + c < shape.features ? widen(w[(i + c) * shape.rank + j0 + j]) : Acc(0);
-        } else {
-          const auto pack = load_pack<T, kVec>(w + (j0 + j) * shape.features + i, shape.features - i, shape.aligned);
-#pragma unroll
-          for (int c = 0; c < kVec; ++c) weight[c] = widen(pack.element[c]);
-        }
-#pragma unroll
-        for (int t = 0; t < kProjectTokens; ++t)
-#pragma unroll
-          for (int c = 0; c < kVec; ++c) sum[t][j] += widen(token[t].element[c]) * weight[c];
-      }
-    }
-    Acc mine = 0;
-#pragma unroll
-    for (int t = 0; t < kProjectTokens; ++t)
-#pragma unroll
-      for (int j = 0; j < kProjectRanks; ++j) {
-        const Acc total = warp_sum(sum[t][j]);
-        if (lane == t * kProjectRanks + j) mine = total;
-      }
-    const int t = lane / kProjectRanks, j = lane % kProjectRanks;
-    if (t < left && j0 + j < shape.rank) u[t * shape.rank + j0 + j] = mine;
-  }
-}
-
 // u [rows, rank] = x w^T. w is [rank, features], or [features, rank] if kByFeature; w_stride between groups (0: one for
 // all).
 template <typename T, bool kByFeature>
@@ -120,18 +65,11 @@ __global__ void __launch_bounds__(kThreads)
         next = end <= row || end > last ? last : end;
         weights += p * w_stride;
       }
-      project_rows<T, kByFeature>(x + row * shape.features, next - row, weights, u + row * shape.rank, shape);
+      project_rows<T, kByFeature>(x + row * shape.features, next - row, weights, u + row * shape.rank, shape.features,
+                                  shape.rank, shape.aligned);
     }
   }
 }
-
-template <typename T, int kRanks>
-struct AccumulateShared {
-  static constexpr int kColumns = kWarpSize * kPack<T>;
-  Accumulation<T> u[kTileTokens][kRanks];
-  Accumulation<T> partial[kWarps][kColumns];
-  Accumulation<T> total[kRanks][kColumns];
-};
 
 // Where results go. An element's place within a group: by rank first (grad_A) or by feature first (grad_B).
 template <typename T>
@@ -151,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   using Shared = AccumulateShared<T, kRanks>;
   constexpr int kVec = kPack<T>, kColumns = Shared::kColumns;
   R2F_DYNAMIC_SHARED(Shared, shared);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
   const int64_t j0 = static_cast<int64_t>(blockIdx.y) * kRanks;
   const int64_t stripes = (shape.features + kColumns - 1) / kColumns;
 
@@ -161,46 +99,9 @@ __global__ void __launch_bounds__(kThreads)
     const T* rows = x + first * shape.features + column;
     Acc sum[kRanks][kVec] = {};
 
-    for (int64_t t0 = 0; t0 < tokens; t0 += kTileTokens) {
-      __syncthreads();  // all have read the tile before
-      for (int i = thread; i < kTileTokens * kRanks; i += kThreads) {
-        const int t = i / kRanks, j = i % kRanks;
-        const bool exists = t0 + t < tokens && j0 + j < shape.rank;
-        shared.u[t][j] = exists ? u[(first + t0 + t) * shape.rank + j0 + j] : Acc(0);
-      }
-#ifndef R2F_PLANTED_BUG  // the tests leave this barrier out and must notice
-      __syncthreads();
-#endif
-      const int64_t left = tokens - t0;
-      const int count = left < kTileTokens ? static_cast<int>(left) : kTileTokens;
-      if (column < shape.features) {
-        for (int t = warp; t < count; t += kWarps) {
-          const auto pack =
-              load_pack<T, kVec>(rows + (t0 + t) * shape.features, shape.features - column, shape.aligned);
-#pragma unroll
-          for (int j = 0; j < kRanks; ++j) {
-            const Acc factor = shared.u[t][j];
-#pragma unroll
-            for (int c = 0; c < kVec; ++c) sum[j][c] += widen(pack.element[c]) * factor;
-          }
-        }
-      }
-    }
-
-    // Add up the warps, one rank after another.
-#pragma unroll
-    for (int j = 0; j < kRanks; ++j) {
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) shared.partial[warp][lane * kVec + c] = sum[j][c];
-      __syncthreads();
-      if (thread < kColumns) {
-        Acc total = 0;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) total += shared.partial[w][thread];
-        shared.total[j][thread] = total;
-      }
-      __syncthreads();
-    }
+    add_rows<T, kRanks>(rows, shape.features, shape.features - column, shape.aligned, u + first * shape.rank + j0,
+                        shape.rank, shape.rank - j0, tokens, shared, sum);
+    add_up_warps<T, kRanks>(sum, shared);
 
     // Write in the order of the output, so that neighbouring threads write neighbouring places.
     const int64_t columns_left = shape.features - first_column, ranks_left = shape.rank - j0;
@@ -240,12 +141,6 @@ template <typename T, bool kByFeature>
 void launch_accumulate(const T* x, const Accumulation<T>* u, Output<T> out, Shape shape, cudaStream_t stream) {
   if (shape.rank <= 8) return launch_accumulate<T, 8, kByFeature>(x, u, out, shape, stream);
   return launch_accumulate<T, 16, kByFeature>(x, u, out, shape, stream);
-}
-
-template <typename T>
-bool aligned(const void* a, const void* b, int64_t features) {
-  constexpr uintptr_t kBytes = sizeof(Pack<T, kPack<T>>);
-  return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % kBytes == 0 && features % kPack<T> == 0;
 }
 
 template <typename T>

@@ -65,6 +65,7 @@ struct Panels {
   R2F_INLINE Acc* at(int64_t row, int64_t rank) const {
     return data + (rank / kWidth * rows + row) * kWidth + rank % kWidth;
   }
+  R2F_INLINE Panels from(int64_t row) const { return {data + row * kWidth, rows}; }
 };
 
 // u [Tokens, Ranks] = (or, `onto`, +=) x w^T over `features` columns, whole vectors. w is packed: [vector][rank]. u has
@@ -366,5 +367,19 @@ class Scratch {
   std::unique_ptr<Acc[], Free> memory_;
   Acc* next_;
 };
+
+// Rows of `features` elements, columns first <= i < last (whole vectors): in place, or, where there is `room`, copied
+// there and padded with zeros.
+template <typename T>
+R2F_INLINE Rows<const T> padded_rows(const T* from, int64_t features, int64_t count, int64_t first, int64_t last,
+                                     Rows<T> room) {
+  if (room.data == nullptr) return {from, features};
+  const int64_t end = std::min(last, features);
+  for (int64_t i = 0; i < count; ++i) {
+    if (first < end) std::memcpy(room.at(i, first), from + i * features + first, (end - first) * sizeof(T));
+    for (int64_t k = std::max(first, features); k < last; ++k) *room.at(i, k) = T{};
+  }
+  return room;
+}
 
 }  // namespace r2f::tiles

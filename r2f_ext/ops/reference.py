@@ -69,3 +69,29 @@ def _one_by_one(
 
 
 torch.library.impl(f"{NAMESPACE}::lora_grad", "default", lora_grad)
+
+
+def lora_grad_tangent(
+    x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients are bilinear, so each factor is moved in turn: d(delta^T u) = ddelta^T u + delta^T du."""
+    dtype = accumulation_dtype(x.dtype)
+    x, delta, A = x.to(dtype), delta.to(dtype), A.to(dtype)
+    B = None if B is None else B.to(dtype)
+    grad_A = grad_B = None
+    if ddelta is not None:
+        ddelta = ddelta.to(dtype)  # [K, P, N, d_out]
+        grad_B = (x @ A.mT).mT @ ddelta
+        grad_A = None if B is None else (ddelta @ B).mT @ x
+    if dx is not None:
+        dx = dx.to(dtype)  # [K, P, N, d_in]
+        moved_B = (dx @ A.mT).mT @ delta
+        grad_B = moved_B if grad_B is None else grad_B + moved_B
+        if B is not None:
+            moved_A = (delta @ B).mT @ dx
+            grad_A = moved_A if grad_A is None else grad_A + moved_A
+    assert grad_B is not None, "dx or ddelta is needed"
+    return x.new_empty(0) if grad_A is None else grad_A.mul_(scale), grad_B.mT.contiguous().mul_(scale)
+
+
+torch.library.impl(f"{NAMESPACE}::lora_grad_tangent", "default", lora_grad_tangent)

@@ -19,6 +19,11 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor delta, Tensor A, Tensor? B, float scale, float? lr, Tensor? offsets=None)"
         " -> (Tensor grad_A, Tensor grad_B, Tensor A1, Tensor B1)"
     ),
+    # How they move when x and delta do, in many directions at once. Without B, grad_A is of size 0.
+    "lora_grad_tangent": (
+        "(Tensor x, Tensor delta, Tensor? dx, Tensor? ddelta, Tensor A, Tensor? B, float scale)"
+        " -> (Tensor grad_A, Tensor grad_B)"
+    ),
 }
 
 for _name, _schema in SCHEMAS.items():
