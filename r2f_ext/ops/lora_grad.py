@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_lora_grad
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class LoraGrad(NamedTuple):
@@ -62,77 +61,24 @@ def lora_grad(
         ValueError: shapes that do not fit together, or (on the CPU) offsets that are not in order.
         TypeError: dtypes that are not supported or differ from each other.
     """
-    groups = _check(x, delta, A, B, offsets)
-    grad_A, grad_B, A1, B1 = torch.ops.r2f.lora_grad.default(
-        x, delta, A, B, float(scale), None if lr is None else float(lr), offsets
-    )
+    try:
+        grad_A, grad_B, A1, B1 = torch.ops.r2f.lora_grad.default(x, delta, A, B, scale, lr, offsets)
+    except Exception:
+        check_lora_grad(x, delta, A, B, offsets)  # says which argument is wrong and how
+        raise
     if B is None:
-        shape = (groups, *A.shape[-2:])
+        shape = (len(grad_B), *A.shape[-2:])
         grad_A = grad_B.new_zeros(()).expand(shape)
         # A copy, so that a later in-place step on the caller's A does not change a result already given.
         A1 = A.to(grad_B.dtype, copy=True).expand(shape) if lr is not None else A1
     return LoraGrad(grad_A, grad_B, None if lr is None else A1, None if lr is None else B1)
 
 
-def _check(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, offsets: Tensor | None) -> int:
-    """The number of groups. Runs on every call, so it touches each shape once."""
-    given, x_shape, delta_shape, A_shape = (
-        (x, delta, A) if B is None else (x, delta, A, B),
-        x.shape,
-        delta.shape,
-        A.shape,
-    )
-    if offsets is None:
-        if len(x_shape) != 3 or len(delta_shape) != 3 or x_shape[:2] != delta_shape[:2]:
-            raise _bad_shape("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N", given)
-        groups = x_shape[0]
-    else:
-        if len(x_shape) != 2 or len(delta_shape) != 2 or x_shape[0] != delta_shape[0]:
-            raise _bad_shape("with offsets, x must be [M, d_in] and delta [M, d_out] with the same M", given)
-        groups = _groups_of(offsets, x.device)
-    d_in = x_shape[-1]
-    if len(A_shape) not in (2, 3) or A_shape[-1] != d_in or (len(A_shape) == 3 and A_shape[0] != groups):
-        raise _bad_shape("A must be [r, d_in] or [P, r, d_in]", given)
-    if A_shape[-2] < 1:
-        raise _bad_shape("the rank must be at least 1", given)
-    if B is not None:
-        one = (delta_shape[-1], A_shape[-2])
-        if B.shape not in (one, (groups, *one)):
-            raise _bad_shape("B must be [d_out, r] or [P, d_out, r]", given)
-
-    dtype, device = x.dtype, x.device
-    for tensor in given:
-        if tensor.dtype != dtype or dtype not in DTYPES:
-            raise TypeError(
-                "lora_grad: x, delta, A and B must share one dtype of float32, float64, bfloat16; got "
-                + ", ".join(str(t.dtype).removeprefix("torch.") for t in given)
-            )
-        if tensor.device != device:
-            devices = ", ".join(str(t.device) for t in given)
-            raise ValueError(f"lora_grad: all tensors must be on one device; got {devices}")
-    return groups
-
-
-def _groups_of(offsets: Tensor, device: torch.device) -> int:
-    if offsets.dtype != torch.int64:
-        raise TypeError(f"lora_grad: offsets must be int64; got {str(offsets.dtype).removeprefix('torch.')}")
-    if offsets.ndim != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"lora_grad: offsets must be [P + 1]; got {list(offsets.shape)}")
-    if offsets.device != device:
-        raise ValueError(f"lora_grad: offsets must be on the device of x, {device}; got {offsets.device}")
-    return offsets.shape[0] - 1
-
-
-def _bad_shape(what: str, tensors: tuple[Tensor, ...]) -> ValueError:
-    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(("x", "delta", "A", "B"), tensors, strict=False))
-    return ValueError(f"lora_grad: {what}; got {shapes}")
-
-
 @torch.library.register_fake(f"{NAMESPACE}::lora_grad")
 def _fake(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    groups = x.shape[0] if offsets is None else offsets.shape[0] - 1
+    groups = check_lora_grad(x, delta, A, B, offsets)
     d_in, d_out, rank = x.shape[-1], delta.shape[-1], A.shape[-2]
     dtype = accumulation_dtype(x.dtype)
 

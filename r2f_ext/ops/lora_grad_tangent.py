@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_lora_grad_tangent
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class LoraGradTangent(NamedTuple):
@@ -54,54 +53,20 @@ def lora_grad_tangent(
         ValueError: shapes that do not fit together; neither dx nor ddelta.
         TypeError: dtypes that are not supported or differ from each other.
     """
-    _check(x, delta, dx, ddelta, A, B)
-    grad_A, grad_B = torch.ops.r2f.lora_grad_tangent.default(x, delta, dx, ddelta, A, B, float(scale))
+    try:
+        grad_A, grad_B = torch.ops.r2f.lora_grad_tangent.default(x, delta, dx, ddelta, A, B, scale)
+    except Exception:
+        check_lora_grad_tangent(x, delta, dx, ddelta, A, B)  # says which argument is wrong and how
+        raise
     return LoraGradTangent(None if B is None else grad_A, grad_B)
-
-
-def _check(x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None) -> None:
-    named = {"x": x, "delta": delta, "dx": dx, "ddelta": ddelta, "A": A, "B": B}
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    if x.ndim != 3 or delta.ndim != 3 or x.shape[:2] != delta.shape[:2]:
-        raise _bad_shape("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N", given)
-    if dx is None and ddelta is None:
-        raise ValueError("lora_grad_tangent: dx or ddelta is needed")
-    if dx is not None and dx.shape[1:] != x.shape:
-        raise _bad_shape("dx must be [K, P, N, d_in]", given)
-    if ddelta is not None and (ddelta.shape[1:] != delta.shape or (dx is not None and len(dx) != len(ddelta))):
-        raise _bad_shape("ddelta must be [K, P, N, d_out], with the K of dx", given)
-    groups, _, d_in = x.shape
-    if A.ndim not in (2, 3) or A.shape[-1] != d_in or A.shape[:-2] not in ((), (groups,)):
-        raise _bad_shape("A must be [r, d_in] or [P, r, d_in]", given)
-    if A.shape[-2] < 1:
-        raise _bad_shape("the rank must be at least 1", given)
-    one = (delta.shape[2], A.shape[-2])
-    if B is not None and B.shape not in (one, (groups, *one)):
-        raise _bad_shape("B must be [d_out, r] or [P, d_out, r]", given)
-
-    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in given.values()):
-        dtypes = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in given.items())
-        raise TypeError(
-            f"lora_grad_tangent: all tensors must share one dtype of float32, float64, bfloat16; got {dtypes}"
-        )
-    if any(t.device != x.device for t in given.values()):
-        devices = ", ".join(f"{name} {t.device}" for name, t in given.items())
-        raise ValueError(f"lora_grad_tangent: all tensors must be on one device; got {devices}")
-
-
-def _bad_shape(what: str, given: dict[str, Tensor]) -> ValueError:
-    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in given.items())
-    return ValueError(f"lora_grad_tangent: {what}; got {shapes}")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_grad_tangent")
 def _fake(
     x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    blocks = (check_lora_grad_tangent(x, delta, dx, ddelta, A, B), x.shape[0])
     dtype, rank = accumulation_dtype(x.dtype), A.shape[-2]
-    moved = dx if dx is not None else ddelta
-    assert moved is not None, "dx or ddelta is needed"
-    blocks = (moved.shape[0], x.shape[0])
     grad_A = x.new_empty((0,) if B is None else (*blocks, rank, x.shape[2]), dtype=dtype)
     return grad_A, x.new_empty((*blocks, delta.shape[2], rank), dtype=dtype)
 

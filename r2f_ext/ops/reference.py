@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .checks import check_lora_grad, check_lora_grad_tangent
 from .schemas import NAMESPACE
 
 
@@ -24,6 +25,7 @@ def lora_grad(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """G = delta^T x per group; grad_A = scale B^T G, grad_B = scale G A^T, without ever forming G."""
+    check_lora_grad(x, delta, A, B, offsets)
     if offsets is not None:
         return _one_by_one(x, delta, A, B, scale, lr, offsets.tolist())
     dtype = accumulation_dtype(x.dtype)
@@ -75,6 +77,7 @@ def lora_grad_tangent(
     x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients are bilinear, so each factor is moved in turn: d(delta^T u) = ddelta^T u + delta^T du."""
+    check_lora_grad_tangent(x, delta, dx, ddelta, A, B)
     dtype = accumulation_dtype(x.dtype)
     x, delta, A = x.to(dtype), delta.to(dtype), A.to(dtype)
     B = None if B is None else B.to(dtype)
