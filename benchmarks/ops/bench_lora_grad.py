@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import interleaved_medians, ratio_to_best_rival, write_json
@@ -19,29 +20,35 @@ from common import interleaved_medians, ratio_to_best_rival, write_json
 from r2f_ext.ops import backend_of, lora_grad
 
 SHAPES = [(64, 65, 128, 384), (32, 197, 768, 768), (16, 197, 768, 3072)]  # P, N, d_in, d_out
-RANKS = [1, 2, 4, 8, 16, 32, 64]
+RANKS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
 def plain_forms(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None) -> dict[str, Callable[[], object]]:
-    """The same results in plain PyTorch, each in its own way; contiguous, as ours are."""
+    """The same results in plain PyTorch, each in its own way. All but one leave grad_B as a transposed view."""
+    columns, shared = A.mT.contiguous(), A.mT.expand(len(x), *A.mT.shape)  # made before the clock starts
 
-    def small_first() -> object:  # (U^T delta)^T
-        grad_B = ((x @ A.mT).mT @ delta).mT.contiguous()
+    def both(grad_B: Tensor) -> object:
         return grad_B if B is None else (grad_B, (delta @ B).mT @ x)
 
-    def transposed() -> object:  # (U^T delta)^T, left transposed
-        grad_B = ((x @ A.mT).mT @ delta).mT
-        return grad_B if B is None else (grad_B, (delta @ B).mT @ x)
+    return {
+        "(UᵀD)ᵀ": lambda: both(((x @ A.mT).mT @ delta).mT),
+        "(UᵀD)ᵀ contiguous": lambda: both(((x @ A.mT).mT @ delta).mT.contiguous()),
+        "(UᵀD)ᵀ, Aᵀ contiguous": lambda: both(((x @ columns).mT @ delta).mT),
+        "(UᵀD)ᵀ, linear": lambda: both((linear(x, A).mT @ delta).mT),
+        "((Axᵀ)D)ᵀ": lambda: both(((A @ x.mT) @ delta).mT),
+        "bmm": lambda: both(torch.bmm(torch.bmm(x, shared).mT, delta).mT),
+        "DᵀU": lambda: both(delta.mT @ (x @ columns)),
+        "einsum": lambda: both(torch.einsum("pno,pnr->por", delta, torch.einsum("pni,ri->pnr", x, A))),
+    }
 
-    def direct() -> object:  # delta^T U
-        grad_B = delta.mT @ (x @ A.mT)
-        return grad_B if B is None else (grad_B, (delta @ B).mT @ x)
 
-    def einsum() -> object:
-        grad_B = torch.einsum("pno,pnr->por", delta, torch.einsum("pni,ri->pnr", x, A))
-        return grad_B if B is None else (grad_B, torch.einsum("pnr,pni->pri", torch.einsum("pno,or->pnr", delta, B), x))
-
-    return {"(UᵀD)ᵀ": small_first, "(UᵀD)ᵀ view": transposed, "DᵀU": direct, "einsum": einsum}
+def peaks(device: str) -> tuple[float, float]:
+    """Bytes per second of a copy (read and written), and float32 operations per second of a matrix product."""
+    a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
+    source = torch.randn(12_000_000, device=device)
+    target = torch.empty_like(source)
+    medians = interleaved_medians({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, 7, device)
+    return 2 * source.numel() * 4 / (medians["copy"] / 1e3), 2 * 2048**3 / (medians["product"] / 1e3)
 
 
 def measure(device: str, dtype: torch.dtype, shape: tuple[int, ...], rank: int, with_B: bool, rounds: int) -> dict:
@@ -54,13 +61,18 @@ def measure(device: str, dtype: torch.dtype, shape: tuple[int, ...], rank: int, 
     )
     B = torch.randn(d_out, rank, **options) if with_B else None
     functions = {"ours": lambda: lora_grad(x, delta, A, B, scale=1.0), **plain_forms(x, delta, A, B)}
+    copied, multiplied = peaks(device)
     medians = interleaved_medians(functions, rounds, device)
     rival, ratio = ratio_to_best_rival(medians)
-    gigabytes = (x.numel() + delta.numel()) * x.element_size() / 1e9
+    elements, seconds = x.numel() + delta.numel(), medians["ours"] / 1e3
+    memory = elements * x.element_size() / copied
+    arithmetic = 2 * rank * elements * (2 if with_B else 1) / multiplied
     return {
-        "shape": list(shape), "rank": rank, "dtype": str(dtype).removeprefix("torch."), "B": with_B,
-        "ours_ms": medians["ours"], "best_plain_ms": medians[rival], "best_plain": rival, "ratio": ratio,
-        "GB_per_s": gigabytes / (medians["ours"] / 1e3),
+        "name": f"lora_grad r={rank}{', with B' if with_B else ''}", "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."), "device": device,
+        "ours_ms": medians["ours"], "baseline": rival, "baseline_ms": medians[rival], "ratio": ratio,
+        # Of what bounds it: reading x and delta once at the speed of a copy, or the sums at that of a matrix product.
+        "roofline_fraction": max(memory, arithmetic) / seconds if dtype == torch.float32 else memory / seconds,
     }  # fmt: skip
 
 
@@ -72,18 +84,18 @@ def main() -> None:
     arguments = parser.parse_args()
     backend = backend_of("lora_grad", arguments.device)
     print(f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("   P, N, d_in, d_out   r    dtype    B  ours ms  plain ms  ratio   GB/s  best plain")
+    print("   P, N, d_in, d_out  name                     dtype  ours ms  plain ms  ratio  of roofline  best plain")
     cases = [(shape, rank, torch.float32, False) for shape in SHAPES for rank in RANKS]
     cases += [(shape, 8, torch.float32, True) for shape in SHAPES]
     cases += [(shape, 8, dtype, False) for shape in SHAPES for dtype in (torch.float64, torch.bfloat16)]
+    cases += [((1, 197, 768, 768), 8, torch.float32, False)]
     rows = []
     for shape, rank, dtype, with_B in cases:
         row = measure(arguments.device, dtype, shape, rank, with_B, arguments.rounds)
         rows.append(row)
         print(
-            f"{', '.join(map(str, shape)):>20} {rank:3} {row['dtype']:>8} {'yes' if with_B else 'zero':>4} "
-            f"{row['ours_ms']:8.3f} {row['best_plain_ms']:9.3f} {row['ratio']:6.2f} "
-            f"{row['GB_per_s']:6.1f}  {row['best_plain']}",
+            f"{', '.join(map(str, shape)):>20}  {row['name']:22} {row['dtype']:>8} {row['ours_ms']:8.3f} "
+            f"{row['baseline_ms']:9.3f} {row['ratio']:6.2f} {row['roofline_fraction']:12.2f}  {row['baseline']}",
             flush=True,
         )
     if arguments.json:

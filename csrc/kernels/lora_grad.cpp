@@ -1,370 +1,211 @@
-// LoRA-factor gradients on the CPU. See lora_grad.h for what is computed.
+// LoRA-factor gradients on the CPU. See lora_grad.h for what is computed, lora_grad_tiles.h for how.
 //
-// Both products are taken in two steps over a tile of tokens, while the tile is in the cache, so x and delta are read
-// once from memory:
-//   project     U  = X W^T         a dot product over the features for each token and rank      (W = A, or B^T)
-//   accumulate  S += U^T X         each token adds its features, times U, to `rank` long rows    (S = grad_B^T, or
-//   grad_A)
-// Both keep a block of ranks x tokens (or ranks x vectors) in registers, so one load serves many multiply-adds.
+// There are two sides: U = x A^T and V = delta B are the same product, as are grad_B = delta^T U and grad_A = V^T x.
 #include "kernels/lora_grad.h"
 
-#include <algorithm>
-#include <memory>
-#include <new>
-#include <type_traits>
-
-#include "r2f/simd.h"
+#include "kernels/lora_grad_tiles.h"
 
 namespace r2f {
 namespace {
 
 using simd::VectorOf;
+using namespace tiles;
 
-// Tokens in a tile: a multiple of every block of tokens below, and few, as rows a multiple of 4 KB apart share 8 places
-// in the cache.
-constexpr int64_t kTileTokens = 12;
-// Features projected at once: 8 rows of W stay in the first-level cache.
-constexpr int64_t kChunkBytes = 3072;
-// Elements that rows in scratch memory are padded to: whole vectors of any width.
-constexpr int64_t kPadding = 64;
+// Bytes of x and delta that are read twice while they are in the second-level cache.
+constexpr int64_t kTwiceReadBytes = 1 << 20;
+// Columns in an item of the sums.
+constexpr int64_t kItemColumns = 192;
 
-// Accumulators kept in registers (of 32 with AVX-512, of 16 otherwise), as `ranks` x `others`.
-template <int Bytes>
-struct Block {
-  static constexpr int kAccumulators = Bytes == 64 ? 24 : 12;
-  static constexpr int kMaxRanks = Bytes == 64 ? 8 : 4;
-  static constexpr int others(int ranks) { return kAccumulators / ranks < 6 ? kAccumulators / ranks : 6; }
+// What one thread does: groups first <= p < last; of their rows, those within [first_row, last_row); of the columns of
+// grad_B, then grad_A, those within [first_column, last_column).
+struct Part {
+  int64_t first, last;
+  bool factors = true, sums = true;
+  void* workspace = nullptr;  // factors of all rows; null: none are kept
+  int64_t first_row = 0, last_row = INT64_MAX;
+  int64_t first_column = 0, last_column = INT64_MAX;
 };
 
-// Rows of a matrix, `stride` elements apart.
-template <typename Acc>
-struct Rows {
-  Acc* data;
-  int64_t stride;
-  R2F_INLINE Acc* at(int64_t row, int64_t column) const { return data + row * stride + column; }
-  R2F_INLINE Rows from(int64_t row, int64_t column) const { return {at(row, column), stride}; }
-};
-
-// u [Tokens, Ranks] += x w^T over `features` columns (whole vectors).
-template <typename Acc, int Bytes, int Ranks, int Tokens>
-R2F_INLINE void project_block(Rows<const Acc> x, Rows<const Acc> w, int64_t features, Rows<Acc> u) {
-  using V = typename VectorOf<Acc, Bytes>::type;
-  V sum[Tokens][Ranks] = {};
-  for (int64_t i = 0; i < features; i += VectorOf<Acc, Bytes>::kLanes) {
-    V token[Tokens];
-#pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t) {
-      token[t] = simd::load<V>(x.at(t, i));
-      __builtin_prefetch(
-          x.at(t + Tokens, i));  // the next tokens: they start in memory pages that the hardware does not foresee
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < Ranks; ++j) {
-      const V row = simd::load<V>(w.at(j, i));
-#pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) sum[t][j] += token[t] * row;
-    }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < Tokens; ++t) {
-#pragma GCC unroll 8
-    for (int j = 0; j < Ranks; ++j) *u.at(t, j) += simd::sum_lanes<Acc, Bytes>(sum[t][j]);
-  }
+// Groups of which the sums take one column after another: d_out, and d_in with B.
+int64_t items_of(int64_t features) { return (features + kItemColumns - 1) / kItemColumns; }
+int64_t items_per_group(const LoraGradArgs& args) {
+  return items_of(args.d_out) + (args.B == nullptr ? 0 : items_of(args.d_in));
 }
 
-template <typename Acc, int Bytes, int Ranks>
-R2F_INLINE void project_ranks(Rows<const Acc> x, Rows<const Acc> w, int64_t tokens, int64_t features, Rows<Acc> u) {
-  constexpr int kTokens = Block<Bytes>::others(Ranks);
-  int64_t t = 0;
-  for (; t + kTokens <= tokens; t += kTokens)
-    project_block<Acc, Bytes, Ranks, kTokens>(x.from(t, 0), w, features, u.from(t, 0));
-  for (; t < tokens; ++t) project_block<Acc, Bytes, Ranks, 1>(x.from(t, 0), w, features, u.from(t, 0));
-}
-
-// u [tokens, rank] = x w^T with x [tokens, features] and w [rank, features]; features are whole vectors.
-template <typename Acc, int Bytes>
-R2F_INLINE void project(Rows<const Acc> x, Rows<const Acc> w, int64_t tokens, int64_t features, int64_t rank,
-                        Rows<Acc> u) {
-  constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Acc));
-  std::fill(u.data, u.at(tokens, 0), Acc(0));
-  for (int64_t k = 0; k < features; k += kChunk) {
-    const int64_t n = std::min(kChunk, features - k);
-    const Rows<const Acc> xk = x.from(0, k), wk = w.from(0, k);
-    int64_t j = 0;
-    if constexpr (Block<Bytes>::kMaxRanks == 8) {
-      for (; j + 8 <= rank; j += 8) project_ranks<Acc, Bytes, 8>(xk, wk.from(j, 0), tokens, n, u.from(0, j));
-    }
-    for (; j + 4 <= rank; j += 4) project_ranks<Acc, Bytes, 4>(xk, wk.from(j, 0), tokens, n, u.from(0, j));
-    for (; j < rank; ++j) project_ranks<Acc, Bytes, 1>(xk, wk.from(j, 0), tokens, n, u.from(0, j));
-  }
-}
-
-// s [Ranks, Vectors] += u^T x over all tokens of the tile. `ahead`: what will be read two blocks later.
-template <typename Acc, int Bytes, int Ranks, int Vectors>
-R2F_INLINE void accumulate_block(Rows<const Acc> x, Rows<const Acc> ahead, Rows<const Acc> u, int64_t tokens,
-                                 Rows<Acc> s) {
-  using V = typename VectorOf<Acc, Bytes>::type;
-  constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
-  V sum[Ranks][Vectors];
-#pragma GCC unroll 8
-  for (int j = 0; j < Ranks; ++j) {
-#pragma GCC unroll 8
-    for (int c = 0; c < Vectors; ++c) sum[j][c] = simd::load<V>(s.at(j, c * kLanes));
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    V token[Vectors];
-#pragma GCC unroll 8
-    for (int c = 0; c < Vectors; ++c) {
-      token[c] = simd::load<V>(x.at(t, c * kLanes));
-      __builtin_prefetch(ahead.at(t, c * kLanes));
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < Ranks; ++j) {
-      const Acc factor = *u.at(t, j);
-#pragma GCC unroll 8
-      for (int c = 0; c < Vectors; ++c) sum[j][c] += token[c] * factor;
-    }
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < Ranks; ++j) {
-#pragma GCC unroll 8
-    for (int c = 0; c < Vectors; ++c) simd::store(s.at(j, c * kLanes), sum[j][c]);
-  }
-}
-
-template <typename Acc, int Bytes, int Ranks>
-R2F_INLINE void accumulate_ranks(Rows<const Acc> x, Rows<const Acc> u, int64_t tokens, int64_t features, Rows<Acc> s) {
-  constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes, kVectors = Block<Bytes>::others(Ranks);
-  // After the last columns come the first ones of the next tile, which follows in memory.
-  const auto ahead = [&](int64_t i) { return i < features ? x.from(0, i) : x.from(tokens, i - features); };
-  int64_t i = 0;
-  for (; i + kVectors * kLanes <= features; i += kVectors * kLanes)
-    accumulate_block<Acc, Bytes, Ranks, kVectors>(x.from(0, i), ahead(i + 2 * kVectors * kLanes), u, tokens,
-                                                  s.from(0, i));
-  for (; i < features; i += kLanes)
-    accumulate_block<Acc, Bytes, Ranks, 1>(x.from(0, i), ahead(i + 2 * kLanes), u, tokens, s.from(0, i));
-}
-
-// s [rank, features] += u^T x with u [tokens, rank] and x [tokens, features]; features are whole vectors.
-template <typename Acc, int Bytes>
-R2F_INLINE void accumulate(Rows<const Acc> x, Rows<const Acc> u, int64_t tokens, int64_t features, int64_t rank,
-                           Rows<Acc> s) {
-  int64_t j = 0;
-  if constexpr (Block<Bytes>::kMaxRanks == 8) {
-    for (; j + 8 <= rank; j += 8) accumulate_ranks<Acc, Bytes, 8>(x, u.from(0, j), tokens, features, s.from(j, 0));
-  }
-  for (; j + 4 <= rank; j += 4) accumulate_ranks<Acc, Bytes, 4>(x, u.from(0, j), tokens, features, s.from(j, 0));
-  for (; j < rank; ++j) accumulate_ranks<Acc, Bytes, 1>(x, u.from(0, j), tokens, features, s.from(j, 0));
-}
-
-// Ranks are worked off in blocks of 8, 4 and 1: three of them are cheaper as one block of 4 than as three of 1.
-int64_t padded_rank(int64_t rank) { return rank <= 2 ? rank : (rank + 3) / 4 * 4; }
-
-int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
-
-// One zeroed, cache-aligned piece of memory, handed out as matrices whose rows are padded to whole vectors.
-template <typename Acc>
-class Scratch {
- public:
-  explicit Scratch(int64_t elements) : memory_(allocate(elements)), next_(memory_.get()) {}
-
-  static int64_t size(int64_t rows, int64_t columns) { return rows * stride(columns); }
-
-  Rows<Acc> take(int64_t rows, int64_t columns) {
-    Rows<Acc> matrix{next_, stride(columns)};
-    next_ += size(rows, columns);
-    return matrix;
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(Acc* p) const { ::operator delete[](p, kAlignment); }
-  };
-
-  // Never a multiple of 4 KB: rows that far apart compete for the same few places of the first-level cache.
-  static int64_t stride(int64_t columns) { return padded(columns) + 16; }
-
-  static std::unique_ptr<Acc[], Free> allocate(int64_t elements) {
-    void* memory = ::operator new[](static_cast<size_t>(elements) * sizeof(Acc), kAlignment);
-    std::fill_n(static_cast<Acc*>(memory), elements, Acc(0));
-    return std::unique_ptr<Acc[], Free>(static_cast<Acc*>(memory));
-  }
-
-  std::unique_ptr<Acc[], Free> memory_;
-  Acc* next_;
-};
-
-template <typename T>
-R2F_INLINE void copy(const T* from, int64_t rows, int64_t columns, Rows<Accumulation<T>> to) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t k = 0; k < columns; ++k) *to.at(i, k) = widen(from[i * columns + k]);
-}
-
-template <typename T>
-R2F_INLINE void copy_transposed(const T* from, int64_t rows, int64_t columns, Rows<Accumulation<T>> to) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t k = 0; k < columns; ++k) *to.at(k, i) = widen(from[i * columns + k]);
-}
-
-// Whether rows can be read in place, as whole vectors of the type that is summed.
+// One of the two sides: its rows, their factors, and the sums that the factors make with the other side's rows.
 template <typename T, int Bytes>
-R2F_INLINE bool reads_directly(int64_t features) {
-  return std::is_same_v<T, Accumulation<T>> && features % VectorOf<Accumulation<T>, Bytes>::kLanes == 0;
-}
-
-// The tile itself if it can be read in place; else a widened copy in `room`, padded with zeros.
-template <typename T, int Bytes>
-R2F_INLINE Rows<const Accumulation<T>> readable(const T* tile, int64_t tokens, int64_t features,
-                                                Rows<Accumulation<T>> room) {
-  if constexpr (std::is_same_v<T, Accumulation<T>>) {
-    if (reads_directly<T, Bytes>(features)) return {tile, features};
-  }
-  copy(tile, tokens, features, room);
-  return {room.data, room.stride};
-}
-
-// The results of one group: grad = scale * sum and, if a step is wanted, stepped = factor - lr * grad.
-template <typename T>
-struct Result {
+struct Side {
   using Acc = Accumulation<T>;
-  Acc scale, lr;
-  const T* factor;  // null: zero
-  Acc* grad;
-  Acc* stepped;  // null: no step
+  const T* rows;
+  int64_t features, whole;  // whole: padded to whole vectors
+  Rows<T> room;             // for rows that do not end at a whole vector, else null
+  Acc* weights;             // packed
+  Panels<Acc, Bytes> factors;
+  Rows<Acc> partial;
+  Acc *grad, *stepped;
+  bool by_feature;
 
-  R2F_INLINE void write(int64_t index, Acc sum) const {
-    const Acc g = scale * sum;
-    grad[index] = g;
-    if (stepped != nullptr) stepped[index] = (factor == nullptr ? Acc(0) : Acc(widen(factor[index]))) - lr * g;
+  // Rows t <= row < t + count, columns first <= i < last, in place or as a copy padded with zeros.
+  R2F_INLINE Rows<const T> read(int64_t t, int64_t count, int64_t first, int64_t last) const {
+    return padded_rows<T>(rows + t * features, features, count, first, last, room);
   }
 
-  template <typename V>
-  R2F_INLINE void write_vector(int64_t index, V sum) const {
-    constexpr int kLanes = static_cast<int>(sizeof(V) / sizeof(Acc));
-    const V g = sum * scale;
-    simd::store(grad + index, g);
+  // stepped = factor - lr * grad for columns first <= i < last of group p.
+  R2F_INLINE void step(const T* factor, Acc lr, int64_t rank, int64_t first, int64_t last, int64_t p) const {
     if (stepped == nullptr) return;
-    V from{};
-    if (factor != nullptr)
-      for (int i = 0; i < kLanes; ++i) from[i] = widen(factor[index + i]);
-    const V after = from - g * lr;
-    simd::store(stepped + index, after);
+    const int64_t begin = by_feature ? first * rank : first, length = (last - first) * (by_feature ? rank : 1);
+    const int64_t stride = features, count = by_feature ? 1 : rank, group = p * rank * features;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t from = begin + j * stride;
+      for (int64_t k = from; k < from + length; ++k)
+        stepped[group + k] = (factor == nullptr ? Acc(0) : Acc(widen(factor[k]))) - lr * grad[group + k];
+    }
   }
 };
 
-// sum [ranks, features], written as [features, ranks]: in squares of 4 x 4, or this would cost as much as the sums of a
-// short group.
-template <typename T>
-R2F_INLINE void write_transposed(Rows<const Accumulation<T>> sum, int64_t ranks, int64_t features,
-                                 const Result<T>& result) {
-  using Acc = Accumulation<T>;
-  using V = typename VectorOf<Acc, 4 * sizeof(Acc)>::type;
-  const int64_t whole_ranks = ranks / 4 * 4, whole_features = features / 4 * 4;
-  for (int64_t j = 0; j < whole_ranks; j += 4) {
-    for (int64_t o = 0; o < whole_features; o += 4) {
-      const V a = simd::load<V>(sum.at(j, o)), b = simd::load<V>(sum.at(j + 1, o));
-      const V c = simd::load<V>(sum.at(j + 2, o)), d = simd::load<V>(sum.at(j + 3, o));
-      const V ab = {a[0], b[0], a[1], b[1]}, cd = {c[0], d[0], c[1], d[1]};
-      const V ab2 = {a[2], b[2], a[3], b[3]}, cd2 = {c[2], d[2], c[3], d[3]};
-      const int64_t index = o * ranks + j;
-      result.write_vector(index, V{ab[0], ab[1], cd[0], cd[1]});
-      result.write_vector(index + ranks, V{ab[2], ab[3], cd[2], cd[3]});
-      result.write_vector(index + 2 * ranks, V{ab2[0], ab2[1], cd2[0], cd2[1]});
-      result.write_vector(index + 3 * ranks, V{ab2[2], ab2[3], cd2[2], cd2[3]});
-    }
-  }
-  for (int64_t o = 0; o < features; ++o)
-    for (int64_t j = o < whole_features ? whole_ranks : 0; j < ranks; ++j) result.write(o * ranks + j, *sum.at(j, o));
-}
-
 template <typename T, int Bytes>
-R2F_INLINE void run_groups(const LoraGradArgs& args, int64_t first, int64_t last) {
+R2F_INLINE void run(const LoraGradArgs& args, const Part& part) {
   using Acc = Accumulation<T>;
   using S = Scratch<Acc>;
-  const int64_t tokens = args.tokens, d_in = args.d_in, d_out = args.d_out;
-  const int64_t ranks = args.rank, rank = padded_rank(ranks);  // the rows beyond `ranks` are zero
-  constexpr int64_t kLanes = VectorOf<Acc, Bytes>::kLanes;
-  const int64_t in_vectors = (d_in + kLanes - 1) / kLanes * kLanes,
-                out_vectors = (d_out + kLanes - 1) / kLanes * kLanes;
   const bool with_B = args.B != nullptr;
-  const Acc scale = static_cast<Acc>(args.scale), lr = static_cast<Acc>(args.lr);
+  const int sides = with_B ? 2 : 1;
+  const int64_t rank = args.rank, padded = Block<Bytes>::padded(rank);
+  int64_t most_rows = 1;
+  for (int64_t p = part.first; p < part.last; ++p)
+    most_rows = std::max(most_rows, args.first_row(p + 1) - args.first_row(p));
 
-  const int64_t x_rows = reads_directly<T, Bytes>(d_in) ? 0 : kTileTokens;
-  const int64_t delta_rows = reads_directly<T, Bytes>(d_out) ? 0 : kTileTokens;
-  const int64_t half = S::size(rank + x_rows, d_in) + S::size(rank + delta_rows, d_out) + S::size(kTileTokens, rank);
-  S scratch(with_B ? half + S::size(rank, d_in) + S::size(rank, d_out) + S::size(kTileTokens, rank) : half);
-  const Rows<Acc> A_rows = scratch.take(rank, d_in), sum_B = scratch.take(rank, d_out),
-                  u = scratch.take(kTileTokens, rank);
-  const Rows<Acc> x_room = scratch.take(x_rows, d_in), delta_room = scratch.take(delta_rows, d_out);
-  Rows<Acc> B_rows{}, sum_A{}, v{};
-  if (with_B) B_rows = scratch.take(rank, d_out), sum_A = scratch.take(rank, d_in), v = scratch.take(kTileTokens, rank);
-  const auto read = [](const Rows<Acc>& m) { return Rows<const Acc>{m.data, m.stride}; };
+  Side<T, Bytes> side[2] = {};
+  side[0].rows = static_cast<const T*>(args.x), side[0].features = args.d_in;
+  side[1].rows = static_cast<const T*>(args.delta), side[1].features = args.d_out;
+  side[0].grad = static_cast<Acc*>(args.grad_A), side[0].stepped = static_cast<Acc*>(args.A1);
+  side[1].grad = static_cast<Acc*>(args.grad_B), side[1].stepped = static_cast<Acc*>(args.B1);
+  side[1].by_feature = true;
+  bool copies = false;
+  for (Side<T, Bytes>& s : side) s.whole = whole_vectors<Acc, Bytes>(s.features), copies |= s.whole != s.features;
 
-  for (int64_t p = first; p < last; ++p) {
-    const T* A = static_cast<const T*>(args.A) + (args.A_per_group ? p * ranks * d_in : 0);
-    const T* B = with_B ? static_cast<const T*>(args.B) + (args.B_per_group ? p * d_out * ranks : 0) : nullptr;
-    if (p == first || args.A_per_group) copy(A, ranks, d_in, A_rows);
-    if (with_B && (p == first || args.B_per_group)) copy_transposed(B, d_out, ranks, B_rows);
-    std::fill(sum_B.data, sum_B.at(rank, 0), Acc(0));
-    if (with_B) std::fill(sum_A.data, sum_A.at(rank, 0), Acc(0));
+  int64_t run_rows = std::min(most_rows, kMaxRows);
+  if (with_B || copies) {
+    const int64_t row_bytes = (args.d_in + args.d_out + 1) * static_cast<int64_t>(sizeof(T));
+    run_rows = std::min(run_rows, std::max<int64_t>(24, kTwiceReadBytes / row_bytes / 24 * 24));
+  }
+  const int64_t factor_rows = part.workspace == nullptr ? run_rows : args.rows;
+  const int64_t factor_size = Panels<Acc, Bytes>::size(factor_rows, rank);
 
-    for (int64_t t = 0; t < tokens; t += kTileTokens) {
-      const int64_t count = std::min(kTileTokens, tokens - t);
-      const auto x = readable<T, Bytes>(static_cast<const T*>(args.x) + (p * tokens + t) * d_in, count, d_in, x_room);
-      const auto delta =
-          readable<T, Bytes>(static_cast<const T*>(args.delta) + (p * tokens + t) * d_out, count, d_out, delta_room);
-      project<Acc, Bytes>(x, read(A_rows), count, in_vectors, rank, u);
-      if (with_B) {
-        project<Acc, Bytes>(delta, read(B_rows), count, out_vectors, rank, v);
-        accumulate<Acc, Bytes>(x, read(v), count, in_vectors, rank, sum_A);
+  const auto size_of = [&](const Side<T, Bytes>& s, bool weights) {
+    return (s.whole != s.features ? S::size(run_rows, s.whole) : 0) + (weights ? padded * s.whole + 16 : 0) +
+           (most_rows > run_rows ? S::size(padded, s.whole) : 0) + (part.workspace == nullptr ? factor_size + 16 : 0);
+  };
+  S scratch(size_of(side[0], part.factors) + size_of(side[1], part.factors && with_B));
+  for (int i = 0; i < 2; ++i) {
+    Side<T, Bytes>& s = side[i];
+    if (s.whole != s.features)
+      s.room = {reinterpret_cast<T*>(scratch.take(run_rows, s.whole).data), S::stride(s.whole)};
+    if (part.factors && i < sides) s.weights = scratch.take(padded * s.whole);
+    if (most_rows > run_rows) s.partial = scratch.take(padded, s.whole);
+    if (i < sides) {
+      Acc* own =
+          part.workspace != nullptr ? static_cast<Acc*>(part.workspace) + i * factor_size : scratch.take(factor_size);
+      s.factors = {own, factor_rows};
+    }
+  }
+
+  for (int64_t p = part.first; p < part.last; ++p) {
+    const T* A = static_cast<const T*>(args.A) + (args.A_per_group ? p * rank * args.d_in : 0);
+    const T* B = with_B ? static_cast<const T*>(args.B) + (args.B_per_group ? p * args.d_out * rank : 0) : nullptr;
+    if (part.factors && (p == part.first || args.A_per_group))
+      pack<T, Bytes>(A, args.d_in, 1, rank, args.d_in, side[0].weights);
+    if (part.factors && with_B && (p == part.first || args.B_per_group))
+      pack<T, Bytes>(B, 1, rank, rank, args.d_out, side[1].weights);
+
+    const int64_t begin = std::max(args.first_row(p), part.first_row),
+                  end = std::min(args.first_row(p + 1), part.last_row);
+    int64_t t = begin;
+    do {  // at least once: a group without rows has sums too, zero
+      const int64_t count = std::max<int64_t>(0, std::min(run_rows, end - t));
+      const int64_t place = part.workspace == nullptr ? 0 : t;
+      if (part.factors) {
+        for (int i = 0; i < sides; ++i) {
+          const Side<T, Bytes>& s = side[i];
+          project<T, Bytes>(s.read(t, count, 0, s.whole), s.weights, count, s.whole, rank, s.factors, place);
+        }
       }
-      accumulate<Acc, Bytes>(delta, read(u), count, out_vectors, rank, sum_B);
-    }
-
-    const auto part = [p](void* all, int64_t size) {
-      return all == nullptr ? nullptr : static_cast<Acc*>(all) + p * size;
-    };
-    const Result<T> to_B{scale, lr, B, part(args.grad_B, d_out * ranks), part(args.B1, d_out * ranks)};
-    write_transposed<T>(read(sum_B), ranks, d_out, to_B);
-    if (with_B) {
-      const Result<T> to_A{scale, lr, A, part(args.grad_A, ranks * d_in), part(args.A1, ranks * d_in)};
-      for (int64_t j = 0; j < ranks; ++j)
-        for (int64_t i = 0; i < d_in; ++i) to_A.write(j * d_in + i, *sum_A.at(j, i));
-    }
+      if (part.sums) {
+        int64_t before = 0;  // columns of the other side
+        for (int i = 0; i < sides; ++i) {
+          const Side<T, Bytes>& s = side[1 - i];
+          const int64_t first = std::clamp<int64_t>(part.first_column - before, 0, s.whole);
+          const int64_t last = std::clamp<int64_t>(part.last_column - before, 0, s.whole);
+          before += items_of(s.features) * kItemColumns;
+          if (first == last) continue;
+          const bool copied = part.factors && 1 - i < sides && s.room.data != nullptr;  // when it was projected
+          const Term<T, Bytes> term{copied ? Rows<const T>(s.room) : s.read(t, count, first, last),
+                                    side[i].factors.from(place)};
+          accumulate<T, Bytes>(&term, 1, count, first, last,
+                               {s.grad + p * rank * s.features, rank, s.features, s.by_feature,
+                                static_cast<Acc>(args.scale), s.partial, t == begin, t + count >= end});
+          if (t + count >= end)
+            s.step(s.by_feature ? B : A, static_cast<Acc>(args.lr), rank, first, std::min(last, s.features), p);
+        }
+      }
+      t += run_rows;
+    } while (t < end);
   }
 }
 
 template <int Bytes>
-R2F_INLINE void run_dtype(DType dtype, const LoraGradArgs& args, int64_t first, int64_t last) {
+R2F_INLINE void run_dtype(DType dtype, const LoraGradArgs& args, const Part& part) {
   switch (dtype) {
-    case DType::kFloat32: return run_groups<float, Bytes>(args, first, last);
-    case DType::kFloat64: return run_groups<double, Bytes>(args, first, last);
-    case DType::kBFloat16: return run_groups<BFloat16, Bytes>(args, first, last);
+    case DType::kFloat32: return run<float, Bytes>(args, part);
+    case DType::kFloat64: return run<double, Bytes>(args, part);
+    case DType::kBFloat16: return run<BFloat16, Bytes>(args, part);
   }
 }
 
 #ifdef R2F_X86_DISPATCH
-R2F_TARGET_AVX512 void run_avx512(DType dtype, const LoraGradArgs& args, int64_t first, int64_t last) {
-  run_dtype<64>(dtype, args, first, last);
+R2F_TARGET_AVX512 void run_avx512(DType dtype, const LoraGradArgs& args, const Part& part) {
+  run_dtype<64>(dtype, args, part);
 }
-R2F_TARGET_AVX2 void run_avx2(DType dtype, const LoraGradArgs& args, int64_t first, int64_t last) {
-  run_dtype<32>(dtype, args, first, last);
+R2F_TARGET_AVX2 void run_avx2(DType dtype, const LoraGradArgs& args, const Part& part) {
+  run_dtype<32>(dtype, args, part);
 }
 #endif
-void run_baseline(DType dtype, const LoraGradArgs& args, int64_t first, int64_t last) {
-  run_dtype<16>(dtype, args, first, last);
+void run_baseline(DType dtype, const LoraGradArgs& args, const Part& part) { run_dtype<16>(dtype, args, part); }
+
+void run_part(DType dtype, const LoraGradArgs& args, const Part& part) {
+  switch (simd::best_isa()) {
+#ifdef R2F_X86_DISPATCH
+    case simd::Isa::kAvx512: return run_avx512(dtype, args, part);
+    case simd::Isa::kAvx2: return run_avx2(dtype, args, part);
+#endif
+    default: return run_baseline(dtype, args, part);
+  }
 }
 
 }  // namespace
 
 void lora_grad_cpu(DType dtype, const LoraGradArgs& args, int64_t first, int64_t last) {
-  switch (simd::best_isa()) {
-#ifdef R2F_X86_DISPATCH
-    case simd::Isa::kAvx512: return run_avx512(dtype, args, first, last);
-    case simd::Isa::kAvx2: return run_avx2(dtype, args, first, last);
-#endif
-    default: return run_baseline(dtype, args, first, last);
+  run_part(dtype, args, {first, last});
+}
+
+void lora_grad_cpu_factors(DType dtype, const LoraGradArgs& args, void* workspace, int64_t first_row,
+                           int64_t last_row) {
+  Part part{};
+  part.first = std::max<int64_t>(args.first_group_from(first_row + 1) - 1, 0);
+  part.last = args.first_group_from(last_row);
+  part.sums = false, part.workspace = workspace, part.first_row = first_row, part.last_row = last_row;
+  run_part(dtype, args, part);
+}
+
+int64_t lora_grad_cpu_items(const LoraGradArgs& args) { return args.groups * items_per_group(args); }
+
+void lora_grad_cpu_sums(DType dtype, const LoraGradArgs& args, const void* workspace, int64_t first_item,
+                        int64_t last_item) {
+  const int64_t per_group = items_per_group(args);
+  for (int64_t item = first_item; item < last_item; ++item) {
+    Part part{item / per_group, item / per_group + 1};
+    part.factors = false, part.workspace = const_cast<void*>(workspace);
+    part.first_column = item % per_group * kItemColumns, part.last_column = part.first_column + kItemColumns;
+    run_part(dtype, args, part);
   }
 }
 

@@ -11,92 +11,65 @@
 // 16 ranks, mostly from L2). U goes through memory rather than staying in one block: it is small, and few groups still
 // fill a large GPU. Each sum is taken in one fixed order: results are deterministic.
 #include "kernels/lora_grad.h"
-#include "r2f/cuda.h"
+#include "kernels/lora_grad_device.h"
 
 namespace r2f {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-constexpr int kProjectTokens = 4, kProjectRanks = 8;  // a warp's sums: one for each lane to write
-static_assert(kProjectTokens * kProjectRanks == kWarpSize);
-constexpr int kTileTokens = 64;  // rows of U in shared memory
+using namespace tiles;  // add_rows has the barrier that R2F_PLANTED_BUG leaves out
 
-// 16 bytes of float or double; of bfloat16 8, or accumulate would need too many registers.
-template <typename T>
-constexpr int kPack = sizeof(T) == 8 ? 2 : 4;
+// Which rows belong to a group. Offsets that are no such thing (the host never saw them) are cut to rows that exist.
+struct Groups {
+  int64_t count, rows;
+  const int64_t* offsets;  // null: groups of equal size
+
+  __device__ int64_t first_row(int64_t p) const {
+    if (offsets == nullptr) return p * (rows / count);
+    const int64_t row = offsets[p];
+    return row < 0 ? 0 : row < rows ? row : rows;
+  }
+  // The last group that starts at `row` or before it (0 if none does).
+  __device__ int64_t of_row(int64_t row) const {
+    if (offsets == nullptr) return row / (rows / count);
+    int64_t low = 0, high = count;  // the answer is in [low, high)
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (offsets[middle] <= row ? low : high) = middle;
+    }
+    return low;
+  }
+};
 
 struct Shape {
-  int64_t groups, tokens, features, rank;
+  Groups groups;
+  int64_t features, rank;
   bool aligned;  // every row starts at a whole pack and is made of whole packs
 };
 
-// u [groups, tokens, rank] = x w^T. w is [rank, features], or [features, rank] if kByFeature; w_stride between groups
-// (0: one for all).
+// u [rows, rank] = x w^T. w is [rank, features], or [features, rank] if kByFeature; w_stride between groups (0: one for
+// all).
 template <typename T, bool kByFeature>
 __global__ void __launch_bounds__(kThreads)
     project(const T* x, const T* w, int64_t w_stride, Accumulation<T>* u, Shape shape) {
-  using Acc = Accumulation<T>;
-  constexpr int kVec = kPack<T>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int64_t per_group = (shape.tokens + kProjectTokens - 1) / kProjectTokens;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp; item < shape.groups * per_group; item += step) {
-    const int64_t p = item / per_group, first = item % per_group * kProjectTokens;
-    const int64_t left = shape.tokens - first;
-    const T* rows = x + (p * shape.tokens + first) * shape.features;
-    const T* weights = w + p * w_stride;
-
-    for (int64_t j0 = 0; j0 < shape.rank; j0 += kProjectRanks) {
-      Acc sum[kProjectTokens][kProjectRanks] = {};
-      for (int64_t i = lane * kVec; i < shape.features; i += kWarpSize * kVec) {
-        Pack<T, kVec> token[kProjectTokens];
-#pragma unroll
-        for (int t = 0; t < kProjectTokens; ++t) {
-          const int64_t row = t < left ? t : 0;  // a token that is not there: any row will do, its sum is not written
-          token[t] = load_pack<T, kVec>(rows + row * shape.features + i, shape.features - i, shape.aligned);
-        }
-#pragma unroll
-        for (int j = 0; j < kProjectRanks; ++j) {
-          if (j0 + j >= shape.rank) break;
-          Acc weight[kVec];
-          if constexpr (kByFeature) {
-#pragma unroll
-            for (int c = 0; c < kVec; ++c)
-              weight[c] = i + c < shape.features ? widen(weights[(i + c) * shape.rank + j0 + j]) : Acc(0);
-          } else {
-            const auto pack =
-                load_pack<T, kVec>(weights + (j0 + j) * shape.features + i, shape.features - i, shape.aligned);
-#pragma unroll
-            for (int c = 0; c < kVec; ++c) weight[c] = widen(pack.element[c]);
-          }
-#pragma unroll
-          for (int t = 0; t < kProjectTokens; ++t)
-#pragma unroll
-            for (int c = 0; c < kVec; ++c) sum[t][j] += widen(token[t].element[c]) * weight[c];
-        }
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps * kProjectTokens;
+  for (int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kProjectTokens; first < shape.groups.rows;
+       first += step) {
+    const int64_t last = first + kProjectTokens < shape.groups.rows ? first + kProjectTokens : shape.groups.rows;
+    int64_t next = last;
+    for (int64_t row = first; row < last; row = next) {
+      const T* weights = w;
+      if (w_stride != 0) {  // go no further than this group
+        const int64_t p = shape.groups.of_row(row),
+                      end = p + 1 < shape.groups.count ? shape.groups.first_row(p + 1) : last;
+        next = end <= row || end > last ? last : end;
+        weights += p * w_stride;
       }
-      Acc mine = 0;
-#pragma unroll
-      for (int t = 0; t < kProjectTokens; ++t)
-#pragma unroll
-        for (int j = 0; j < kProjectRanks; ++j) {
-          const Acc total = warp_sum(sum[t][j]);
-          if (lane == t * kProjectRanks + j) mine = total;
-        }
-      const int t = lane / kProjectRanks, j = lane % kProjectRanks;
-      if (t < left && j0 + j < shape.rank) u[(p * shape.tokens + first + t) * shape.rank + j0 + j] = mine;
+      project_rows<T, kByFeature>(x + row * shape.features, next - row, weights, u + row * shape.rank, shape.features,
+                                  shape.rank, shape.aligned);
     }
   }
 }
-
-template <typename T, int kRanks>
-struct AccumulateShared {
-  static constexpr int kColumns = kWarpSize * kPack<T>;
-  Accumulation<T> u[kTileTokens][kRanks];
-  Accumulation<T> partial[kWarps][kColumns];
-  Accumulation<T> total[kRanks][kColumns];
-};
 
 // Where results go. An element's place within a group: by rank first (grad_A) or by feature first (grad_B).
 template <typename T>
@@ -116,55 +89,19 @@ __global__ void __launch_bounds__(kThreads)
   using Shared = AccumulateShared<T, kRanks>;
   constexpr int kVec = kPack<T>, kColumns = Shared::kColumns;
   R2F_DYNAMIC_SHARED(Shared, shared);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
   const int64_t j0 = static_cast<int64_t>(blockIdx.y) * kRanks;
   const int64_t stripes = (shape.features + kColumns - 1) / kColumns;
 
-  for (int64_t item = blockIdx.x; item < shape.groups * stripes; item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < shape.groups.count * stripes; item += gridDim.x) {
     const int64_t p = item / stripes, first_column = item % stripes * kColumns, column = first_column + lane * kVec;
-    const T* rows = x + p * shape.tokens * shape.features;
+    const int64_t first = shape.groups.first_row(p), tokens = shape.groups.first_row(p + 1) - first;
+    const T* rows = x + first * shape.features + column;
     Acc sum[kRanks][kVec] = {};
 
-    for (int64_t t0 = 0; t0 < shape.tokens; t0 += kTileTokens) {
-      __syncthreads();  // all have read the tile before
-      for (int i = thread; i < kTileTokens * kRanks; i += kThreads) {
-        const int t = i / kRanks, j = i % kRanks;
-        const bool exists = t0 + t < shape.tokens && j0 + j < shape.rank;
-        shared.u[t][j] = exists ? u[(p * shape.tokens + t0 + t) * shape.rank + j0 + j] : Acc(0);
-      }
-#ifndef R2F_PLANTED_BUG  // the tests leave this barrier out and must notice
-      __syncthreads();
-#endif
-      const int64_t left = shape.tokens - t0;
-      const int count = left < kTileTokens ? static_cast<int>(left) : kTileTokens;
-      if (column < shape.features) {
-        for (int t = warp; t < count; t += kWarps) {
-          const auto pack =
-              load_pack<T, kVec>(rows + (t0 + t) * shape.features + column, shape.features - column, shape.aligned);
-#pragma unroll
-          for (int j = 0; j < kRanks; ++j) {
-            const Acc factor = shared.u[t][j];
-#pragma unroll
-            for (int c = 0; c < kVec; ++c) sum[j][c] += widen(pack.element[c]) * factor;
-          }
-        }
-      }
-    }
-
-    // Add up the warps, one rank after another.
-#pragma unroll
-    for (int j = 0; j < kRanks; ++j) {
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) shared.partial[warp][lane * kVec + c] = sum[j][c];
-      __syncthreads();
-      if (thread < kColumns) {
-        Acc total = 0;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) total += shared.partial[w][thread];
-        shared.total[j][thread] = total;
-      }
-      __syncthreads();
-    }
+    add_rows<T, kRanks>(rows, shape.features, shape.features - column, shape.aligned, u + first * shape.rank + j0,
+                        shape.rank, shape.rank - j0, tokens, shared, sum);
+    add_up_warps<T, kRanks>(sum, shared);
 
     // Write in the order of the output, so that neighbouring threads write neighbouring places.
     const int64_t columns_left = shape.features - first_column, ranks_left = shape.rank - j0;
@@ -185,8 +122,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, bool kByFeature>
 void launch_project(const T* x, const T* w, int64_t w_stride, Accumulation<T>* u, Shape shape, cudaStream_t stream) {
-  const int64_t items = shape.groups * ((shape.tokens + kProjectTokens - 1) / kProjectTokens);
-  if (items == 0) return;
+  const int64_t items = (shape.groups.rows + kProjectTokens - 1) / kProjectTokens;
+  if (items == 0 || shape.groups.count == 0) return;
   launch(project<T, kByFeature>, grid_for((items + kWarps - 1) / kWarps), kThreads, 0, stream, x, w, w_stride, u,
          shape);
 }
@@ -194,7 +131,7 @@ void launch_project(const T* x, const T* w, int64_t w_stride, Accumulation<T>* u
 template <typename T, int kRanks, bool kByFeature>
 void launch_accumulate(const T* x, const Accumulation<T>* u, Output<T> out, Shape shape, cudaStream_t stream) {
   using Shared = AccumulateShared<T, kRanks>;
-  const int64_t items = shape.groups * ((shape.features + Shared::kColumns - 1) / Shared::kColumns);
+  const int64_t items = shape.groups.count * ((shape.features + Shared::kColumns - 1) / Shared::kColumns);
   if (items == 0) return;
   const dim3 grid(grid_for(items), static_cast<unsigned>((shape.rank + kRanks - 1) / kRanks));
   launch(accumulate<T, kRanks, kByFeature>, grid, kThreads, sizeof(Shared), stream, x, u, out, shape);
@@ -207,20 +144,15 @@ void launch_accumulate(const T* x, const Accumulation<T>* u, Output<T> out, Shap
 }
 
 template <typename T>
-bool aligned(const void* a, const void* b, int64_t features) {
-  constexpr uintptr_t kBytes = sizeof(Pack<T, kPack<T>>);
-  return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % kBytes == 0 && features % kPack<T> == 0;
-}
-
-template <typename T>
 void run(const LoraGradArgs& args, void* workspace, cudaStream_t stream) {
   using Acc = Accumulation<T>;
   const T *x = static_cast<const T*>(args.x), *delta = static_cast<const T*>(args.delta);
   const T *A = static_cast<const T*>(args.A), *B = static_cast<const T*>(args.B);
   const int64_t A_stride = args.A_per_group ? args.rank * args.d_in : 0;
   const int64_t B_stride = args.B_per_group ? args.d_out * args.rank : 0;
-  const Shape in{args.groups, args.tokens, args.d_in, args.rank, aligned<T>(x, A, args.d_in)};
-  const Shape out{args.groups, args.tokens, args.d_out, args.rank, aligned<T>(delta, nullptr, args.d_out)};
+  const Groups groups{args.groups, args.rows, args.offsets};
+  const Shape in{groups, args.d_in, args.rank, aligned<T>(x, A, args.d_in)};
+  const Shape out{groups, args.d_out, args.rank, aligned<T>(delta, nullptr, args.d_out)};
   const Acc scale = static_cast<Acc>(args.scale), lr = static_cast<Acc>(args.lr);
   Acc* u = static_cast<Acc*>(workspace);
 
@@ -228,7 +160,7 @@ void run(const LoraGradArgs& args, void* workspace, cudaStream_t stream) {
   const Output<T> grad_B{static_cast<Acc*>(args.grad_B), static_cast<Acc*>(args.B1), B, B_stride, scale, lr};
   launch_accumulate<T, true>(delta, u, grad_B, out, stream);
   if (B == nullptr) return;
-  Acc* v = u + args.groups * args.tokens * args.rank;
+  Acc* v = u + args.rows * args.rank;
   launch_project<T, true>(delta, B, B_stride, v, out, stream);
   const Output<T> grad_A{static_cast<Acc*>(args.grad_A), static_cast<Acc*>(args.A1), A, A_stride, scale, lr};
   launch_accumulate<T, false>(x, v, grad_A, in, stream);

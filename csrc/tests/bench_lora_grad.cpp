@@ -12,12 +12,12 @@
 int main(int argc, char** argv) {
   auto number = [&](int i, int64_t otherwise) { return argc > i ? std::atoll(argv[i]) : otherwise; };
   r2f::LoraGradArgs args;
-  args.groups = number(1, 32), args.tokens = number(2, 197);
+  args.groups = number(1, 32), args.rows = args.groups * number(2, 197);
   args.d_in = number(3, 768), args.d_out = number(4, 768), args.rank = number(5, 8);
   const int64_t threads = number(6, 2), rounds = number(7, 15);
 
-  const size_t x_size = static_cast<size_t>(args.groups * args.tokens * args.d_in);
-  const size_t delta_size = static_cast<size_t>(args.groups * args.tokens * args.d_out);
+  const size_t x_size = static_cast<size_t>(args.rows * args.d_in);
+  const size_t delta_size = static_cast<size_t>(args.rows * args.d_out);
   std::vector<float> x(x_size, 0.5f), delta(delta_size, 0.25f), A(static_cast<size_t>(args.rank * args.d_in), 0.125f);
   std::vector<float> grad_B(static_cast<size_t>(args.groups * args.d_out * args.rank));
   args.x = x.data(), args.delta = delta.data(), args.A = A.data(), args.grad_B = grad_B.data();

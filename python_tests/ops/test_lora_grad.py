@@ -60,6 +60,98 @@ def test_agrees_with_the_definition_and_the_reference(device, dtype, rank, B):
             assert_close(got, expected, TOLERANCE[dtype])
 
 
+ROWS = [3, 0, 17, 1, 30, 0]  # of groups of unequal size
+
+
+def make_ragged(rows, rank, dtype=torch.float32, device="cpu", A_per_group=False, B="none", d_in=33, d_out=20):
+    """Inputs, and their offsets."""
+    x, delta, A, B0 = make((len(rows), 1, d_in, d_out), rank, dtype, device, A_per_group, B)
+    x, delta = (torch.randn(sum(rows), d, device=device).to(dtype) for d in (d_in, d_out))
+    return x, delta, A, B0, torch.tensor([0, *rows], device=device).cumsum(0)
+
+
+def group_by_group(x, delta, A, B, offsets, **options) -> list[Tensor]:
+    """Ragged results from one call for each group."""
+    parts = []
+    for p in range(len(offsets) - 1):
+        a, b = offsets[p], offsets[p + 1]
+        A_p, B_p = (None if f is None else f if f.ndim == 2 else f[p : p + 1] for f in (A, B))
+        parts.append(lora_grad(x[None, a:b], delta[None, a:b], A_p, B_p, **options))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("B", ["none", "shared", "per group"])
+@pytest.mark.parametrize("A_per_group", [False, True])
+def test_groups_of_unequal_size(device, dtype, B, A_per_group):
+    for rows, rank in [(ROWS, 3), (ROWS, 8), ([700], 8), ([5, 300, 2], 17), ([0, 0], 2), ([0], 1), ([1] * 40, 4)]:
+        x, delta, A, B0, offsets = make_ragged(rows, rank, dtype, device, A_per_group, B)
+        result = lora_grad(x, delta, A, B0, scale=0.5, lr=0.1, offsets=offsets)
+        for got, expected in zip(result, group_by_group(x, delta, A, B0, offsets, scale=0.5, lr=0.1), strict=True):
+            assert_close(got, expected, TOLERANCE[dtype])
+        raw = torch.ops.r2f.lora_grad(x, delta, A, B0, 0.5, 0.1, offsets)
+        for got, expected in zip(raw, reference.lora_grad(x, delta, A, B0, 0.5, 0.1, offsets), strict=True):
+            assert_close(got, expected, TOLERANCE[dtype])
+
+
+def test_equal_groups_by_offsets_are_the_same_sums(device):
+    x, delta, A, B = make((4, 7, 20, 12), 5, device=device, B="shared")
+    offsets = torch.arange(5, device=device) * 7
+    expected = lora_grad(x, delta, A, B, scale=1.0, lr=0.5)
+    for got, want in zip(lora_grad(x.flatten(0, 1), delta.flatten(0, 1), A, B, scale=1.0, lr=0.5, offsets=offsets),
+                         expected, strict=True):  # fmt: skip
+        assert_close(got, want, 1e-6)
+
+
+def test_no_groups_at_all(device):
+    x, delta, A, B, offsets = make_ragged([], 2, device=device, A_per_group=True, B="per group")
+    result = lora_grad(x, delta, A, B, scale=1.0, lr=0.1, offsets=offsets)
+    assert [tuple(t.shape) for t in result] == [(0, 2, 33), (0, 20, 2)] * 2
+
+
+@pytest.mark.parametrize("B", ["none", "shared", "per group"])
+def test_derivatives_of_groups_of_unequal_size(device, B):
+    *inputs, offsets = make_ragged([2, 0, 3, 1], 2, torch.float64, device, B == "per group", B, d_in=4, d_out=3)
+    variables = [t.requires_grad_() for t in inputs if t is not None]
+
+    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+        result = lora_grad(*tensors, scale=0.7, lr=0.3, offsets=offsets)
+        return tuple(result) if B != "none" else (result.grad_B, result.A1, result.B1)
+
+    assert torch.autograd.gradcheck(step, variables)
+    assert torch.autograd.gradgradcheck(step, variables)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 1, 3], [0, 4, 3], [0, -1, 3]])
+def test_offsets_out_of_order(offsets):
+    x, delta, A, _ = make((1, 3, 4, 5), 2)
+    with pytest.raises(ValueError, match="offsets must start at 0, never decrease, and end at the 3 rows"):
+        lora_grad(x[0], delta[0], A, scale=1.0, offsets=torch.tensor(offsets))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offsets_out_of_order_are_cut_to_rows_that_exist():
+    x, delta, A, _ = make((1, 3, 4, 5), 2, device="cuda")
+    for offsets in ([0, 2, 9], [-4, 2, 3], [3, 0, 3]):
+        lora_grad(x[0], delta[0], A, scale=1.0, offsets=torch.tensor(offsets, device="cuda"))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("ragged", [False, True])
+def test_inside_a_cuda_graph(ragged):
+    x, delta, A, B, offsets = make_ragged([4, 4, 4] if not ragged else ROWS, 3, device="cuda", B="shared")
+    if not ragged:
+        x, delta, offsets = x.view(3, 4, -1), delta.view(3, 4, -1), None
+    expected = lora_grad(x, delta, A, B, scale=0.5, lr=0.1, offsets=offsets)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = lora_grad(x, delta, A, B, scale=0.5, lr=0.1, offsets=offsets)
+    graph.replay()
+    for got, want in zip(result, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("start_at_zero", [True, False])
 def test_agrees_with_autograd_of_an_adapted_linear_layer(device, start_at_zero):
     P, N, d_in, d_out, rank, scale, lr = 3, 10, 24, 18, 4, 2.0, 0.1
@@ -115,7 +207,7 @@ def test_any_strides(device):
     strided = [t.mT.contiguous().mT for t in (x, delta, A)] + [B.repeat(1, 2, 1)[:, ::2].contiguous().flip(1)]
     expected = lora_grad(x, delta, A, strided[3].contiguous(), scale=1.0, lr=0.1)
     for got, want in zip(lora_grad(*strided, scale=1.0, lr=0.1), expected, strict=True):
-        assert torch.equal(got, want)
+        assert_close(got, want, 1e-6)
     unaligned = torch.randn(3 * 6 * 20 + 1, device=device)[1:].view(3, 6, 20)
     want = by_definition(unaligned, delta, A, B, 1.0, 0.1)
     assert_close(lora_grad(unaligned, delta, A, B, scale=1.0).grad_B, want.grad_B, 1e-5)
@@ -159,19 +251,28 @@ def test_gradients_follow_the_dtype_of_the_input():
 def test_operator_rules(device, B, lr):
     inputs = [None if t is None else t.requires_grad_() for t in make((2, 5, 6, 7), 3, device=device, B=B)]
     torch.library.opcheck(torch.ops.r2f.lora_grad.default, (*inputs, 0.5, lr))
+    *inputs, offsets = make_ragged([2, 0, 3], 3, device=device, B=B)
+    inputs = [None if t is None else t.requires_grad_() for t in inputs]
+    torch.library.opcheck(torch.ops.r2f.lora_grad.default, (*inputs, 0.5, lr, offsets))
 
 
 @pytest.mark.slow
-def test_inside_torch_compile():
+@pytest.mark.parametrize("ragged", [False, True])
+def test_inside_torch_compile(ragged):
     x, delta, A, B = make((2, 5, 6, 7), 3, B="shared")
+    offsets = torch.tensor([0, 4, 5]) if ragged else None
+    x, delta = (x[0], delta[0]) if ragged else (x, delta)
     x.requires_grad_()
 
     def loss(x: Tensor) -> Tensor:
-        return lora_grad(x, delta, A, B, scale=0.5, lr=0.1).B1.square().sum()
+        return lora_grad(x, delta, A, B, scale=0.5, lr=0.1, offsets=offsets).B1.square().sum()
 
     (expected,) = torch.autograd.grad(loss(x), x)
     (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), x)
     torch.testing.assert_close(got, expected)
+
+
+FLAT = {"x": torch.zeros(6, 4), "delta": torch.zeros(6, 5)}
 
 
 @pytest.mark.parametrize(
@@ -186,6 +287,11 @@ def test_inside_torch_compile():
         ({"A": torch.zeros(2, 4).double()}, TypeError, "one dtype.*float32, float32, float64"),
         ({"x": torch.zeros(2, 3, 4).half()}, TypeError, "float16"),
         ({"A": torch.zeros(2, 4, device="meta")}, ValueError, "one device"),
+        ({"offsets": torch.tensor([0, 6])}, ValueError, r"with offsets, x must be \[M, d_in\]"),
+        ({**FLAT, "offsets": torch.tensor([0, 6]).int()}, TypeError, "offsets must be int64; got int32"),
+        ({**FLAT, "offsets": torch.tensor(6)}, ValueError, r"offsets must be \[P \+ 1\]"),
+        ({**FLAT, "offsets": torch.zeros(2, device="meta").long()}, ValueError, "offsets must be on the device of x"),
+        ({**FLAT, "A": torch.zeros(2, 2, 4), "offsets": torch.tensor([0, 6])}, ValueError, "A must be"),
     ],
 )
 def test_errors_name_the_argument(change, error, words):

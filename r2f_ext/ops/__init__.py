@@ -3,7 +3,16 @@
 from . import schemas  # isort: skip  (defines the operators; everything below needs them)
 from .backend import backend_of, build_information, load_compiled_kernels
 from .lora_grad import LoraGrad, lora_grad
+from .lora_grad_tangent import LoraGradTangent, lora_grad_tangent
 
 load_compiled_kernels()
 
-__all__ = ["LoraGrad", "backend_of", "build_information", "lora_grad", "schemas"]
+__all__ = [
+    "LoraGrad",
+    "LoraGradTangent",
+    "backend_of",
+    "build_information",
+    "lora_grad",
+    "lora_grad_tangent",
+    "schemas",
+]

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_lora_grad
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class LoraGrad(NamedTuple):
@@ -23,7 +22,14 @@ class LoraGrad(NamedTuple):
 
 
 def lora_grad(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None = None, *, scale: float, lr: float | None = None
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    *,
+    scale: float,
+    lr: float | None = None,
+    offsets: Tensor | None = None,
 ) -> LoraGrad:
     """Gradients of the LoRA factors of one linear layer, group by group, and one SGD step along them.
 
@@ -39,6 +45,11 @@ def lora_grad(
         A      [r, d_in]          one for all groups, or [P, r, d_in]
         B      [d_out, r]         one for all groups, or [P, d_out, r], or None
 
+    Groups of unequal size: x is [M, d_in], delta is [M, d_out], and `offsets`, int64 [P + 1] on the same device, says
+    that group p has the rows offsets[p] <= row < offsets[p + 1]; the first offset is 0, the last M, and none is less
+    than the one before (groups without rows give zeros). On a GPU the values are not checked, as that would wait for
+    it: wrong ones are cut to rows that exist and give wrong sums.
+
     `B=None` means B = 0, PEFT's start: grad_A is exactly zero and costs nothing (it and A1 are then expanded tensors:
     clone before writing into them). `lr=None` means that no step is wanted: A1 and B1 are None.
 
@@ -47,63 +58,28 @@ def lora_grad(
     are deterministic. Differentiable twice in x, delta, A and B.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or (on the CPU) offsets that are not in order.
         TypeError: dtypes that are not supported or differ from each other.
     """
-    _check(x, delta, A, B)
-    grad_A, grad_B, A1, B1 = torch.ops.r2f.lora_grad.default(
-        x, delta, A, B, float(scale), None if lr is None else float(lr)
-    )
+    try:
+        grad_A, grad_B, A1, B1 = torch.ops.r2f.lora_grad.default(x, delta, A, B, scale, lr, offsets)
+    except Exception:
+        check_lora_grad(x, delta, A, B, offsets)  # says which argument is wrong and how
+        raise
     if B is None:
-        shape = (x.shape[0], *A.shape[-2:])
+        shape = (len(grad_B), *A.shape[-2:])
         grad_A = grad_B.new_zeros(()).expand(shape)
         # A copy, so that a later in-place step on the caller's A does not change a result already given.
         A1 = A.to(grad_B.dtype, copy=True).expand(shape) if lr is not None else A1
     return LoraGrad(grad_A, grad_B, None if lr is None else A1, None if lr is None else B1)
 
 
-def _check(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None) -> None:
-    """Runs on every call, so it touches each shape once."""
-    given, x_shape, delta_shape, A_shape = (
-        (x, delta, A) if B is None else (x, delta, A, B),
-        x.shape,
-        delta.shape,
-        A.shape,
-    )
-    if len(x_shape) != 3 or len(delta_shape) != 3 or x_shape[:2] != delta_shape[:2]:
-        raise _bad_shape("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N", given)
-    groups, _, d_in = x_shape
-    if len(A_shape) not in (2, 3) or A_shape[-1] != d_in or (len(A_shape) == 3 and A_shape[0] != groups):
-        raise _bad_shape("A must be [r, d_in] or [P, r, d_in]", given)
-    if A_shape[-2] < 1:
-        raise _bad_shape("the rank must be at least 1", given)
-    if B is not None:
-        one = (delta_shape[2], A_shape[-2])
-        if B.shape not in (one, (groups, *one)):
-            raise _bad_shape("B must be [d_out, r] or [P, d_out, r]", given)
-
-    dtype, device = x.dtype, x.device
-    for tensor in given:
-        if tensor.dtype != dtype or dtype not in DTYPES:
-            raise TypeError(
-                "lora_grad: x, delta, A and B must share one dtype of float32, float64, bfloat16; got "
-                + ", ".join(str(t.dtype).removeprefix("torch.") for t in given)
-            )
-        if tensor.device != device:
-            devices = ", ".join(str(t.device) for t in given)
-            raise ValueError(f"lora_grad: all tensors must be on one device; got {devices}")
-
-
-def _bad_shape(what: str, tensors: tuple[Tensor, ...]) -> ValueError:
-    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(("x", "delta", "A", "B"), tensors, strict=False))
-    return ValueError(f"lora_grad: {what}; got {shapes}")
-
-
 @torch.library.register_fake(f"{NAMESPACE}::lora_grad")
 def _fake(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    groups, d_in, d_out, rank = x.shape[0], x.shape[2], delta.shape[2], A.shape[-2]
+    groups = check_lora_grad(x, delta, A, B, offsets)
+    d_in, d_out, rank = x.shape[-1], delta.shape[-1], A.shape[-2]
     dtype = accumulation_dtype(x.dtype)
 
     def result(wanted: bool, *shape: int) -> Tensor:
@@ -119,16 +95,16 @@ def _fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, delta, A, B, ctx.scale, ctx.lr = inputs
-    ctx.save_for_backward(x, delta, A, B)
+    x, delta, A, B, ctx.scale, ctx.lr, offsets = inputs
+    ctx.save_for_backward(x, delta, A, B, offsets)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, to_grad_A: Tensor | None, to_grad_B: Tensor | None, to_A1: Tensor | None, to_B1: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
-    """Written in ordinary differentiable PyTorch, so that it can be differentiated again."""
-    x, delta, A, B = ctx.saved_tensors
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    """Written in differentiable operators, so that it can be differentiated again."""
+    x, delta, A, B, offsets = ctx.saved_tensors
     dtype = accumulation_dtype(x.dtype)
     to_x = to_delta = to_A = to_B = None
 
@@ -141,19 +117,51 @@ def _backward(
         to_B = to_B1 if B is not None else None
 
     X, D, A_ = x.to(dtype), delta.to(dtype), A.to(dtype)
+    groups = _EqualGroups() if offsets is None else _Groups(offsets, len(x))
     if to_grad_B is not None:  # grad_B = scale D^T U with U = X A^T
         H = ctx.scale * to_grad_B
-        to_U = D @ H
-        to_delta = _add(to_delta, (X @ A_.mT) @ H.mT)
-        to_x = _add(to_x, to_U @ A_)
-        to_A = _add(to_A, to_U.mT @ X)
+        to_U = groups.times(D, H)
+        to_delta = _add(to_delta, groups.times(groups.times(X, A_.mT), H.mT))
+        to_x = _add(to_x, groups.times(to_U, A_))
+        to_A = _add(to_A, groups.outer(X, to_U).mT)
     if B is not None and to_grad_A is not None:  # grad_A = scale V^T X with V = D B
         H, B_ = ctx.scale * to_grad_A, B.to(dtype)
-        to_V = X @ H.mT
-        to_x = _add(to_x, (D @ B_) @ H)
-        to_delta = _add(to_delta, to_V @ B_.mT)
-        to_B = _add(to_B, D.mT @ to_V)
-    return _like(to_x, x), _like(to_delta, delta), _like(to_A, A), _like(to_B, B), None, None
+        to_V = groups.times(X, H.mT)
+        to_x = _add(to_x, groups.times(groups.times(D, B_), H))
+        to_delta = _add(to_delta, groups.times(to_V, B_.mT))
+        to_B = _add(to_B, groups.outer(D, to_V))
+    return _like(to_x, x), _like(to_delta, delta), _like(to_A, A), _like(to_B, B), None, None, None
+
+
+class _EqualGroups:
+    """Products of rows [P, N, ...] with matrices, group by group."""
+
+    def times(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """Each group's rows times its matrix, or times the one for all."""
+        return rows @ matrix
+
+    def outer(self, wide: Tensor, narrow: Tensor) -> Tensor:
+        """wide^T narrow of each group."""
+        return wide.mT @ narrow
+
+
+class _Groups:
+    """The same for rows [M, ...] by offsets, whose values are not waited for."""
+
+    def __init__(self, offsets: Tensor, rows: int):
+        every_row = torch.arange(rows, device=offsets.device)
+        self.offsets = offsets
+        self.of_row = (torch.searchsorted(offsets, every_row, right=True) - 1).clamp(0, len(offsets) - 2)
+
+    def times(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        if matrix.ndim == 2:
+            return rows @ matrix
+        return (rows[:, None, :] @ matrix[self.of_row]).squeeze(1)
+
+    def outer(self, wide: Tensor, narrow: Tensor) -> Tensor:
+        """By the operator itself, with A = I: its sums are in a fixed order, those of index_add on a GPU are not."""
+        identity = torch.eye(narrow.shape[1], dtype=narrow.dtype, device=narrow.device)
+        return torch.ops.r2f.lora_grad.default(narrow, wide, identity, None, 1.0, None, self.offsets)[1]
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

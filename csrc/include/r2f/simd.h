@@ -9,6 +9,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "r2f/dtype.h"
 
@@ -51,18 +53,86 @@ R2F_INLINE void store(Acc* p, const V& v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
-// Sums the lanes by halves.
-template <typename Acc, int Bytes>
-R2F_INLINE Acc sum_lanes(const typename VectorOf<Acc, Bytes>::type& v) {
-  if constexpr (Bytes == static_cast<int>(2 * sizeof(Acc))) {
-    return v[0] + v[1];
+// Elements as the vector type that is summed: as they are, or bfloat16 widened in registers.
+template <typename V, typename Acc>
+R2F_INLINE V load_wide(const Acc* p) {
+  return load<V>(p);
+}
+template <typename V>
+R2F_INLINE V load_wide(const BFloat16* p) {
+  using Narrow = typename VectorOf<uint16_t, static_cast<int>(sizeof(V) / 2)>::type;
+  using Wide = typename VectorOf<uint32_t, static_cast<int>(sizeof(V))>::type;
+  Narrow narrow;
+  std::memcpy(&narrow, p, sizeof(narrow));
+  const Wide bits = __builtin_convertvector(narrow, Wide) << 16;
+  V v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+// The lanes of a, then of b, numbered through: those that `Index` picks.
+template <typename Index, typename V, size_t... I>
+R2F_INLINE V shuffle(const V& a, const V& b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Index::at(static_cast<int>(I))...);
+#else
+  using Lane = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  using Mask = typename VectorOf<Lane, static_cast<int>(sizeof(V))>::type;
+  return __builtin_shuffle(a, b, Mask{static_cast<Lane>(Index::at(static_cast<int>(I)))...});
+#endif
+}
+template <typename Index, typename V>
+R2F_INLINE V shuffle(const V& a, const V& b) {
+  return shuffle<Index>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>());
+}
+
+// Lanes 0 .. n - 1 are segments of `Length`; the low (or high) half of each, all of a's before b's.
+template <int Lanes, int Length, bool High>
+struct HalfSegments {
+  static constexpr int at(int lane) { return lane / (Length / 2) * Length + lane % (Length / 2) + High * Length / 2; }
+};
+// a0 b0 a1 b1 ..: of the lower (or upper) half of the lanes.
+template <int Lanes, bool Upper>
+struct Interleaved {
+  static constexpr int at(int lane) { return lane / 2 + Upper * Lanes / 2 + lane % 2 * Lanes; }
+};
+
+// The sums over the lanes of v[0 .. Count), Count a power of 2: `out` takes max(Count, lanes) elements, of which the
+// first Count are meant. Halves are added to halves, so a sum does not depend on what else is summed. (Length: lanes
+// that still are to be added up.)
+template <typename Acc, int Bytes, int Count, int Length = VectorOf<Acc, Bytes>::kLanes>
+R2F_INLINE void sum_lanes(const typename VectorOf<Acc, Bytes>::type* v, Acc* out) {
+  using V = typename VectorOf<Acc, Bytes>::type;
+  constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
+  if constexpr (Length == 1) {
+    for (int i = 0; i < Count; ++i) store(out + i * kLanes, v[i]);
   } else {
-    using Half = typename VectorOf<Acc, Bytes / 2>::type;
-    Half low, high;
-    std::memcpy(&low, &v, Bytes / 2);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + Bytes / 2, Bytes / 2);
-    const Half sum = low + high;
-    return sum_lanes<Acc, Bytes / 2>(sum);
+    constexpr int kNext = Count == 1 ? 1 : Count / 2;
+    V next[kNext];
+#pragma GCC unroll 8
+    for (int i = 0; i < kNext; ++i) {
+      const V &a = v[Count == 1 ? 0 : 2 * i], &b = v[Count == 1 ? 0 : 2 * i + 1];
+      next[i] = shuffle<HalfSegments<kLanes, Length, false>>(a, b) + shuffle<HalfSegments<kLanes, Length, true>>(a, b);
+    }
+    sum_lanes<Acc, Bytes, kNext, Length / 2>(next, out);
+  }
+}
+
+// Rows v[0 .. Count), Count a power of 2, become columns: in memory order, `Count` elements for each lane.
+template <typename Acc, int Bytes, int Count, int Stages = Count>
+R2F_INLINE void transpose(typename VectorOf<Acc, Bytes>::type* v) {
+  if constexpr (Stages > 1) {
+    using V = typename VectorOf<Acc, Bytes>::type;
+    constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
+    V next[Count];
+#pragma GCC unroll 8
+    for (int i = 0; i < Count / 2; ++i) {
+      next[2 * i] = shuffle<Interleaved<kLanes, false>>(v[i], v[i + Count / 2]);
+      next[2 * i + 1] = shuffle<Interleaved<kLanes, true>>(v[i], v[i + Count / 2]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Count; ++i) v[i] = next[i];
+    transpose<Acc, Bytes, Count, Stages / 2>(v);
   }
 }
 

@@ -1,0 +1,105 @@
+"""What the arguments of the operators must be.
+
+The compiled kernels check for themselves, in C++; the reference and shape inference check here, and when a kernel
+refuses its arguments this says why.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def check_lora_grad(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, offsets: Tensor | None) -> int:
+    """The number of groups."""
+    given, x_shape, delta_shape, A_shape = (
+        (x, delta, A) if B is None else (x, delta, A, B),
+        x.shape,
+        delta.shape,
+        A.shape,
+    )
+    if offsets is None:
+        if len(x_shape) != 3 or len(delta_shape) != 3 or x_shape[:2] != delta_shape[:2]:
+            raise _bad_lora_grad("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N", given)
+        groups = x_shape[0]
+    else:
+        if len(x_shape) != 2 or len(delta_shape) != 2 or x_shape[0] != delta_shape[0]:
+            raise _bad_lora_grad("with offsets, x must be [M, d_in] and delta [M, d_out] with the same M", given)
+        groups = _groups_of(offsets, x.device)
+    d_in = x_shape[-1]
+    if len(A_shape) not in (2, 3) or A_shape[-1] != d_in or (len(A_shape) == 3 and A_shape[0] != groups):
+        raise _bad_lora_grad("A must be [r, d_in] or [P, r, d_in]", given)
+    if A_shape[-2] < 1:
+        raise _bad_lora_grad("the rank must be at least 1", given)
+    if B is not None:
+        one = (delta_shape[-1], A_shape[-2])
+        if B.shape not in (one, (groups, *one)):
+            raise _bad_lora_grad("B must be [d_out, r] or [P, d_out, r]", given)
+
+    dtype, device = x.dtype, x.device
+    for tensor in given:
+        if tensor.dtype != dtype or dtype not in DTYPES:
+            raise TypeError(
+                "lora_grad: x, delta, A and B must share one dtype of float32, float64, bfloat16; got "
+                + ", ".join(str(t.dtype).removeprefix("torch.") for t in given)
+            )
+        if tensor.device != device:
+            devices = ", ".join(str(t.device) for t in given)
+            raise ValueError(f"lora_grad: all tensors must be on one device; got {devices}")
+    return groups
+
+
+def _groups_of(offsets: Tensor, device: torch.device) -> int:
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"lora_grad: offsets must be int64; got {str(offsets.dtype).removeprefix('torch.')}")
+    if offsets.ndim != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"lora_grad: offsets must be [P + 1]; got {list(offsets.shape)}")
+    if offsets.device != device:
+        raise ValueError(f"lora_grad: offsets must be on the device of x, {device}; got {offsets.device}")
+    return offsets.shape[0] - 1
+
+
+def _bad_lora_grad(what: str, tensors: tuple[Tensor, ...]) -> ValueError:
+    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(("x", "delta", "A", "B"), tensors, strict=False))
+    return ValueError(f"lora_grad: {what}; got {shapes}")
+
+
+def check_lora_grad_tangent(
+    x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None
+) -> int:
+    """The number of directions."""
+    named = {"x": x, "delta": delta, "dx": dx, "ddelta": ddelta, "A": A, "B": B}
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    if x.ndim != 3 or delta.ndim != 3 or x.shape[:2] != delta.shape[:2]:
+        raise _bad_tangent("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N", given)
+    if dx is None and ddelta is None:
+        raise ValueError("lora_grad_tangent: dx or ddelta is needed")
+    if dx is not None and dx.shape[1:] != x.shape:
+        raise _bad_tangent("dx must be [K, P, N, d_in]", given)
+    if ddelta is not None and (ddelta.shape[1:] != delta.shape or (dx is not None and len(dx) != len(ddelta))):
+        raise _bad_tangent("ddelta must be [K, P, N, d_out], with the K of dx", given)
+    groups, _, d_in = x.shape
+    if A.ndim not in (2, 3) or A.shape[-1] != d_in or A.shape[:-2] not in ((), (groups,)):
+        raise _bad_tangent("A must be [r, d_in] or [P, r, d_in]", given)
+    if A.shape[-2] < 1:
+        raise _bad_tangent("the rank must be at least 1", given)
+    one = (delta.shape[2], A.shape[-2])
+    if B is not None and B.shape not in (one, (groups, *one)):
+        raise _bad_tangent("B must be [d_out, r] or [P, d_out, r]", given)
+
+    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in given.values()):
+        dtypes = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in given.items())
+        raise TypeError(
+            f"lora_grad_tangent: all tensors must share one dtype of float32, float64, bfloat16; got {dtypes}"
+        )
+    if any(t.device != x.device for t in given.values()):
+        devices = ", ".join(f"{name} {t.device}" for name, t in given.items())
+        raise ValueError(f"lora_grad_tangent: all tensors must be on one device; got {devices}")
+    return len(dx if dx is not None else given["ddelta"])
+
+
+def _bad_tangent(what: str, given: dict[str, Tensor]) -> ValueError:
+    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in given.items())
+    return ValueError(f"lora_grad_tangent: {what}; got {shapes}")
