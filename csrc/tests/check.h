@@ -22,31 +22,44 @@ inline size_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtyp
 class Array {
  public:
   Array(DType dtype, int64_t size, std::mt19937& random, bool finite = true)
-      : values(static_cast<size_t>(size)), bytes_(static_cast<size_t>(size) * bytes_of(dtype)) {
+      : values(static_cast<size_t>(size)), dtype_(dtype), bytes_(static_cast<size_t>(size) * bytes_of(dtype)) {
     bytes_.reserve(1);  // an empty array has an address too: null means "no such argument"
     std::normal_distribution<float> normal;
-    for (size_t i = 0; i < values.size(); ++i) {
-      float value = finite ? normal(random) : NAN;  // results start as NaN: what is not written shows
-      if (dtype == DType::kBFloat16) {
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        const BFloat16 upper{static_cast<uint16_t>(bits >> 16)};
-        value = widen(upper);
-        std::memcpy(bytes_.data() + 2 * i, &upper, 2);
-      } else if (dtype == DType::kFloat32) {
-        std::memcpy(bytes_.data() + 4 * i, &value, 4);
-      } else {
-        const double wide = value;
-        std::memcpy(bytes_.data() + 8 * i, &wide, 8);
-      }
-      values[i] = value;
+    for (int64_t i = 0; i < size; ++i) set(i, finite ? normal(random) : NAN);  // results: what is not written shows
+  }
+
+  // Rounded to the dtype (bfloat16: cut off), in memory and in `values`.
+  void set(int64_t index, double value) {
+    const float single = static_cast<float>(value);
+    if (dtype_ == DType::kBFloat16) {
+      uint32_t bits;
+      std::memcpy(&bits, &single, 4);
+      const BFloat16 upper{static_cast<uint16_t>(bits >> 16)};
+      value = widen(upper);
+      std::memcpy(at(index), &upper, 2);
+    } else if (dtype_ == DType::kFloat32) {
+      value = single;
+      std::memcpy(at(index), &single, 4);
+    } else {
+      std::memcpy(at(index), &value, 8);
     }
+    values[static_cast<size_t>(index)] = value;
+  }
+
+  // What memory holds, of float32 and float64.
+  double get(int64_t index) {
+    float single;
+    double wide;
+    if (dtype_ == DType::kFloat64) return std::memcpy(&wide, at(index), 8), wide;
+    return std::memcpy(&single, at(index), 4), single;
   }
 
   void* data() { return bytes_.data(); }
+  void* at(int64_t index) { return bytes_.data() + static_cast<size_t>(index) * bytes_of(dtype_); }
   std::vector<double> values;
 
  private:
+  DType dtype_;
   std::vector<unsigned char> bytes_;
 };
 

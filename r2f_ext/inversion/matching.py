@@ -12,6 +12,7 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.objectives import Objective, total_variation
+from r2f_ext.ops import signed_adam_step_
 from r2f_ext.types import Reconstruction, Target
 
 
@@ -45,10 +46,9 @@ def match(
         R2FError: the objective is not finite at the start.
     """
     began = time.perf_counter()
-    images = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([images], lr=config.step_size)
+    images = start.clone(memory_format=torch.contiguous_format).requires_grad_()
+    exp_avg, exp_avg_sq = (torch.zeros_like(images) for _ in range(2))
     milestones = [config.steps * k // 8 for k in (3, 5, 7)]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
     best, best_loss, first_loss = start.clone(), torch.full((len(start),), float("inf"), device=start.device), 0.0
     with Capture(target) as capture:
         for step in range(config.steps + 1):
@@ -61,12 +61,9 @@ def match(
             best_loss[better] = loss.detach()[better]
             if step == config.steps:
                 break
-            (images.grad,) = torch.autograd.grad(loss.sum(), [images])
-            images.grad.sign_()
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                images.clamp_(0, 1)
+            (slope,) = torch.autograd.grad(loss.sum(), [images])
+            lr = config.step_size * 0.1 ** sum(step >= milestone for milestone in milestones)
+            signed_adam_step_(images, slope, exp_avg, exp_avg_sq, lr=lr, step=step + 1)
             on_step()
     details = {"steps": config.steps, "loss_start": first_loss, "loss_end": float(best_loss.mean())}
     return Reconstruction(route, best, labels, why, time.perf_counter() - began, details)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from r2f_ext.ops import factored_matching_loss, matching_loss, total_variation
 from r2f_ext.pairs.generate import project
 from r2f_ext.types import FactoredGradient, Gradient, Target
 
-EPS = 1e-12
+__all__ = ["GradientCosine", "Objective", "UpdateCosine", "total_variation"]
 
 
 class Objective(Protocol):
@@ -24,27 +24,20 @@ class Objective(Protocol):
 class GradientCosine:
     """1 - cos between full gradients, averaged over layers (Geiping et al. 2020, Eq. 4, layer by layer).
 
-    Uses the candidate's factors and never writes its gradient out (METHODS 8):
-    <D^T X, G> = sum_n d_n^T G x_n and |D^T X|^2 = sum((D D^T) * (X X^T)).
+    Uses the candidate's factors and never writes its gradient out (METHODS 8).
     """
 
     def __init__(self, observed: Gradient) -> None:
-        """observed: dense[name] [V, d_out, d_in], normalised here."""
-        self.observed = {
-            name: gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None]
-            for name, gradient in observed.dense.items()
-        }
+        """observed: dense[name] [V, d_out, d_in], of any positive scale."""
+        self.observed = observed.dense
 
     def __call__(self, candidate: FactoredGradient) -> Tensor:
-        losses = []
-        for name, observed in self.observed.items():
-            x, delta = candidate.x[name], candidate.delta[name]
-            # Deltas are tiny (loss gradients); scale them so that no square underflows in float32.
-            delta = delta / delta.detach().flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None]
-            inner = ((delta @ observed) * x).sum((1, 2))
-            square = ((delta @ delta.mT) * (x @ x.mT)).sum((1, 2))
-            losses.append(1 - inner / square.clamp_min(EPS).sqrt())
-        return torch.stack(losses).mean(0)
+        names = list(self.observed)
+        return factored_matching_loss(
+            [candidate.x[name] for name in names],
+            [candidate.delta[name] for name in names],
+            [self.observed[name].to(candidate.x[name].dtype) for name in names],
+        )
 
 
 class UpdateCosine:
@@ -52,21 +45,9 @@ class UpdateCosine:
 
     def __init__(self, target: Target, a: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
         """a[name] [r, d_in]; observed[name] [V, d_out, r], of any positive scale."""
-        self.target, self.a = target, a
-        self.observed = {
-            name: u / u.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None] for name, u in observed.items()
-        }
+        self.target, self.a, self.observed = target, a, observed
 
     def __call__(self, candidate: FactoredGradient) -> Tensor:
-        losses = []
-        for name, update in project(self.target, candidate, self.a).items():
-            norm = update.flatten(1).norm(dim=1).clamp_min(1e-30)
-            losses.append(1 - (update * self.observed[name]).sum((1, 2)) / norm)
-        return torch.stack(losses).mean(0)
-
-
-def total_variation(images: Tensor) -> Tensor:
-    """Anisotropic total variation of [V, c, h, w], mean absolute difference of neighbours, [V]."""
-    rows = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((1, 2, 3))
-    columns = (images[..., :, 1:] - images[..., :, :-1]).abs().mean((1, 2, 3))
-    return rows + columns
+        updates = project(self.target, candidate, self.a)
+        observed = [self.observed[name].to(update.dtype) for name, update in updates.items()]
+        return matching_loss(list(updates.values()), observed)

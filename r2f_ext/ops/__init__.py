@@ -2,8 +2,12 @@
 
 from . import schemas  # isort: skip  (defines the operators; everything below needs them)
 from .backend import backend_of, build_information, load_compiled_kernels
+from .factored_matching_loss import factored_matching_loss
 from .lora_grad import LoraGrad, lora_grad
 from .lora_grad_tangent import LoraGradTangent, lora_grad_tangent
+from .matching_loss import matching_loss
+from .signed_adam_step import signed_adam_step_
+from .total_variation import total_variation
 
 load_compiled_kernels()
 
@@ -12,7 +16,11 @@ __all__ = [
     "LoraGradTangent",
     "backend_of",
     "build_information",
+    "factored_matching_loss",
     "lora_grad",
     "lora_grad_tangent",
+    "matching_loss",
     "schemas",
+    "signed_adam_step_",
+    "total_variation",
 ]

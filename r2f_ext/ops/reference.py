@@ -7,9 +7,11 @@ explicit backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_lora_grad, check_lora_grad_tangent
@@ -98,3 +100,239 @@ def lora_grad_tangent(
 
 
 torch.library.impl(f"{NAMESPACE}::lora_grad_tangent", "default", lora_grad_tangent)
+
+
+# ---- Matching: distances between gradients, total variation, the optimizer's step ----------------------------------
+
+TOTAL_VARIATION_EPS = 1e-12
+
+
+def matching_loss(
+    candidate: Sequence[Tensor],
+    observed: Sequence[Tensor],
+    weights: Sequence[float],
+    kind: str,
+    images: Tensor | None,
+    tv_weight: float,
+    isotropic: bool,
+) -> tuple[Tensor, Tensor]:
+    """Four sums a layer and trial, and the loss from them. In float64: squares of small numbers would underflow."""
+    sums = matching_sums(candidate, observed)
+    loss = matching_value(sums, weights, kind).to(accumulation_dtype(candidate[0].dtype))
+    return loss if images is None else loss + tv_weight * total_variation(images, isotropic).to(loss.dtype), sums
+
+
+def matching_sums(candidate: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
+    """[L, T, 4]: <c, o>, |c|^2, |o|^2, |c - o|^2."""
+    layers = []
+    for c, o in zip(candidate, observed, strict=True):
+        c, o = _as_rows(c).double(), _as_rows(o).double()
+        square = o.square().sum(1).expand(len(c))
+        layers.append(torch.stack([(c * o).sum(1), c.square().sum(1), square, (c - o).square().sum(1)], dim=-1))
+    return torch.stack(layers)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """[T, ...] -> [T, elements], also for T = 0."""
+    return tensor.reshape(len(tensor), tensor.shape[1:].numel())
+
+
+def matching_value(sums: Tensor, weights: Sequence[float], kind: str) -> Tensor:
+    """[L, T, 4] -> [T]; the weights add up to 1."""
+    weight = sums.new_tensor(weights)[:, None]
+    inner, candidate, observed, difference = sums.unbind(-1)
+    if kind == "l2":
+        return (weight * difference).sum(0)
+    if kind == "layer_cosine":
+        return (weight * (1 - inner * _one_over_norms(candidate, observed))).sum(0)
+    inner, candidate, observed = ((weight * s).sum(0) for s in (inner, candidate, observed))
+    return 1 - inner * _one_over_norms(candidate, observed)
+
+
+def _one_over_norms(candidate: Tensor, observed: Tensor) -> Tensor:
+    """1 / (|c| |o|), and 0 where one of them is zero: the direction of nothing has cosine 0 and no gradient."""
+    zero = (candidate == 0) | (observed == 0)
+    norms = torch.where(zero, 1.0, candidate).sqrt() * torch.where(zero, 1.0, observed).sqrt()
+    return torch.where(zero, 0.0, 1 / norms)
+
+
+def matching_coefficients(sums: Tensor, weights: Sequence[float], kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b, b_o [L, T]: the loss's gradient is a o + b c with respect to c, and a c + b_o o with respect to o."""
+    weight = sums.new_tensor(weights)[:, None]
+    if kind == "l2":
+        twice = (2 * weight).expand(sums.shape[:2])
+        return -twice, twice, twice
+    if kind == "cosine":
+        sums = (weight[..., None] * sums).sum(0, keepdim=True)
+    inner, candidate, observed, _ = sums.unbind(-1)
+    zero = (candidate == 0) | (observed == 0)
+    by_norms = weight * _one_over_norms(candidate, observed)
+    to_candidate, to_observed = (by_norms * inner / torch.where(zero, 1.0, square) for square in (candidate, observed))
+    return -by_norms, to_candidate, to_observed
+
+
+def matching_loss_backward(
+    grad_loss: Tensor,
+    candidate: Sequence[Tensor],
+    observed: Sequence[Tensor],
+    sums: Tensor,
+    weights: Sequence[float],
+    kind: str,
+    images: Tensor | None,
+    tv_weight: float,
+    isotropic: bool,
+    to_observed: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Of ordinary differentiable operators: with sums that depend on the inputs, it can be differentiated again."""
+    dtype = accumulation_dtype(candidate[0].dtype)
+    grads_c, grads_o = [], []
+    terms = [grad_loss.double() * k for k in matching_coefficients(sums, weights, kind)]
+    for c, o, a, b, b_o in zip(candidate, observed, *terms, strict=True):
+        rows_c, rows_o, a = _as_rows(c).double(), _as_rows(o).double(), a[:, None]
+        grads_c.append((a * rows_o + b[:, None] * rows_c).to(dtype).reshape(c.shape))
+        if to_observed:
+            to_rows = (a * rows_c + b_o[:, None] * rows_o).sum_to_size(rows_o.shape)
+            grads_o.append(to_rows.to(dtype).reshape(o.shape))
+    if images is None:
+        return grads_c, grads_o, candidate[0].new_empty(0, dtype=dtype)
+    grad = grad_loss.to(accumulation_dtype(images.dtype))
+    return grads_c, grads_o, total_variation_backward(tv_weight * grad, images, isotropic)
+
+
+# Deltas are tiny: products that are kept in float32 are kept times this.
+DELTA_UNIT = {torch.float32: 2.0**32, torch.float64: 1.0}
+
+
+def factored_matching_loss(
+    x: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    observed: Sequence[Tensor],
+    observed_delta: Sequence[Tensor],
+    weights: Sequence[float],
+    kind: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The sums of gradients delta^T x that are never written out, and the loss from them."""
+    dtype = accumulation_dtype(x[0].dtype)
+    sums = factored_sums(x, delta, observed, observed_delta)
+    products = []
+    if not observed_delta:
+        products = [(d.to(dtype) * DELTA_UNIT[dtype]) @ o.to(dtype) for d, o in zip(delta, observed, strict=True)]
+    return matching_value(sums, weights, kind).to(dtype), sums, products
+
+
+def factored_sums(
+    x: Sequence[Tensor], delta: Sequence[Tensor], observed: Sequence[Tensor], observed_delta: Sequence[Tensor]
+) -> Tensor:
+    """[L, T, 4]: <delta^T x, G*> = sum_n delta_n^T G* x_n, or by Gram matrices, as are the squares."""
+    layers = []
+    for x_l, d, o, o_d in zip(x, delta, observed, observed_delta or [None] * len(x), strict=True):
+        x_l, d, o = x_l.double(), d.double(), o.double()
+        candidate = _gram_sum(d, d, x_l, x_l).clamp_min(0)
+        if o_d is None:
+            inner, square = ((d @ o) * x_l).sum((1, 2)), o.square().sum((1, 2))
+        else:
+            o_d = o_d.double()
+            inner, square = _gram_sum(d, o_d, x_l, o), _gram_sum(o_d, o_d, o, o).clamp_min(0)
+        square = square.expand(len(x_l))
+        layers.append(torch.stack([inner, candidate, square, (candidate - 2 * inner + square).clamp_min(0)], dim=-1))
+    return torch.stack(layers)
+
+
+def _gram_sum(a: Tensor, a_star: Tensor, b: Tensor, b_star: Tensor) -> Tensor:
+    return ((a @ a_star.mT) * (b @ b_star.mT)).sum((1, 2))
+
+
+def factored_matching_loss_backward(
+    grad_loss: Tensor,
+    x: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    observed: Sequence[Tensor],
+    observed_delta: Sequence[Tensor],
+    sums: Tensor,
+    products: Sequence[Tensor],
+    weights: Sequence[float],
+    kind: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """With dL/dG = a G* + b G: dL/dx = delta dL/dG and dL/ddelta = x dL/dG^T. See matching_loss_backward."""
+    dtype = accumulation_dtype(x[0].dtype)
+    grads_x, grads_d = [], []
+    terms = [(grad_loss.double() * k)[..., None, None] for k in matching_coefficients(sums, weights, kind)[:2]]
+    for x_l, d, o, o_d, a, b in zip(x, delta, observed, observed_delta or [None] * len(x), *terms, strict=True):
+        x_l, d, o = x_l.double(), d.double(), o.double()
+        if o_d is None:
+            to_x, to_d = d @ o, x_l @ o.mT
+        else:
+            o_d = o_d.double()
+            to_x, to_d = (d @ o_d.mT) @ o, (x_l @ o.mT) @ o_d
+        grads_x.append((a * to_x + b * ((d @ d.mT) @ x_l)).to(dtype))
+        grads_d.append((a * to_d + b * ((x_l @ x_l.mT) @ d)).to(dtype))
+    return grads_x, grads_d
+
+
+def total_variation(images: Tensor, isotropic: bool) -> Tensor:
+    """Mean absolute difference of neighbors, rows plus columns; or mean length of (dx, dy), 0 beyond the far border."""
+    images = images.to(accumulation_dtype(images.dtype))
+    if images.numel() == 0:
+        return images.new_zeros(len(images))
+    rows, columns = images.diff(dim=2), images.diff(dim=3)
+    if isotropic:
+        return _lengths(rows, columns)[0].sum((1, 2, 3)) / max(images.shape[1:].numel(), 1)
+    return sum(d.abs().sum((1, 2, 3)) / max(d.shape[1:].numel(), 1) for d in (rows, columns))  # type: ignore[return-value]
+
+
+def total_variation_backward(grad: Tensor, images: Tensor, isotropic: bool) -> Tensor:
+    """Each pixel gathers from the differences that it is part of."""
+    images = images.to(accumulation_dtype(images.dtype))
+    if images.numel() == 0:
+        return torch.zeros_like(images)
+    rows, columns = images.diff(dim=2), images.diff(dim=3)
+    grad = grad.to(images.dtype)[:, None, None, None]
+    if isotropic:
+        length, dy, dx = _lengths(rows, columns)
+        share = grad / max(images.shape[1:].numel(), 1) / length
+        to_rows, to_columns = (share * dy)[:, :, :-1], (share * dx)[..., :-1]
+    else:
+        to_rows, to_columns = (grad * d.sign() / max(d.shape[1:].numel(), 1) for d in (rows, columns))
+    return F.pad(to_rows, (0, 0, 1, 0)) - F.pad(to_rows, (0, 0, 0, 1)) + F.pad(to_columns, (1, 0)) - F.pad(to_columns, (0, 1))
+
+
+def _lengths(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sqrt(dx^2 + dy^2 + eps), dy and dx, all as large as the images."""
+    dy, dx = F.pad(rows, (0, 0, 0, 1)), F.pad(columns, (0, 1))
+    return (dx.square() + dy.square() + TOTAL_VARIATION_EPS).sqrt(), dy, dx
+
+
+def signed_adam_step_(
+    image: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    low: float | None,
+    high: float | None,
+    sign: bool,
+) -> None:
+    """Adam (Kingma and Ba, 2015, Algorithm 1) on the gradient or its sign, then the projection on [low, high]."""
+    g = gradient.sign() if sign else gradient
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    size = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    image.addcdiv_(exp_avg, size, value=-lr / (1 - beta1**step))
+    if low is not None or high is not None:
+        image.clamp_(low, high)
+
+
+for _function in (
+    matching_loss,
+    matching_loss_backward,
+    factored_matching_loss,
+    factored_matching_loss_backward,
+    total_variation,
+    total_variation_backward,
+    signed_adam_step_,
+):
+    torch.library.impl(f"{NAMESPACE}::{_function.__name__}", "default", _function)

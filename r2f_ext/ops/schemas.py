@@ -24,6 +24,36 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor delta, Tensor? dx, Tensor? ddelta, Tensor A, Tensor? B, float scale)"
         " -> (Tensor grad_A, Tensor grad_B)"
     ),
+    # Distance between two lists of gradients for T trials, and the total variation of their images.
+    # sums [L, T, 4], float64: <c, o>, |c|^2, |o|^2, |c - o|^2 of each layer and trial. The weights add up to 1.
+    "matching_loss": (
+        "(Tensor[] candidate, Tensor[] observed, float[] weights, str kind, Tensor? images, float tv_weight,"
+        " bool isotropic) -> (Tensor loss, Tensor sums)"
+    ),
+    # grad_observed is empty unless wanted; grad_images is a tensor of size 0 without images.
+    "matching_loss_backward": (
+        "(Tensor grad_loss, Tensor[] candidate, Tensor[] observed, Tensor sums, float[] weights, str kind,"
+        " Tensor? images, float tv_weight, bool isotropic, bool to_observed)"
+        " -> (Tensor[] grad_candidate, Tensor[] grad_observed, Tensor grad_images)"
+    ),
+    # The same for factored gradients G = delta^T x. observed_delta is empty if the observed gradients are dense.
+    # products, if dense: delta G* of each layer, times a power of two, kept for the backward.
+    "factored_matching_loss": (
+        "(Tensor[] x, Tensor[] delta, Tensor[] observed, Tensor[] observed_delta, float[] weights, str kind)"
+        " -> (Tensor loss, Tensor sums, Tensor[] products)"
+    ),
+    "factored_matching_loss_backward": (
+        "(Tensor grad_loss, Tensor[] x, Tensor[] delta, Tensor[] observed, Tensor[] observed_delta, Tensor sums,"
+        " Tensor[] products, float[] weights, str kind) -> (Tensor[] grad_x, Tensor[] grad_delta)"
+    ),
+    # Total variation of T images.
+    "total_variation": "(Tensor images, bool isotropic) -> Tensor",
+    "total_variation_backward": "(Tensor grad, Tensor images, bool isotropic) -> Tensor",
+    # One step of (signed) Adam and the projection on a box, in place.
+    "signed_adam_step_": (
+        "(Tensor(a!) image, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, float lr, float beta1,"
+        " float beta2, float eps, int step, float? low, float? high, bool sign) -> ()"
+    ),
 }
 
 for _name, _schema in SCHEMAS.items():

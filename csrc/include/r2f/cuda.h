@@ -83,4 +83,16 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* p, int64_t available, b
   return pack;
 }
 
+// Writes the first `available` elements to p; `aligned` as above.
+template <typename T, int N>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& pack, int64_t available, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i < available) p[i] = pack.element[i];
+}
+
 }  // namespace r2f

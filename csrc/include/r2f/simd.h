@@ -118,6 +118,14 @@ R2F_INLINE void sum_lanes(const typename VectorOf<Acc, Bytes>::type* v, Acc* out
   }
 }
 
+// The sum over the lanes of one vector.
+template <typename Acc, int Bytes>
+R2F_INLINE Acc sum_lanes(const typename VectorOf<Acc, Bytes>::type& v) {
+  Acc total[VectorOf<Acc, Bytes>::kLanes];
+  sum_lanes<Acc, Bytes, 1>(&v, total);
+  return total[0];
+}
+
 // Rows v[0 .. Count), Count a power of 2, become columns: in memory order, `Count` elements for each lane.
 template <typename Acc, int Bytes, int Count, int Stages = Count>
 R2F_INLINE void transpose(typename VectorOf<Acc, Bytes>::type* v) {
@@ -134,6 +142,28 @@ R2F_INLINE void transpose(typename VectorOf<Acc, Bytes>::type* v) {
     for (int i = 0; i < Count; ++i) v[i] = next[i];
     transpose<Acc, Bytes, Count, Stages / 2>(v);
   }
+}
+
+// Square roots, lane by lane: vector extensions have none.
+template <typename Acc, int Bytes>
+R2F_INLINE typename VectorOf<Acc, Bytes>::type square_root(const typename VectorOf<Acc, Bytes>::type& v) {
+  typename VectorOf<Acc, Bytes>::type root;
+#if defined(R2F_X86_DISPATCH)
+  constexpr bool kSingle = sizeof(Acc) == 4;
+  if constexpr (Bytes == 16) {
+    if constexpr (kSingle)
+      asm("sqrtps %1, %0" : "=x"(root) : "x"(v));
+    else
+      asm("sqrtpd %1, %0" : "=x"(root) : "x"(v));
+  } else if constexpr (kSingle) {
+    asm("vsqrtps %1, %0" : "=v"(root) : "v"(v));
+  } else {
+    asm("vsqrtpd %1, %0" : "=v"(root) : "v"(v));
+  }
+#else
+  for (int i = 0; i < VectorOf<Acc, Bytes>::kLanes; ++i) root[i] = __builtin_sqrt(v[i]);
+#endif
+  return root;
 }
 
 }  // namespace r2f::simd

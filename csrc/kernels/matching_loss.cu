@@ -1,0 +1,340 @@
+// Distances between lists of gradients on CUDA. See matching_loss.h for what is computed.
+//
+//   piece_sums   one block takes a piece of a layer for one trial: four sums to the workspace
+//   layer_sums   one block takes a layer and trial: adds up its pieces
+//   trial_losses one warp takes a trial: its layers to the loss
+//   trial_coefficients  one warp takes a trial: sums and the loss's gradient to the factors of every layer
+//   backward     one block takes a piece, for all trials if their observed gradient is shared: one pass, written once
+//
+// Layers are described by value, in tables that fit a kernel's parameters; longer lists take several launches. Each sum
+// is taken in one fixed order: results are deterministic.
+#include "kernels/matching_loss.h"
+#include "r2f/cuda.h"
+
+namespace r2f {
+namespace {
+
+constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+constexpr int kTable = 64;       // layers of one launch
+constexpr int kWeightTable = 256;
+
+template <typename T>
+constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+
+struct Entry {
+  const void *candidate, *observed;
+  void *grad_candidate, *grad_observed;
+  int64_t size, first_piece;  // first_piece: counted from the table's first
+  bool observed_is_shared, aligned;
+};
+
+struct Table {
+  Entry entries[kTable];
+  int count;
+  int64_t pieces;
+  // The layer of a piece.
+  R2F_HOST_DEVICE int find(int64_t piece) const {
+    int layer = 0;
+    while (layer + 1 < count && entries[layer + 1].first_piece <= piece) ++layer;
+    return layer;
+  }
+};
+static_assert(sizeof(Table) <= 4000);
+
+struct WeightTable {
+  double weights[kWeightTable];
+  int count;
+};
+
+// Squares of float32 numbers are taken of numbers this much larger (exactly: it is a power of two), so that gradients
+// from 1e-28 to 1e9 keep their digits, and the sums are divided by its square in float64.
+template <typename T>
+constexpr Accumulation<T> kUnit = sizeof(T) == 8 ? Accumulation<T>(1) : Accumulation<T>(4294967296.0);
+
+__global__ void copy_weights(WeightTable table, double* weights) {
+  for (int l = static_cast<int>(threadIdx.x); l < table.count; l += kThreads) weights[l] = table.weights[l];
+}
+
+struct BlockSums {
+  MatchingSums of_warp[kWarps];
+};
+
+__device__ __forceinline__ MatchingSums warp_total(const MatchingSums& s) {
+  return {warp_sum(s.inner), warp_sum(s.candidate), warp_sum(s.observed), warp_sum(s.difference)};
+}
+
+// The sum over the block, in thread 0.
+__device__ __forceinline__ MatchingSums block_total(const MatchingSums& mine, BlockSums& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const MatchingSums sum = warp_total(mine);
+  __syncthreads();  // all have read the block's last sums
+  if (lane == 0) shared.of_warp[warp] = sum;
+#ifndef R2F_PLANTED_BUG  // the tests leave this barrier out and must notice
+  __syncthreads();
+#endif
+  MatchingSums total;
+  if (threadIdx.x == 0)
+    for (int w = 0; w < kWarps; ++w) total.add(1, shared.of_warp[w]);
+  return total;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) piece_sums(Table table, int64_t trials, MatchingSums* of_pieces) {
+  using Acc = Accumulation<T>;
+  constexpr int kVec = kPack<T>;
+  R2F_DYNAMIC_SHARED(BlockSums, shared);
+  for (int64_t item = blockIdx.x; item < table.pieces * trials; item += gridDim.x) {
+    const int64_t piece = item / trials, t = item % trials;
+    const Entry& layer = table.entries[table.find(piece)];
+    const int64_t begin = (piece - layer.first_piece) * kMatchingPiece;
+    const int64_t left = layer.size - begin, size = left < kMatchingPiece ? left : kMatchingPiece;
+    const T* c = static_cast<const T*>(layer.candidate) + t * layer.size + begin;
+    const T* o = static_cast<const T*>(layer.observed) + (layer.observed_is_shared ? 0 : t * layer.size) + begin;
+    Acc inner = 0, candidate = 0, observed = 0, difference = 0;
+    for (int64_t i = static_cast<int64_t>(threadIdx.x) * kVec; i < size; i += kThreads * kVec) {
+      const bool whole = layer.aligned && i + kVec <= size;
+      const auto x = load_pack<T, kVec>(c + i, size - i, whole), y = load_pack<T, kVec>(o + i, size - i, whole);
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) {
+        const Acc a = widen(x.element[k]) * kUnit<T>, b = widen(y.element[k]) * kUnit<T>, d = a - b;
+        inner += a * b, candidate += a * a, observed += b * b, difference += d * d;
+      }
+    }
+    const double by_unit = 1.0 / (static_cast<double>(kUnit<T>) * static_cast<double>(kUnit<T>));
+    const MatchingSums total =
+        block_total({inner * by_unit, candidate * by_unit, observed * by_unit, difference * by_unit}, shared);
+    if (threadIdx.x == 0) of_pieces[piece * trials + t] = total;
+  }
+}
+
+// of_pieces and sums of the table's layers only.
+__global__ void __launch_bounds__(kThreads)
+    layer_sums(Table table, int64_t trials, const MatchingSums* of_pieces, MatchingSums* sums) {
+  R2F_DYNAMIC_SHARED(BlockSums, shared);
+  for (int64_t item = blockIdx.x; item < table.count * trials; item += gridDim.x) {
+    const int64_t l = item / trials, t = item % trials;
+    const int64_t last = l + 1 < table.count ? table.entries[l + 1].first_piece : table.pieces;
+    MatchingSums mine;
+    for (int64_t piece = table.entries[l].first_piece + threadIdx.x; piece < last; piece += kThreads)
+      mine.add(1, of_pieces[piece * trials + t]);
+    const MatchingSums total = block_total(mine, shared);
+    if (threadIdx.x == 0) sums[l * trials + t] = total;
+  }
+}
+
+struct Shape {
+  int64_t layers, trials;
+  MatchingKind kind;
+};
+
+// The weighted sums of a trial's layers, in every lane of the warp.
+__device__ __forceinline__ MatchingSums trial_total(const Shape& shape, const double* weights, const MatchingSums* sums,
+                                                    int64_t t) {
+  MatchingSums mine;
+  for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize) mine.add(weights[l], sums[l * shape.trials + t]);
+  return warp_total(mine);
+}
+
+template <typename Acc>
+__global__ void trial_losses(Shape shape, const double* weights, const MatchingSums* sums, const double* image_losses,
+                       double image_weight, Acc* out) {
+  for (int64_t t = blockIdx.x; t < shape.trials; t += gridDim.x) {
+    double distance = 0;
+    for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize)
+      distance += layer_distance(shape.kind, weights[l], sums[l * shape.trials + t]);
+    distance = warp_sum(distance);
+    if (shape.kind == MatchingKind::kCosine) distance = 1 - cosine(trial_total(shape, weights, sums, t));
+    if (image_losses != nullptr) distance += image_weight * image_losses[t];
+    if (threadIdx.x == 0) out[t] = static_cast<Acc>(distance);
+  }
+}
+
+template <typename Acc>
+__global__ void trial_coefficients(Shape shape, const double* weights, const MatchingSums* sums, const Acc* grads,
+                             MatchingCoefficients* out) {
+  for (int64_t t = blockIdx.x; t < shape.trials; t += gridDim.x) {
+    const MatchingSums total = trial_total(shape, weights, sums, t);
+    for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize)
+      out[l * shape.trials + t] =
+          matching_coefficients(shape.kind, weights[l], grads[t], sums[l * shape.trials + t], total);
+  }
+}
+
+// p x + q y without overflow of p, q or the products on the way.
+template <typename Acc>
+__device__ __forceinline__ Acc combine(double p, Acc x, double q, Acc y) {
+  return static_cast<Acc>(p * x + q * y);
+}
+
+// Coefficients of the table's layers only.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) backward(Table table, int64_t trials, const MatchingCoefficients* factors) {
+  using Acc = Accumulation<T>;
+  constexpr int kVec = 16 / static_cast<int>(sizeof(Acc));
+  for (int64_t piece = blockIdx.x; piece < table.pieces; piece += gridDim.x) {
+    const int l = table.find(piece);
+    const Entry& layer = table.entries[l];
+    const int64_t begin = (piece - layer.first_piece) * kMatchingPiece;
+    const int64_t end = begin + kMatchingPiece < layer.size ? begin + kMatchingPiece : layer.size;
+    for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) * kVec; i < end; i += kThreads * kVec) {
+      const bool whole = layer.aligned && i + kVec <= end;
+      Pack<Acc, kVec> to_shared{};
+      for (int64_t t = 0; t < trials; ++t) {
+        const MatchingCoefficients k = factors[l * trials + t];
+        const int64_t own = t * layer.size + i, theirs = layer.observed_is_shared ? i : own;
+        const auto c = load_pack<T, kVec>(static_cast<const T*>(layer.candidate) + own, end - i, whole);
+        const auto o = load_pack<T, kVec>(static_cast<const T*>(layer.observed) + theirs, end - i, whole);
+        Pack<Acc, kVec> to_candidate, to_observed;
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+          const Acc x = widen(c.element[e]), y = widen(o.element[e]);
+          to_candidate.element[e] = combine(k.observed, y, k.candidate, x);
+          to_observed.element[e] = combine(k.observed, x, k.itself, y);
+          to_shared.element[e] += to_observed.element[e];
+        }
+        store_pack(static_cast<Acc*>(layer.grad_candidate) + own, to_candidate, end - i, whole);
+        if (layer.grad_observed != nullptr && !layer.observed_is_shared)
+          store_pack(static_cast<Acc*>(layer.grad_observed) + own, to_observed, end - i, whole);
+      }
+      if (layer.grad_observed != nullptr && layer.observed_is_shared)
+        store_pack(static_cast<Acc*>(layer.grad_observed) + i, to_shared, end - i, whole);
+    }
+  }
+}
+
+template <typename T>
+Entry entry(const MatchingLayer& layer, int64_t trials, int64_t first_piece) {
+  const auto bits = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  const uintptr_t all = bits(layer.candidate) | bits(layer.observed) | bits(layer.grad_candidate) |
+                        bits(layer.grad_observed);
+  const bool aligned = all % 16 == 0 && (trials == 1 || layer.size % kPack<T> == 0);
+  return {layer.candidate,     layer.observed, layer.grad_candidate,     layer.grad_observed,
+          layer.size,          first_piece,    layer.observed_is_shared, aligned};
+}
+
+// Calls work(table, its first layer, its first piece) for one table after another.
+template <typename T, typename Work>
+void for_tables(const MatchingArgs& args, const Work& work) {
+  int64_t pieces = 0;
+  for (int64_t first = 0; first < args.count; first += kTable) {
+    Table table{};
+    table.count = static_cast<int>(args.count - first < kTable ? args.count - first : kTable);
+    for (int l = 0; l < table.count; ++l) {
+      table.entries[l] = entry<T>(args.layers[first + l], args.trials, table.pieces);
+      table.pieces += matching_pieces(args.layers[first + l]);
+    }
+    work(table, first, pieces);
+    pieces += table.pieces;
+  }
+}
+
+// The workspace: weights [layers], then the pieces' sums [pieces, trials], or the coefficients [layers, trials].
+struct Workspace {
+  double* weights;
+  double* rest;
+  Workspace(const MatchingArgs& args, void* memory) : weights(static_cast<double*>(memory)), rest(weights + args.count) {}
+};
+
+void send_weights(const double* weights, int64_t count, double* to, cudaStream_t stream) {
+  for (int64_t first = 0; first < count; first += kWeightTable) {
+    WeightTable table{};
+    table.count = static_cast<int>(count - first < kWeightTable ? count - first : kWeightTable);
+    for (int l = 0; l < table.count; ++l) table.weights[l] = weights[first + l];
+    launch(copy_weights, 1, kThreads, 0, stream, table, to + first);
+  }
+}
+
+template <typename T>
+void forward(const MatchingArgs& args, MatchingSums* sums, void* memory, cudaStream_t stream) {
+  const int64_t trials = args.trials;
+  const Workspace workspace(args, memory);
+  MatchingSums* of_pieces = reinterpret_cast<MatchingSums*>(workspace.rest);
+  for_tables<T>(args, [&](const Table& table, int64_t first, int64_t piece) {
+    const unsigned pieces = grid_for(table.pieces * trials), layers = grid_for(table.count * trials);
+    MatchingSums* of_table = of_pieces + piece * trials;
+    if (pieces > 0) launch(piece_sums<T>, pieces, kThreads, sizeof(BlockSums), stream, table, trials, of_table);
+    launch(layer_sums, layers, kThreads, sizeof(BlockSums), stream, table, trials, of_table, sums + first * trials);
+  });
+}
+
+template <typename T>
+void gradients(const MatchingArgs& args, void* memory, cudaStream_t stream) {
+  const MatchingCoefficients* factors = reinterpret_cast<MatchingCoefficients*>(Workspace(args, memory).rest);
+  for_tables<T>(args, [&](const Table& table, int64_t first, int64_t) {
+    if (table.pieces > 0)
+      launch(backward<T>, grid_for(table.pieces), kThreads, 0, stream, table, args.trials,
+             factors + first * args.trials);
+  });
+}
+
+}  // namespace
+
+int64_t matching_loss_cuda_workspace(const MatchingArgs& args) {
+  const int64_t pieces = matching_pieces(args) * static_cast<int64_t>(sizeof(MatchingSums));
+  const int64_t factors = args.count * static_cast<int64_t>(sizeof(MatchingCoefficients));
+  return args.count * static_cast<int64_t>(sizeof(double)) + args.trials * (pieces > factors ? pieces : factors);
+}
+
+const char* matching_losses_cuda(DType dtype, MatchingKind kind, const double* weights, int64_t layers, int64_t trials,
+                                 const MatchingSums* sums, const double* image_losses, double image_weight,
+                                 void* losses, double* workspace, void* stream) {
+  if (trials == 0) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const Shape shape{layers, trials, kind};
+  send_weights(weights, layers, workspace, s);
+  if (dtype == DType::kFloat64)
+    launch(trial_losses<double>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums, image_losses, image_weight,
+           static_cast<double*>(losses));
+  else
+    launch(trial_losses<float>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums, image_losses, image_weight,
+           static_cast<float*>(losses));
+  return launch_error();
+}
+
+const char* matching_coefficients_cuda(DType dtype, MatchingKind kind, const double* weights, int64_t layers,
+                                       int64_t trials, const MatchingSums* sums, const void* grads,
+                                       MatchingCoefficients* coefficients, double* workspace, void* stream) {
+  if (trials == 0) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const Shape shape{layers, trials, kind};
+  send_weights(weights, layers, workspace, s);
+  if (dtype == DType::kFloat64)
+    launch(trial_coefficients<double>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums,
+           static_cast<const double*>(grads), coefficients);
+  else
+    launch(trial_coefficients<float>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums,
+           static_cast<const float*>(grads), coefficients);
+  return launch_error();
+}
+
+const char* matching_loss_cuda(DType dtype, const MatchingArgs& args, const double* image_losses, double image_weight,
+                               MatchingSums* sums, void* losses, void* workspace, void* stream) {
+  if (args.trials == 0) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (dtype) {
+    case DType::kFloat32: forward<float>(args, sums, workspace, s); break;
+    case DType::kFloat64: forward<double>(args, sums, workspace, s); break;
+    case DType::kBFloat16: forward<BFloat16>(args, sums, workspace, s); break;
+  }
+  return matching_losses_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, image_losses, image_weight,
+                              losses, Workspace(args, workspace).weights, stream);
+}
+
+const char* matching_loss_backward_cuda(DType dtype, const MatchingArgs& args, const void* grads,
+                                        const MatchingSums* sums, void* workspace, void* stream) {
+  if (args.trials == 0) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const Workspace memory(args, workspace);
+  const char* error = matching_coefficients_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, grads,
+                                                 reinterpret_cast<MatchingCoefficients*>(memory.rest), memory.weights,
+                                                 stream);
+  if (error != nullptr) return error;
+  switch (dtype) {
+    case DType::kFloat32: gradients<float>(args, workspace, s); break;
+    case DType::kFloat64: gradients<double>(args, workspace, s); break;
+    case DType::kBFloat16: gradients<BFloat16>(args, workspace, s); break;
+  }
+  return launch_error();
+}
+
+}  // namespace r2f

@@ -1,0 +1,47 @@
+// Total variation of images: what the kernels are asked. No torch and no CUDA here.
+#pragma once
+
+#include <cstdint>
+
+#include "r2f/dtype.h"
+
+namespace r2f {
+
+// Differences of neighbours, dy = x[i + 1][j] - x[i][j] and dx = x[i][j + 1] - x[i][j], of each trial's image:
+//   anisotropic   mean |dy| + mean |dx|, each over the pairs that there are
+//   isotropic     mean over the pixels of sqrt(dx^2 + dy^2 + kTotalVariationEps), with differences of 0 at the far border
+struct TotalVariationArgs {
+  const void* images = nullptr;  // [trials, channels, height, width], contiguous
+  int64_t trials = 0, channels = 0, height = 0, width = 0;
+  bool isotropic = false;
+
+  int64_t planes() const { return trials * channels; }
+};
+
+constexpr double kTotalVariationEps = 1e-12;  // a flat image has a gradient: 0
+
+// What the sums of a plane are divided by; 0 pairs add up to 0 whatever they are divided by.
+struct TotalVariationUnits {
+  double row, column, pixel;
+};
+inline TotalVariationUnits total_variation_units(const TotalVariationArgs& args) {
+  const auto one_over = [](int64_t count) { return count > 0 ? 1.0 / static_cast<double>(count) : 0.0; };
+  const int64_t rows = args.channels * args.height, columns = args.channels * args.width;
+  return {one_over(columns * (args.height - 1)), one_over(rows * (args.width - 1)), one_over(rows * args.width)};
+}
+
+// Planes first <= plane < last (a plane: one channel of one trial). A trial's value is the sum over its planes.
+void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t first, int64_t last, double* of_planes);
+// grads: [trials], times `weight`; grad_images: of the accumulation type.
+void total_variation_backward_cpu(DType dtype, const TotalVariationArgs& args, const double* grads, double weight,
+                                  void* grad_images, int64_t first, int64_t last);
+
+// Queued on `stream` (a cudaStream_t); both return null, or what CUDA said went wrong. Device memory: `values` [trials];
+// `workspace` total_variation_cuda_workspace(args) elements; `grads` [trials] of the accumulation type.
+const char* total_variation_cuda(DType dtype, const TotalVariationArgs& args, double* values, double* workspace,
+                                 void* stream);
+const char* total_variation_backward_cuda(DType dtype, const TotalVariationArgs& args, const void* grads, double weight,
+                                          void* grad_images, void* stream);
+int64_t total_variation_cuda_workspace(const TotalVariationArgs& args);
+
+}  // namespace r2f

@@ -1,0 +1,185 @@
+// matching_loss against a plain double loop. Compiled twice: for the CPU kernel, and with R2F_TEST_EMULATED for the CUDA
+// source run by the emulator. "quick" as an argument: fewer cases (for the sanitizers).
+#include <exception>
+#include <list>
+#include <stdexcept>
+#include <string>
+
+#include "check.h"
+#include "kernels/matching_loss.h"
+
+namespace r2f::test {
+namespace {
+
+using Doubles = std::vector<double>;
+
+struct Case {
+  int64_t trials;
+  std::vector<int64_t> sizes;
+};
+
+constexpr double kImageWeight = 0.5;
+
+#ifdef R2F_TEST_EMULATED
+void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums, Doubles& losses) {
+  std::mt19937 random;
+  const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  Array workspace(DType::kFloat64, (matching_loss_cuda_workspace(args) + 7) / 8, random, false);
+  Array narrow_losses(accumulation, args.trials, random, false), narrow_grads(accumulation, args.trials, random, false);
+  for (int64_t t = 0; t < args.trials; ++t) narrow_grads.set(t, grads[static_cast<size_t>(t)]);
+  const Doubles image_losses(static_cast<size_t>(args.trials), 2.0);
+  const char* error = matching_loss_cuda(dtype, args, image_losses.data(), kImageWeight, sums.data(),
+                                         narrow_losses.data(), workspace.data(), nullptr);
+  if (error == nullptr)
+    error = matching_loss_backward_cuda(dtype, args, narrow_grads.data(), sums.data(), workspace.data(), nullptr);
+  if (error != nullptr) throw std::runtime_error(error);
+  for (int64_t t = 0; t < args.trials; ++t)
+    losses[static_cast<size_t>(t)] = narrow_losses.get(t) - kImageWeight * 2.0;
+}
+#else
+void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums, Doubles& losses) {
+  const int64_t pieces = matching_pieces(args), half = pieces / 2;  // in two parts, as two threads would
+  std::vector<MatchingSums> of_pieces(static_cast<size_t>(pieces * args.trials));
+  matching_piece_sums_cpu(dtype, args, half, pieces, of_pieces.data());
+  matching_piece_sums_cpu(dtype, args, 0, half, of_pieces.data());
+  matching_finish_cpu(args, of_pieces.data(), sums.data(), losses.data());
+  std::vector<MatchingCoefficients> factors(static_cast<size_t>(args.count * args.trials));
+  matching_coefficients(args.kind, args.weights, args.count, args.trials, sums.data(), grads.data(), factors.data());
+  matching_loss_backward_cpu(dtype, args, factors.data(), half, pieces);
+  matching_loss_backward_cpu(dtype, args, factors.data(), 0, half);
+}
+#endif
+
+struct Layer {
+  Array candidate, observed, grad_candidate, grad_observed;
+};
+
+struct Expected {
+  Doubles losses;
+  std::vector<Doubles> grad_candidate, grad_observed;
+};
+
+Expected by_definition(const std::list<Layer>& layers, const Case& c, const Doubles& weights, MatchingKind kind,
+                       bool shared, const Doubles& grads) {
+  Expected want;
+  std::vector<MatchingSums> sums;
+  for (const Layer& layer : layers) {
+    want.grad_candidate.emplace_back(layer.candidate.values.size());
+    want.grad_observed.emplace_back(layer.observed.values.size());
+  }
+  for (int64_t t = 0; t < c.trials; ++t) {
+    std::vector<MatchingSums> of;
+    MatchingSums total;
+    double loss = 0;
+    size_t l = 0;
+    for (const Layer& layer : layers) {
+      MatchingSums s;
+      for (int64_t i = 0; i < c.sizes[l]; ++i) {
+        const double x = layer.candidate.values[static_cast<size_t>(t * c.sizes[l] + i)];
+        const double y = layer.observed.values[static_cast<size_t>((shared ? 0 : t * c.sizes[l]) + i)];
+        s.inner += x * y, s.candidate += x * x, s.observed += y * y, s.difference += (x - y) * (x - y);
+      }
+      of.push_back(s), total.add(weights[l], s);
+      const double norms = std::sqrt(s.candidate * s.observed);
+      if (kind == MatchingKind::kL2) loss += weights[l] * s.difference;
+      if (kind == MatchingKind::kLayerCosine) loss += weights[l] * (1 - (norms > 0 ? s.inner / norms : 0));
+      ++l;
+    }
+    const double norms = std::sqrt(total.candidate * total.observed);
+    if (kind == MatchingKind::kCosine) loss = 1 - (norms > 0 ? total.inner / norms : 0);
+    want.losses.push_back(loss);
+    l = 0;
+    for (const Layer& layer : layers) {
+      const MatchingSums& s = kind == MatchingKind::kCosine ? total : of[l];
+      const double product = std::sqrt(s.candidate * s.observed);
+      for (int64_t i = 0; i < c.sizes[l]; ++i) {
+        const size_t own = static_cast<size_t>(t * c.sizes[l] + i);
+        const size_t theirs = shared ? static_cast<size_t>(i) : own;
+        const double x = layer.candidate.values[own], y = layer.observed.values[theirs];
+        const double factor = grads[static_cast<size_t>(t)] * weights[l];
+        double to_x = 0, to_y = 0;
+        if (kind == MatchingKind::kL2) to_x = 2 * factor * (x - y), to_y = -to_x;
+        if (kind != MatchingKind::kL2 && product > 0) {
+          to_x = factor / product * (s.inner / s.candidate * x - y);
+          to_y = factor / product * (s.inner / s.observed * y - x);
+        }
+        want.grad_candidate[l][own] = to_x;
+        want.grad_observed[l][theirs] += to_y;
+      }
+      ++l;
+    }
+  }
+  return want;
+}
+
+int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
+  const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  std::mt19937 random(static_cast<unsigned>(c.trials + 10 * static_cast<int64_t>(c.sizes.size()) + c.sizes[0]));
+  std::list<Layer> layers;
+  std::vector<MatchingLayer> described;
+  Doubles weights, grads, losses(static_cast<size_t>(c.trials), NAN);
+  for (size_t l = 0; l < c.sizes.size(); ++l) {
+    const int64_t size = c.sizes[l], theirs = shared ? size : c.trials * size;
+    layers.push_back({Array(dtype, c.trials * size, random), Array(dtype, theirs, random),
+                      Array(accumulation, c.trials * size, random, false), Array(accumulation, theirs, random, false)});
+    Layer& layer = layers.back();
+    described.push_back({layer.candidate.data(), layer.observed.data(), shared, size, layer.grad_candidate.data(),
+                         layer.grad_observed.data()});
+    weights.push_back(static_cast<double>(l % 3 + 1) / static_cast<double>(2 * c.sizes.size()));
+  }
+  for (int64_t t = 0; t < c.trials; ++t) grads.push_back(0.5 - static_cast<double>(t));
+  const MatchingArgs args{described.data(), weights.data(), static_cast<int64_t>(c.sizes.size()), c.trials, kind};
+  std::vector<MatchingSums> sums(c.sizes.size() * static_cast<size_t>(c.trials));
+  const Expected want = by_definition(layers, c, weights, kind, shared, grads);
+
+  int wrong = 0;
+  try {
+    run(dtype, args, grads, sums, losses);
+    for (size_t t = 0; t < losses.size(); ++t)
+      if (!(std::fabs(losses[t] - want.losses[t]) <=
+            (dtype == DType::kFloat64 ? 1e-12 : 2e-5) * std::fmax(1, std::fabs(want.losses[t])))) {
+        std::printf("WRONG loss [%zu]: %.9g, expected %.9g\n", t, losses[t], want.losses[t]);
+        ++wrong;
+      }
+    size_t l = 0;
+    for (Layer& layer : layers) {
+      wrong += compare("grad_candidate", layer.grad_candidate, accumulation, want.grad_candidate[l]);
+      // Shared and without a trial nobody writes it: the operator has no result to give then.
+      if (c.trials > 0) wrong += compare("grad_observed", layer.grad_observed, accumulation, want.grad_observed[l]);
+      ++l;
+    }
+  } catch (const std::exception& error) {
+    std::printf("WRONG %s\n", error.what());
+    ++wrong;
+  }
+  if (wrong != 0)
+    std::printf("  in %s T=%lld layers=%zu first=%lld kind=%d shared=%d\n", name_of(dtype),
+                static_cast<long long>(c.trials), c.sizes.size(), static_cast<long long>(c.sizes[0]),
+                static_cast<int>(kind), shared);
+  return wrong;
+}
+
+std::vector<Case> cases(bool quick) {
+  std::vector<Case> all = {{1, {1}},          {2, {1, 2, 3, 16, 17}},     {3, {33, 0, 64, 1023}}, {1, {0}},
+                           {2, {2049, 7, 5}}, {0, {5, 6}}, {1, {1025, 4}}};
+  if (!quick) all.push_back({2, {kMatchingPiece + 1, 8}}), all.push_back({1, {2 * kMatchingPiece, kMatchingPiece - 1}});
+  Case many{2, {}};  // more than one table of layers and, unless quick, of weights
+  for (int64_t l = 0; l < (quick ? 70 : 260); ++l) many.sizes.push_back(l % 7 + 1);
+  all.push_back(many);
+  return all;
+}
+
+int all(bool quick) {
+  int wrong = 0, count = 0;
+  for (const Case& c : cases(quick))
+    for (DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16})
+      for (MatchingKind kind : {MatchingKind::kLayerCosine, MatchingKind::kCosine, MatchingKind::kL2})
+        for (bool shared : {false, true}) wrong += check(dtype, c, kind, shared), ++count;
+  std::printf("%d of %d cases wrong\n", wrong, count);
+  return wrong == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace r2f::test
+
+int main(int argc, char** argv) { return r2f::test::all(argc > 1 && std::string(argv[1]) == "quick"); }

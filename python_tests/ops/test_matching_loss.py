@@ -1,0 +1,265 @@
+"""matching_loss: the compiled kernels against the reference, both against the formula, and the rules of operators."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from r2f_ext.ops import backend_of, build_information, matching_loss, reference, total_variation
+from r2f_ext.ops.matching_loss import KINDS
+
+SHAPES = [(7, 5), (33,), (2, 3, 17), (1,), (130, 129)]  # the last: more than one piece
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-6}
+WEIGHTS = [0.5, 2.0, 0.0, 1.0, 3.0]
+
+
+def make(trials, shared, dtype=torch.float32, device="cpu", shapes=SHAPES) -> tuple[list[Tensor], list[Tensor]]:
+    candidate = [torch.randn(trials, *shape).to(device, dtype) for shape in shapes]
+    observed = [torch.randn(1 if shared else trials, *shape).to(device, dtype) for shape in shapes]
+    return candidate, observed
+
+
+def by_definition(candidate, observed, weights, kind) -> Tensor:
+    """In float64, trial by trial, from the docstring."""
+    weights = [w / sum(weights) for w in weights]
+    losses = []
+    for t in range(len(candidate[0])):
+        c = [x[t].double().flatten() for x in candidate]
+        o = [x[t if len(x) > 1 else 0].double().flatten() for x in observed]
+        if kind == "l2":
+            terms = [w * (x - y).square().sum() for w, x, y in zip(weights, c, o, strict=True)]
+        elif kind == "layer_cosine":
+            terms = [w * (1 - torch.cosine_similarity(x, y, dim=0)) for w, x, y in zip(weights, c, o, strict=True)]
+        else:
+            x, y = (torch.cat([w**0.5 * v for w, v in zip(weights, vs, strict=True)]) for vs in (c, o))
+            terms = [1 - torch.cosine_similarity(x, y, dim=0)]
+        losses.append(sum(terms))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("trials", "shared"), [(1, True), (1, False), (3, True), (3, False)])
+def test_agrees_with_the_definition_and_the_reference(device, dtype, kind, trials, shared):
+    candidate, observed = make(trials, shared, dtype, device)
+    loss = matching_loss(candidate, observed, weights=WEIGHTS, kind=kind)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == (trials,)
+    expected = by_definition(candidate, observed, WEIGHTS, kind)
+    torch.testing.assert_close(loss.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for weights in (WEIGHTS, None):
+        shares = [w / sum(weights) for w in weights] if weights else [1 / len(SHAPES)] * len(SHAPES)
+        settings = (shares, kind, None, 0.0, False)
+        loss, sums = torch.ops.r2f.matching_loss(candidate, observed, *settings)
+        expected, expected_sums = reference.matching_loss(candidate, observed, *settings)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(sums, expected_sums, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+        grad = torch.rand(trials, device=device, dtype=loss.dtype)
+        got = torch.ops.r2f.matching_loss_backward(grad, candidate, observed, sums, *settings, True)
+        want = reference.matching_loss_backward(grad, candidate, observed, sums, *settings, True)
+        for ours, theirs in zip(got[0] + got[1], want[0] + want[1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("isotropic", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_against_autograd_of_the_formula(device, kind, shared, isotropic):
+    candidate, observed = make(2, shared, torch.float64, device)
+    images = torch.rand(2, 3, 6, 5, dtype=torch.float64, device=device)
+    variables = [t.requires_grad_() for t in (*candidate, *observed, images)]
+    factor = torch.tensor([0.3, 2.0], dtype=torch.float64, device=device)
+
+    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((loss * factor).sum(), variables)
+
+    loss = matching_loss(
+        candidate, observed, weights=WEIGHTS, kind=kind, images=images, tv_weight=0.7, isotropic=isotropic
+    )
+    plain = by_definition(candidate, observed, WEIGHTS, kind) + 0.7 * reference.total_variation(images, isotropic)
+    torch.testing.assert_close(loss, plain)
+    for got, expected in zip(gradients(loss), gradients(plain), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_first_and_second_derivatives(device, kind, shared):
+    candidate, observed = make(2, shared, torch.float64, device, [(3, 2), (4,)])
+    images = torch.rand(2, 1, 3, 4, dtype=torch.float64, device=device)
+    variables = [t.requires_grad_() for t in (*candidate, *observed, images)]
+
+    def function(*tensors: Tensor) -> Tensor:
+        settings = {"weights": [1.0, 2.0], "kind": kind, "tv_weight": 0.5, "isotropic": True}
+        return matching_loss(tensors[:2], tensors[2:4], images=tensors[4], **settings)
+
+    assert torch.autograd.gradcheck(function, variables)
+    assert torch.autograd.gradgradcheck(function, variables)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-22])
+def test_tiny_gradients_lose_nothing(device, scale):
+    candidate, observed = make(2, True, torch.float32, device)
+    for kind in ("layer_cosine", "cosine"):
+        small_c, small_o = ([scale * t for t in tensors] for tensors in (candidate, observed))
+        small_c[0].requires_grad_()
+        loss = matching_loss(small_c, small_o, kind=kind)
+        torch.testing.assert_close(loss, matching_loss(candidate, observed, kind=kind), rtol=1e-5, atol=1e-5)
+        (grad,) = torch.autograd.grad(loss.sum(), small_c[0])
+        assert torch.isfinite(grad).all() and grad.any()
+    near = [o.expand(2, *o.shape[1:]) * (1 + 1e-6) for o in observed]
+    expected = by_definition(near, observed, [1.0] * 5, "l2")
+    torch.testing.assert_close(matching_loss(near, observed, kind="l2").double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_direction_of_nothing(device, kind):
+    candidate, observed = make(2, False, torch.float64, device, [(3,), (4,)])
+    candidate = [torch.zeros_like(c).requires_grad_() for c in candidate]
+    loss = matching_loss(candidate, observed, kind=kind)
+    grads = torch.autograd.grad(loss.sum(), candidate, create_graph=True)
+    assert all(torch.isfinite(g).all() for g in grads)
+    if kind != "l2":
+        assert loss.tolist() == [1.0, 1.0] and not any(g.any() for g in grads)
+    nan = [torch.full_like(o, float("nan")) for o in observed]
+    assert torch.isnan(matching_loss(candidate, nan, kind=kind)).all()
+
+
+def test_empty_and_odd_shapes(device):
+    empty = [torch.zeros(0, 3, device=device)]
+    assert matching_loss(empty, empty).shape == (0,)
+    assert matching_loss([torch.zeros(2, 0, device=device)], [torch.zeros(1, 0, device=device)]).tolist() == [1.0, 1.0]
+    scalars = torch.tensor([2.0, -3.0], device=device, requires_grad=True)
+    loss = matching_loss([scalars], [torch.ones(1, device=device)], kind="l2")
+    assert loss.tolist() == [1.0, 16.0]
+    assert torch.autograd.grad(loss.sum(), scalars)[0].tolist() == [2.0, -8.0]
+
+
+def test_any_strides(device):
+    candidate, observed = make(3, False, torch.float32, device, [(6, 10), (5, 8)])
+    images = torch.rand(3, 2, 6, 7, device=device)
+    strided_c, strided_o = ([t.mT.contiguous().mT for t in tensors] for tensors in (candidate, observed))
+    strided_c[0] = torch.randn(181, device=device)[1:].view(3, 6, 10).copy_(candidate[0])  # not aligned
+    strided_images = images.to(memory_format=torch.channels_last)
+    variables = [t.requires_grad_() for t in (*candidate, images, *strided_c, strided_images)]
+    loss = matching_loss(candidate, observed, images=images, tv_weight=0.5)
+    strided = matching_loss(strided_c, strided_o, images=strided_images, tv_weight=0.5)
+    torch.testing.assert_close(strided, loss)
+    for got, expected in zip(
+        torch.autograd.grad(strided.sum(), variables[3:]), torch.autograd.grad(loss.sum(), variables[:3]), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_deterministic_and_independent_of_the_other_trials(device):
+    candidate, observed = make(4, True, torch.float32, device)
+    first, again = matching_loss(candidate, observed), matching_loss(candidate, observed)
+    assert torch.equal(first, again)
+    if backend_of("matching_loss", device.type) != "reference":
+        assert torch.equal(matching_loss([c[2:3] for c in candidate], observed), first[2:3])
+
+
+def test_gradients_follow_the_dtype_of_the_input(device):
+    candidate, observed = make(2, True, torch.bfloat16, device)
+    images = torch.rand(2, 3, 4, 5, device=device).requires_grad_()
+    variables = [t.requires_grad_() for t in (*candidate, *observed)]
+    matching_loss(candidate, observed, images=images, tv_weight=1.0).sum().backward()
+    assert all(t.grad.dtype == torch.bfloat16 and t.grad.shape == t.shape for t in variables)
+    torch.testing.assert_close(images.grad, torch.autograd.grad(total_variation(images).sum(), images)[0])
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_operator_rules(device, with_images):
+    candidate, observed = make(2, True, device=device)
+    images = torch.rand(2, 1, 4, 5, device=device) if with_images else None
+    settings = ([0.2] * 5, "cosine", images, 0.5, False)
+    torch.library.opcheck(torch.ops.r2f.matching_loss.default, (candidate, observed, *settings))
+    loss, sums = torch.ops.r2f.matching_loss(candidate, observed, *settings)
+    for to_observed in (True, False):
+        inputs = (loss, candidate, observed, sums, *settings, to_observed)
+        torch.library.opcheck(torch.ops.r2f.matching_loss_backward.default, inputs)
+
+
+@pytest.mark.slow
+def test_inside_torch_compile(device):
+    candidate, observed = make(2, True, device=device, shapes=[(3, 4), (5,)])
+    images = torch.rand(2, 1, 4, 5, device=device)
+    variables = [t.requires_grad_() for t in (*candidate, images)]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return matching_loss(tensors[:2], observed, images=tensors[2], tv_weight=0.1).square().sum()
+
+    expected = torch.autograd.grad(loss(*variables), variables)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*variables), variables)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_under_cuda_graph_capture():
+    candidate, observed = make(2, True, device="cuda")
+    images = torch.rand(2, 3, 8, 9, device="cuda")
+    variables = [t.requires_grad_() for t in (*candidate, images)]
+
+    def step() -> tuple[Tensor, ...]:
+        loss = matching_loss(candidate, observed, images=images, tv_weight=0.1)
+        return loss, *torch.autograd.grad(loss.sum(), variables)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        candidate[0].mul_(-0.5)
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+GOOD = {"candidate": [torch.zeros(2, 3), torch.zeros(2, 4, 5)], "observed": [torch.zeros(2, 3), torch.zeros(1, 4, 5)]}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"candidate": []}, ValueError, "same length"),
+        ({"observed": GOOD["observed"][:1]}, ValueError, "same length"),
+        ({"candidate": [torch.zeros(2, 3), torch.zeros(3, 4, 5)]}, ValueError, r"candidate must be tensors \[T"),
+        ({"observed": [torch.zeros(2, 4), torch.zeros(1, 4, 5)]}, ValueError, "observed of the same shapes"),
+        ({"candidate": [torch.zeros(()), torch.zeros(2, 4, 5)]}, ValueError, r"candidate must be tensors \[T"),
+        ({"observed": [torch.zeros(2, 3).double(), torch.zeros(1, 4, 5)]}, TypeError, "share one dtype; tensor 0"),
+        ({"candidate": [torch.zeros(2, 3).half(), torch.zeros(2, 4, 5)]}, TypeError, "float16"),
+        ({"observed": [torch.zeros(2, 3, device="meta"), torch.zeros(1, 4, 5)]}, ValueError, "one device"),
+        ({"kind": "cos"}, ValueError, "kind must be one of"),
+        ({"weights": [1.0]}, ValueError, "weights must be 2 numbers"),
+        ({"weights": [0.0, 0.0]}, ValueError, "not all zero"),
+        ({"weights": [2.0, -1.0]}, ValueError, ">= 0"),
+        ({"images": torch.zeros(3, 1, 2, 2)}, ValueError, r"images must be \[2, c, h, w\]"),
+        ({"images": torch.zeros(2, 1, 2, 2).half()}, TypeError, "images must be float32"),
+    ],
+)
+def test_errors_name_the_argument(change, error, words):
+    call = {**GOOD, **change}
+    with pytest.raises(error, match=words):
+        matching_loss(call.pop("candidate"), call.pop("observed"), **call)
+
+
+@pytest.mark.skipif(not build_information()["loaded"], reason="no compiled kernels")
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_narrower_instruction_sets_agree(isa):
+    code = (
+        "import torch; from r2f_ext.ops import reference; torch.manual_seed(0); op = torch.ops.r2f;"
+        "c = [torch.randn(2, n) for n in (1, 37, 16390)]; o = [torch.randn(1, n) for n in (1, 37, 16390)];"
+        "s = ([1 / 3] * 3, 'layer_cosine', torch.rand(2, 3, 5, 37), .5, True);"
+        "got = op.matching_loss(c, o, *s); want = reference.matching_loss(c, o, *s); g = torch.ones(2);"
+        "a = op.matching_loss_backward(g, c, o, want[1], *s, True);"
+        "b = reference.matching_loss_backward(g, c, o, want[1], *s, True);"
+        "pairs = [*zip(got, want), *zip(a[0] + a[1] + [a[2]], b[0] + b[1] + [b[2]])];"
+        "print(all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in pairs))"
+    )
+    command, environment = [sys.executable, "-c", code], {**os.environ, "R2F_CPU_ISA": isa}
+    assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip() == "True"

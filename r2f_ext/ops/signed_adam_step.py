@@ -1,0 +1,88 @@
+"""`signed_adam_step_`: one step of Adam on the sign of a gradient, and the projection on the box of pixels, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .schemas import NAMESPACE
+
+
+def signed_adam_step_(
+    image: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    step: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    low: float | None = 0.0,
+    high: float | None = 1.0,
+    sign: bool = True,
+) -> None:
+    """One step of Adam (Kingma and Ba, 2015, Algorithm 1) from g = sign(gradient), elementwise and in place:
+
+        exp_avg    <- beta1 exp_avg + (1 - beta1) g
+        exp_avg_sq <- beta2 exp_avg_sq + (1 - beta2) g^2
+        image      <- clamp(image - lr / (1 - beta1^step) exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps),
+                            low, high)
+
+    Signs as in Geiping et al., "Inverting Gradients", NeurIPS 2020; `sign=False` takes the gradient itself (plain Adam).
+    Agrees with `torch.optim.Adam` on the signed gradient followed by `clamp_`, up to rounding.
+
+    Shapes: image, gradient, exp_avg and exp_avg_sq have one shape, dtype (float32 or float64) and device; the last two
+    start as zeros. `step` counts from 1. `low` or `high` None: no such bound. Any strides; contiguous ones are fastest.
+    No gradient flows through, and image may be a leaf that requires one.
+
+    A CUDA graph keeps `lr` and `step` as they were when it was captured.
+
+    Raises:
+        ValueError: shapes or devices that differ, a step below 1, or low > high.
+        TypeError: dtypes that differ or are not supported.
+    """
+    shape, dtype = image.shape, image.dtype
+    if gradient.shape != shape or exp_avg.shape != shape or exp_avg_sq.shape != shape:
+        raise ValueError(
+            "signed_adam_step_: gradient, exp_avg and exp_avg_sq must have image's shape "
+            f"{list(shape)}; got {list(gradient.shape)}, {list(exp_avg.shape)}, {list(exp_avg_sq.shape)}"
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"signed_adam_step_: image must be float32 or float64; got {dtype}")
+    if gradient.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
+        raise TypeError(
+            f"signed_adam_step_: gradient, exp_avg and exp_avg_sq must have image's dtype {dtype}; "
+            f"got {gradient.dtype}, {exp_avg.dtype}, {exp_avg_sq.dtype}"
+        )
+    if not image.device == gradient.device == exp_avg.device == exp_avg_sq.device:
+        raise ValueError("signed_adam_step_: image, gradient, exp_avg and exp_avg_sq must be on one device")
+    if step < 1:
+        raise ValueError(f"signed_adam_step_: step counts from 1; got {step}")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"signed_adam_step_: low must not be above high; got {low} and {high}")
+    with torch.no_grad():
+        torch.ops.r2f.signed_adam_step_.default(
+            image, gradient, exp_avg, exp_avg_sq, lr, *betas, eps, step, low, high, sign
+        )
+    # Autograd counts what was written, so that a backward that needs the old values says so.
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((image, exp_avg, exp_avg_sq))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::signed_adam_step_")
+def _fake(
+    image: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    low: float | None,
+    high: float | None,
+    sign: bool,
+) -> None:
+    return None
