@@ -2,6 +2,8 @@
 
 from . import schemas  # isort: skip  (defines the operators; everything below needs them)
 from .backend import backend_of, build_information, load_compiled_kernels
+from .decode import decode
+from .decoder_sums import DecoderSums, decoder_cosine_loss, decoder_sums
 from .factored_matching_loss import factored_matching_loss
 from .lora_grad import LoraGrad, lora_grad
 from .lora_grad_tangent import LoraGradTangent, lora_grad_tangent
@@ -12,10 +14,14 @@ from .total_variation import total_variation
 load_compiled_kernels()
 
 __all__ = [
+    "DecoderSums",
     "LoraGrad",
     "LoraGradTangent",
     "backend_of",
     "build_information",
+    "decode",
+    "decoder_cosine_loss",
+    "decoder_sums",
     "factored_matching_loss",
     "lora_grad",
     "lora_grad_tangent",

@@ -1,8 +1,8 @@
 """Every custom operator of r2f, by its schema. This file is the table of contents of `ops` and `csrc`.
 
-An operator exists as `torch.ops.r2f.<name>` as soon as `r2f_ext.ops` is imported, on any machine: `reference.py` gives
-it a plain PyTorch kernel, and the compiled module, where there is one, adds faster kernels for CPU and CUDA tensors.
-The dispatcher picks.
+An operator exists as `torch.ops.r2f.<name>` as soon as `r2f_ext.ops` is imported, on any machine: `reference.py` (or
+`decoder_reference.py`) gives it a plain PyTorch kernel, and the compiled module, where there is one, adds faster
+kernels for CPU and CUDA tensors. The dispatcher picks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,25 @@ SCHEMAS: dict[str, str] = {
     "lora_grad_tangent": (
         "(Tensor x, Tensor delta, Tensor? dx, Tensor? ddelta, Tensor A, Tensor? B, float scale)"
         " -> (Tensor grad_A, Tensor grad_B)"
+    ),
+    # The decoders of L layers on one batch each: weights and biases layer by layer, bases and biases empty without any.
+    # kept: what the backward needs, in one array (see decoder_reference.py).
+    "decode": (
+        "(Tensor[] inputs, Tensor[] weights, Tensor[] biases, Tensor[] bases, str activation, bool normalize)"
+        " -> (Tensor[] outputs, Tensor kept)"
+    ),
+    # Lists are empty unless wanted.
+    "decode_backward": (
+        "(Tensor[] grads, Tensor[] inputs, Tensor[] weights, Tensor[] biases, Tensor[] bases, Tensor kept,"
+        " str activation, bool normalize, bool to_inputs, bool to_weights, bool to_bases)"
+        " -> (Tensor[] grad_inputs, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_bases)"
+    ),
+    # Decoded gradients c basis against factored ones delta^T x, neither written out.
+    # sums [L, b, 3], float64: <decoded, true>, |decoded|^2, |true|^2.
+    "decoder_sums": "(Tensor[] coefficients, Tensor[] bases, Tensor[] x, Tensor[] delta) -> Tensor",
+    "decoder_sums_backward": (
+        "(Tensor grad_sums, Tensor[] coefficients, Tensor[] bases, Tensor[] x, Tensor[] delta, bool to_bases)"
+        " -> (Tensor[] grad_coefficients, Tensor[] grad_bases)"
     ),
     # Distance between two lists of gradients for T trials, and the total variation of their images.
     # sums [L, T, 4], float64: <c, o>, |c|^2, |o|^2, |c - o|^2 of each layer and trial. The weights add up to 1.
