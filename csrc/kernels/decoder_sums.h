@@ -23,7 +23,7 @@ struct DecoderTile {
 };
 
 constexpr int64_t kDecoderPiece = 4096;  // elements whose sums one thread (one block) takes
-constexpr int64_t decoder_pieces(int64_t size) { return (size + kDecoderPiece - 1) / kDecoderPiece; }
+R2F_HOST_DEVICE int64_t decoder_pieces(int64_t size) { return (size + kDecoderPiece - 1) / kDecoderPiece; }
 
 // Items first <= item < last of decoder_pieces(size) * batch, item = piece * batch + sample: the sums of each, [items].
 void decoder_piece_sums_cpu(DType dtype, const DecoderTile& tile, int64_t first, int64_t last, DecoderSums* of_pieces);

@@ -30,7 +30,7 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-constexpr int64_t kSmallBatch = 8;
+constexpr int64_t kSmallBatch = 8;  // up to which own kernels are the faster ones
 
 Activation activation_of(std::string_view name) {
   if (name == "gelu") return Activation::kGelu;
@@ -117,6 +117,7 @@ Call prepare(at::TensorList inputs, at::TensorList weights, at::TensorList biase
 
 // The rounds of kernels, on one device or the other. `dtype` is that of the weights.
 struct OnCpu {
+  static constexpr int64_t kHeadBatch = 64;  // the same of heads: a piece of the basis stays in cache for many samples
   static void norms(const Call& call, const DecodeStage<DecodeNorm>& stage) {
     at::parallel_for(0, stage.count, 1,
                      [&](int64_t first, int64_t last) { decode_norms_cpu(call.dtype, stage, first, last); });
@@ -133,6 +134,7 @@ struct OnCpu {
 
 #ifdef R2F_WITH_CUDA
 struct OnCuda {
+  static constexpr int64_t kHeadBatch = kSmallBatch;
   static void* stream(const Call& call) { return glue::current_stream(call.inputs[0].device()); }
   static void norms(const Call& call, const DecodeStage<DecodeNorm>& stage) {
     glue::check_launch("decode", decode_norms_cuda(call.dtype, stage, stream(call)));
@@ -257,16 +259,26 @@ template <typename Device>
 void run_large(const Call& call, const at::Tensor& kept_array, const Tensors& outputs) {
   const std::vector<Kept> kept = take_apart(call, kept_array);
   make_norms<Device>(call, kept);
+  std::vector<DecodeHead> heads;
+  Tensors alive;  // what heads point to
   for (size_t l = 0; l < call.layers(); ++l) {
     at::Tensor h = call.normalize ? at::mul(call.inputs[l], one_over(kept[l].norm)) : call.inputs[l], out = outputs[l];
     for (size_t j = 0; j + 1 < call.maps; ++j) h = activated(call.activation, linear(call, l, j, h, kept[l].before[j]));
-    const at::Tensor result = linear(call, l, call.maps - 1, h, call.bases.empty() ? out : kept[l].coefficients);
+    h = linear(call, l, call.maps - 1, h, call.bases.empty() ? out : kept[l].coefficients);
     if (call.bases.empty()) {
       if (call.normalize) out.mul_(kept[l].norm);
-    } else {
-      at::mm_out(out, call.normalize ? at::mul(result, kept[l].norm) : result, call.wide(call.bases[l]));
+      continue;
     }
+    if (call.normalize) h = at::mul(h, kept[l].norm);
+    if (call.batch > Device::kHeadBatch) {
+      at::mm_out(out, h, call.wide(call.bases[l]));
+      continue;
+    }
+    const at::Tensor basis = call.bases[l].contiguous();
+    alive.push_back(h), alive.push_back(basis);
+    heads.push_back({basis.size(0), basis.size(1), basis.const_data_ptr(), h.const_data_ptr(), out.mutable_data_ptr()});
   }
+  if (!heads.empty()) Device::heads(call, {heads.data(), static_cast<int64_t>(heads.size()), call.batch});
 }
 
 template <typename Device>

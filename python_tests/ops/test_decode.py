@@ -78,7 +78,7 @@ def close(got: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("b", [1, 3, 8, 33])
+@pytest.mark.parametrize("b", [1, 3, 8, 33, 70])
 @pytest.mark.parametrize(
     ("hidden", "activation", "normalize"),
     [(0, "gelu", True), (1, "relu", False), (2, "gelu", True), (4, "identity", False)],
