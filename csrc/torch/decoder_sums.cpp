@@ -23,9 +23,9 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-// The kernels on one device or the other, and the elements of a tile: of a CPU's second-level cache, of a GPU's.
+// The kernels on one device or the other, and the elements of a tile, which stays in the last-level cache.
 struct OnCpu {
-  static constexpr int64_t kTile = 1 << 18;
+  static constexpr int64_t kTile = 1 << 19;
   static void sums(DType dtype, const DecoderTile& tile, DecoderSums* of_pieces, const at::Device&) {
     at::parallel_for(0, decoder_pieces(tile.size) * tile.batch, 4,
                      [&](int64_t first, int64_t last) { decoder_piece_sums_cpu(dtype, tile, first, last, of_pieces); });
@@ -78,9 +78,9 @@ struct Call {
 
   size_t layers() const { return x.size(); }
   at::Tensor wide(const at::Tensor& tensor) const { return tensor.to(result.dtype().toScalarType()); }
-  // Rows of d_out in a tile of at most `most` elements, but at least one.
+  // Rows of d_out in a tile: it and its part of the basis have at most `most` elements each, but at least one row.
   int64_t rows(size_t l, int64_t most) const {
-    const int64_t row = std::max<int64_t>(batch * x[l].size(2), 1);
+    const int64_t row = std::max<int64_t>(std::max(batch, bases[l].size(0)) * x[l].size(2), 1);
     return std::clamp<int64_t>(most / row, 1, std::max<int64_t>(delta[l].size(2), 1));
   }
   at::Tensor scratch(int64_t most) const {  // for two tiles
