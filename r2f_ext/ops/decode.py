@@ -131,7 +131,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *tensors, kept = ctx.saved_tensors
         lists = _split(ctx.counts, tensors)
         wanted = [any(each) for each in _split(ctx.counts, ctx.needs_input_grad[3:])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda values: values}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "identity": lambda values: values}
 """gelu is the exact one, v Phi(v) (Hendrycks and Gimpel, 2016)."""
 
 
@@ -129,7 +129,10 @@ def decode_backward(
     to_bases: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """The chain rule, from the last map to the first."""
-    grad_inputs, grad_weights, grad_biases, grad_bases = [], [], [], []
+    grad_inputs: list[Tensor] = []
+    grad_weights: list[Tensor] = []
+    grad_biases: list[Tensor] = []
+    grad_bases: list[Tensor] = []
     at = 0
     for grad, layer in zip(grads, _layers(inputs, weights, biases, bases, normalize), strict=True):
         saved = []
@@ -167,7 +170,7 @@ def decode_backward(
             if j > 0 and (slope := _derivative(activation, saved[j - 1])) is not None:
                 g = g * slope
         if to_inputs:
-            if one_over is not None:
+            if one_over is not None and to_norm is not None:
                 g = (g - first * (g * first).sum(1, keepdim=True)) * one_over + first * to_norm
             grad_inputs.append(g)
         grad_weights += reversed(to_w)

@@ -106,7 +106,7 @@ class _DecoderSums(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Any, ...]:
         count = ctx.count
         lists = _split(count, ctx.saved_tensors)
         to_bases = any(ctx.needs_input_grad[1 + count : 1 + 2 * count])
