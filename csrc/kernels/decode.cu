@@ -89,13 +89,16 @@ __global__ void __launch_bounds__(kThreads)
       }
 #pragma unroll
       for (int s = 0; s < Samples; ++s) {
-        if (s >= samples) break;
-        const Acc* in = static_cast<const Acc*>(map.in) + (start + s) * map.columns + k;
+        const int64_t sample = start + (s < samples ? s : samples - 1);  // those too many are summed and dropped
+        const Acc* in = static_cast<const Acc*>(map.in) + sample * map.columns + k;
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) {
-          const Acc h = k + e < map.columns ? in[e] : Acc(0);
+        for (int part = 0; part < kVec; part += kPack<Acc>) {
+          const auto h = load_pack<Acc, kPack<Acc>>(in + part, map.columns - k - part, whole);
 #pragma unroll
-          for (int r = 0; r < kMapRows; ++r) sum[r][s] += widen(w[r].element[e]) * h;
+          for (int e = 0; e < kPack<Acc>; ++e) {
+#pragma unroll
+            for (int r = 0; r < kMapRows; ++r) sum[r][s] += widen(w[r].element[part + e]) * h.element[e];
+          }
         }
       }
     }
@@ -103,9 +106,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kMapRows; ++r) {
 #pragma unroll
       for (int s = 0; s < Samples; ++s) {
-        if (s >= samples) break;
         const Acc total = warp_sum(sum[r][s]);
-        if (lane == 0 && row + r < map.rows) finish<T>(map, activation, row + r, start + s, total);
+        if (lane == 0 && row + r < map.rows && s < samples) finish<T>(map, activation, row + r, start + s, total);
       }
     }
   }
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) head_columns(Table<DecodeHead> table
         }
       }
     }
-    constexpr int kStore = 16 / static_cast<int>(sizeof(Acc));
+    constexpr int kStore = kPack<Acc>;
 #pragma unroll
     for (int s = 0; s < Samples; ++s) {
       if (s >= samples) break;
@@ -187,7 +189,7 @@ bool multiple_of_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 
 template <typename T>
 Entry<DecodeMap> entry(const DecodeMap& map, int64_t first) {
-  return {map, first, multiple_of_16(map.weight) && map.columns % kPack<T> == 0};
+  return {map, first, multiple_of_16(map.weight) && multiple_of_16(map.in) && map.columns % kPack<T> == 0};
 }
 template <typename T>
 Entry<DecodeHead> entry(const DecodeHead& head, int64_t first) {

@@ -177,28 +177,32 @@ std::vector<Kept> take_apart(const Call& call, const at::Tensor& kept) {
 template <typename Device>
 void make_norms(const Call& call, const std::vector<Kept>& kept) {
   std::vector<DecodeNorm> norms;
-  for (size_t l = 0; l < call.layers() && call.normalize; ++l)
+  for (size_t l = 0; l < call.layers(); ++l)
     norms.push_back({call.inputs[l].size(1), call.inputs[l].const_data_ptr(), kept[l].norm.mutable_data_ptr()});
-  if (call.normalize) Device::norms(call, {norms.data(), static_cast<int64_t>(norms.size()), call.batch});
+  Device::norms(call, {norms.data(), static_cast<int64_t>(norms.size()), call.batch});
 }
 
-// ---- Small batches: one round of kernels for the norms, for each map, and for the heads
-// -------------------------------------
+// ---- Small batches: one round of kernels for the norms, for each map, and for the heads ----
 
 template <typename Device>
 void run_small(const Call& call, const at::Tensor& kept, const Tensors& outputs) {
-  make_norms<Device>(call, take_apart(call, kept));
+  if (call.normalize) make_norms<Device>(call, take_apart(call, kept));
   Tensors weights;  // contiguous
   const auto data = [&](const at::Tensor& tensor) {
     weights.push_back(tensor.contiguous());
     return weights.back().const_data_ptr();
   };
-  const at::Tensor values = at::empty(kept.sizes(), call.result);  // what follows `before`, at the same places
+  // What the next map is given. Each part starts where wide loads may.
+  constexpr int64_t kStart = 8;
+  const auto room = [&](int64_t width) { return (call.batch * width + kStart - 1) / kStart * kStart; };
+  int64_t size = 0;
+  for (const at::Tensor& weight : call.weights) size += room(weight.size(0));
+  const at::Tensor values = at::empty({size}, call.result);
   const int64_t bytes = static_cast<int64_t>(kept.element_size());
   char *before = static_cast<char*>(kept.mutable_data_ptr()), *after = static_cast<char*>(values.mutable_data_ptr());
   std::vector<std::vector<DecodeMap>> maps(call.maps, std::vector<DecodeMap>(call.layers()));
   std::vector<DecodeHead> heads;
-  int64_t at = 0;
+  int64_t at = 0, next = 0;
   for (size_t l = 0; l < call.layers(); ++l) {
     const void *in = call.inputs[l].const_data_ptr(), *norm = call.normalize ? before + at * bytes : nullptr;
     if (call.normalize) at += call.batch;
@@ -211,8 +215,8 @@ void run_small(const Call& call, const at::Tensor& kept, const Tensors& outputs)
       if (j + 1 == call.maps) map.factor = norm;
       map.out = outputs[l].mutable_data_ptr();
       if (!call.keeps(j)) continue;
-      map.before = before + at * bytes, map.out = after + at * bytes, in = map.out;
-      at += call.batch * map.rows;
+      map.before = before + at * bytes, map.out = after + next * bytes, in = map.out;
+      at += call.batch * map.rows, next += room(map.rows);
     }
     if (!call.bases.empty())
       heads.push_back(
@@ -225,8 +229,7 @@ void run_small(const Call& call, const at::Tensor& kept, const Tensors& outputs)
   if (!call.bases.empty()) Device::heads(call, {heads.data(), count, call.batch});
 }
 
-// ---- Large batches and the backward: products of the library
-// ------------------------------------------------------------------
+// ---- Large batches and the backward: products of the library ----
 
 at::Tensor activated(Activation activation, const at::Tensor& before) {
   if (activation == Activation::kGelu) return at::gelu(before);
@@ -258,7 +261,7 @@ at::Tensor one_over(const at::Tensor& norm) { return at::reciprocal(norm).masked
 template <typename Device>
 void run_large(const Call& call, const at::Tensor& kept_array, const Tensors& outputs) {
   const std::vector<Kept> kept = take_apart(call, kept_array);
-  make_norms<Device>(call, kept);
+  if (call.normalize) make_norms<Device>(call, kept);
   std::vector<DecodeHead> heads;
   Tensors alive;  // what heads point to
   for (size_t l = 0; l < call.layers(); ++l) {
