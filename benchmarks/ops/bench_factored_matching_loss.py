@@ -29,7 +29,9 @@ CASES = [  # name, layers, trials, tokens, observed as factors
 ]
 
 
-def plain_forms(observed: list[Tensor], star: list[Tensor]) -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
+def plain_forms(
+    observed: list[Tensor], star: list[Tensor]
+) -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
     """1 - cos averaged over layers, each in its own way. What depends on observed alone is not counted."""
     dense = [d.mT @ o for o, d in zip(observed, star, strict=True)] if star else observed
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in dense])
@@ -62,7 +64,9 @@ def measure(case: tuple, device: str, rounds: int, flops: float) -> dict:
     name, shapes, trials, tokens, factored = case
     x = [torch.randn(trials, tokens, d_in, device=device).requires_grad_() for _, d_in in shapes]
     delta = [torch.randn(trials, tokens, d_out, device=device).requires_grad_() for d_out, _ in shapes]
-    observed = [torch.randn(1, tokens, s[1], device=device) if factored else torch.randn(1, *s, device=device) for s in shapes]
+    observed = [
+        torch.randn(1, tokens, s[1], device=device) if factored else torch.randn(1, *s, device=device) for s in shapes
+    ]
     star = [torch.randn(1, tokens, d_out, device=device) for d_out, _ in shapes] if factored else []
 
     def both(loss: Callable[[], Tensor]) -> Callable[[], object]:
@@ -73,7 +77,9 @@ def measure(case: tuple, device: str, rounds: int, flops: float) -> dict:
         functions[form] = both(lambda function=function: function(x, delta))
     expected = torch.cat([g.flatten() for g in functions["factors"]()])
     for form, function in functions.items():
-        torch.testing.assert_close(torch.cat([g.flatten() for g in function()]), expected, rtol=1e-3, atol=1e-4, msg=form)
+        torch.testing.assert_close(
+            torch.cat([g.flatten() for g in function()]), expected, rtol=1e-3, atol=1e-4, msg=form
+        )
     medians = interleaved_medians(functions, rounds, device)
     rival, ratio = ratio_to_best_rival(medians)
     # Multiply-adds that ours needs: of Gram matrices half, forward and backward, and their products; dense: 3 products.
@@ -102,7 +108,9 @@ def main() -> None:
     arguments = parser.parse_args()
     flops = gemm_flops(arguments.device)
     backend = backend_of("factored_matching_loss", arguments.device)
-    print(f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}, GEMM {flops / 1e9:.0f} GFLOP/s")
+    print(
+        f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}, GEMM {flops / 1e9:.0f} GFLOP/s"
+    )
     print("            model   T  observed  ours ms  plain ms  ratio  of GEMM  best plain")
     rows = []
     for case in CASES:

@@ -103,7 +103,9 @@ def measure(case: tuple, device: str, rounds: int, bandwidth: float) -> dict:
         functions[form] = both(lambda function=function: function(candidate) + TV_WEIGHT * variation(images))
     expected = torch.cat([g.flatten() for g in functions["sums"]()])
     for form, function in functions.items():
-        torch.testing.assert_close(torch.cat([g.flatten() for g in function()]), expected, rtol=1e-3, atol=1e-4, msg=form)
+        torch.testing.assert_close(
+            torch.cat([g.flatten() for g in function()]), expected, rtol=1e-3, atol=1e-4, msg=form
+        )
     medians = interleaved_medians(functions, rounds, device)
     rival, ratio = ratio_to_best_rival(medians)
     elements = sum(c.numel() for c in candidate)
@@ -130,7 +132,9 @@ def main() -> None:
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth(arguments.device)
     backend = backend_of("matching_loss", arguments.device)
-    print(f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}, copy {bandwidth / 1e9:.1f} GB/s")
+    print(
+        f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}, copy {bandwidth / 1e9:.1f} GB/s"
+    )
     print("model       T          kind  ours ms  plain ms  ratio  of copy  best plain")
     rows = []
     for case in CASES:

@@ -75,7 +75,9 @@ def main() -> None:
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth(arguments.device)
     backend = backend_of("signed_adam_step_", arguments.device)
-    print(f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}, copy {bandwidth / 1e9:.1f} GB/s")
+    print(
+        f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}, copy {bandwidth / 1e9:.1f} GB/s"
+    )
     print("           shape  ours ms  plain ms  ratio  of copy  best plain")
     rows = []
     for shape in SHAPES:

@@ -14,7 +14,7 @@ namespace {
 using simd::VectorOf;
 
 template <typename T, int Lanes>
-using Elements = typename VectorOf<T, Lanes * static_cast<int>(sizeof(T))>::type;
+using Elements = typename VectorOf<T, Lanes* static_cast<int>(sizeof(T))>::type;
 
 // Some neighbouring elements as float64.
 template <int Lanes>
@@ -104,14 +104,15 @@ R2F_INLINE void for_pieces(const MatchingArgs& args, int64_t first, int64_t last
 
 template <typename T, int Bytes>
 R2F_INLINE void sum_pieces(const MatchingArgs& args, int64_t first, int64_t last, MatchingSums* of_pieces) {
-  for_pieces(args, first, last, [&](int64_t piece, int64_t l, int64_t begin, int64_t size) __attribute__((always_inline)) {
-    const MatchingLayer& layer = args.layers[l];
-    const T* c = static_cast<const T*>(layer.candidate) + begin;
-    const T* o = static_cast<const T*>(layer.observed) + begin;
-    for (int64_t t = 0; t < args.trials; ++t)
-      of_pieces[piece * args.trials + t] =
-          sums_of<T, Bytes>(c + t * layer.size, o + (layer.observed_is_shared ? 0 : t * layer.size), size);
-  });
+  for_pieces(args, first, last,
+             [&](int64_t piece, int64_t l, int64_t begin, int64_t size) __attribute__((always_inline)) {
+               const MatchingLayer& layer = args.layers[l];
+               const T* c = static_cast<const T*>(layer.candidate) + begin;
+               const T* o = static_cast<const T*>(layer.observed) + begin;
+               for (int64_t t = 0; t < args.trials; ++t)
+                 of_pieces[piece * args.trials + t] =
+                     sums_of<T, Bytes>(c + t * layer.size, o + (layer.observed_is_shared ? 0 : t * layer.size), size);
+             });
 }
 
 template <typename T, int Bytes>

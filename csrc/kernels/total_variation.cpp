@@ -79,7 +79,8 @@ R2F_INLINE double sum_of_differences(const Acc* a, const Acc* b, int64_t size) {
   return total;
 }
 
-// Of pixels from <= j < size of a row: right = row + 1, or row itself where a pixel has no neighbor there; below likewise.
+// Of pixels from <= j < size of a row: right = row + 1, or row itself where a pixel has no neighbor there; below
+// likewise.
 template <typename Acc, int Bytes>
 R2F_INLINE int64_t add_lengths(const Acc* row, const Acc* right, const Acc* below, int64_t from, int64_t size,
                                double& total) {
