@@ -116,6 +116,23 @@ def test_tiny_gradients_lose_nothing(device, scale):
     torch.testing.assert_close(matching_loss(near, observed, kind="l2").double(), expected, rtol=1e-5, atol=0)
 
 
+def test_sizes_that_float32_sums_cannot_hold():
+    """In one layer, tiny, huge and ordinary blocks of elements: the CPU's kernel sums those in float64."""
+    candidate, observed = make(2, True, torch.float32, shapes=[(4096,), (2048,)])
+    for tensors in (candidate, observed):
+        tensors[0][:, 1024:2048] *= 1e18
+        tensors[0][:, 2048:3072] *= 1e-25
+        tensors[0][:, 3072:] = 0
+        tensors[1] *= 1e-24
+    candidate[0].requires_grad_()
+    for kind in ("layer_cosine", "cosine"):
+        loss = matching_loss(candidate, observed, kind=kind)
+        expected = by_definition(candidate, observed, [1.0, 1.0], kind)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+        got, want = (torch.autograd.grad(value.sum(), candidate[0])[0] for value in (loss, expected))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-24)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_direction_of_nothing(device, kind):
     candidate, observed = make(2, False, torch.float64, device, [(3,), (4,)])
