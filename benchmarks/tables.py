@@ -61,7 +61,7 @@ def document(record: dict[str, Any]) -> str:
     parts = [
         f"{what}; torch {machine['torch']}; copy {machine['copy_GB_per_s']:.1f} GB/s, matrix products "
         f"{machine['gemm_float32_GFLOP_per_s']:.0f} GFLOP/s in float32 and "
-        f"{machine['gemm_bfloat16_GFLOP_per_s']:.0f} in bfloat16. {len(rows)} rows, {losses} of them losses (ratio < 1)."
+        f"{machine['gemm_bfloat16_GFLOP_per_s']:.0f} in bfloat16. Of {len(rows)} rows {losses} are losses (ratio < 1)."
     ]
     for name, group in groupby(rows, operator_of):
         of_operator = list(group)

@@ -106,7 +106,7 @@ def nodes_of(loss):
 
 
 def capture_with_graph(monkeypatch, base, names, images, labels):
-    """What a capture found, the autograd nodes of its loss, and the products it computed in the forward and backward."""
+    """What a capture found, the autograd nodes of its loss, and the products of its forward and backward."""
     graphs, forward, backward = [], _Products(), _Products()
     take_gradients = torch.autograd.grad
 

@@ -44,8 +44,8 @@ def matching_loss(
         images     [T, c, h, w], or None
 
     Gradients share one dtype: float32, float64 or bfloat16; images have any of them. Neighbouring elements (on the CPU
-    1024, unless float32 cannot hold their sums) are summed in float32, scaled against underflow on CUDA, and all else in
-    float64; the loss is float32 (all is float64 for float64). Any strides.
+    1024, unless float32 cannot hold their sums) are summed in float32, scaled against underflow on CUDA, and all else
+    in float64; the loss is float32 (all is float64 for float64). Any strides.
     Deterministic. Differentiable in candidate, observed and images: once in one pass of a kernel, twice through
     ordinary PyTorch operators, which costs their memory.
 
