@@ -34,10 +34,10 @@ def by_definition(candidate, observed, weights, kind) -> Tensor:
         if kind == "l2":
             terms = [w * (x - y).square().sum() for w, x, y in zip(weights, c, o, strict=True)]
         elif kind == "layer_cosine":
-            terms = [w * (1 - torch.cosine_similarity(x, y, dim=0)) for w, x, y in zip(weights, c, o, strict=True)]
+            terms = [w * (1 - torch.cosine_similarity(x, y, dim=0, eps=1e-300)) for w, x, y in zip(weights, c, o, strict=True)]
         else:
             x, y = (torch.cat([w**0.5 * v for w, v in zip(weights, vs, strict=True)]) for vs in (c, o))
-            terms = [1 - torch.cosine_similarity(x, y, dim=0)]
+            terms = [1 - torch.cosine_similarity(x, y, dim=0, eps=1e-300)]
         losses.append(sum(terms))
     return torch.stack(losses)
 
