@@ -24,6 +24,10 @@ def make(trials, shared, dtype=torch.float32, device="cpu", shapes=SHAPES) -> tu
     return candidate, observed
 
 
+def cosine_of(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cosine_similarity(x, y, dim=0, eps=1e-300)  # no floor: gradients may be that small
+
+
 def by_definition(candidate, observed, weights, kind) -> Tensor:
     """In float64, trial by trial, from the docstring."""
     weights = [w / sum(weights) for w in weights]
@@ -34,10 +38,10 @@ def by_definition(candidate, observed, weights, kind) -> Tensor:
         if kind == "l2":
             terms = [w * (x - y).square().sum() for w, x, y in zip(weights, c, o, strict=True)]
         elif kind == "layer_cosine":
-            terms = [w * (1 - torch.cosine_similarity(x, y, dim=0, eps=1e-300)) for w, x, y in zip(weights, c, o, strict=True)]
+            terms = [w * (1 - cosine_of(x, y)) for w, x, y in zip(weights, c, o, strict=True)]
         else:
             x, y = (torch.cat([w**0.5 * v for w, v in zip(weights, vs, strict=True)]) for vs in (c, o))
-            terms = [1 - torch.cosine_similarity(x, y, dim=0, eps=1e-300)]
+            terms = [1 - cosine_of(x, y)]
         losses.append(sum(terms))
     return torch.stack(losses)
 
