@@ -5,29 +5,41 @@ python benchmarks/ops/bench_matching_loss.py [--device cuda] [--json FILE]
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import interleaved_medians, ratio_to_best_rival, write_json
+from common import interleaved_medians, options, row, say, write_json
 
-from r2f_ext.ops import backend_of, matching_loss
+from r2f_ext.ops import matching_loss
 
-EMBEDDED = [(384, 128), (128, 128), (256, 128), (128, 256)] * 4
-VIT_B = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
-CASES = [  # name, layers, trials, images, kind
-    ("embedded", EMBEDDED, 1, (3, 32, 32), "layer_cosine"),
-    ("embedded", EMBEDDED, 8, (3, 32, 32), "layer_cosine"),
-    ("embedded", EMBEDDED, 8, (3, 32, 32), "l2"),
-    ("ViT-B", VIT_B, 1, (3, 224, 224), "layer_cosine"),
-    ("ViT-B", VIT_B, 1, (3, 224, 224), "cosine"),
-]
+EMBEDDED = [(384, 128), (128, 128), (256, 128), (128, 256)] * 4  # d_out, d_in of its linear layers
+VIT_B = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12  # 85 million numbers
 TV_WEIGHT = 0.05
+
+
+class Case(NamedTuple):
+    model: str
+    layers: list[tuple[int, int]]
+    trials: int
+    image: tuple[int, int, int]
+    kind: str
+
+
+CASES = [
+    Case("embedded", EMBEDDED, 1, (3, 32, 32), "layer_cosine"),
+    Case("embedded", EMBEDDED, 1, (3, 32, 32), "cosine"),
+    Case("embedded", EMBEDDED, 1, (3, 32, 32), "l2"),
+    Case("embedded", EMBEDDED, 8, (3, 32, 32), "layer_cosine"),
+    Case("embedded", EMBEDDED, 8, (3, 32, 32), "l2"),
+    Case("ViT-B", VIT_B, 1, (3, 224, 224), "layer_cosine"),
+    Case("ViT-B", VIT_B, 1, (3, 224, 224), "cosine"),
+]
 
 
 def variation(images: Tensor) -> Tensor:
@@ -87,63 +99,40 @@ def plain_forms(observed: list[Tensor], kind: str) -> dict[str, Callable[[list[T
     return forms
 
 
-def measure(case: tuple, device: str, rounds: int, bandwidth: float) -> dict:
-    name, shapes, trials, image, kind = case
-    observed = [torch.randn(1, *shape, device=device) for shape in shapes]
-    candidate = [torch.randn(trials, *shape, device=device).requires_grad_() for shape in shapes]
-    images = torch.rand(trials, *image, device=device).requires_grad_()
+def measure(case: Case, device: str) -> dict[str, Any]:
+    observed = [torch.randn(1, *shape, device=device) for shape in case.layers]
+    candidate = [torch.randn(case.trials, *shape, device=device).requires_grad_() for shape in case.layers]
+    images = torch.rand(case.trials, *case.image, device=device).requires_grad_()
 
-    def both(loss: Callable[[], Tensor]) -> Callable[[], object]:
+    def both(loss: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: torch.autograd.grad(loss().sum(), [*candidate, images])
 
     functions = {
-        "ours": both(lambda: matching_loss(candidate, observed, kind=kind, images=images, tv_weight=TV_WEIGHT))
+        "ours": both(lambda: matching_loss(candidate, observed, kind=case.kind, images=images, tv_weight=TV_WEIGHT))
     }
-    for form, function in plain_forms(observed, kind).items():
+    for form, function in plain_forms(observed, case.kind).items():
         functions[form] = both(lambda function=function: function(candidate) + TV_WEIGHT * variation(images))
     expected = torch.cat([g.flatten() for g in functions["sums"]()])
     for form, function in functions.items():
-        torch.testing.assert_close(torch.cat([g.flatten() for g in function()]), expected, rtol=1e-3, atol=1e-4, msg=form)
-    medians = interleaved_medians(functions, rounds, device)
-    rival, ratio = ratio_to_best_rival(medians)
-    elements = sum(c.numel() for c in candidate)
-    traffic = 4 * (2 * elements + 3 * elements)  # forward reads c, o; backward reads c, o and writes the gradient
-    return {
-        "name": f"matching_loss {kind} + TV, forward and backward", "shape": [name, trials, elements], "dtype": "float32",
-        "device": device, "ours_ms": medians["ours"], "baseline": rival, "baseline_ms": medians[rival], "ratio": ratio,
-        "roofline_fraction": traffic / (medians["ours"] / 1e3) / bandwidth,
-    }  # fmt: skip
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a copy of 340 MB reads and writes."""
-    a, b = torch.ones(85_000_000, device=device), torch.ones(85_000_000, device=device)
-    medians = interleaved_medians({"copy": lambda: b.copy_(a)}, 7, device)
-    return 2 * 4 * a.numel() / (medians["copy"] / 1e3)
+        found = torch.cat([g.flatten() for g in function()])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=form)
+    medians = interleaved_medians(functions, 7 if case.model == "ViT-B" else 45, device)
+    # Forward reads both lists, backward reads them again and writes one; with one observed for all trials, it is read
+    # once a pass.
+    shared, own = sum(o.numel() for o in observed), sum(c.numel() for c in candidate)
+    shape = [case.trials, shared, *case.image]
+    name = f"matching_loss {case.kind} + TV, {case.model}"
+    return row(name, shape, torch.float32, medians, device, traffic=4 * (3 * own + 2 * shared + 3 * images.numel()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", metavar="FILE")
-    arguments = parser.parse_args()
-    bandwidth = copy_bandwidth(arguments.device)
-    backend = backend_of("matching_loss", arguments.device)
-    print(f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}, copy {bandwidth / 1e9:.1f} GB/s")
-    print("model       T          kind  ours ms  plain ms  ratio  of copy  best plain")
+    asked = options(__doc__)
     rows = []
     for case in CASES:
-        large = case[0] == "ViT-B"
-        row = measure(case, arguments.device, 7 if large else arguments.rounds * 5, bandwidth)
-        rows.append(row)
-        print(
-            f"{case[0]:>8} {case[2]:4} {case[4]:>13} {row['ours_ms']:8.3f} {row['baseline_ms']:9.3f} "
-            f"{row['ratio']:6.2f} {row['roofline_fraction']:8.2f}  {row['baseline']}",
-            flush=True,
-        )
-    if arguments.json:
-        write_json(arguments.json, rows)
+        rows.append(measure(case, asked.device))
+        say(rows[-1])
+    if asked.json:
+        write_json(asked.json, rows)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import interleaved_medians, options, row, say, write_json
@@ -175,18 +177,22 @@ def main() -> None:
 
     for name, milliseconds in per_pair.items():
         print(f"{name:16} {1e3 / milliseconds:8.1f} pairs/s")
-    shape = [1, *base.input_shape]
-    rows = [
-        row("pairs", shape, torch.float32, {"ours": per_pair["ours"], rival: per_pair[rival]}, asked.device)
-        for rival in functions
-        if not rival.startswith("ours")
-    ]
-    dense_G = {"ours": per_pair["ours, dense G"], "sequential PEFT": per_pair["sequential PEFT"]}
-    rows.append(row("pairs, dense G", shape, torch.float32, dense_G, asked.device))
-    low_precision = {"ours": per_pair["ours, bfloat16"], "pairs in float32": per_pair["ours"]}
-    rows.append(row("pairs", shape, torch.bfloat16, low_precision, asked.device))
-    for line in rows:
-        say(line)
+    sample = inputs[:1].clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:  # what the model itself costs
+        F.cross_entropy(base.model(sample), labels[:1]).backward()
+    flops = counter.get_total_flops()
+
+    def line(name: str, dtype: torch.dtype, ours: str, rival: str, label: str | None = None) -> dict[str, Any]:
+        times = {"ours": per_pair[ours], label or rival: per_pair[rival]}
+        return row(name, [1, *base.input_shape], dtype, times, asked.device, flops=flops)
+
+    rivals = [name for name in functions if not name.startswith("ours")]
+    rows = [line("pairs", torch.float32, "ours", rival) for rival in rivals]
+    rows.append(line("pairs, dense G", torch.float32, "ours, dense G", "sequential PEFT"))
+    rows.append(line("pairs", torch.bfloat16, "ours, bfloat16", "ours", "pairs in float32"))
+    rows.append(line("pairs", torch.bfloat16, "ours, bfloat16", "sequential PEFT"))
+    for each in rows:
+        say(each)
     if asked.json:
         write_json(asked.json, rows)
 

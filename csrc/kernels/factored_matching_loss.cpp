@@ -113,8 +113,7 @@ R2F_INLINE void add_rows(const Acc* factors, const Acc* y, int64_t count, int64_
   int64_t k = 0;
   for (; k + kVectors * kLanes <= features; k += kVectors * kLanes)
     add_block<Acc, Bytes, Rows, kVectors>(factors, y + k, count, features, out + k);
-  for (; k + kLanes <= features; k += kLanes)
-    add_block<Acc, Bytes, Rows, 1>(factors, y + k, count, features, out + k);
+  for (; k + kLanes <= features; k += kLanes) add_block<Acc, Bytes, Rows, 1>(factors, y + k, count, features, out + k);
   for (; k < features; ++k)
     for (int r = 0; r < Rows; ++r)
       for (int64_t m = 0; m < count; ++m) out[r * features + k] += factors[r * kTile + m] * y[m * features + k];
@@ -170,7 +169,7 @@ template <typename Acc, int Bytes>
 R2F_INLINE double inner_product(const Acc* x, const Acc* y, int64_t size) {
   using V = typename VectorOf<double, Bytes>::type;
   constexpr int kLanes = VectorOf<double, Bytes>::kLanes;
-  using Narrow = typename VectorOf<Acc, kLanes * static_cast<int>(sizeof(Acc))>::type;
+  using Narrow = typename VectorOf<Acc, kLanes* static_cast<int>(sizeof(Acc))>::type;
   V sum[2] = {};
   int64_t i = 0;
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {

@@ -1,5 +1,6 @@
-// Distances of factored gradients on CUDA. See factored_matching_loss.h for what is computed. Gram matrices and products
-// come from the library, one layer at a time; here are the sums over their elements and the factors of the gradients.
+// Distances of factored gradients on CUDA. See factored_matching_loss.h for what is computed. Gram matrices and
+// products come from the library, one layer at a time; here are the sums over their elements and the factors of the
+// gradients.
 //
 //   piece_products  one block takes a run of one pair's elements for one trial
 //   trial_sums      one warp takes a trial: adds up the pieces of its three pairs
@@ -70,8 +71,8 @@ __global__ void trial_sums(Pairs pairs, int64_t trials, const double* of_pieces,
 
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    scale(const Acc* in, Acc* out, int64_t size, int64_t trials, const MatchingCoefficients* coefficients, bool observed,
-          double factor) {
+    scale(const Acc* in, Acc* out, int64_t size, int64_t trials, const MatchingCoefficients* coefficients,
+          bool observed, double factor) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < size * trials; i += step) {
     const MatchingCoefficients& k = coefficients[i / size];

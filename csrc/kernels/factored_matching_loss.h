@@ -56,8 +56,8 @@ struct FactoredPair {
 };
 
 // The sums [trials] of one layer from three pairs: |G|^2, <G, G*>, |G*|^2. `workspace`: device memory for as many
-// float64 numbers as factored_sums_cuda_workspace says. Both functions queue their work on `stream` (a cudaStream_t) and
-// return null, or what CUDA said went wrong.
+// float64 numbers as factored_sums_cuda_workspace says. Both functions queue their work on `stream` (a cudaStream_t)
+// and return null, or what CUDA said went wrong.
 const char* factored_sums_cuda(DType dtype, const FactoredPair* pairs, int64_t trials, MatchingSums* sums,
                                double* workspace, void* stream);
 int64_t factored_sums_cuda_workspace(const FactoredPair* pairs, int64_t trials);

@@ -1,10 +1,14 @@
 // Distances between lists of gradients on the CPU. See matching_loss.h for what is computed.
 //
-// Forward and backward are one pass over candidate and observed each, piece by piece. Products and sums are taken in
-// float64 whatever the element type: memory is the limit, and neither a square of 1e-30 nor |c - o|^2 loses a digit.
+// Forward and backward are one pass over candidate and observed each, piece by piece. Of float32 and bfloat16, blocks
+// of kBlock elements are summed in float32, and the blocks' sums in float64; a block whose sums leave the range in
+// which that loses nothing but roundings (gradients below 1e-13 or beyond 1e16, blocks of zeros) is summed again in
+// float64.
 #include "kernels/matching_loss.h"
 
 #include <algorithm>
+#include <cmath>
+#include <type_traits>
 
 #include "r2f/simd.h"
 
@@ -13,58 +17,45 @@ namespace {
 
 using simd::VectorOf;
 
+constexpr int64_t kBlock = 1024;                // elements
+constexpr double kLeast = 1e-24, kMost = 1e36;  // a block's sums of squares in float32
+constexpr double kLeastFactor = 1e-30, kMostFactor = 1e30;
+
 template <typename T, int Lanes>
-using Elements = typename VectorOf<T, Lanes * static_cast<int>(sizeof(T))>::type;
+using Elements = typename VectorOf<T, Lanes* static_cast<int>(sizeof(T))>::type;
 
-// Some neighbouring elements as float64.
-template <int Lanes>
-R2F_INLINE Elements<double, Lanes> load_wide(const float* p) {
-  return __builtin_convertvector(simd::load<Elements<float, Lanes>>(p), Elements<double, Lanes>);
-}
-template <int Lanes>
-R2F_INLINE Elements<double, Lanes> load_wide(const double* p) {
-  return simd::load<Elements<double, Lanes>>(p);
-}
-template <int Lanes>
-R2F_INLINE Elements<double, Lanes> load_wide(const BFloat16* p) {
-  const auto bits = simd::load<Elements<uint16_t, Lanes>>(p);
-  const Elements<uint32_t, Lanes> upper = __builtin_convertvector(bits, Elements<uint32_t, Lanes>) << 16;
-  Elements<float, Lanes> values;
-  std::memcpy(&values, &upper, sizeof(values));
-  return __builtin_convertvector(values, Elements<double, Lanes>);
+// Some neighbouring elements as Acc, which is no narrower than they are.
+template <typename Acc, int Lanes, typename T>
+R2F_INLINE Elements<Acc, Lanes> load_as(const T* p) {
+  if constexpr (std::is_same_v<T, Acc>)
+    return simd::load<Elements<Acc, Lanes>>(p);
+  else if constexpr (std::is_same_v<Acc, float>)
+    return simd::load_wide<Elements<float, Lanes>>(p);
+  else
+    return __builtin_convertvector(load_as<float, Lanes>(p), Elements<double, Lanes>);
 }
 
-template <int Lanes>
-R2F_INLINE void store_narrow(float* p, const Elements<double, Lanes>& v) {
-  const auto narrow = __builtin_convertvector(v, Elements<float, Lanes>);
-  simd::store(p, narrow);
-}
-template <int Lanes>
-R2F_INLINE void store_narrow(double* p, const Elements<double, Lanes>& v) {
-  simd::store(p, v);
-}
-
-template <typename T, int Bytes>
-R2F_INLINE MatchingSums sums_of(const T* c, const T* o, int64_t size) {
-  constexpr int kLanes = VectorOf<double, Bytes>::kLanes, kRows = 2;  // two of each sum hide the adds' latency
-  using V = Elements<double, kLanes>;
+template <typename T, typename Acc, int Bytes>
+R2F_INLINE MatchingSums block_sums(const T* c, const T* o, int64_t size) {
+  constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes, kRows = 2;  // two of each sum hide the adds' latency
+  using V = Elements<Acc, kLanes>;
   V inner[kRows] = {}, candidate[kRows] = {}, observed[kRows] = {}, difference[kRows] = {};
   int64_t i = 0;
   for (; i + kRows * kLanes <= size; i += kRows * kLanes) {
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r) {
-      const V a = load_wide<kLanes>(c + i + r * kLanes), b = load_wide<kLanes>(o + i + r * kLanes), d = a - b;
+      const V a = load_as<Acc, kLanes>(c + i + r * kLanes), b = load_as<Acc, kLanes>(o + i + r * kLanes), d = a - b;
       inner[r] += a * b;
       candidate[r] += a * a;
       observed[r] += b * b;
       difference[r] += d * d;
     }
   }
-  const auto total = [](const V* rows) __attribute__((always_inline)) {
-    const V both = rows[0] + rows[1];
-    return simd::sum_lanes<double, Bytes>(both);
-  };
-  MatchingSums sums{total(inner), total(candidate), total(observed), total(difference)};
+  const V rows[4] = {inner[0] + inner[1], candidate[0] + candidate[1], observed[0] + observed[1],
+                     difference[0] + difference[1]};
+  Acc total[kLanes > 4 ? kLanes : 4];
+  simd::sum_lanes<Acc, Bytes, 4>(rows, total);
+  MatchingSums sums{total[0], total[1], total[2], total[3]};
   for (; i < size; ++i) {
     const double a = widen(c[i]), b = widen(o[i]);
     sums.add(1, {a * b, a * a, b * b, (a - b) * (a - b)});
@@ -72,20 +63,57 @@ R2F_INLINE MatchingSums sums_of(const T* c, const T* o, int64_t size) {
   return sums;
 }
 
-// result = p x + q y, or added to what is there.
-template <typename T, int Bytes, bool Add>
-R2F_INLINE void combine(double p, const T* x, double q, const T* y, Accumulation<T>* result, int64_t size) {
-  constexpr int kLanes = VectorOf<double, Bytes>::kLanes;
+// False for NaN too.
+R2F_INLINE bool float32_was_enough(const MatchingSums& sums) {
+  const auto fits = [](double square) __attribute__((always_inline)) { return square >= kLeast && square <= kMost; };
+  return fits(sums.candidate) && fits(sums.observed) && fits(sums.difference);
+}
+
+template <typename T, int Bytes>
+R2F_INLINE MatchingSums sums_of(const T* c, const T* o, int64_t size) {
+  if constexpr (std::is_same_v<T, double>) {
+    return block_sums<T, double, Bytes>(c, o, size);
+  } else {
+    MatchingSums total;
+    for (int64_t i = 0; i < size; i += kBlock) {
+      const int64_t count = std::min(kBlock, size - i);
+      MatchingSums sums = block_sums<T, float, Bytes>(c + i, o + i, count);
+      if (!float32_was_enough(sums)) sums = block_sums<T, double, Bytes>(c + i, o + i, count);
+      total.add(1, sums);
+    }
+    return total;
+  }
+}
+
+// result = p x + q y, or added to what is there; products and sums in Acc.
+template <typename T, typename Acc, int Bytes, bool Add>
+R2F_INLINE void combine_as(Acc p, const T* x, Acc q, const T* y, Accumulation<T>* result, int64_t size) {
+  constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
+  using Results = Elements<Accumulation<T>, kLanes>;
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    Elements<double, kLanes> sum = load_wide<kLanes>(x + i) * p + load_wide<kLanes>(y + i) * q;
-    if constexpr (Add) sum += load_wide<kLanes>(result + i);
-    store_narrow<kLanes>(result + i, sum);
+    Elements<Acc, kLanes> sum = load_as<Acc, kLanes>(x + i) * p + load_as<Acc, kLanes>(y + i) * q;
+    if constexpr (Add) sum += load_as<Acc, kLanes>(result + i);
+    const Results narrow = __builtin_convertvector(sum, Results);
+    simd::store(result + i, narrow);
   }
   for (; i < size; ++i) {
-    const double sum = widen(x[i]) * p + widen(y[i]) * q;
+    const Acc sum = static_cast<Acc>(widen(x[i])) * p + static_cast<Acc>(widen(y[i])) * q;
     result[i] = static_cast<Accumulation<T>>(Add ? result[i] + sum : sum);
   }
+}
+
+template <typename T, int Bytes, bool Add>
+R2F_INLINE void combine(double p, const T* x, double q, const T* y, Accumulation<T>* result, int64_t size) {
+  const auto fits = [](double factor) __attribute__((always_inline)) {
+    const double size = std::fabs(factor);
+    return factor == 0 || (size >= kLeastFactor && size <= kMostFactor);
+  };
+  if (std::is_same_v<T, double> || !fits(p) || !fits(q))  // float32 may not hold them
+    combine_as<T, double, Bytes, Add>(p, x, q, y, result, size);
+  else
+    combine_as<T, Accumulation<T>, Bytes, Add>(static_cast<Accumulation<T>>(p), x, static_cast<Accumulation<T>>(q), y,
+                                               result, size);
 }
 
 // Calls work(piece, layer number, its first element, elements) for the pieces first <= piece < last.
@@ -104,14 +132,15 @@ R2F_INLINE void for_pieces(const MatchingArgs& args, int64_t first, int64_t last
 
 template <typename T, int Bytes>
 R2F_INLINE void sum_pieces(const MatchingArgs& args, int64_t first, int64_t last, MatchingSums* of_pieces) {
-  for_pieces(args, first, last, [&](int64_t piece, int64_t l, int64_t begin, int64_t size) __attribute__((always_inline)) {
-    const MatchingLayer& layer = args.layers[l];
-    const T* c = static_cast<const T*>(layer.candidate) + begin;
-    const T* o = static_cast<const T*>(layer.observed) + begin;
-    for (int64_t t = 0; t < args.trials; ++t)
-      of_pieces[piece * args.trials + t] =
-          sums_of<T, Bytes>(c + t * layer.size, o + (layer.observed_is_shared ? 0 : t * layer.size), size);
-  });
+  for_pieces(args, first, last,
+             [&](int64_t piece, int64_t l, int64_t begin, int64_t size) __attribute__((always_inline)) {
+               const MatchingLayer& layer = args.layers[l];
+               const T* c = static_cast<const T*>(layer.candidate) + begin;
+               const T* o = static_cast<const T*>(layer.observed) + begin;
+               for (int64_t t = 0; t < args.trials; ++t)
+                 of_pieces[piece * args.trials + t] =
+                     sums_of<T, Bytes>(c + t * layer.size, o + (layer.observed_is_shared ? 0 : t * layer.size), size);
+             });
 }
 
 template <typename T, int Bytes>

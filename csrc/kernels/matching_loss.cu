@@ -15,7 +15,7 @@ namespace r2f {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-constexpr int kTable = 64;       // layers of one launch
+constexpr int kTable = 64;  // layers of one launch
 constexpr int kWeightTable = 256;
 
 template <typename T>
@@ -137,7 +137,7 @@ __device__ __forceinline__ MatchingSums trial_total(const Shape& shape, const do
 
 template <typename Acc>
 __global__ void trial_losses(Shape shape, const double* weights, const MatchingSums* sums, const double* image_losses,
-                       double image_weight, Acc* out) {
+                             double image_weight, Acc* out) {
   for (int64_t t = blockIdx.x; t < shape.trials; t += gridDim.x) {
     double distance = 0;
     for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize)
@@ -151,7 +151,7 @@ __global__ void trial_losses(Shape shape, const double* weights, const MatchingS
 
 template <typename Acc>
 __global__ void trial_coefficients(Shape shape, const double* weights, const MatchingSums* sums, const Acc* grads,
-                             MatchingCoefficients* out) {
+                                   MatchingCoefficients* out) {
   for (int64_t t = blockIdx.x; t < shape.trials; t += gridDim.x) {
     const MatchingSums total = trial_total(shape, weights, sums, t);
     for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize)
@@ -205,11 +205,11 @@ __global__ void __launch_bounds__(kThreads) backward(Table table, int64_t trials
 template <typename T>
 Entry entry(const MatchingLayer& layer, int64_t trials, int64_t first_piece) {
   const auto bits = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  const uintptr_t all = bits(layer.candidate) | bits(layer.observed) | bits(layer.grad_candidate) |
-                        bits(layer.grad_observed);
+  const uintptr_t all =
+      bits(layer.candidate) | bits(layer.observed) | bits(layer.grad_candidate) | bits(layer.grad_observed);
   const bool aligned = all % 16 == 0 && (trials == 1 || layer.size % kPack<T> == 0);
-  return {layer.candidate,     layer.observed, layer.grad_candidate,     layer.grad_observed,
-          layer.size,          first_piece,    layer.observed_is_shared, aligned};
+  return {layer.candidate, layer.observed, layer.grad_candidate,     layer.grad_observed,
+          layer.size,      first_piece,    layer.observed_is_shared, aligned};
 }
 
 // Calls work(table, its first layer, its first piece) for one table after another.
@@ -232,7 +232,8 @@ void for_tables(const MatchingArgs& args, const Work& work) {
 struct Workspace {
   double* weights;
   double* rest;
-  Workspace(const MatchingArgs& args, void* memory) : weights(static_cast<double*>(memory)), rest(weights + args.count) {}
+  Workspace(const MatchingArgs& args, void* memory)
+      : weights(static_cast<double*>(memory)), rest(weights + args.count) {}
 };
 
 void send_weights(const double* weights, int64_t count, double* to, cudaStream_t stream) {
@@ -325,9 +326,9 @@ const char* matching_loss_backward_cuda(DType dtype, const MatchingArgs& args, c
   if (args.trials == 0) return nullptr;
   const auto s = static_cast<cudaStream_t>(stream);
   const Workspace memory(args, workspace);
-  const char* error = matching_coefficients_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, grads,
-                                                 reinterpret_cast<MatchingCoefficients*>(memory.rest), memory.weights,
-                                                 stream);
+  const char* error =
+      matching_coefficients_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, grads,
+                                 reinterpret_cast<MatchingCoefficients*>(memory.rest), memory.weights, stream);
   if (error != nullptr) return error;
   switch (dtype) {
     case DType::kFloat32: gradients<float>(args, workspace, s); break;

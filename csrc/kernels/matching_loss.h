@@ -1,5 +1,5 @@
-// Distances between lists of gradients: what the kernels are asked. No torch and no CUDA here; csrc/torch/matching_loss.cpp
-// fills it in.
+// Distances between lists of gradients: what the kernels are asked. No torch and no CUDA here;
+// csrc/torch/matching_loss.cpp fills it in.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ struct MatchingLayer {
   const void* observed = nullptr;   // [trials, size], or [size] for all trials
   bool observed_is_shared = false;
   int64_t size = 0;
-  void* grad_candidate = nullptr;    // [trials, size], backward only
-  void* grad_observed = nullptr;     // like observed; null: not wanted
+  void* grad_candidate = nullptr;  // [trials, size], backward only
+  void* grad_observed = nullptr;   // like observed; null: not wanted
 };
 
 struct MatchingArgs {
@@ -29,7 +29,9 @@ struct MatchingArgs {
 // Layers are worked off in pieces of this many elements (of each trial). What a piece gives does not depend on who
 // works it off.
 constexpr int64_t kMatchingPiece = 16384;
-inline int64_t matching_pieces(const MatchingLayer& layer) { return (layer.size + kMatchingPiece - 1) / kMatchingPiece; }
+inline int64_t matching_pieces(const MatchingLayer& layer) {
+  return (layer.size + kMatchingPiece - 1) / kMatchingPiece;
+}
 inline int64_t matching_pieces(const MatchingArgs& args) {
   int64_t pieces = 0;
   for (int64_t l = 0; l < args.count; ++l) pieces += matching_pieces(args.layers[l]);
@@ -37,7 +39,8 @@ inline int64_t matching_pieces(const MatchingArgs& args) {
 }
 
 // Forward: the pieces' sums [pieces, trials], then the layers' sums [layers, trials] and the losses [trials].
-void matching_piece_sums_cpu(DType dtype, const MatchingArgs& args, int64_t first, int64_t last, MatchingSums* of_pieces);
+void matching_piece_sums_cpu(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
+                             MatchingSums* of_pieces);
 void matching_finish_cpu(const MatchingArgs& args, const MatchingSums* of_pieces, MatchingSums* sums, double* losses);
 // Backward of pieces first <= piece < last: `coefficients` [layers, trials] from matching_coefficients().
 void matching_loss_backward_cpu(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,

@@ -55,7 +55,8 @@ R2F_INLINE void step_range(const SignedAdamArgs& args, int64_t first, int64_t la
 template <int Bytes>
 R2F_INLINE void run(DType dtype, const SignedAdamArgs& args, int64_t first, int64_t last) {
   if (dtype == DType::kFloat64)
-    args.sign ? step_range<double, Bytes, true>(args, first, last) : step_range<double, Bytes, false>(args, first, last);
+    args.sign ? step_range<double, Bytes, true>(args, first, last)
+              : step_range<double, Bytes, false>(args, first, last);
   else
     args.sign ? step_range<float, Bytes, true>(args, first, last) : step_range<float, Bytes, false>(args, first, last);
 }

@@ -20,7 +20,7 @@ struct SignedAdamArgs {
   void* exp_avg_sq = nullptr;  // v
   int64_t size = 0;
   double lr = 0, beta1 = 0, beta2 = 0, eps = 0;
-  int64_t step = 1;                                      // this step's number, from 1
+  int64_t step = 1;                                       // this step's number, from 1
   double low = -std::numeric_limits<double>::infinity();  // no box: infinities
   double high = std::numeric_limits<double>::infinity();
   bool sign = true;

@@ -54,51 +54,81 @@ struct Lanes {
     else
       return simd::sum_lanes<Acc, Bytes>(v);
   }
+  // v with its first `count` lanes set to 0.
+  R2F_INLINE static V without_first(const V& v, int64_t count) {
+    using Lane = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+    typename VectorOf<Lane, Bytes>::type number;
+    for (int i = 0; i < kCount; ++i) number[i] = i;
+    return number >= static_cast<Lane>(count) ? v : V{};
+  }
 };
 
-// The sum of |a - b| over as many whole vectors as there are; returns how far it came.
-template <typename Acc, int Bytes>
-R2F_INLINE int64_t add_differences(const Acc* a, const Acc* b, int64_t from, int64_t size, double& total) {
-  using L = Lanes<Acc, Bytes>;
-  using V = typename L::V;
-  V sum{};
-  int64_t i = from;
-  for (; i + L::kCount <= size; i += L::kCount) {
-    const V difference = simd::load<V>(a + i) - simd::load<V>(b + i);
-    sum += L::magnitude(difference);
+// Calls step<bytes of a vector>(j, done) for the vectors that cover from <= j < size: whole ones, then one that ends at
+// `size` and begins where `done` of its lanes were covered before. Rows shorter than a vector take shorter vectors.
+template <typename Acc, int Bytes, typename Step>
+R2F_INLINE void for_vectors(int64_t from, int64_t size, const Step& step) {
+  constexpr int kCount = Lanes<Acc, Bytes>::kCount;
+  int64_t j = from;
+  for (; j + kCount <= size; j += kCount) step.template operator()<Bytes>(j, 0);
+  if (j >= size) return;
+  if constexpr (kCount > 1) {
+    if (size - from >= kCount)
+      step.template operator()<Bytes>(size - kCount, j + kCount - size);
+    else
+      for_vectors<Acc, (Bytes > 16 ? Bytes / 2 : static_cast<int>(sizeof(Acc)))>(from, size, step);
   }
-  total += L::total(sum);
-  return i;
+}
+
+// Adds up what term<bytes of a vector>(j) gives for from <= j < size.
+template <typename Acc, int Bytes, typename Term>
+R2F_INLINE double sum_of(int64_t from, int64_t size, const Term& term) {
+  typename Lanes<Acc, Bytes>::V sum{};
+  double of_shorter = 0;
+  for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t done) __attribute__((always_inline)) {
+    const auto values = term.template operator()<B>(j);
+    const auto fresh = done == 0 ? values : Lanes<Acc, B>::without_first(values, done);
+    if constexpr (B == Bytes)
+      sum += fresh;
+    else
+      of_shorter += Lanes<Acc, B>::total(fresh);
+  });
+  return of_shorter + Lanes<Acc, Bytes>::total(sum);
 }
 
 template <typename Acc, int Bytes>
 R2F_INLINE double sum_of_differences(const Acc* a, const Acc* b, int64_t size) {
-  double total = 0;
-  const int64_t i = add_differences<Acc, Bytes>(a, b, 0, size, total);
-  add_differences<Acc, sizeof(Acc)>(a, b, i, size, total);
-  return total;
+  return sum_of<Acc, Bytes>(0, size, [&]<int B>(int64_t i) __attribute__((always_inline)) {
+    using V = typename Lanes<Acc, B>::V;
+    const V difference = simd::load<V>(a + i) - simd::load<V>(b + i);
+    return Lanes<Acc, B>::magnitude(difference);
+  });
 }
 
-// Of pixels from <= j < size of a row: right = row + 1, or row itself where a pixel has no neighbor there; below likewise.
+// The length of (right - row, below - row), lane by lane. right = row + 1, or row where a pixel has no neighbor there;
+// below likewise.
 template <typename Acc, int Bytes>
-R2F_INLINE int64_t add_lengths(const Acc* row, const Acc* right, const Acc* below, int64_t from, int64_t size,
-                               double& total) {
-  using L = Lanes<Acc, Bytes>;
-  using V = typename L::V;
-  V sum{};
-  int64_t j = from;
-  for (; j + L::kCount <= size; j += L::kCount) {
-    const V x = simd::load<V>(row + j), dx = simd::load<V>(right + j) - x, dy = simd::load<V>(below + j) - x;
+struct Slope {
+  using V = typename Lanes<Acc, Bytes>::V;
+  V dx, dy, length;
+  R2F_INLINE Slope(const Acc* row, const Acc* right, const Acc* below) {
+    const V x = simd::load<V>(row);
+    dx = simd::load<V>(right) - x, dy = simd::load<V>(below) - x;
     const V square = dx * dx + dy * dy + static_cast<Acc>(kTotalVariationEps);
-    sum += L::root(square);
+    length = Lanes<Acc, Bytes>::root(square);
   }
-  total += L::total(sum);
-  return j;
+};
+
+template <typename Acc, int Bytes>
+R2F_INLINE double sum_of_lengths(const Acc* row, const Acc* right, const Acc* below, int64_t from, int64_t size) {
+  return sum_of<Acc, Bytes>(from, size, [&]<int B>(int64_t j) __attribute__((always_inline)) {
+    return Slope<Acc, B>(row + j, right + j, below + j).length;
+  });
 }
 
 template <typename T, int Bytes>
 R2F_INLINE double plane_value(const TotalVariationArgs& args, const Accumulation<T>* pixels) {
   using Acc = Accumulation<T>;
+  constexpr int kOne = sizeof(Acc);
   const TotalVariationUnits unit = total_variation_units(args);
   const int64_t h = args.height, w = args.width;
   double rows = 0, columns = 0, lengths = 0;
@@ -106,9 +136,8 @@ R2F_INLINE double plane_value(const TotalVariationArgs& args, const Accumulation
     const Acc* row = pixels + i * w;
     const Acc* below = i + 1 < h ? row + w : row;
     if (args.isotropic) {
-      const int64_t j = add_lengths<Acc, Bytes>(row, row + 1, below, 0, w - 1, lengths);
-      add_lengths<Acc, sizeof(Acc)>(row, row + 1, below, j, w - 1, lengths);
-      add_lengths<Acc, sizeof(Acc)>(row, row, below, w - 1, w, lengths);
+      lengths += sum_of_lengths<Acc, Bytes>(row, row + 1, below, 0, w - 1);
+      lengths += sum_of_lengths<Acc, kOne>(row, row, below, w - 1, w);
     } else {
       rows += sum_of_differences<Acc, Bytes>(below, row, w);
       columns += sum_of_differences<Acc, Bytes>(row + 1, row, w - 1);
@@ -124,20 +153,17 @@ struct Neighbors {
 };
 
 template <typename Acc, int Bytes>
-R2F_INLINE int64_t gather_signs(const Neighbors<Acc>& at, Acc row_factor, Acc column_factor, int64_t from, int64_t size,
-                                Acc* grad) {
-  using L = Lanes<Acc, Bytes>;
-  using V = typename L::V;
-  const auto load = [](const Acc* p) __attribute__((always_inline)) { return simd::load<V>(p); };
-  int64_t j = from;
-  for (; j + L::kCount <= size; j += L::kCount) {
-    const V x = load(at.row + j);
-    const V up = x - load(at.above + j), down = x - load(at.below + j);
-    const V left = x - load(at.left + j), right = x - load(at.right + j);
+R2F_INLINE void gather_signs(const Neighbors<Acc>& at, Acc row_factor, Acc column_factor, int64_t from, int64_t size,
+                             Acc* grad) {
+  for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t) __attribute__((always_inline)) {
+    using L = Lanes<Acc, B>;
+    using V = typename L::V;
+    const V x = simd::load<V>(at.row + j);
+    const V up = x - simd::load<V>(at.above + j), down = x - simd::load<V>(at.below + j);
+    const V left = x - simd::load<V>(at.left + j), right = x - simd::load<V>(at.right + j);
     const V sum = (L::sign(up) + L::sign(down)) * row_factor + (L::sign(left) + L::sign(right)) * column_factor;
     simd::store(grad + j, sum);
-  }
-  return j;
+  });
 }
 
 template <typename Acc, int Bytes>
@@ -149,8 +175,7 @@ R2F_INLINE void anisotropic_gradient(const TotalVariationArgs& args, const Acc* 
     const Acc* row = pixels + i * w;
     Neighbors<Acc> at{row, i > 0 ? row - w : row, i + 1 < h ? row + w : row, row - 1, row + 1};
     Acc* to = grad + i * w;
-    const int64_t j = gather_signs<Acc, Bytes>(at, by_row, by_column, 1, w - 1, to);
-    gather_signs<Acc, sizeof(Acc)>(at, by_row, by_column, j, w - 1, to);
+    gather_signs<Acc, Bytes>(at, by_row, by_column, 1, w - 1, to);
     for (const int64_t end : {int64_t{0}, w - 1}) {
       at.left = end > 0 ? row - 1 : row, at.right = end + 1 < w ? row + 1 : row;
       gather_signs<Acc, sizeof(Acc)>(at, by_row, by_column, end, end + 1, to);
@@ -160,19 +185,15 @@ R2F_INLINE void anisotropic_gradient(const TotalVariationArgs& args, const Acc* 
 
 // u = dx / length and v = dy / length.
 template <typename Acc, int Bytes>
-R2F_INLINE int64_t directions(const Acc* row, const Acc* right, const Acc* below, int64_t from, int64_t size, Acc* u,
-                              Acc* v) {
-  using L = Lanes<Acc, Bytes>;
-  using V = typename L::V;
-  int64_t j = from;
-  for (; j + L::kCount <= size; j += L::kCount) {
-    const V x = simd::load<V>(row + j), dx = simd::load<V>(right + j) - x, dy = simd::load<V>(below + j) - x;
-    const V square = dx * dx + dy * dy + static_cast<Acc>(kTotalVariationEps), length = L::root(square);
-    const V du = dx / length, dv = dy / length;
+R2F_INLINE void directions(const Acc* row, const Acc* right, const Acc* below, int64_t from, int64_t size, Acc* u,
+                           Acc* v) {
+  for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t) __attribute__((always_inline)) {
+    using V = typename Lanes<Acc, B>::V;
+    const Slope<Acc, B> at(row + j, right + j, below + j);
+    const V du = at.dx / at.length, dv = at.dy / at.length;
     simd::store(u + j, du);
     simd::store(v + j, dv);
-  }
-  return j;
+  });
 }
 
 template <typename Acc, int Bytes>
@@ -184,10 +205,15 @@ R2F_INLINE void isotropic_gradient(const TotalVariationArgs& args, const Acc* pi
   for (int64_t i = 0; i < h; ++i) {
     const Acc* row = pixels + i * w;
     const Acc* below = i + 1 < h ? row + w : row;
-    const int64_t j = directions<Acc, Bytes>(row, row + 1, below, 0, w - 1, u, v);
-    directions<Acc, sizeof(Acc)>(row, row + 1, below, j, w - 1, u, v);
+    directions<Acc, Bytes>(row, row + 1, below, 0, w - 1, u, v);
     directions<Acc, sizeof(Acc)>(row, row, below, w - 1, w, u, v);
-    for (int64_t k = 0; k < w; ++k) grad[i * w + k] = by_pixel * (u[k - 1] - u[k] + v_above[k] - v[k]);
+    for_vectors<Acc, Bytes>(0, w, [&]<int B>(int64_t k, int64_t) __attribute__((always_inline)) {
+      using V = typename Lanes<Acc, B>::V;
+      const V across = simd::load<V>(u + k - 1) - simd::load<V>(u + k);
+      const V down = simd::load<V>(v_above + k) - simd::load<V>(v + k);
+      const V sum = (across + down) * by_pixel;
+      simd::store(grad + i * w + k, sum);
+    });
     std::swap(v, v_above);
   }
 }

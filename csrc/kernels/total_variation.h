@@ -9,7 +9,8 @@ namespace r2f {
 
 // Differences of neighbours, dy = x[i + 1][j] - x[i][j] and dx = x[i][j + 1] - x[i][j], of each trial's image:
 //   anisotropic   mean |dy| + mean |dx|, each over the pairs that there are
-//   isotropic     mean over the pixels of sqrt(dx^2 + dy^2 + kTotalVariationEps), with differences of 0 at the far border
+//   isotropic     mean over the pixels of sqrt(dx^2 + dy^2 + kTotalVariationEps), with differences of 0 at the far
+//   border
 struct TotalVariationArgs {
   const void* images = nullptr;  // [trials, channels, height, width], contiguous
   int64_t trials = 0, channels = 0, height = 0, width = 0;
@@ -36,8 +37,8 @@ void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t fi
 void total_variation_backward_cpu(DType dtype, const TotalVariationArgs& args, const double* grads, double weight,
                                   void* grad_images, int64_t first, int64_t last);
 
-// Queued on `stream` (a cudaStream_t); both return null, or what CUDA said went wrong. Device memory: `values` [trials];
-// `workspace` total_variation_cuda_workspace(args) elements; `grads` [trials] of the accumulation type.
+// Queued on `stream` (a cudaStream_t); both return null, or what CUDA said went wrong. Device memory: `values`
+// [trials]; `workspace` total_variation_cuda_workspace(args) elements; `grads` [trials] of the accumulation type.
 const char* total_variation_cuda(DType dtype, const TotalVariationArgs& args, double* values, double* workspace,
                                  void* stream);
 const char* total_variation_backward_cuda(DType dtype, const TotalVariationArgs& args, const void* grads, double weight,

@@ -176,9 +176,9 @@ int check(DType dtype, const Case& c, bool dense, bool shared) {
 
 int all(bool) {
   // One below, at and past a tile, a block of registers and a vector.
-  const Case cases[] = {{1, 1, 1, 1, 1},   {2, 5, 3, 7, 6},    {3, 31, 33, 17, 40}, {1, 32, 64, 64, 65}, {2, 65, 34, 33, 16},
-                        {1, 70, 1, 130, 5}, {0, 3, 3, 4, 5},    {2, 0, 3, 4, 5},     {2, 3, 0, 4, 5},     {2, 3, 3, 0, 5},
-                        {2, 3, 3, 4, 0},    {1, 33, 2, 150, 97}};
+  const Case cases[] = {{1, 1, 1, 1, 1},     {2, 5, 3, 7, 6},    {3, 31, 33, 17, 40}, {1, 32, 64, 64, 65},
+                        {2, 65, 34, 33, 16}, {1, 70, 1, 130, 5}, {0, 3, 3, 4, 5},     {2, 0, 3, 4, 5},
+                        {2, 3, 0, 4, 5},     {2, 3, 3, 0, 5},    {2, 3, 3, 4, 0},     {1, 33, 2, 150, 97}};
   int wrong = 0, count = 0;
   for (const Case& c : cases)
     for (DType dtype : {DType::kFloat32, DType::kFloat64})

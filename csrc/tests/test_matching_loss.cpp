@@ -1,5 +1,5 @@
-// matching_loss against a plain double loop. Compiled twice: for the CPU kernel, and with R2F_TEST_EMULATED for the CUDA
-// source run by the emulator. "quick" as an argument: fewer cases (for the sanitizers).
+// matching_loss against a plain double loop. Compiled twice: for the CPU kernel, and with R2F_TEST_EMULATED for the
+// CUDA source run by the emulator. "quick" as an argument: fewer cases (for the sanitizers).
 #include <exception>
 #include <list>
 #include <stdexcept>
@@ -21,7 +21,8 @@ struct Case {
 constexpr double kImageWeight = 0.5;
 
 #ifdef R2F_TEST_EMULATED
-void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums, Doubles& losses) {
+void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums,
+         Doubles& losses) {
   std::mt19937 random;
   const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   Array workspace(DType::kFloat64, (matching_loss_cuda_workspace(args) + 7) / 8, random, false);
@@ -33,11 +34,11 @@ void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vecto
   if (error == nullptr)
     error = matching_loss_backward_cuda(dtype, args, narrow_grads.data(), sums.data(), workspace.data(), nullptr);
   if (error != nullptr) throw std::runtime_error(error);
-  for (int64_t t = 0; t < args.trials; ++t)
-    losses[static_cast<size_t>(t)] = narrow_losses.get(t) - kImageWeight * 2.0;
+  for (int64_t t = 0; t < args.trials; ++t) losses[static_cast<size_t>(t)] = narrow_losses.get(t) - kImageWeight * 2.0;
 }
 #else
-void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums, Doubles& losses) {
+void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums,
+         Doubles& losses) {
   const int64_t pieces = matching_pieces(args), half = pieces / 2;  // in two parts, as two threads would
   std::vector<MatchingSums> of_pieces(static_cast<size_t>(pieces * args.trials));
   matching_piece_sums_cpu(dtype, args, half, pieces, of_pieces.data());
@@ -160,8 +161,8 @@ int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
 }
 
 std::vector<Case> cases(bool quick) {
-  std::vector<Case> all = {{1, {1}},          {2, {1, 2, 3, 16, 17}},     {3, {33, 0, 64, 1023}}, {1, {0}},
-                           {2, {2049, 7, 5}}, {0, {5, 6}}, {1, {1025, 4}}};
+  std::vector<Case> all = {{1, {1}},    {2, {1, 2, 3, 16, 17}}, {3, {33, 0, 64, 1023}}, {1, {0}}, {2, {2049, 7, 5}},
+                           {0, {5, 6}}, {1, {1025, 4}}};
   if (!quick) all.push_back({2, {kMatchingPiece + 1, 8}}), all.push_back({1, {2 * kMatchingPiece, kMatchingPiece - 1}});
   Case many{2, {}};  // more than one table of layers and, unless quick, of weights
   for (int64_t l = 0; l < (quick ? 70 : 260); ++l) many.sizes.push_back(l % 7 + 1);

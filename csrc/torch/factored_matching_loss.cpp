@@ -164,8 +164,8 @@ std::tuple<Tensors, Tensors> backward_on_cpu(const at::Tensor& grad_loss, at::Te
   const MatchingSums* given = checked_sums(call, sums, grad_loss);
   const at::Tensor grads = grad_loss.to(at::kDouble).contiguous();
   std::vector<MatchingCoefficients> coefficients(static_cast<size_t>(call.count * call.trials));
-  matching_coefficients(call.kind, weights.data(), call.count, call.trials,
-                        given, static_cast<const double*>(grads.const_data_ptr()), coefficients.data());
+  matching_coefficients(call.kind, weights.data(), call.count, call.trials, given,
+                        static_cast<const double*>(grads.const_data_ptr()), coefficients.data());
   Tensors grad_x, grad_delta;
   for (size_t l = 0; l < call.factors.size(); ++l) {
     const Factors& f = call.factors[l];
@@ -268,9 +268,8 @@ std::tuple<Tensors, Tensors> backward_on_cuda(const at::Tensor& grad_loss, at::T
   const at::Tensor grads = grad_loss.to(call.result).contiguous();
   const at::Tensor workspace = workspace_of(call, call.count), all = workspace_of(call, call.count * call.trials * 3);
   MatchingCoefficients* coefficients = reinterpret_cast<MatchingCoefficients*>(doubles(all));
-  const char* error =
-      matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, given,
-                                 grads.const_data_ptr(), coefficients, doubles(workspace), stream);
+  const char* error = matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, given,
+                                                 grads.const_data_ptr(), coefficients, doubles(workspace), stream);
   glue::check_launch("factored_matching_loss", error);
   Tensors grad_x, grad_delta;
   const double one = 1 / delta_unit(call.dtype);

@@ -99,7 +99,7 @@ const MatchingSums* checked_sums(const Lists& lists, const at::Tensor& sums, con
   return static_cast<const MatchingSums*>(sums.const_data_ptr());
 }
 
-Tensors gradients_of(Lists& lists, const Tensors& inputs, void* MatchingLayer::*place) {
+Tensors gradients_of(Lists& lists, const Tensors& inputs, void* MatchingLayer::* place) {
   Tensors gradients;
   gradients.reserve(inputs.size());
   for (size_t l = 0; l < inputs.size(); ++l) {
@@ -168,8 +168,8 @@ std::tuple<Tensors, Tensors, at::Tensor> backward_on_cpu(const at::Tensor& grad_
   matching_coefficients(args.kind, args.weights, args.count, args.trials, given, grads.data(), coefficients.data());
   Tensors grad_candidate = gradients_of(lists, lists.candidate, &MatchingLayer::grad_candidate), grad_observed;
   if (to_observed) grad_observed = gradients_of(lists, lists.observed, &MatchingLayer::grad_observed);
-  const at::Tensor grad_images = pixels ? at::empty(pixels->pixels.sizes(), glue::result_options(pixels->pixels))
-                                        : at::empty({0}, lists.result);
+  const at::Tensor grad_images =
+      pixels ? at::empty(pixels->pixels.sizes(), glue::result_options(pixels->pixels)) : at::empty({0}, lists.result);
   const int64_t pieces = matching_pieces(args), planes = pixels ? pixels->args.planes() : 0;
   at::parallel_for(0, pieces + planes, 1, [&](int64_t first, int64_t last) {
     if (first < pieces)
@@ -227,9 +227,9 @@ at::Tensor variation_values(const Images& call) {
 at::Tensor variation_gradient(const Images& call, const at::Tensor& grads, double weight) {
   const at::TensorOptions options = glue::result_options(call.pixels);
   const at::Tensor result = at::empty(call.pixels.sizes(), options), own = grads.to(options).contiguous();
-  const char* error = total_variation_backward_cuda(call.dtype, call.args, own.const_data_ptr(), weight,
-                                                    result.mutable_data_ptr(),
-                                                    glue::current_stream(call.pixels.device()));
+  const char* error =
+      total_variation_backward_cuda(call.dtype, call.args, own.const_data_ptr(), weight, result.mutable_data_ptr(),
+                                    glue::current_stream(call.pixels.device()));
   glue::check_launch("total_variation", error);
   return result;
 }
@@ -245,9 +245,9 @@ std::tuple<at::Tensor, at::Tensor> forward_on_cuda(at::TensorList candidate, at:
   const at::Tensor values = pixels ? variation_values(*pixels) : at::Tensor();
   const at::Tensor sums = sums_tensor(lists), loss = at::empty({lists.args.trials}, lists.result);
   const at::Tensor workspace = workspace_for(lists);
-  const char* error = matching_loss_cuda(lists.dtype, lists.args, pixels ? doubles(values) : nullptr, tv_weight,
-                                         sums_of(sums), loss.mutable_data_ptr(), workspace.mutable_data_ptr(),
-                                         glue::current_stream(sums.device()));
+  const char* error =
+      matching_loss_cuda(lists.dtype, lists.args, pixels ? doubles(values) : nullptr, tv_weight, sums_of(sums),
+                         loss.mutable_data_ptr(), workspace.mutable_data_ptr(), glue::current_stream(sums.device()));
   glue::check_launch("matching_loss", error);
   return {loss, sums};
 }
@@ -265,9 +265,8 @@ std::tuple<Tensors, Tensors, at::Tensor> backward_on_cuda(const at::Tensor& grad
   Tensors grad_candidate = gradients_of(lists, lists.candidate, &MatchingLayer::grad_candidate), grad_observed;
   if (to_observed) grad_observed = gradients_of(lists, lists.observed, &MatchingLayer::grad_observed);
   const at::Tensor workspace = workspace_for(lists), grads = grad_loss.to(lists.result).contiguous();
-  const char* error =
-      matching_loss_backward_cuda(lists.dtype, lists.args, grads.const_data_ptr(), given, workspace.mutable_data_ptr(),
-                                  glue::current_stream(sums.device()));
+  const char* error = matching_loss_backward_cuda(lists.dtype, lists.args, grads.const_data_ptr(), given,
+                                                  workspace.mutable_data_ptr(), glue::current_stream(sums.device()));
   glue::check_launch("matching_loss", error);
   const at::Tensor grad_images =
       pixels ? variation_gradient(*pixels, grad_loss, tv_weight) : at::empty({0}, lists.result);

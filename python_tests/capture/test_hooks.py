@@ -1,11 +1,13 @@
 """Captured factors against autograd's own weight gradients."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CONV, LINEAR, samples, target_of, tiny_base
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
@@ -74,3 +76,111 @@ def test_a_layer_that_the_base_lacks_is_named():
     base.model.blocks = base.model.blocks[:1]
     with pytest.raises(R2FError, match=r"no layer blocks\.1\.mlp\.fc2"):
         Capture(target)
+
+
+class _Products(TorchDispatchMode):
+    """Counts products of matrices and convolutions as they are computed."""
+
+    KINDS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.KINDS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def nodes_of(loss):
+    """How often each kind of autograd node is in the graph of `loss`."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [n for n, _ in node.next_functions]
+    return Counter(node.name() for node in seen)
+
+
+def capture_with_graph(monkeypatch, base, names, images, labels):
+    """What a capture found, the autograd nodes of its loss, and the products of its forward and backward."""
+    graphs, forward, backward = [], _Products(), _Products()
+    take_gradients = torch.autograd.grad
+
+    def recorded(loss, *args, **options):
+        forward.__exit__(None, None, None)
+        graphs.append(nodes_of(loss))
+        with backward:
+            grads = take_gradients(loss, *args, **options)
+        forward.__enter__()
+        return grads
+
+    monkeypatch.setattr(torch.autograd, "grad", recorded)
+    with Capture(target_of(base, names)) as capture, forward:
+        found = capture(images[:, None], labels[:, None])
+    monkeypatch.undo()
+    return found, graphs[0], forward.counts, backward.counts
+
+
+# Of the 8 linear layers (2 blocks of qkv, proj, fc1, fc2; head is the ninth) and 2 x 2 products of attention, each
+# layer above the first adapted one costs one product to its input's gradient, each product of attention two.
+@pytest.mark.parametrize(
+    ("names", "linear", "attention"),
+    [
+        (NAMES, 9, 8),
+        (NAMES[1:], 8, 8),
+        (("blocks.1.attn.qkv",), 4, 4),
+        (("blocks.1.mlp.fc2",), 1, 0),
+        (("head",), 0, 0),
+    ],
+    ids=["convolution", "first qkv", "second qkv", "last fc2", "head"],
+)
+def test_nothing_is_computed_for_weights_or_below_the_first_adapted_layer(monkeypatch, names, linear, attention):
+    base = tiny_base()
+    images, labels = samples(3, base)
+    with _Products() as plain, torch.no_grad():
+        base.model(base.normalize(images))
+    _, graph, forward, backward = capture_with_graph(monkeypatch, base, names, images, labels)
+    assert forward == plain.counts  # the model's own, once
+    assert backward == Counter({k: n for k, n in (("mm", linear), ("bmm", attention)) if n})
+    assert graph["torch::autograd::AccumulateGrad"] <= 1  # the first adapted layer's output; no parameter
+    assert not any(p.grad is not None for p in base.model.parameters())
+
+
+def test_the_graph_is_the_models_own(monkeypatch):
+    base = tiny_base()
+    images, labels = samples(3, base)
+    inputs = base.normalize(images).requires_grad_()
+    whole = nodes_of(F.cross_entropy(base.model(inputs), labels, reduction="sum") / 1)
+    _, graph, _, _ = capture_with_graph(monkeypatch, base, NAMES, images, labels)
+    below = whole - graph
+    assert not graph - whole  # no node is added
+    assert below == Counter({"ConvolutionBackward0": 1})  # the adapted convolution itself, the first layer
+    _, graph, _, _ = capture_with_graph(monkeypatch, base, ("blocks.1.mlp.fc2",), images, labels)
+    assert not graph - whole and sum(graph.values()) < sum(whole.values()) / 4
+
+
+def test_inputs_are_kept_by_reference():
+    base = tiny_base()
+    images, labels = samples(2, base)
+    kept = []
+    handle = base.model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: kept.append(args[0]))
+    with handle, Capture(target_of(base, LINEAR)) as capture:
+        found = capture(images[:, None], labels[:, None])
+    assert found.x[LINEAR[0]].data_ptr() == kept[0].data_ptr()
+
+
+def test_parameters_that_want_a_gradient_get_none():
+    base = tiny_base()
+    images, labels = samples(2, base)
+    with Capture(target_of(base, LINEAR)) as capture:
+        expected = capture(images[:, None], labels[:, None])
+        base.model.requires_grad_(True)
+        found = capture(images[:, None], labels[:, None])
+    assert not any(p.grad is not None for p in base.model.parameters())
+    for name in LINEAR:
+        assert torch.equal(found.x[name], expected.x[name])
+        torch.testing.assert_close(found.delta[name], expected.delta[name], rtol=1e-12, atol=1e-14)

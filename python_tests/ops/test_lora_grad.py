@@ -258,9 +258,9 @@ def test_operator_rules(device, B, lr):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ragged", [False, True])
-def test_inside_torch_compile(ragged):
-    x, delta, A, B = make((2, 5, 6, 7), 3, B="shared")
-    offsets = torch.tensor([0, 4, 5]) if ragged else None
+def test_inside_torch_compile(device, ragged):
+    x, delta, A, B = make((2, 5, 6, 7), 3, device=device, B="shared")
+    offsets = torch.tensor([0, 4, 5], device=device) if ragged else None
     x, delta = (x[0], delta[0]) if ragged else (x, delta)
     x.requires_grad_()
 

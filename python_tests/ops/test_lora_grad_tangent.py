@@ -154,8 +154,8 @@ def test_operator_rules(device, B, moves):
 
 
 @pytest.mark.slow
-def test_inside_torch_compile():
-    x, *others = make((2, 2, 5, 6, 7), 3, B="shared")
+def test_inside_torch_compile(device):
+    x, *others = make((2, 2, 5, 6, 7), 3, device=device, B="shared")
     x.requires_grad_()
 
     def loss(x: Tensor) -> Tensor:

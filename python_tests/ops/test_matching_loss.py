@@ -24,6 +24,10 @@ def make(trials, shared, dtype=torch.float32, device="cpu", shapes=SHAPES) -> tu
     return candidate, observed
 
 
+def cosine_of(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cosine_similarity(x, y, dim=0, eps=1e-300)  # no floor: gradients may be that small
+
+
 def by_definition(candidate, observed, weights, kind) -> Tensor:
     """In float64, trial by trial, from the docstring."""
     weights = [w / sum(weights) for w in weights]
@@ -34,10 +38,10 @@ def by_definition(candidate, observed, weights, kind) -> Tensor:
         if kind == "l2":
             terms = [w * (x - y).square().sum() for w, x, y in zip(weights, c, o, strict=True)]
         elif kind == "layer_cosine":
-            terms = [w * (1 - torch.cosine_similarity(x, y, dim=0)) for w, x, y in zip(weights, c, o, strict=True)]
+            terms = [w * (1 - cosine_of(x, y)) for w, x, y in zip(weights, c, o, strict=True)]
         else:
             x, y = (torch.cat([w**0.5 * v for w, v in zip(weights, vs, strict=True)]) for vs in (c, o))
-            terms = [1 - torch.cosine_similarity(x, y, dim=0)]
+            terms = [1 - cosine_of(x, y)]
         losses.append(sum(terms))
     return torch.stack(losses)
 
@@ -114,6 +118,23 @@ def test_tiny_gradients_lose_nothing(device, scale):
     near = [o.expand(2, *o.shape[1:]) * (1 + 1e-6) for o in observed]
     expected = by_definition(near, observed, [1.0] * 5, "l2")
     torch.testing.assert_close(matching_loss(near, observed, kind="l2").double(), expected, rtol=1e-5, atol=0)
+
+
+def test_sizes_that_float32_sums_cannot_hold():
+    """In one layer, tiny, huge and ordinary blocks of elements: the CPU's kernel sums those in float64."""
+    candidate, observed = make(2, True, torch.float32, shapes=[(4096,), (2048,)])
+    for tensors in (candidate, observed):
+        tensors[0][:, 1024:2048] *= 1e18
+        tensors[0][:, 2048:3072] *= 1e-25
+        tensors[0][:, 3072:] = 0
+        tensors[1] *= 1e-24
+    candidate[0].requires_grad_()
+    for kind in ("layer_cosine", "cosine"):
+        loss = matching_loss(candidate, observed, kind=kind)
+        expected = by_definition(candidate, observed, [1.0, 1.0], kind)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+        got, want = (torch.autograd.grad(value.sum(), candidate[0])[0] for value in (loss, expected))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-24)
 
 
 @pytest.mark.parametrize("kind", KINDS)

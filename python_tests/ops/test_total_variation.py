@@ -9,7 +9,7 @@ from torch import Tensor
 from r2f_ext.ops import reference, total_variation
 
 SHAPES = [(2, 3, 6, 5), (1, 1, 1, 1), (3, 1, 1, 7), (2, 2, 9, 1), (2, 1, 34, 67), (0, 3, 4, 4), (2, 0, 4, 4)]
-SHAPES += [(2, 3, 0, 4), (2, 3, 4, 0), (1, 2, 2, 2)]
+SHAPES += [(2, 3, 0, 4), (2, 3, 4, 0), (1, 2, 2, 2), (2, 2, 5, 16), (2, 1, 4, 31)]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}
 
 
@@ -101,6 +101,27 @@ def test_inside_torch_compile(device):
     (expected,) = torch.autograd.grad(loss(images), images)
     (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(images), images)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("isotropic", [False, True])
+def test_under_cuda_graph_capture(isotropic):
+    images = torch.rand(2, 3, 20, 33, device="cuda").requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        value = total_variation(images, isotropic)
+        return value, torch.autograd.grad(value.sum(), images)[0]
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        images.mul_(-0.5)
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_errors_name_the_argument():

@@ -1,4 +1,4 @@
-"""`factored_matching_loss`: how far T trials' gradients, given as factors and never written out, are from observed ones."""
+"""`factored_matching_loss`: how far T trials' gradients, given as factors, are from observed ones."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def factored_matching_loss(
         <G, G*> = sum_n delta_n^T G* x_n,   or   sum (delta delta*^T) o (x x*^T)
         |G|^2   = sum (delta delta^T) o (x x^T), not below 0
 
-    Kinds and weights are those of `matching_loss`. `l2` takes |G - G*|^2 from these three numbers: where G comes so close
-    to G* that it is below about 1e-6 (|G|^2 + |G*|^2) in float32 (1e-14 in float64), nothing is left of it but rounding.
+    Kinds and weights are those of `matching_loss`. `l2` takes |G - G*|^2 from these three numbers: where G comes so
+    close to G* that it is below about 1e-6 (|G|^2 + |G*|^2) in float32 (1e-14 in float64), nothing is left of it but
+    rounding.
 
     Shapes (L layers, N tokens):
         x               L tensors [T, N, d_in]
@@ -63,8 +64,8 @@ def _check(
     count = len(x)
     if not x or len(delta) != count or len(observed) != count or len(observed_delta or x) != count:
         raise ValueError(
-            "factored_matching_loss: x, delta, observed and observed_delta must be lists of the same length, at least 1; "
-            f"got {count}, {len(delta)}, {len(observed)}" + (f", {len(observed_delta)}" if observed_delta else "")
+            "factored_matching_loss: x, delta, observed and observed_delta must be lists of the same length, at least "
+            f"1; got {count}, {len(delta)}, {len(observed)}" + (f", {len(observed_delta)}" if observed_delta else "")
         )
     dtype, device = x[0].dtype, x[0].device
     if dtype not in DTYPES:
@@ -85,7 +86,11 @@ def _check(
             words = "observed must be tensors [T, M, d_in] and observed_delta [T, M, d_out]"
         if not fits or (o_shape[:1] != trials and o_shape[0] != 1):
             raise ValueError(f"factored_matching_loss: {words}, or 1 for T; tensor {i} is {list(o_shape)}")
-        given = (x[i], delta[i], observed[i]) if observed_delta is None else (x[i], delta[i], observed[i], observed_delta[i])
+        given = (
+            (x[i], delta[i], observed[i])
+            if observed_delta is None
+            else (x[i], delta[i], observed[i], observed_delta[i])
+        )
         for tensor in given:
             if tensor.dtype != dtype:
                 raise TypeError(
@@ -93,7 +98,9 @@ def _check(
                     f"layer {i} has {tensor.dtype} and x {dtype}"
                 )
             if tensor.device != device:
-                raise ValueError(f"factored_matching_loss: all tensors must be on one device; layer {i} is not on {device}")
+                raise ValueError(
+                    f"factored_matching_loss: all tensors must be on one device; layer {i} is not on {device}"
+                )
 
 
 class _FactoredMatchingLoss(torch.autograd.Function):
@@ -108,13 +115,13 @@ class _FactoredMatchingLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         count, factored = ctx.counts
         *tensors, sums = ctx.saved_tensors
         given = 3 * count + factored
         (x, delta, observed, observed_delta), products = _split(count, tensors, given)
         settings = (ctx.weights, ctx.kind)
-        nothing = [None] * (count + factored)
+        to_observed_and_delta: list[Tensor | None] = [None] * (count + factored)
         to_observed = any(ctx.needs_input_grad[3 + 2 * count :])
         if not torch.is_grad_enabled() and not to_observed:
             to_x, to_delta = torch.ops.r2f.factored_matching_loss_backward.default(
@@ -126,10 +133,10 @@ class _FactoredMatchingLoss(torch.autograd.Function):
                 grad_loss, x, delta, observed, observed_delta, sums, products, *settings
             )
         if to_observed:
-            nothing = _observed_gradients(grad_loss, x, delta, observed, observed_delta, sums, *settings)
+            to_observed_and_delta = _observed_gradients(grad_loss, x, delta, observed, observed_delta, sums, *settings)
         if x[0].dtype == torch.bfloat16:
             to_x, to_delta = ([t.to(torch.bfloat16) for t in grads] for grads in (to_x, to_delta))
-        return None, None, None, *to_x, *to_delta, *nothing
+        return None, None, None, *to_x, *to_delta, *to_observed_and_delta
 
 
 def _split(count: int, tensors: Sequence[Tensor], given: int) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -149,7 +156,9 @@ def _observed_gradients(
     kind: str,
 ) -> list[Tensor | None]:
     """dL/dG* = a G + b_o G*, and from it those of its factors. Rarely wanted, so in plain PyTorch."""
-    a, _, b_o = ((grad_loss.double() * k)[..., None, None] for k in reference.matching_coefficients(sums, weights, kind))
+    a, _, b_o = (
+        (grad_loss.double() * k)[..., None, None] for k in reference.matching_coefficients(sums, weights, kind)
+    )
     to_observed, to_delta = [], []
     for i, (x_l, d, o) in enumerate(zip(x, delta, observed, strict=True)):
         x_l, d, star = x_l.double(), d.double(), o.double()

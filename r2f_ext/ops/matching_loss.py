@@ -43,8 +43,9 @@ def matching_loss(
         weights    L numbers >= 0, not all zero; None: all equal
         images     [T, c, h, w], or None
 
-    Gradients share one dtype: float32, float64 or bfloat16; images have any of them. Sums are taken in float64 on the
-    CPU (on CUDA partly in float32, scaled against underflow); the loss is float32 (float64 for float64). Any strides.
+    Gradients share one dtype: float32, float64 or bfloat16; images have any of them. Neighbouring elements (on the CPU
+    1024, unless float32 cannot hold their sums) are summed in float32, scaled against underflow on CUDA, and all else
+    in float64; the loss is float32 (all is float64 for float64). Any strides.
     Deterministic. Differentiable in candidate, observed and images: once in one pass of a kernel, twice through
     ordinary PyTorch operators, which costs their memory.
 
@@ -94,7 +95,7 @@ def _check(candidate: Sequence[Tensor], observed: Sequence[Tensor], images: Tens
         raise TypeError(f"matching_loss: candidate must be float32, float64 or bfloat16; got {dtype}")
     for i, (c, o) in enumerate(zip(candidate, observed, strict=True)):
         c_shape, o_shape = c.shape, o.shape
-        if c_shape != o_shape and (c_shape[1:] != o_shape[1:] or o_shape[:1] != (1,)) or c_shape[:1] != trials:
+        if (c_shape != o_shape and (c_shape[1:] != o_shape[1:] or o_shape[:1] != (1,))) or c_shape[:1] != trials:
             raise ValueError(
                 "matching_loss: candidate must be tensors [T, ...] and observed of the same shapes or [1, ...]; "
                 f"tensor {i} is {list(c_shape)} against {list(o_shape)}, T = {list(trials)}"
@@ -129,7 +130,7 @@ class _MatchingLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         count, settings = ctx.count, ctx.settings
         sums, images, *tensors = ctx.saved_tensors
         candidate, observed = tensors[:count], tensors[count:]
@@ -140,8 +141,9 @@ class _MatchingLoss(torch.autograd.Function):
         if again:
             sums = reference.matching_sums(candidate, observed)
         backward = reference.matching_loss_backward if again else torch.ops.r2f.matching_loss_backward.default
+        weights, kind, tv_weight, isotropic = settings
         to_c, to_o, to_images = backward(
-            grad_loss, candidate, observed, sums, settings.weights, settings.kind, images, *settings[2:], to_observed
+            grad_loss, candidate, observed, sums, weights, kind, images, tv_weight, isotropic, to_observed
         )
         if candidate[0].dtype == torch.bfloat16:
             to_c, to_o = ([t.to(torch.bfloat16) for t in grads] for grads in (to_c, to_o))

@@ -225,7 +225,7 @@ def factored_sums(
 ) -> Tensor:
     """[L, T, 4]: <delta^T x, G*> = sum_n delta_n^T G* x_n, or by Gram matrices, as are the squares."""
     layers = []
-    for x_l, d, o, o_d in zip(x, delta, observed, observed_delta or [None] * len(x), strict=True):
+    for x_l, d, o, o_d in zip(x, delta, observed, _or_none(observed_delta, len(x)), strict=True):
         x_l, d, o = x_l.double(), d.double(), o.double()
         candidate = _gram_sum(d, d, x_l, x_l).clamp_min(0)
         if o_d is None:
@@ -236,6 +236,10 @@ def factored_sums(
         square = square.expand(len(x_l))
         layers.append(torch.stack([inner, candidate, square, (candidate - 2 * inner + square).clamp_min(0)], dim=-1))
     return torch.stack(layers)
+
+
+def _or_none(tensors: Sequence[Tensor], count: int) -> Sequence[Tensor | None]:
+    return tensors or [None] * count
 
 
 def _gram_sum(a: Tensor, a_star: Tensor, b: Tensor, b_star: Tensor) -> Tensor:
@@ -257,7 +261,7 @@ def factored_matching_loss_backward(
     dtype = accumulation_dtype(x[0].dtype)
     grads_x, grads_d = [], []
     terms = [(grad_loss.double() * k)[..., None, None] for k in matching_coefficients(sums, weights, kind)[:2]]
-    for x_l, d, o, o_d, a, b in zip(x, delta, observed, observed_delta or [None] * len(x), *terms, strict=True):
+    for x_l, d, o, o_d, a, b in zip(x, delta, observed, _or_none(observed_delta, len(x)), *terms, strict=True):
         x_l, d, o = x_l.double(), d.double(), o.double()
         if o_d is None:
             to_x, to_d = d @ o, x_l @ o.mT
@@ -293,7 +297,12 @@ def total_variation_backward(grad: Tensor, images: Tensor, isotropic: bool) -> T
         to_rows, to_columns = (share * dy)[:, :, :-1], (share * dx)[..., :-1]
     else:
         to_rows, to_columns = (grad * d.sign() / max(d.shape[1:].numel(), 1) for d in (rows, columns))
-    return F.pad(to_rows, (0, 0, 1, 0)) - F.pad(to_rows, (0, 0, 0, 1)) + F.pad(to_columns, (1, 0)) - F.pad(to_columns, (0, 1))
+    return (
+        F.pad(to_rows, (0, 0, 1, 0))
+        - F.pad(to_rows, (0, 0, 0, 1))
+        + F.pad(to_columns, (1, 0))
+        - F.pad(to_columns, (0, 1))
+    )
 
 
 def _lengths(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

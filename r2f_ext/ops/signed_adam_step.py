@@ -1,4 +1,4 @@
-"""`signed_adam_step_`: one step of Adam on the sign of a gradient, and the projection on the box of pixels, in place."""
+"""`signed_adam_step_`: one step of Adam on a gradient's sign, and the projection on the box of pixels, in place."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def signed_adam_step_(
         image      <- clamp(image - lr / (1 - beta1^step) exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps),
                             low, high)
 
-    Signs as in Geiping et al., "Inverting Gradients", NeurIPS 2020; `sign=False` takes the gradient itself (plain Adam).
-    Agrees with `torch.optim.Adam` on the signed gradient followed by `clamp_`, up to rounding.
+    Signs as in Geiping et al., "Inverting Gradients", NeurIPS 2020; `sign=False` takes the gradient itself (plain
+    Adam). Agrees with `torch.optim.Adam` on the signed gradient followed by `clamp_`, up to rounding.
 
     Shapes: image, gradient, exp_avg and exp_avg_sq have one shape, dtype (float32 or float64) and device; the last two
     start as zeros. `step` counts from 1. `low` or `high` None: no such bound. Any strides; contiguous ones are fastest.

@@ -23,9 +23,9 @@ def total_variation(images: Tensor, isotropic: bool = False) -> Tensor:
         isotropic               mean over channels and pixels of sqrt(dx^2 + dy^2 + 1e-12), with dx = 0 in the last
                                 column and dy = 0 in the last row
 
-    Images are float32, float64 or bfloat16 of any strides; the result is float32 (float64 for float64). An image without
-    pairs, like a single pixel, has anisotropic value 0. Deterministic; differentiable twice (the derivative of |d| at 0
-    is 0).
+    Images are float32, float64 or bfloat16 of any strides; the result is float32 (float64 for float64). An image
+    without pairs, like a single pixel, has anisotropic value 0. Deterministic; differentiable twice (the derivative of
+    |d| at 0 is 0).
 
     Raises:
         ValueError: images are not [T, c, h, w].
@@ -48,7 +48,7 @@ class _TotalVariation(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # of operators that can be differentiated again
             return reference.total_variation_backward(grad, images, ctx.isotropic).to(images.dtype), None

@@ -1,0 +1,77 @@
+"""What might make the bare model's passes faster: fused attention, samples a pass, a model held in bfloat16.
+
+    python benchmarks/pairs/model_ablation.py [--device cuda] [--json FILE]
+
+Forward and backward to the inputs of the embedded model, nothing captured; `ours` is what pair generation runs (100
+samples a pass, attention in single products, bfloat16 by autocast), each rival one change of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import interleaved_medians, options, row, say, write_json
+
+from r2f_ext.data import load_images
+from r2f_ext.models import load_base
+
+SAMPLES = 200
+
+
+def main() -> None:
+    asked = options(__doc__)
+    base = load_base(device=asked.device)
+    proxy = load_images("embedded", count=SAMPLES)
+    inputs, labels = base.normalize(proxy.batch(slice(None)).to(asked.device)), proxy.labels.to(asked.device)
+    held = copy.deepcopy(base.model).bfloat16()
+
+    def passes(
+        model: nn.Module, size: int = 100, fused: bool = False, autocast: bool = False, dtype: torch.dtype | None = None
+    ) -> Callable[[], None]:
+        def run() -> None:
+            for module in model.modules():
+                if hasattr(module, "fused_attn"):
+                    module.fused_attn = fused
+            for first in range(0, SAMPLES, size):
+                x = inputs[first : first + size].to(dtype or torch.float32, copy=True).requires_grad_()
+                with torch.autocast(asked.device, torch.bfloat16, enabled=autocast):
+                    logits = model(x)
+                torch.autograd.grad(F.cross_entropy(logits.float(), labels[first : first + size], reduction="sum"), x)
+
+        return run
+
+    model, low = base.model, torch.bfloat16
+    studies: dict[torch.dtype, dict[str, Callable[[], None]]] = {
+        torch.float32: {
+            "ours": passes(model),
+            "fused attention": passes(model, fused=True),
+            **{f"{size} samples": passes(model, size) for size in (25, 50, 200)},
+        },
+        low: {
+            "ours": passes(model, autocast=True),
+            "fused attention": passes(model, fused=True, autocast=True),
+            "held in bfloat16": passes(held, dtype=low),
+        },
+    }
+    rows = []
+    for dtype, functions in studies.items():
+        medians = interleaved_medians(functions, 7, asked.device)
+        for rival in functions:
+            if rival != "ours":
+                pair = {"ours": medians["ours"] / SAMPLES, rival: medians[rival] / SAMPLES}
+                rows.append(row("model passes", [1, *base.input_shape], dtype, pair, asked.device))
+                say(rows[-1])
+    if asked.json:
+        write_json(asked.json, rows)
+
+
+if __name__ == "__main__":
+    main()
