@@ -128,8 +128,8 @@ torch.manual_seed(0)
 base = tiny_base(torch.float32)
 target = target_of(base, LINEAR)
 a = {layer.name: torch.randn(layer.rank, layer.d_in) / 5 for layer in target.layers}
-pairs = SimulatedPairs(target, a, proxy_set(3000, base), Training(steps=3, dropout=0.1), own_a=1)
-write_pairs(pairs, 3000, sys.argv[1], lambda units: print(units, flush=True))
+pairs = SimulatedPairs(target, a, proxy_set(1500, base), Training(steps=3, dropout=0.1), own_a=1)
+write_pairs(pairs, 1500, sys.argv[1], lambda units: print(units, flush=True))
 """
 
 
@@ -143,16 +143,16 @@ def test_a_run_ended_by_sigkill_goes_on_to_the_same_bits(tmp_path):
         return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
     folder = tmp_path / "killed"
-    process, until = start(folder), time.monotonic() + 120
+    process, until = start(folder), time.monotonic() + 400
     while not (folder / "pairs-00003.safetensors").exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL and not (folder / "manifest.json").exists()
     whole = len(list(folder.glob("pairs-*.json")))
-    assert 3 <= whole < 30
+    assert 3 <= whole < 15
     again, fresh = start(folder), start(tmp_path / "fresh")
-    printed = [process.communicate(timeout=120)[0].split() for process in (again, fresh)]
+    printed = [process.communicate(timeout=400)[0].split() for process in (again, fresh)]
     assert int(printed[0][0]) == 100 * whole and int(printed[1][0]) == 0
     assert contents(folder) == contents(tmp_path / "fresh")
 

@@ -7,7 +7,6 @@ unfinished/KIND.json            what they were fitted to; written once all proce
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -62,7 +61,8 @@ class Checkpoint:
                     no_dist=distributed.world_size() == 1,
                 )
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-            reason = " ".join(str(error).split())[:200]
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            reason = " ".join(str(cause).split())[:200]
             raise R2FError(
                 f"cannot save decoders in '{part}' ({reason}): free some space, or run the same command again if "
                 "another process of this run has died."
@@ -95,4 +95,3 @@ class _quiet(warnings.catch_warnings):
     def __enter__(self) -> None:
         super().__enter__()
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
