@@ -22,7 +22,7 @@ keep_freed_memory()  # for all rivals alike: what the system charges for fresh p
 
 
 def options(description: str | None, **more: dict[str, Any]) -> argparse.Namespace:
-    """What every benchmark script can be told: --device, --cold-l2, --json; and `more`, name -> add_argument's words."""
+    """What every benchmark script can be told: --device, --cold-l2, --json; `more`: name -> add_argument's words."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cold-l2", action="store_true", help="on a GPU, empty the L2 cache before every timing")

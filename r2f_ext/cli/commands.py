@@ -162,7 +162,8 @@ def run_fit(options: Options) -> dict[str, Any]:
                 own[decoder.kind] = held_out_cosines(decoder.decode(updates), mine, count, len(pairs)).summary()
                 advance(1)
     parts = distributed.gather(own)
-    figures = {kind: {name: figure for part in parts for name, figure in part[kind].items()} for kind in own}
+    found = {kind: {name: figure for part in parts for name, figure in part[kind].items()} for kind in own}
+    figures = {kind: {name: found[kind][name] for name in pairs.target.names} for kind in found}
     if distributed.rank() == 0:
         states = {kind: checkpoint.load(kind, torch.device("cpu")) for kind in figures}
         save_decoders(folder, states, pairs, count)
