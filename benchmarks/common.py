@@ -21,12 +21,14 @@ from r2f_ext.ops import build_information
 keep_freed_memory()  # for all rivals alike: what the system charges for fresh pages is nobody's merit
 
 
-def options(description: str | None) -> argparse.Namespace:
-    """What every benchmark script can be told: --device, --cold-l2, --json."""
+def options(description: str | None, **more: dict[str, Any]) -> argparse.Namespace:
+    """What every benchmark script can be told: --device, --cold-l2, --json; `more`: name -> add_argument's words."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cold-l2", action="store_true", help="on a GPU, empty the L2 cache before every timing")
     parser.add_argument("--json", metavar="FILE", help="write the rows")
+    for name, words in more.items():
+        parser.add_argument(name, **words)
     parsed = parser.parse_args()
     if parsed.cold_l2:
         _flush_l2.wanted = True

@@ -98,6 +98,12 @@ class FactoredGradient:
     x: dict[str, Tensor]
     delta: dict[str, Tensor]
 
+    @classmethod
+    def of_dense(cls, dense: dict[str, Tensor]) -> FactoredGradient:
+        """Gradients that were written out, dense[name] [P, d_out, d_in], as G = I G: d_out tokens, delta = I."""
+        identity = {name: torch.eye(g.shape[1], dtype=g.dtype, device=g.device) for name, g in dense.items()}
+        return cls(dict(dense), {name: identity[name].expand(len(g), -1, -1) for name, g in dense.items()})
+
     def dense(self, name: str) -> Tensor:
         """G [P, d_out, d_in] of one layer."""
         return self.delta[name].mT @ self.x[name]
@@ -121,15 +127,19 @@ class PairBatch:
     """P (LoRA update, full gradient) pairs taken from one start, with the samples that made them.
 
     Attributes:
-        updates: name -> descent directions of B from PEFT's start, s G A^T [P, d_out, r].
-        gradients: the full gradients as factors.
+        updates: name -> descent directions of B from PEFT's start, s G A^T [P, d_out, r]; of all layers.
+        gradients: the full gradients as factors, of the layers of the source's target.
         images: [P, b, c, h, w] in [0, 1]; labels [P, b].
+        a0: name -> the A that each victim started from [P, r, d_in]; None where all start from the source's `a`.
+        a: name -> each victim's A after its steps [P, r, d_in]; None where they leave A as it was (one step of SGD).
     """
 
     updates: dict[str, Tensor]
     gradients: FactoredGradient
     images: Tensor
     labels: Tensor
+    a0: dict[str, Tensor] | None = None
+    a: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     python benchmarks/pairs/bench_victims.py [--device cuda] [--json FILE]
 
-Both keep the factors and the full gradients of every step (ours as factors, PEFT's loop as it makes them: dense).
+Both keep the factors and the full gradients of every step (ours as factors, PEFT's loop as it makes them: dense); each
+is timed in float32 and with the model under bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> None:
     full = [model.base_model.model.get_submodule(n).base_layer.weight.requires_grad_() for n in target.names]
     start = [p.detach().clone() for p in factors]
 
-    def one_after_another() -> list[Tensor]:
+    def one_after_another(low: bool = False) -> list[Tensor]:
         for i in range(SEQUENTIAL):
             with torch.no_grad():
                 for parameter, at_start in zip(factors, start, strict=True):
@@ -61,15 +62,17 @@ def main() -> None:
             kept = []
             for _ in range(STEPS):
                 model.zero_grad(set_to_none=True)
-                F.cross_entropy(model(base.normalize(images[i : i + 1])), labels[i : i + 1]).backward()
+                with torch.autocast(asked.device, torch.bfloat16, enabled=low):
+                    logits = model(base.normalize(images[i : i + 1]))
+                F.cross_entropy(logits.float(), labels[i : i + 1]).backward()
                 kept += [weight.grad for weight in full]
                 optimizer.step()
         return kept
 
     training = Training(steps=STEPS, lr=LR)
-    pairs = SimulatedPairs(target, a, proxy, training)
+    full, low = (SimulatedPairs(target, a, proxy, training, precision=p) for p in ("float32", "bfloat16"))
 
-    def together() -> None:
+    def together(pairs: SimulatedPairs) -> None:
         for _ in pairs.batches():
             pass
 
@@ -81,13 +84,28 @@ def main() -> None:
             torch.testing.assert_close(parameter.detach(), expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
     measured = interleaved_medians(
-        {"ours": together, "PEFT, one after another": one_after_another}, ROUNDS, asked.device
+        {
+            "ours": lambda: together(full),
+            "ours, bfloat16": lambda: together(low),
+            "PEFT, one after another": one_after_another,
+            "PEFT, one after another, bfloat16": lambda: one_after_another(low=True),
+        },
+        ROUNDS,
+        asked.device,
     )
-    per_victim = {name: time / (VICTIMS if name == "ours" else SEQUENTIAL) for name, time in measured.items()}
-    line = row(f"victims, T = {STEPS}", [1, *base.input_shape], torch.float32, per_victim, asked.device)
-    say(line)
+    per_victim = {name: time / (VICTIMS if "ours" in name else SEQUENTIAL) for name, time in measured.items()}
+    rivals = {name: time for name, time in per_victim.items() if "ours" not in name}
+    float32 = {"ours": per_victim["ours"], "PEFT, one after another": rivals["PEFT, one after another"]}
+    bfloat16 = {"ours": per_victim["ours, bfloat16"], **rivals}
+    name, shape = f"victims, T = {STEPS}", [1, *base.input_shape]
+    rows = [
+        row(name, shape, torch.float32, float32, asked.device),
+        row(name, shape, torch.bfloat16, bfloat16, asked.device),
+    ]
+    for line in rows:
+        say(line)
     if asked.json:
-        write_json(asked.json, [line])
+        write_json(asked.json, rows)
 
 
 if __name__ == "__main__":

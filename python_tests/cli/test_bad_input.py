@@ -335,7 +335,7 @@ def test_full_disk(where, name, stages, out, capsys, monkeypatch):
         monkeypatch.setattr(files.os, "replace", full)
     line = refused(capsys, *commands_with_out(stages)[name], "--out", out)
     assert "cannot write" in line and "No space left on device" in line and str(out) in line
-    assert not files_under(out)
+    assert not [path for path in files_under(out) if not path.startswith("unfinished/")]  # a fit goes on from there
 
 
 def test_full_disk_in_the_demo(stages, out, capsys, monkeypatch):
@@ -358,7 +358,7 @@ INTERRUPTS = {
     "demo": ("r2f_ext.audit.demo.load_base", "r2f_ext.audit.victims.get_peft_model", "r2f_ext.audit.demo.run_phase0"),
     "phase0": ("r2f_ext.cli.commands.load_images", "r2f_ext.inversion.phase0.exact_gradients"),
     "pairs": ("r2f_ext.cli.commands.read_adapter", "r2f_ext.pairs.generate.project", "r2f_ext.pairs.shards.sha256"),
-    "fit": ("r2f_ext.pairs.shards.load_file", "r2f_ext.decoders.ridge.gram", "r2f_ext.decoders.store.write_text"),
+    "fit": ("r2f_ext.pairs.stored.safe_open", "r2f_ext.decoders.ridge.gram", "r2f_ext.decoders.store.write_text"),
     "decode": ("r2f_ext.cli.commands.stack_updates", "r2f_ext.cli.commands.load_decoder"),
     "invert": ("r2f_ext.inversion.amortised.gram", "r2f_ext.audit.run.match", "r2f_ext.cli.commands.write_images"),
 }

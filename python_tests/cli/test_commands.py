@@ -25,7 +25,8 @@ def test_pairs_wrote_pairs(stages, embedded, bound):
     assert stored.manifest["precision"] == "float32"
     assert len(stored) == 40 and stored.manifest["proxy"] == "embedded" and stored.manifest["base"] == "embedded"
     assert stored.target.layers == bound[0].layers
-    assert files_under(stages.pairs) == ["manifest.json", "pairs-00000.safetensors", "start.safetensors"]
+    shard = ["factors-00000.safetensors", "manifest.json", "pairs-00000.safetensors"]
+    assert files_under(stages.pairs) == [*shard, "start.safetensors"]
 
 
 def test_fit_wrote_every_kind(stages):
@@ -185,7 +186,6 @@ def test_pairs_of_victims_that_train_for_steps(stages, tmp_path, capsys):
     tensors = load_file(out / "pairs-00000.safetensors")
     assert len(tensors["images"]) == 4 and tensors["images"].shape[1] == 2
     assert refused(capsys, *words, "--momentum", -1, "--out", out).startswith("r2f pairs: the victims' training")
-    assert "leave --precision out" in refused(capsys, *words, "--precision", "bfloat16", "--out", out)
 
 
 def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private, tmp_path, capsys):
@@ -197,7 +197,10 @@ def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private
     names = [name for name in expected if name.startswith("update/")]
     assert names and all(cosine(got[n], expected[n]).min() > 0.9999 for n in names)
     assert json.loads((tmp_path / "cached" / "manifest.json").read_text())["proxy"] == "embedded"
-    assert "leave the training of victims out" in refused(capsys, *cached, "--steps", 2)
+    for more in (("--steps", 2), ("--own-a",), ("--dense",)):
+        assert "leave training, --own-a, --dense out" in refused(capsys, *cached, *more)
+    same = ("pairs", other, "--cache", stages.pairs, "--out", stages.pairs)
+    assert "are the same folder" in refused(capsys, *same) and (stages.pairs / "manifest.json").exists()
 
 
 def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):

@@ -60,6 +60,26 @@ def test_pairs_of_a_proxy_are_victims_of_its_images(bound, embedded, proxy):
             torch.testing.assert_close(-LR * batch.updates[name][i], b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
+def test_victims_with_their_own_a():
+    """One step of PEFT's own training from each a0."""
+    base = tiny_base(torch.float32)
+    target, proxy = target_of(base, LINEAR, rank=8), proxy_set(4, base)
+    (batch,) = GeneratedPairs(target, {}, proxy, group_size=2, own_a=1).batches()
+    assert batch.a is None
+    for victim in range(2):
+        model = peft_model(base, target_modules=list(LINEAR))
+        for name in LINEAR:
+            model.base_model.model.get_submodule(name).lora_A["default"].weight.data.copy_(batch.a0[name][victim])
+        rows = torch.tensor([2 * victim, 2 * victim + 1])
+        train(model, base, proxy.batch(rows), proxy.labels[rows], lr=LR)
+        for name in LINEAR:
+            a, b, _ = peft_factors(model, name)
+            assert torch.equal(a, batch.a0[name][victim])
+            torch.testing.assert_close(
+                -LR * batch.updates[name][victim], b, rtol=1e-3, atol=1e-4 * float(b.abs().max())
+            )
+
+
 def test_batches_are_slices_of_one_walk(monkeypatch, pairs):
     monkeypatch.setattr(generate, "BATCH_GROUPS", 160)
     (whole,) = pairs.batches()

@@ -82,6 +82,69 @@ def test_eight_victims_equal_eight_of_peft(training, lora):
             assert expected_b.any() and (training.steps == 1 or not torch.equal(expected_a, a[name]))
 
 
+def test_victims_may_start_from_a_trained_adapter():
+    """PEFT's own random B (init_lora_weights=False), as a server's adapter that its clients train on."""
+    base, lora = tiny_base(), {"target_modules": BLOCKS, "init_lora_weights": False}
+    target, a = start_of(base, **lora)
+    model = peft_model(base, **lora)
+    b = {name: peft_factors(model, name)[1].clone() for name in target.names}
+    training = Training(steps=3, momentum=0.9)
+    images, labels = samples(2, base)
+    found = simulate(target, a, images[:, None], labels[:, None], training, b=b)
+    for victim in range(2):
+        factors, gradients = train_one(base, target, images[victim][None], labels[victim][None], training, **lora)
+        for name in target.names:
+            assert b[name].any()
+            for got, expected in zip((found.a[name], found.b[name]), factors[name], strict=True):
+                torch.testing.assert_close(got[victim], expected, rtol=1e-7, atol=1e-10)
+            expected = gradients[name].flatten(1)
+            torch.testing.assert_close(found.gradient.dense(name)[victim], expected, rtol=1e-7, atol=1e-10)
+
+
+def test_dense_gradients_are_the_factors_product():
+    base = tiny_base()
+    target, a = start_of(base, target_modules=[CONV, "mlp.fc1"])
+    images, labels = samples(6, base)
+    images, labels = images.unflatten(0, (3, 2)), labels.unflatten(0, (3, 2))
+    training = Training(steps=4, batch=2)
+    factored, dense = (simulate(target, a, images, labels, training, dense=dense) for dense in (False, True))
+    for layer in target.layers:
+        assert dense.gradient.x[layer.name].shape == (3, layer.d_out, layer.d_in)
+        torch.testing.assert_close(dense.gradient.dense(layer.name), factored.gradient.dense(layer.name))
+        assert torch.equal(dense.b[layer.name], factored.b[layer.name])
+
+
+def test_bfloat16_victims_end_near_the_float32_ones(bound, proxy):
+    target, update = bound
+    few, training = proxy.take(torch.arange(16)), Training(steps=5)
+    (exact,), (rounded,) = (
+        SimulatedPairs(target, update.a, few, training, precision=p).batches() for p in ("float32", "bfloat16")
+    )
+    for name in target.names:
+        for got, expected in (
+            (rounded.updates[name], exact.updates[name]),
+            (rounded.gradients.dense(name), exact.gradients.dense(name)),
+        ):
+            assert got.dtype == torch.float32 and not torch.equal(got, expected)
+            assert cosine(got.flatten(1), expected.flatten(1)).mean() >= 0.999
+
+
+def test_pairs_of_victims_with_their_own_a(bound, proxy):
+    """Each pair is the victim that trains alone from its a0, and A after the steps is kept."""
+    target, update = bound
+    pairs = SimulatedPairs(target, update.a, proxy.take(torch.arange(4)), Training(steps=2), own_a=7)
+    (batch,) = pairs.batches()
+    (part,) = pairs.batches(2, 4)
+    for name in target.names:
+        assert torch.equal(part.a0[name], batch.a0[name][2:]) and not torch.equal(batch.a0[name][0], batch.a0[name][1])
+    for victim in range(4):
+        start = {name: a[victim] for name, a in batch.a0.items()}
+        alone = simulate(target, start, batch.images[victim][None], batch.labels[victim][None], pairs.training)
+        for name in target.names:
+            torch.testing.assert_close(batch.a[name][victim], alone.a[name][0], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(batch.updates[name][victim], alone.b[name][0] / -0.2, rtol=1e-3, atol=1e-6)
+
+
 def test_every_victim_may_start_from_its_own_a():
     base = tiny_base()
     target, a = start_of(base, target_modules=BLOCKS)

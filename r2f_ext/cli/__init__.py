@@ -16,7 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         # After parsing: `--help` answers without loading torch.
-        from r2f_ext.cli import commands
+        from r2f_ext import distributed
+        from r2f_ext.cli import commands, display
         from r2f_ext.files import output_folder, write_text
         from r2f_ext.malloc import keep_freed_memory
 
@@ -26,9 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
             if Path(options.json).is_dir():
                 raise R2FError(f"--json '{options.json}' is a folder: name a file.")
             output_folder(Path(options.json).resolve().parent)
-        printed = commands.COMMANDS[options.command](options)
-        if options.json is not None:
-            write_text(Path(options.json), json.dumps(printed, indent=1))
+        if distributed.wanted() and options.command not in commands.DISTRIBUTED:
+            raise R2FError(f"only {' and '.join(commands.DISTRIBUTED)} run on several processes: leave torchrun out.")
+        with distributed.processes(cuda=commands.uses_cuda(options)):
+            first = distributed.rank() == 0
+            display.console.quiet = not first
+            printed = commands.COMMANDS[options.command](options)
+            if options.json is not None and first:
+                write_text(Path(options.json), json.dumps(printed, indent=1))
         return 0
     except R2FError as error:
         print(f"r2f {options.command}: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
+from r2f_ext import distributed
 from r2f_ext.audit.assign import assign
 from r2f_ext.audit.demo import Finished, demo, finish
 from r2f_ext.audit.figures import write_images
@@ -20,9 +21,10 @@ from r2f_ext.audit.report import set_report, target_figures
 from r2f_ext.audit.run import audit, match_decoded, refine
 from r2f_ext.cli.display import console, drawn_stages, print_phase0, print_report, print_target, print_verdicts, table
 from r2f_ext.config import AuditConfig
-from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.data import ImageSet, ProceduralStream, ProxyImages, drop_private, load_images
 from r2f_ext.decoders import held_out_cosines, load_decoder, save_decoders, stack_updates
 from r2f_ext.decoders.base import fit_together
+from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.decoders.store import read_gradients
 from r2f_ext.env import environment
 from r2f_ext.errors import R2FError
@@ -100,30 +102,42 @@ def run_pairs(options: Options) -> dict[str, Any]:
     pairs = _new_pairs(options, target, a)
     count = min(options.count, len(pairs))
     with drawn_stages() as stages, stages.stage("pairs", count) as advance:
-        write_pairs(pairs, count, folder, advance)
+        write_pairs(pairs, count, folder, advance, options.dense, _say_size(count))
     rate = count / stages.seconds["pairs"]
     console.print(f"{count} pairs, {rate:,.0f} a second, in {escape(str(folder))}")
     return {"count": count, "per_second": rate, "proxy": pairs.recipe["proxy"]}
 
 
+def _say_size(count: int) -> Callable[[int], None]:
+    return lambda size: console.print(f"{count:,} pairs take {size / 1e9:.2f} GB on disk")
+
+
 def _new_pairs(options: Options, target: Target, a: dict[str, torch.Tensor]) -> WritablePairs:
     training = _training(options)
     if options.cache is not None:
-        if training is not None:
-            raise R2FError("--cache holds gradients of one step at the start: leave the training of victims out.")
+        if training is not None or options.own_a or options.dense:
+            raise R2FError("--cache holds gradients of one step at the start: leave training, --own-a, --dense out.")
+        if Path(options.cache).resolve() == Path(options.out).resolve():
+            raise R2FError(f"--cache and --out are the same folder '{options.out}': name another one.")
         return ReprojectedPairs(StoredPairs(options.cache, target.base), target, a)
-    owned = 1 if training is None else training.owned
-    proxy = _images(options.proxy, target.base, options, "proxy", count=options.count * owned)
-    if training is None:
-        return GeneratedPairs(target, a, proxy, precision=options.precision)
-    return SimulatedPairs(target, a, proxy, training, options.seed)
+    owned = training.owned if training is not None else 1
+    proxy = _proxy_images(options, target.base, options.count * owned)
+    own_a = options.seed if options.own_a else None
+    if training is None or training.plain_step:
+        group_size = 1 if training is None else training.batch
+        return GeneratedPairs(target, a, proxy, group_size, options.precision, own_a)
+    return SimulatedPairs(target, a, proxy, training, options.seed, None, own_a, options.dense, options.precision)
+
+
+def _proxy_images(options: Options, base: BaseModel, count: int) -> ProxyImages:
+    if options.proxy == "procedural" and count > 0:  # a count below is refused with all the others
+        return ProceduralStream(count, base.input_shape, base.num_classes, options.seed)
+    return _images(options.proxy, base, options, "proxy", count=count)
 
 
 def _training(options: Options) -> Training | None:
     """The victims' training where anything about it was asked; None: one step of SGD on one image."""
     asked = {f.name: getattr(options, f.name) for f in fields(Training) if getattr(options, f.name) is not None}
-    if asked and options.precision != "float32":
-        raise R2FError("victims that train step by step do so in float32: leave --precision out.")
     return Training(**asked) if asked else None
 
 
@@ -133,17 +147,28 @@ def run_fit(options: Options) -> dict[str, Any]:
     held_out = min(200, len(pairs) // 5)
     if held_out < 4:
         raise R2FError(f"'{options.pairs}' holds {len(pairs)} pairs: at least 20 are needed, thousands are good.")
+    if "own_a" in pairs.manifest:
+        raise R2FError(f"the victims of '{options.pairs}' have each their own A: these decoders are fitted to one A.")
     count = len(pairs) - held_out
+    mine = pairs.only(pairs.target.names[distributed.rank() :: distributed.world_size()])
+    checkpoint = Checkpoint(folder, f"{pairs.fingerprint}/{count}")
     with drawn_stages() as stages:
         with stages.stage("fit", count) as advance:
-            decoders = fit_together(pairs, count, advance)
+            decoders = fit_together(mine, count, advance, checkpoint)
         with stages.stage("held-out", len(decoders)) as advance:
-            figures = {}
+            own = {}
             updates = pairs.updates(count, count + held_out)
             for decoder in decoders:
-                figures[decoder.kind] = held_out_cosines(decoder.decode(updates), pairs, count, len(pairs)).summary()
+                own[decoder.kind] = held_out_cosines(decoder.decode(updates), mine, count, len(pairs)).summary()
                 advance(1)
-    save_decoders(folder, decoders, pairs, count)
+    parts = distributed.gather(own)
+    found = {kind: {name: figure for part in parts for name, figure in part[kind].items()} for kind in own}
+    figures = {kind: {name: found[kind][name] for name in pairs.target.names} for kind in found}
+    if distributed.rank() == 0:
+        states = {kind: checkpoint.load(kind, torch.device("cpu")) for kind in figures}
+        save_decoders(folder, states, pairs, count)
+        checkpoint.clear()
+    distributed.barrier()
     rows = [
         [name, *(f"{f[name]['cosine_mean']:.3f} ({f[name]['cosine_p05']:.3f})" for f in figures.values())]
         for name in pairs.target.names
@@ -208,12 +233,20 @@ COMMANDS: dict[str, Callable[[Options], dict[str, Any]]] = {
 }
 
 
+DISTRIBUTED = ("pairs", "fit")  # what torchrun may start
+
+
+def uses_cuda(options: Options) -> bool:
+    """Whether the command runs on a GPU."""
+    return "device" in options and _device(options).startswith("cuda")
+
+
 def _device(options: Options) -> str:
     if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return distributed.device_of("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise R2FError("--device cuda: torch sees no CUDA device here; use --device cpu.")
-    return options.device
+    return distributed.device_of(options.device)
 
 
 def _adapters(folders: list[str], options: Options) -> tuple[Target, list[LoraUpdate]]:

@@ -28,6 +28,9 @@ the same, stage by stage:
   r2f decode my-adapter --pairs pairs --decoders decoders --out decoded
   r2f invert my-adapter --pairs pairs --gradients decoded/gradients.safetensors --out images
 
+pairs and fit also on several processes or machines:
+  torchrun --nproc-per-node 2 -m r2f_ext.cli pairs my-adapter --count 50000 --out pairs
+
 exit codes: 0 done; 2 bad input, said in one sentence; 130 interrupted with Ctrl-C.
 Files appear under their final names only when they are whole.
 """
@@ -132,6 +135,14 @@ def _pairs(commands: Commands) -> None:
         "--cache",
         metavar="PAIRS",
         help="take the gradients of these pairs of another adapter of the same base: only the projection is new",
+    )
+    command.add_argument(
+        "--own-a",
+        action="store_true",
+        help="every victim draws an A of its own, as PEFT does, instead of the adapter's (for A-agnostic decoders)",
+    )
+    command.add_argument(
+        "--dense", action="store_true", help="write full gradients out, not as factors: smaller after many steps"
     )
     training = command.add_argument_group(
         "how each victim trains (default: one step of SGD on one image)",

@@ -3,9 +3,12 @@
 from r2f_ext.data.image_set import ImageSet, content_hashes, drop_private, fit_images
 from r2f_ext.data.load import load_images
 from r2f_ext.data.procedural import procedural_images, procedural_labels
+from r2f_ext.data.stream import ProceduralStream, ProxyImages
 
 __all__ = [
     "ImageSet",
+    "ProceduralStream",
+    "ProxyImages",
     "content_hashes",
     "drop_private",
     "fit_images",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
+from r2f_ext.files import sha256_of
 
 MAX_BYTES = 4 << 30
 # Rec. 601, what Pillow's "L" uses.
@@ -41,6 +42,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the images and labels."""
+        return sha256_of([self.images, self.labels])
 
     def batch(self, indices: Tensor | list[int] | slice, device: str | torch.device | None = None) -> Tensor:
         """The images at `indices` as float32 [len(indices), c, h, w] in [0, 1]."""

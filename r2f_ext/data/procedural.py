@@ -91,12 +91,22 @@ def procedural_images(
         raise R2FError(f"procedural images need count >= 0 and seed >= 0, got count {count} and seed {seed}.")
     if channels not in (1, 3) or min(height, width) < 8:
         raise R2FError(f"procedural images need 1 or 3 channels and sides of at least 8, got {tuple(shape)}.")
-    chunk = max(1, min(CHUNK, CHUNK_PIXELS // (height * width)))
+    chunk = chunk_size(shape)
     out = torch.empty((count, *shape), dtype=torch.uint8, device=device)
     for index, start in enumerate(range(0, count, chunk)):
         part = out[start : start + chunk]
         part.copy_(_chunk(index, chunk, shape, seed, part.device)[: len(part)])
     return out
+
+
+def chunk_size(shape: tuple[int, int, int]) -> int:
+    """Images of one chunk, which share one stream of random numbers."""
+    return max(1, min(CHUNK, CHUNK_PIXELS // (shape[1] * shape[2])))
+
+
+def chunk_of(index: int, shape: tuple[int, int, int], seed: int, device: str | torch.device = "cpu") -> Tensor:
+    """Images `index * chunk_size(shape)` and on of `procedural_images`, uint8 [chunk_size(shape), c, h, w]."""
+    return _chunk(index, chunk_size(shape), shape, seed, torch.device(device))
 
 
 def procedural_labels(count: int, num_classes: int, seed: int = 0) -> Tensor:

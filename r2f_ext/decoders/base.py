@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.pairs import PairSource
 from r2f_ext.progress import Advance
 from r2f_ext.types import Gradient, LoraUpdate, PairBatch
@@ -19,6 +20,8 @@ Updates = dict[str, Tensor]
 
 class Decoder(ABC):
     """Maps updates of all layers to full gradients; each layer has its own map, fitted to one A.
+
+    The layers are those of the pairs' target: batches may hold updates of more layers, which a map may read.
 
     Decoders are homogeneous: decode(c * u) = c * decode(u). The unknown learning rate of a victim
     therefore scales its decoded gradient and nothing else.
@@ -48,31 +51,53 @@ class Decoder(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """What `save` writes: name -> tensor. `load_state` of a decoder of the same kind takes it back."""
+        """What is saved: name -> tensor. `load_state` of a decoder of the same kind takes it back.
+
+        The states of decoders of different layers of the same pairs, put together, are the state of one of all layers.
+        """
 
     @abstractmethod
     def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
-        """Restore a fitted decoder; `pairs` are those that it was fitted to."""
+        """Restore a fitted decoder for the layers of `pairs.target`; `pairs` are those that it was fitted to."""
 
 
-def fit_together(pairs: PairSource, count: int, advance: Advance = lambda units: None) -> list[Decoder]:
-    """Fit one decoder of every kind to the first `count` pairs in a single walk."""
+def fit_together(
+    pairs: PairSource, count: int, advance: Advance = lambda units: None, checkpoint: Checkpoint | None = None
+) -> list[Decoder]:
+    """Fit one decoder of every kind to the first `count` pairs in a single walk.
+
+    Args:
+        checkpoint: takes each kind as soon as it is fitted, and gives back those that it has.
+    """
     from r2f_ext.decoders import KINDS
 
-    decoders = [kind() for kind in KINDS.values()]
-    _fit(decoders, pairs, count, advance)
-    return decoders
+    decoders = {kind: make() for kind, make in KINDS.items()}
+    there = [kind for kind in decoders if checkpoint is not None and checkpoint.holds(kind)]
+    for kind in there:
+        assert checkpoint is not None
+        decoders[kind].load_state(checkpoint.load(kind, pairs.target.base.device), pairs)
+    missing = [decoder for kind, decoder in decoders.items() if kind not in there]
+    _fit(missing, pairs, count, advance, checkpoint)
+    return list(decoders.values())
 
 
-def _fit(decoders: Sequence[Decoder], pairs: PairSource, count: int, advance: Advance = lambda units: None) -> None:
+def _fit(
+    decoders: Sequence[Decoder],
+    pairs: PairSource,
+    count: int,
+    advance: Advance = lambda units: None,
+    checkpoint: Checkpoint | None = None,
+) -> None:
     for decoder in decoders:
         decoder.start(pairs, count)
-    for batch in pairs.batches(0, count):
+    for batch in pairs.batches(0, count) if decoders else ():
         for decoder in decoders:
             decoder.observe(batch)
         advance(len(batch.labels))
     for decoder in decoders:
         decoder.finish()
+        if checkpoint is not None:
+            checkpoint.save(decoder.kind, decoder.state())
 
 
 def stack_updates(adapters: list[LoraUpdate]) -> Updates:

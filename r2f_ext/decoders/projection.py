@@ -28,10 +28,10 @@ class Projection(Decoder):
         pass
 
     def decode(self, updates: Updates) -> Gradient:
-        return Gradient({name: update @ self.maps[name] for name, update in updates.items()})
+        return Gradient({name: updates[name] @ each for name, each in self.maps.items()})
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.maps)
 
     def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
-        self.maps = dict(state)
+        self.maps = {name: state[name] for name in pairs.target.names}

@@ -32,11 +32,11 @@ class Ridge(Decoder):
 
     def start(self, pairs: PairSource, count: int) -> None:
         self.pairs = pairs
-        self.collected: dict[str, list[Tensor]] = {name: [] for name in pairs.target.names}
+        self.collected: dict[str, list[Tensor]] = {}  # of every layer that the pairs have updates of
 
     def observe(self, batch: PairBatch) -> None:
         for name, update in batch.updates.items():
-            self.collected[name].append(update.flatten(1))
+            self.collected.setdefault(name, []).append(update.flatten(1))
 
     def finish(self) -> None:
         self.fit_updates({name: torch.cat(parts) for name, parts in self.collected.items()}, self.pairs)
@@ -49,6 +49,8 @@ class Ridge(Decoder):
         self.units = {name: u / self.norms[name][:, None] for name, u in updates.items()}
         self.factors = {}
         for name, kernel in _mix({name: gram(unit) for name, unit in self.units.items()}, self.own).items():
+            if name not in pairs.target.names:
+                continue
             # float32 is enough: lambda keeps the smallest eigenvalues well above its rounding.
             kernel.diagonal().add_(self.ridge)
             self.factors[name] = torch.linalg.cholesky(kernel)
@@ -59,8 +61,8 @@ class Ridge(Decoder):
         norms = {name: u.norm(dim=1, keepdim=True).clamp_min(1e-30) for name, u in flat.items()}
         kernels = _mix({name: (u / norms[name]) @ self.units[name].mT for name, u in flat.items()}, self.own)
         weights = {}
-        for name, kernel in kernels.items():
-            dual = torch.cholesky_solve(kernel.mT, self.factors[name]).mT
+        for name, factor in self.factors.items():
+            dual = torch.cholesky_solve(kernels[name].mT, factor).mT
             weights[name] = dual * norms[name] / self.norms[name]
         return weights
 

@@ -28,7 +28,8 @@ class RowLMMSE(Decoder):
 
     def observe(self, batch: PairBatch) -> None:
         """Add to the normal equations over all rows of all pairs, each pair scaled to a unit update."""
-        for name, update in batch.updates.items():
+        for name in self.left:
+            update = batch.updates[name]
             norm = update.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None]
             unit = update / norm
             rows = unit.flatten(0, 1)
@@ -44,10 +45,10 @@ class RowLMMSE(Decoder):
             self.maps[name] = torch.linalg.solve(damped, self.right[name]).float()
 
     def decode(self, updates: Updates) -> Gradient:
-        return Gradient({name: update @ self.maps[name].to(update.device) for name, update in updates.items()})
+        return Gradient({name: updates[name] @ each.to(updates[name].device) for name, each in self.maps.items()})
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.maps)
 
     def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
-        self.maps = dict(state)
+        self.maps = {name: state[name] for name in pairs.target.names}

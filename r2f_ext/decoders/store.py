@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from r2f_ext.decoders.base import Decoder
 from r2f_ext.errors import R2FError
@@ -23,17 +24,17 @@ SCHEMA = 1
 RECORD = "decoders.json"
 
 
-def save_decoders(folder: Path, decoders: list[Decoder], pairs: StoredPairs, count: int) -> None:
-    """Write fitted decoders; decoders.json comes last, and an older one goes first."""
+def save_decoders(folder: Path, states: dict[str, dict[str, Tensor]], pairs: StoredPairs, count: int) -> None:
+    """Write fitted decoders, kind -> `state()`; decoders.json comes last, and an older one goes first."""
     (folder / RECORD).unlink(missing_ok=True)
-    for decoder in decoders:
-        write_tensors(folder / f"{decoder.kind}.safetensors", decoder.state())
+    for kind, state in states.items():
+        write_tensors(folder / f"{kind}.safetensors", state)
     record = {
         "schema": SCHEMA,
-        "kinds": [decoder.kind for decoder in decoders],
+        "kinds": list(states),
         "pairs": pairs.fingerprint,
         "count": count,
-        "sha256": {decoder.kind: sha256(folder / f"{decoder.kind}.safetensors") for decoder in decoders},
+        "sha256": {kind: sha256(folder / f"{kind}.safetensors") for kind in states},
     }
     write_text(folder / RECORD, json.dumps(record, indent=2))
 

@@ -1,8 +1,10 @@
 """(LoRA update, full gradient) pairs: generated in batches, simulated over many steps, streamed, stored in shards."""
 
 from r2f_ext.pairs.generate import GeneratedPairs, PairSource
-from r2f_ext.pairs.shards import ReprojectedPairs, StoredPairs, WritablePairs, write_pairs
+from r2f_ext.pairs.shards import WritablePairs, write_pairs
 from r2f_ext.pairs.simulation import SimulatedPairs, Training, Victims, simulate
+from r2f_ext.pairs.starts import random_a
+from r2f_ext.pairs.stored import ReprojectedPairs, StoredPairs
 
 __all__ = [
     "GeneratedPairs",
@@ -13,6 +15,7 @@ __all__ = [
     "Training",
     "Victims",
     "WritablePairs",
+    "random_a",
     "simulate",
     "write_pairs",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2f_ext.capture.hooks import Capture, as_tokens
-from r2f_ext.data import ImageSet
+from r2f_ext.data import ProxyImages
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256_of
 from r2f_ext.ops import lora_grad
+from r2f_ext.pairs.generate import PRECISIONS, need_images, recipe_of, samples_of
+from r2f_ext.pairs.memory import SampleBytes, budget, sample_bytes
+from r2f_ext.pairs.starts import random_a
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
-SAMPLES_AT_ONCE = 100  # of one forward and backward
-SAMPLES_KEPT = 400  # of all steps: their factors are held until the last step, 1.6 MB a sample of the embedded model
+SAMPLES_AT_ONCE = 100  # of one forward and backward, at most
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # done share of the training in [0, 1) -> factor of the step size
     "constant": lambda done: 1.0,
@@ -78,6 +81,11 @@ class Training:
                 raise R2FError(f"the victims' training cannot be simulated: {sentence}.")
 
     @property
+    def plain_step(self) -> bool:
+        """Whether it is one step of plain SGD: B_1 = -lr s G A^T, whatever the rest says."""
+        return self.steps == 1 and self.optimizer == "sgd" and self.weight_decay == 0 and self.dropout == 0
+
+    @property
     def owned(self) -> int:
         """Images of one victim."""
         return self.batch if self.samples is None else self.samples
@@ -103,7 +111,8 @@ class Victims:
     Attributes:
         a: name -> A after the last step [P, r, d_in]; b: name -> B [P, d_out, r].
         gradient: the full gradients of the adapted layers' weights, averaged over the steps, as factors
-            [P, T * b * tokens, .]: what a decoder is to find (the seed's Eq. 6).
+            [P, T * b * tokens, .], or written out (`FactoredGradient.of_dense`): what a decoder is to find (the seed's
+            Eq. 6).
     """
 
     a: dict[str, Tensor]
@@ -114,8 +123,8 @@ class Victims:
 class AdaptedCapture(Capture):
     """Capture on a model whose layers carry one adapter a group; `b` is None while every B is still zero."""
 
-    def __init__(self, target: Target, a: dict[str, Tensor], dropout: float) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, a: dict[str, Tensor], dropout: float, dtype: torch.dtype) -> None:
+        super().__init__(target, dtype)
         self.a, self.dropout = a, dropout
         self.b: dict[str, Tensor] | None = None
         self.adapter_inputs: dict[str, Tensor] = {}  # name -> what A saw [P, b * tokens, d_in]
@@ -125,46 +134,71 @@ class AdaptedCapture(Capture):
         record = super()._hook(name)
 
         def adapt(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            a = self.a[name]
+            if self.b is None and not self.dropout:
+                return record(module, args, output)
             tokens = as_tokens(module, args[0])
-            x = F.dropout(tokens.reshape(len(a), -1, tokens.shape[-1]), self.dropout)
-            self.adapter_inputs[name] = x.detach()
+            x = tokens.reshape(len(self.a[name]), -1, tokens.shape[-1])
+            if self.dropout:
+                x = F.dropout(x, self.dropout)
+                self.adapter_inputs[name] = x.detach()
             if self.b is None:
                 return record(module, args, output)
-            b = self.b[name]
-            update = ((x @ a.mT) @ b.mT).mul_(self._scales[name]).reshape(len(output), -1, b.shape[1])
-            update = update.mT if isinstance(module, nn.Conv2d) else update
-            return record(module, args, output + update.reshape(output.shape))
+            y = output.flatten(2).mT if isinstance(module, nn.Conv2d) else output
+            # One product with the sum and the scale inside: y + s (x A^T) B^T.
+            adapted = torch.baddbmm(
+                y.reshape(*x.shape[:2], -1), x @ self.a[name].mT, self.b[name].mT, alpha=self._scales[name]
+            ).reshape(y.shape)
+            adapted = adapted.mT.reshape(output.shape) if isinstance(module, nn.Conv2d) else adapted
+            return record(module, args, adapted)
 
         return adapt
 
 
 def simulate(
-    target: Target, a: dict[str, Tensor], images: Tensor, labels: Tensor, training: Training, seed: int = 0
+    target: Target,
+    a: dict[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    training: Training,
+    seed: int = 0,
+    b: dict[str, Tensor] | None = None,
+    dense: bool = False,
+    precision: str = "float32",
 ) -> Victims:
-    """Train P victims from PEFT's start, B = 0.
+    """Train P victims.
 
     Args:
         a: name -> A at the start, [r, d_in] for all or [P, r, d_in].
         images: [P, training.owned, c, h, w] in [0, 1]; labels: [P, training.owned] int64.
         seed: of the dropout. With dropout a victim equals one of PEFT's in distribution only.
+        b: name -> B at the start, [d_out, r] for all or [P, d_out, r]; None is PEFT's start, B = 0.
+        dense: write the average gradient out, [P, d_out, d_in] a layer: less memory than its factors where
+            T * b * tokens > d_out d_in / (d_out + d_in).
+        precision: "float32" (the model's own), or "bfloat16" to run the model under autocast. The factors that train
+            stay in the images' dtype.
     """
     victims, dtype = len(labels), images.dtype
-    a = {name: each.to(dtype).expand(victims, *each.shape[-2:]).clone() for name, each in a.items()}
-    b = {
-        layer.name: images.new_zeros(victims, layer.d_out, a[layer.name].shape[1], device=a[layer.name].device)
-        for layer in target.layers
-    }
+
+    def stacked(factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: each.to(dtype).expand(victims, *each.shape[-2:]).clone() for name, each in factors.items()}
+
+    starts_at_zero = b is None
+    zero = {layer.name: a[layer.name].new_zeros(layer.d_out, a[layer.name].shape[-2]) for layer in target.layers}
+    a, b = stacked(a), stacked(zero if b is None else b)
     optimizer = training.optimizer_of([*a.values(), *b.values()])
-    average = _Average(training.steps)
-    with torch.random.fork_rng(), AdaptedCapture(target, a, training.dropout) as capture:
+    average = _Average(training.steps, dense)
+    with torch.random.fork_rng(), AdaptedCapture(target, a, training.dropout, PRECISIONS[precision]) as capture:
         torch.manual_seed(seed)
+        capture.b = None if starts_at_zero else b
         for step, rate in enumerate(training.rates()):
             index = training.batch_of(step)
             gradient = capture(images[:, index], labels[:, index])
+            if precision != "float32":
+                gradient = gradient.float32()
+            seen = capture.adapter_inputs if training.dropout else gradient.x
             for layer in target.layers:
                 found = lora_grad(
-                    capture.adapter_inputs[layer.name],
+                    seen[layer.name].to(dtype),
                     gradient.delta[layer.name],
                     a[layer.name],
                     None if capture.b is None else b[layer.name],
@@ -176,18 +210,24 @@ def simulate(
             optimizer.step()
             capture.b = b
             average.add(step, gradient)
-    assert average.kept is not None
-    return Victims(a, b, average.kept)
+    return Victims(a, b, average.result())
 
 
 class _Average:
-    """sum_t delta_t^T x_t / T as one pair of factors: the steps' tokens side by side."""
+    """sum_t delta_t^T x_t / T, as one pair of factors (the steps' tokens side by side) or written out."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, dense: bool) -> None:
         self.steps = steps
+        self.dense: dict[str, Tensor] | None = {} if dense else None
         self.kept: FactoredGradient | None = None
 
     def add(self, step: int, gradient: FactoredGradient) -> None:
+        if self.dense is not None:
+            for name, x in gradient.x.items():
+                delta = gradient.delta[name]
+                total = self.dense.setdefault(name, x.new_zeros(len(x), delta.shape[2], x.shape[2]))
+                total.baddbmm_(delta.mT, x, alpha=1 / self.steps)
+            return
         if self.steps == 1:
             self.kept = gradient
             return
@@ -198,6 +238,12 @@ class _Average:
             self.kept.x[name][:, tokens] = x
             torch.div(gradient.delta[name], self.steps, out=self.kept.delta[name][:, tokens])
 
+    def result(self) -> FactoredGradient:
+        if self.dense is not None:
+            return FactoredGradient.of_dense(self.dense)
+        assert self.kept is not None
+        return self.kept
+
     def _room(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.new_empty(len(t), self.steps * t.shape[1], t.shape[2]) for name, t in tensors.items()}
 
@@ -205,7 +251,8 @@ class _Average:
 class SimulatedPairs:
     """Pairs of (what training did to B, average full gradient), made as they are walked through.
 
-    The update kept is -B_T / sum of the step sizes: for one step of plain SGD exactly the s G A^T of GeneratedPairs.
+    The update kept is (B_0 - B_T) / sum of the step sizes: for one step of plain SGD from PEFT's start exactly the
+    s G A^T of GeneratedPairs. A_T is kept beside it.
 
     Args:
         target: base model and adapted layers.
@@ -213,20 +260,29 @@ class SimulatedPairs:
         proxy: images and labels; victim i owns samples i * n to (i + 1) * n - 1, n = training.owned.
         training: how each victim trains.
         seed: of the dropout.
+        b: name -> the B that all start from [d_out, r]; None is PEFT's start, B = 0.
+        own_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
+        dense, precision: see `simulate`.
 
     Raises:
         R2FError: the proxy has too few images for two victims.
     """
 
     def __init__(
-        self, target: Target, a: dict[str, Tensor], proxy: ImageSet, training: Training, seed: int = 0
+        self,
+        target: Target,
+        a: dict[str, Tensor],
+        proxy: ProxyImages,
+        training: Training,
+        seed: int = 0,
+        b: dict[str, Tensor] | None = None,
+        own_a: int | None = None,
+        dense: bool = False,
+        precision: str = "float32",
     ) -> None:
-        if len(proxy) < 2 * training.owned:
-            raise R2FError(
-                f"proxy '{proxy.name}' has {len(proxy)} images: at least {2 * training.owned} are needed, "
-                "thousands for a good decoder."
-            )
-        self.target, self.a, self.proxy, self.training, self.seed = target, a, proxy, training, seed
+        need_images(proxy, training.owned)
+        self.target, self.a, self.b, self.proxy, self.training, self.seed = target, a, b, proxy, training, seed
+        self.own_a, self.dense, self.precision = own_a, dense, precision
         self.group_size = training.owned
 
     def __len__(self) -> int:
@@ -235,20 +291,44 @@ class SimulatedPairs:
     @property
     def recipe(self) -> dict[str, Any]:
         """How the pairs are made: for manifests."""
-        proxy = {"proxy": self.proxy.name, "proxy_sha256": sha256_of([self.proxy.images, self.proxy.labels])}
-        return {**proxy, "group_size": self.group_size, "training": asdict(self.training), "seed": self.seed}
+        made = recipe_of(self.proxy, self.group_size, self.own_a)
+        if self.b is not None:
+            made["b_sha256"] = sha256_of(self.b.values())
+        return {**made, "training": asdict(self.training), "seed": self.seed, "precision": self.precision}
+
+    @cached_property
+    def _sample(self) -> SampleBytes:
+        return sample_bytes(self.target)
+
+    @property
+    def at_once(self) -> int:
+        """Victims that train together: of what they keep, and of what a pass needs, no more than the budget."""
+        room, batch = budget(self.target.base.device), self.training.batch
+        kept = self._sample.factors * batch * self.training.steps
+        if self.dense:
+            size = next(self.target.base.model.parameters()).element_size()
+            kept = size * sum(layer.d_out * layer.d_in for layer in self.target.layers)
+        samples = min(SAMPLES_AT_ONCE, room // self._sample.in_pass)
+        return max(1, min(samples // batch, room // kept))
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
-        stop = len(self) if stop is None else min(stop, len(self))
-        device, size = self.target.base.device, self.group_size
-        batch = self.training.batch
-        at_once = max(1, min(SAMPLES_AT_ONCE // batch, SAMPLES_KEPT // (batch * self.training.steps)))
+        stop, at_once = len(self) if stop is None else min(stop, len(self)), self.at_once
+        rate = sum(self.training.rates())
         for first in range(start, stop, at_once):
             groups = min(at_once, stop - first)
-            index = torch.arange(first * size, (first + groups) * size)
-            images = self.proxy.batch(index).to(device).unflatten(0, (groups, size))
-            labels = self.proxy.labels[index].to(device).unflatten(0, (groups, size))
-            victims = simulate(self.target, self.a, images, labels, self.training, self.seed + first)
-            rate = sum(self.training.rates())
-            updates = {name: b.detach() / -rate for name, b in victims.b.items()}
-            yield PairBatch(updates, victims.gradient, images, labels)
+            images, labels = samples_of(self.proxy, first, groups, self.group_size, self.target.base.device)
+            a0 = None if self.own_a is None else random_a(self.target, self.own_a, first, groups)
+            victims = simulate(
+                self.target,
+                self.a if a0 is None else a0,
+                images,
+                labels,
+                self.training,
+                self.seed + first,
+                self.b,
+                self.dense,
+                self.precision,
+            )
+            updates = {name: (b if self.b is None else b - self.b[name]) / -rate for name, b in victims.b.items()}
+            a = None if self.training.plain_step and self.b is None else victims.a
+            yield PairBatch(updates, victims.gradient, images, labels, a0, a)

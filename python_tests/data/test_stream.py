@@ -1,0 +1,38 @@
+"""A stream of procedural images against the set that is held whole."""
+
+import pytest
+import torch
+
+from r2f_ext.data import ProceduralStream, load_images
+from r2f_ext.errors import R2FError
+
+
+def test_the_stream_gives_the_images_of_the_set():
+    whole = load_images("procedural", count=600, num_classes=7, seed=3)
+    stream = ProceduralStream(600, (3, 32, 32), 7, 3)
+    assert len(stream) == 600 and torch.equal(stream.labels, whole.labels) and stream.name == whole.name
+    for rows in (torch.arange(100), torch.arange(480, 530), torch.tensor([590, 3, 599, 4])):
+        assert torch.equal(stream.batch(rows), whole.batch(rows))
+        assert len(stream._chunks) <= 2
+
+
+def test_what_decides_the_images_decides_the_fingerprint():
+    streams = [
+        ProceduralStream(*made)
+        for made in (
+            (10, (3, 32, 32), 5, 0),
+            (11, (3, 32, 32), 5, 0),
+            (10, (1, 32, 32), 5, 0),
+            (10, (3, 32, 32), 6, 0),
+            (10, (3, 32, 32), 5, 1),
+        )
+    ]
+    assert len({stream.fingerprint for stream in streams}) == 5
+    assert ProceduralStream(10, (3, 32, 32), 5, 0).fingerprint == streams[0].fingerprint
+
+
+def test_what_cannot_be_made_is_refused():
+    with pytest.raises(R2FError, match="seed -1"):
+        ProceduralStream(10, (3, 32, 32), 5, -1)
+    with pytest.raises(R2FError, match="sides of at least 8"):
+        ProceduralStream(10, (3, 4, 4), 5, 0)

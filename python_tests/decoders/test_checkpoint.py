@@ -1,0 +1,109 @@
+"""Finished decoders are kept, and a fit goes on from them."""
+
+import json
+
+import pytest
+import torch
+from cases import LINEAR, proxy_set, target_of, tiny_base
+
+from r2f_ext.decoders import KINDS
+from r2f_ext.decoders.base import fit_together
+from r2f_ext.decoders.checkpoint import Checkpoint
+from r2f_ext.errors import R2FError
+from r2f_ext.pairs import GeneratedPairs
+
+STATE = {
+    "a.b": torch.randn(3, 4),
+    "numbers": torch.tensor([1.0, 2.0], dtype=torch.float64),
+    "half": torch.ones(2, dtype=torch.bfloat16),
+    "rows": torch.arange(5),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    base = tiny_base(torch.float32)
+    target = target_of(base, LINEAR)
+    a = {layer.name: torch.randn(layer.rank, layer.d_in) / 5 for layer in target.layers}
+    return GeneratedPairs(target, a, proxy_set(40, base))
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    checkpoint = Checkpoint(tmp_path, "these pairs")
+    assert not checkpoint.holds("ridge")
+    checkpoint.save("ridge", STATE)
+    assert checkpoint.holds("ridge") and not checkpoint.holds("projection")
+    found = checkpoint.load("ridge", CPU)
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in STATE.items())
+    assert not list((tmp_path / "unfinished").rglob("*.metadata"))  # torch pickles that file: safetensors need none
+    checkpoint.save("ridge", {"other": torch.ones(1)})
+    assert list(checkpoint.load("ridge", CPU)) == ["other"]
+    checkpoint.clear()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["other pairs", "nonsense", "unfinished"])
+def test_what_is_not_whole_or_of_other_pairs_is_not_taken_over(damage, tmp_path):
+    Checkpoint(tmp_path, "these pairs").save("ridge", STATE)
+    record = tmp_path / "unfinished" / "ridge.json"
+    if damage == "nonsense":
+        record.write_text("[]")
+    elif damage == "unfinished":
+        record.unlink()
+    assert not Checkpoint(tmp_path, "others" if damage == "other pairs" else "these pairs").holds("ridge")
+
+
+def test_a_fit_goes_on_from_the_kinds_that_are_finished(pairs, tmp_path, monkeypatch):
+    expected = {decoder.kind: decoder for decoder in fit_together(pairs, 30)}
+    last = list(KINDS)[-1]
+
+    def killed(decoder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(KINDS[last], "finish", killed)
+        fit_together(pairs, 30, checkpoint=Checkpoint(tmp_path, "x"))
+    kept = [path.stem for path in (tmp_path / "unfinished").glob("*.json")]
+    assert sorted(kept) == sorted(set(KINDS) - {last})
+    for kind in kept:
+        monkeypatch.setattr(KINDS[kind], "start", lambda *args: pytest.fail("fitted again"))
+    for decoder in fit_together(pairs, 30, checkpoint=Checkpoint(tmp_path, "x")):
+        for name, tensor in expected[decoder.kind].state().items():
+            assert torch.equal(decoder.state()[name], tensor)
+
+
+def test_layers_fitted_apart_make_the_decoders_fitted_together(pairs, tmp_path):
+    from r2f_ext.pairs import StoredPairs, write_pairs
+
+    write_pairs(pairs, 40, tmp_path, lambda units: None)
+    stored = StoredPairs(tmp_path, pairs.target.base)
+    whole = {decoder.kind: decoder for decoder in fit_together(stored, 30)}
+    updates = stored.updates(30, 40)
+    for name in LINEAR:
+        for part in fit_together(stored.only((name,)), 30):
+            decoded = part.decode(updates).dense
+            assert list(decoded) == [name]
+            torch.testing.assert_close(
+                decoded[name], whole[part.kind].decode(updates).dense[name], rtol=1e-5, atol=1e-9
+            )
+            for key, tensor in part.state().items():
+                assert torch.equal(whole[part.kind].state()[key], tensor)
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(R2FError, match="No space left on device"):
+        Checkpoint(tmp_path, "x").save("ridge", STATE)
+    assert not Checkpoint(tmp_path, "x").holds("ridge")
+
+
+def test_a_record_is_plain(tmp_path):
+    Checkpoint(tmp_path, "these pairs").save("ridge", STATE)
+    assert json.loads((tmp_path / "unfinished" / "ridge.json").read_text()) == {"fitted_to": "these pairs"}

@@ -1,0 +1,54 @@
+"""How many samples go through a base at once."""
+
+import torch
+from cases import LINEAR, proxy_set, target_of, tiny_base
+from torch import nn
+
+from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, memory
+from r2f_ext.pairs.memory import sample_bytes
+from r2f_ext.types import AdaptedLayer, BaseModel, Target
+
+
+def test_a_sample_of_a_model_counted_by_hand():
+    """x -> first (adapted) -> GELU -> last: GELU keeps its input, cross-entropy its log-probabilities."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.GELU(), nn.Linear(30, 5)).requires_grad_(False)
+    base = BaseModel(model, "toy", (3, 4, 4), (0.5,) * 3, (0.5,) * 3, 5)
+    found = sample_bytes(Target(base, (AdaptedLayer("1", 30, 48, 4, 1.0),)))
+    assert found.factors == 4 * (48 + 30)
+    assert 0 <= found.in_pass - found.factors - 4 * (30 + 5) <= 64  # the loss keeps a few scalars and the label
+
+
+def test_factors_are_counted_exactly():
+    base = tiny_base(torch.float32)
+    target = target_of(base, LINEAR)
+    (batch,) = GeneratedPairs(
+        target, {n: torch.randn(4, target.layer(n).d_in) for n in LINEAR}, proxy_set(2, base)
+    ).batches()
+    tensors = [*batch.gradients.x.values(), *batch.gradients.delta.values()]
+    found = sample_bytes(target)
+    assert found.factors == sum(t.numel() * 4 for t in tensors) / 2 and found.in_pass > found.factors
+
+
+def test_passes_shrink_with_the_budget(monkeypatch):
+    base = tiny_base(torch.float32)
+    target, proxy = target_of(base, LINEAR), proxy_set(400, base)
+    a = {name: torch.randn(4, target.layer(name).d_in) for name in LINEAR}
+    cost = sample_bytes(target)
+    assert GeneratedPairs(target, a, proxy).at_once == 100
+    monkeypatch.setattr(memory, "CPU_BYTES", 12 * cost.in_pass)
+    assert GeneratedPairs(target, a, proxy).at_once == 12
+    assert GeneratedPairs(target, a, proxy, group_size=5).at_once == 2
+    assert [len(b.labels) for b in GeneratedPairs(target, a, proxy).batches(0, 30)] == [12, 12, 6]
+    kept = 12 * cost.in_pass // (cost.factors * 10)
+    assert SimulatedPairs(target, a, proxy, Training(steps=10)).at_once == min(12, kept)
+    monkeypatch.setattr(memory, "CPU_BYTES", 1)
+    assert GeneratedPairs(target, a, proxy).at_once == 1  # it must go on somehow
+
+
+def test_dense_averages_do_not_grow_with_the_steps():
+    base = tiny_base(torch.float32)
+    target, proxy = target_of(base, LINEAR), proxy_set(4, base)
+    a = {name: torch.randn(4, target.layer(name).d_in) for name in LINEAR}
+    long = Training(steps=10**6)
+    assert SimulatedPairs(target, a, proxy, long).at_once == 1
+    assert SimulatedPairs(target, a, proxy, long, dense=True).at_once == 100

@@ -1,0 +1,102 @@
+"""One command on several processes, as torchrun starts them; in a single process all of this does nothing.
+
+gloo on CPUs; with --device cuda NCCL beside it, one GPU a process. Stages divide their work by `rank()` and
+`world_size()`: pairs by shards of victims, decoders by layers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from r2f_ext.errors import R2FError
+
+TIMEOUT = timedelta(hours=12)  # one process may have the slowest layer; one that dies is noticed at once
+
+
+def wanted() -> bool:
+    """Whether torchrun started this process together with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def rank() -> int:
+    """Which of the processes this is; 0 writes what all have made."""
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _active() else 1
+
+
+def device_of(kind: str) -> str:
+    """The device of this process: on GPUs, one each."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" and wanted() else kind
+
+
+@contextmanager
+def processes(cuda: bool) -> Iterator[None]:
+    """Join the other processes, if there are any, for as long as the context lasts.
+
+    Raises:
+        R2FError: another process of the run has died or never came.
+    """
+    if not wanted():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stopped)  # how torchrun ends the others when one has died
+    try:
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise R2FError(f"the processes of this run do not find one another ({error}): start it again.") from error
+        yield
+        dist.destroy_process_group()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def barrier() -> None:
+    """Wait until every process is here.
+
+    Raises:
+        R2FError: one of them has died.
+    """
+    gather(None)
+
+
+def gather(part: Any) -> list[Any]:
+    """Every process's `part` (plain data), in the order of ranks, on every process.
+
+    Raises:
+        R2FError: one of them has died.
+    """
+    if not _active():
+        return [part]
+    parts: list[Any] = [None] * world_size()
+    try:
+        dist.all_gather_object(parts, part)
+    except RuntimeError as error:
+        raise lost() from error
+    return parts
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def lost() -> R2FError:
+    """What to say when another process does not answer any more."""
+    return R2FError(
+        "another process of this run has died: run the same command again, and it goes on from what is finished."
+    )
+
+
+def _stopped(number: int, frame: FrameType | None) -> NoReturn:
+    raise lost()

@@ -1,0 +1,218 @@
+"""Pairs read back from disk, and made from those on disk for another adapter."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from r2f_ext.errors import R2FError
+from r2f_ext.files import sha256, sha256_of
+from r2f_ext.pairs.generate import project
+from r2f_ext.pairs.shards import SCHEMA, shard_names
+from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
+
+
+class StoredPairs:
+    """Pairs read back from a folder, for the same base.
+
+    Attributes:
+        a: name -> A that the victims started from [r, d_in]; b: name -> B likewise, None for B = 0.
+        target: its layers' gradients are read; updates are of all layers of the folder.
+
+    Raises:
+        R2FError: no manifest (an unfinished run), another schema, or shards that are missing or changed.
+    """
+
+    def __init__(self, folder: str | Path, base: BaseModel) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            raise R2FError(f"'{folder}' holds no finished pairs (no manifest.json): run r2f pairs --out '{folder}'.")
+        try:
+            self.manifest = json.loads(path.read_text())
+            if self.manifest["schema"] != SCHEMA:
+                raise R2FError(
+                    f"{path} has schema {self.manifest['schema']}, this version reads {SCHEMA}: make it anew."
+                )
+            if self.manifest["base"] != base.spec:
+                raise R2FError(
+                    f"the pairs in '{folder}' were made on base '{self.manifest['base']}', not '{base.spec}': "
+                    "pass the same --base."
+                )
+            layers = tuple(AdaptedLayer(**layer) for layer in self.manifest["layers"])
+            shards = self.manifest["shards"]
+            self._digests: dict[str, str] = {}
+            for shard, record in enumerate(shards):
+                if record["name"] != shard_names(shard)[0]:
+                    raise ValueError(record["name"])
+                self._digests |= dict(
+                    zip(shard_names(shard), (record["sha256"], record["factors_sha256"]), strict=True)
+                )
+            self._counts = [int(record["count"]) for record in shards]
+            self.at_once = int(self.manifest["at_once"])
+            self.dense = bool(self.manifest["dense"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise R2FError(f"{path} is damaged: run r2f pairs again.") from error
+        self.target = Target(base, layers)
+        self._all_names = self.target.names
+        self._verified: set[str] = set()
+        self.a, self.b = self._start()
+        self.fingerprint = hashlib.sha256("".join(self._digests.values()).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def only(self, names: tuple[str, ...]) -> StoredPairs:
+        """The same pairs with the gradients of some layers (the others are not read), and the updates of all."""
+        some = copy.copy(self)
+        some.target = replace(self.target, layers=tuple(self.target.layer(name) for name in names))
+        return some
+
+    def factors_file(self, shard: int) -> Path:
+        """The file of a shard's gradients."""
+        return self.folder / shard_names(shard)[1]
+
+    def updates(self, start: int, stop: int) -> dict[str, Tensor]:
+        """name -> updates [stop - start, d_out, r]."""
+        keys = {f"update/{name}": name for name in self._all_names}
+        parts = [self._read(shard_names(shard)[0], list(keys), rows) for shard, rows in self._rows(start, stop)]
+        return {name: torch.cat([part[key] for part in parts]) for key, name in keys.items()}
+
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """Images [n, c, h, w] in [0, 1] and labels [n] of pairs of one sample each.
+
+        Raises:
+            R2FError: the pairs are of larger groups.
+        """
+        if self.manifest["group_size"] != 1:
+            raise R2FError("the amortised route needs pairs of one sample each: make them with group size 1.")
+        keys = ["images", "labels"]
+        parts = [self._read(shard_names(shard)[0], keys, rows) for shard, rows in self._rows(0, len(self))]
+        images = torch.cat([part["images"][:, 0] for part in parts])
+        return images.float().div_(255), torch.cat([part["labels"][:, 0] for part in parts])
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
+        names = self.target.names
+        for shard, rows in self._rows(start, len(self) if stop is None else stop):
+            pairs, factors = shard_names(shard)
+            own = [f"a0/{name}" for name in self._all_names] if "own_a" in self.manifest else []
+            found = self._read(
+                pairs, [*(f"update/{name}" for name in self._all_names), *own, "images", "labels"], rows, ("a/",)
+            )
+            if self.dense:
+                dense = self._read(factors, [f"gradient/{name}" for name in names], rows)
+                gradient = FactoredGradient.of_dense({n: dense[f"gradient/{n}"].float() for n in names})
+            else:
+                read = self._read(factors, [f"{part}/{name}" for part in ("x", "delta") for name in names], rows)
+                gradient = FactoredGradient(
+                    {n: read[f"x/{n}"] for n in names}, {n: read[f"delta/{n}"] for n in names}
+                ).float32()
+            yield PairBatch(
+                _part(found, "update/"),
+                gradient,
+                found["images"].float().div_(255),
+                found["labels"],
+                _part(found, "a0/") or None,
+                _part(found, "a/") or None,
+            )
+
+    def _rows(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """Which rows of which shards hold the pairs `start` to `stop`."""
+        first = 0
+        for shard, count in enumerate(self._counts):
+            low, high = max(start, first), min(stop, first + count)
+            if low < high:
+                yield shard, slice(low - first, high - first)
+            first += count
+
+    def _read(
+        self, name: str, keys: list[str], rows: slice | None, prefixes: tuple[str, ...] = ()
+    ) -> dict[str, Tensor]:
+        """Rows of the tensors `keys`, and of those whose names begin with a prefix, of one file.
+
+        The SHA-256 of a shard is compared with the manifest's the first time.
+        """
+        path = self.folder / name
+        try:
+            if name in self._digests and name not in self._verified:
+                if sha256(path) != self._digests[name]:
+                    raise ValueError(name)
+                self._verified.add(name)
+            with safe_open(path, "pt", device=str(self.target.base.device)) as file:
+                wanted = [*keys, *(key for key in file.keys() if key.startswith(prefixes))] if prefixes else keys  # noqa: SIM118
+                return {key: file.get_tensor(key) if rows is None else file.get_slice(key)[rows] for key in wanted}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise R2FError(f"'{path}' is missing or damaged: run r2f pairs again.") from error
+
+    def _start(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """A [r, d_in] and B [d_out, r] of every layer, on the base's device."""
+        found = self._read("start.safetensors", [], None, ("",))
+        for layer in self.target.layers:
+            if layer.name not in found or found[layer.name].shape != (layer.rank, layer.d_in):
+                raise R2FError(f"'{self.folder}' does not hold A of {layer.name}: run r2f pairs again.")
+        return {name: found[name] for name in self.target.names}, _part(found, "b/") or None
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+class ReprojectedPairs:
+    """Pairs of another adapter from stored ones: from B = 0 the factors of a gradient are the same for every A.
+
+    A second adapter of a base then costs one projection a pair, no pass through the model, and on disk its updates
+    only: the files of the gradients are shared.
+
+    Args:
+        stored: pairs of one step of SGD, of at least these layers.
+        target: base and layers of the adapter.
+        a: name -> its A [r, d_in].
+
+    Raises:
+        R2FError: the stored pairs lack a layer, were made with other weights, or their victims trained for steps (their
+            gradients depend on A).
+    """
+
+    def __init__(self, stored: StoredPairs, target: Target, a: dict[str, Tensor]) -> None:
+        if "training" in stored.manifest:
+            raise R2FError(
+                f"the pairs in '{stored.folder}' are of victims that trained for steps: their gradients depend on A, "
+                "so they serve no other adapter; make new pairs."
+            )
+        absent = [name for name in target.names if name not in stored.target.names]
+        if absent:
+            raise R2FError(f"the pairs in '{stored.folder}' do not hold {absent[0]}: make them for all its layers.")
+        if stored.manifest["base_sha256"] != sha256_of(target.base.model.state_dict().values()):
+            raise R2FError(
+                f"the pairs in '{stored.folder}' were made with other weights of '{target.base.spec}' (a head that was "
+                "trained along?): make new pairs."
+            )
+        self.stored, self.target, self.a = stored.only(target.names), target, a
+        self.at_once = stored.at_once
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How the pairs are made: for manifests."""
+        kept = {key: self.stored.manifest[key] for key in ("proxy", "group_size", "dense")}
+        return {**kept, "factors_of": self.stored.fingerprint}
+
+    def factors_file(self, shard: int) -> Path:
+        """The file of a shard's gradients."""
+        return self.stored.factors_file(shard)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
+        for batch in self.stored.batches(start, stop):
+            updates = project(self.target, batch.gradients, self.a)
+            yield PairBatch(updates, batch.gradients, batch.images, batch.labels)
