@@ -2,10 +2,10 @@
 
     python benchmarks/inversion/noise_curve.py --json benchmarks/results/0.1.0/noise_curve.json
 
-Gaussian noise of the given relative size (Frobenius norm against the gradient's) is added to float32 gradients of the
-embedded model. `route`: no public image known. `with_public`: the solve falls back on 1,000 public images (Fashion-MNIST
-train for Fashion-MNIST, procedural for faces), whose mean image is the control. `worst_gain`: the least, over images,
-of `with_public` less the mean image.
+Gaussian noise of the given relative size (Frobenius norm against the gradient's) is added to the embedded model's
+float32 gradients (0: as they are). `route`: no public image known. `with_public`: the solve falls back on 1,000 public
+images (Fashion-MNIST train for Fashion-MNIST, procedural for faces), whose mean image is the control. `worst_gain`: the
+least, over images, of `with_public` less the mean image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SETS = (("embedded", "embedded"), ("lfw", "procedural"))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=16, help="images of each set (default 16)")
+    parser.add_argument("--count", type=int, default=8, help="images of each set (default 8)")
     parser.add_argument("--json")
     options = parser.parse_args()
     base = load_base("embedded")

@@ -184,9 +184,9 @@ def _noise_follows_rows(rows: Tensor, found: Directions, count: int) -> bool:
 
 
 def _buried(clear: int, count: int) -> float:
-    """Share of the `count` tokens' span that is lost in noise, less what the weights cope with."""
+    """Share of the `count` tokens' span that is lost in noise; the weights cope with a few lost tokens alone."""
     lost = 1 - clear / count
-    return max(0.0, (lost - BEARABLE) / (1 - BEARABLE))
+    return min(lost, max(0.0, 2 * (lost - BEARABLE)))
 
 
 @dataclass(frozen=True)
