@@ -4,7 +4,8 @@
 
 Large models have timm's random weights (no download; block 0 and the embeddings decide, so L/14 has two blocks only).
 Seconds are those of the route, the gradient not counted. Adapters are PEFT's, float64, trained by plain SGD on one
-Fashion-MNIST test image from a model of 17 tokens (trained here for 200 steps), saved, and read back; A_0 is found by trying seeds.
+Fashion-MNIST test image from a model of 17 tokens (trained here for 200 steps), saved and read back; A_0 is found by
+trying seeds.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def batch_of_two() -> list[dict[str, Any]]:
         loss = F.cross_entropy(base.model(base.normalize(images)), torch.tensor([3, 7]))
         (gradient,) = torch.autograd.grad(loss, [weight])
         weight.requires_grad_(False)
-        found, details = solve_from_rows(base, base_geometry(base), gradient, torch.finfo(gradient.dtype).eps)
+        found, details = solve_from_rows(base, base_geometry(base), gradient, torch.finfo(gradient.dtype).eps, batch=2)
         both = found.expand(2, -1, -1, -1)
         psnr = psnr_db(both, images[assign(both, images)])
         mean = psnr_db(images.mean(0, keepdim=True).expand(2, -1, -1, -1), images)

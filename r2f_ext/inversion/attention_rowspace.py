@@ -137,7 +137,12 @@ def _norm_scale(norm: nn.Module, rows: Tensor) -> float:
 
 
 def solve_from_rows(
-    base: BaseModel, geometry: ViTGeometry, rows: Tensor, rounding: float, prior_images: Tensor | None = None
+    base: BaseModel,
+    geometry: ViTGeometry,
+    rows: Tensor,
+    rounding: float,
+    prior_images: Tensor | None = None,
+    batch: int = 1,
 ) -> tuple[Tensor, dict[str, float]]:
     """Image [1, c, h, w] from vectors rows [m, d], float64, that span block 0's qkv inputs up to noise.
 
@@ -147,6 +152,7 @@ def solve_from_rows(
     Args:
         rounding: relative error of a row's numbers as they were stored.
         prior_images: as in `invert_attention_rowspace`.
+        batch: images whose inputs span the rows; from two on the one estimate stands for all of them, and is poor.
 
     Returns:
         image, details: rank (how many of the N patch tokens stand clear of the noise), the spectrum's N-th value and
@@ -155,7 +161,7 @@ def solve_from_rows(
     """
     tokens = token_map(base, geometry)
     prior = solve_prior(base, geometry, tokens, prior_images)
-    count = geometry.patch_tokens
+    count = batch * geometry.patch_tokens
     found = weighted_directions(rows, tokens.known, count, rounding)
     if _noise_follows_rows(rows, found, count):
         found = weighted_directions(equilibrate_rows(rows), tokens.known, count, rounding)

@@ -68,7 +68,7 @@ def shape_of(model: nn.Module | str, image_size: int | None = None) -> BaseModel
     if name == "embedded":
         return _embedded()
     _check_name(name)
-    size = {} if image_size is None else {"img_size": image_size}
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
         with torch.device("meta"):
             return _describe(timm.create_model(name, pretrained=False, **size), f"timm:{name}")

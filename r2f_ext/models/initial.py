@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,7 +18,7 @@ from r2f_ext.models.adapter import PREFIX, read_factors
 from r2f_ext.types import LoraUpdate, Target
 
 COMMON_SEEDS = (*range(129), 256, 512, 666, 777, 999, 1000, 1024, 1111, 1234, 1337, *range(2020, 2027), 3407, 12345)
-INITS = (True, "gaussian")
+INITS: tuple[Any, ...] = (True, "gaussian")
 # A wrong draw has a cosine of about 1 / sqrt(numbers in A) with the adapter's A: this many times that is no chance.
 CHANCE = 8.0
 
@@ -79,9 +80,7 @@ def initial_from_seed(target: Target, update: LoraUpdate, seeds: Iterable[int] =
     return None
 
 
-def _draw(
-    target: Target, names: tuple[str, ...], seed: int, init: bool | str, like: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _draw(target: Target, names: tuple[str, ...], seed: int, init: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """A_0 of the first adapted layers `names`, in PEFT's order; its draws for them depend on no later layer."""
     modules = [copy.deepcopy(target.base.model.get_submodule(name)).cpu() for name in names]
     slots = [f"layer{i}" for i in range(len(modules))]
@@ -93,7 +92,7 @@ def _draw(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = get_peft_model(skeleton, config)
-    layers = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
     drawn = (layer.lora_A["default"].weight.detach().flatten(1) for layer in layers)
     return {name: a.to(like[name]) for name, a in zip(names, drawn, strict=True)}
 
