@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, load_images
 from r2f_ext.pairs import StoredPairs
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +212,47 @@ def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_
     monkeypatch.setattr(commands, "audit", lambda *args: pytest.fail("the audit ran"))
     words = ("audit", adapter_folder, adapter_folder, "--count", 40, "--private", "embedded:1", "--out", tmp_path)
     assert re.search("gives 1 images for 2 adapters", refused(capsys, *words))
+
+
+def test_identifiability_of_named_models_matches_the_table_in_the_docs(tmp_path, capsys):
+    names = ("vit_base_patch16_224", "vit_large_patch14_clip_224")
+    assert run("identifiability", *names, "--json", tmp_path / "i.json") == 0
+    printed = json.loads((tmp_path / "i.json").read_text())
+    recorded = json.loads((ROOT / "benchmarks/results/0.1.0/identifiability.json").read_text())
+    docs = (ROOT / "docs/inversion.md").read_text()
+    assert len(recorded) == 20
+    for name in names:
+        assert printed[name] == recorded[name]
+        rows = printed[name]["attention_rowspace"]
+        assert f"{rows['unknowns']} {'≤' if rows['identifiable'] else '>'} {rows['equations']}" in docs
+    assert run("identifiability", "vit_tiny_patch16_224") == 0
+    assert "too few directions" in " ".join(capsys.readouterr().out.split())
+    assert "timm has no model" in refused(capsys, "identifiability", "vit_nonesuch")
+
+
+def test_audit_says_why_the_row_space_of_the_adapter_is_not_taken(adapter_folder, tmp_path, capsys):
+    words = ("--count", 40, "--proxy", "embedded", "--out", tmp_path / "o")
+    assert run("audit", adapter_folder, *words) == 0
+    assert "adapter_rowspace: Not exact" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def wide_rank(embedded, private, tmp_path_factory):
+    """r = 80 on block 0's qkv, three steps, seed 0."""
+    folder = tmp_path_factory.mktemp("wide")
+    return victim(embedded, folder / "a", private.batch([0]), private.labels[:1], steps=3, r=80)
+
+
+def test_invert_and_audit_take_the_row_space_where_the_count_allows(wide_rank, tmp_path, capsys):
+    assert run("pairs", wide_rank, "--count", 40, "--proxy", "embedded", "--out", tmp_path / "p") == 0
+    options = ("--pairs", tmp_path / "p", "--out", tmp_path / "i", "--json", tmp_path / "i.json")
+    assert run("invert", wide_rank, *options) == 0
+    route = json.loads((tmp_path / "i.json").read_text())["routes"]["adapter_rowspace"]
+    assert "manual_seed(0)" in route["why"] and "rank 80 against 65 tokens, stored as float32" in route["why"]
+    assert (tmp_path / "i" / "adapter_rowspace.png").is_file()
+    assert "--a0-seed 7 does not draw" in refused(capsys, "invert", wide_rank, *options, "--a0-seed", 7)
+    missing = refused(capsys, "audit", wide_rank, "--count", 40, "--initial", tmp_path, "--out", tmp_path / "o")
+    assert "has no adapter_model.safetensors" in missing
+    assert run("audit", wide_rank, "--count", 40, "--proxy", "embedded", "--out", tmp_path / "o") == 0
+    figures = json.loads((tmp_path / "o" / "report.json").read_text())["reconstruction"]["a"]["routes"]
+    assert "adapter_rowspace" in figures and figures["adapter_rowspace"]["details"]["lora_rank"] == 80

@@ -5,7 +5,8 @@ from timm.models.vision_transformer import VisionTransformer
 from vit_cases import small_vit
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.identifiability import FIRST_QKV, ROUTES, identifiability, vit_geometry
+from r2f_ext.inversion.identifiability import FIRST_QKV, QKV_WEIGHT, ROUTES, identifiability, vit_geometry
+from r2f_ext.models import shape_of
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
 
 
@@ -110,3 +111,40 @@ def test_searches_count_the_update_and_promise_nothing() -> None:
 def test_impossible_groups_are_refused() -> None:
     with pytest.raises(R2FError, match="batch 0"):
         identifiability(small_vit(), batch=0)
+
+
+def test_names_and_instances_count_alike_and_names_take_no_memory() -> None:
+    by_name = identifiability("vit_tiny_patch16_224")
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False)
+    assert by_name == identifiability(model)
+    assert all(p.is_meta for p in shape_of("vit_tiny_patch16_224").model.parameters())
+    plain = VisionTransformer(img_size=16, patch_size=4, embed_dim=96, depth=1, num_heads=4)
+    assert identifiability(plain)["attention_rowspace"].identifiable
+    with pytest.raises(R2FError, match="wrap it in a BaseModel"):
+        identifiability(torch.nn.Linear(2, 2))
+    with pytest.raises(R2FError, match="timm has no model of that name"):
+        identifiability("vit_nonesuch")
+
+
+def test_another_input_size_is_counted() -> None:
+    assert not identifiability("vit_large_patch14_dinov2")["attention_rowspace"].identifiable
+    at_224 = identifiability(shape_of("vit_large_patch14_dinov2", 224))
+    assert (at_224["attention_rowspace"].unknowns, at_224["attention_rowspace"].equations) == (589, 767)
+    with pytest.raises(R2FError, match="cannot be built"):
+        shape_of("resnet18", 64)
+
+
+def test_only_shared_gradients_count() -> None:
+    base = small_vit()
+    only = identifiability(base, shared=[QKV_WEIGHT])
+    assert only["attention_rowspace"].identifiable and not only["patch_position"].identifiable
+    assert "patch_embed.proj.weight is not shared" in only["patch_position"].why
+    assert only["matching"].equations == 3 * 96 * 96 and "shared" in only["matching"].why
+    rest = identifiability(base, shared=["pos_embed", "patch_embed.proj.weight"])
+    assert rest["patch_position"].identifiable and "not shared" in rest["attention_rowspace"].why
+    with pytest.raises(R2FError, match="no parameter nope"):
+        identifiability(base, shared=["nope"])
+
+
+def test_a_batch_names_the_directions_it_leaves_free() -> None:
+    assert "leave 16 directions of every patch free" in identifiability(small_vit(), batch=2)["attention_rowspace"].why

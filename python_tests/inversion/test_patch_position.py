@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from vit_cases import psnr, small_vit, smooth_images
@@ -8,6 +10,7 @@ from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.models.base import load_base
 from r2f_ext.types import BaseModel
 
+LAYER_SCALE = {"init_values": 1e-5, "pre_norm": True, "qk_norm": True}
 NO_CLASS = {"class_token": False, "global_pool": "avg"}
 REGISTERS = {"reg_tokens": 4, "no_embed_class": True, "dynamic_img_size": True}
 REGISTERS_WITH_POSITIONS = {"reg_tokens": 2}
@@ -25,7 +28,7 @@ def test_embedded_base_in_float32() -> None:
     assert psnr(found.images, image) >= 80
 
 
-@pytest.mark.parametrize("options", [{}, NO_CLASS, REGISTERS, REGISTERS_WITH_POSITIONS, {"pre_norm": True}])
+@pytest.mark.parametrize("options", [{}, NO_CLASS, REGISTERS, REGISTERS_WITH_POSITIONS, LAYER_SCALE])
 def test_every_token_layout_in_float64(options: dict) -> None:
     base = small_vit(**options)
     image, gradients = _gradients(base)
@@ -67,3 +70,29 @@ def test_refused_by_count() -> None:
     base = small_vit(embed_dim=12)
     with pytest.raises(R2FError, match="16 patches"):
         invert_patch_position(base, _gradients(base)[1])
+
+
+def test_smaller_inputs_than_the_positions_were_made_for() -> None:
+    """timm resamples 8x8 positions to 4x4 tokens; the tokens' gradients are solved back out of the positions'."""
+    large = small_vit(img_size=32, dynamic_img_size=True)
+    base = dataclasses.replace(large, input_shape=(3, 16, 16))
+    image, gradients = _gradients(base)
+    assert gradients["pos_embed"].shape == (1, 65, 96)
+    # timm resamples in float32, in float64 models too.
+    assert psnr(invert_patch_position(base, gradients).images, image) >= 80
+
+
+def test_larger_inputs_than_the_positions_were_made_for_are_refused() -> None:
+    base = dataclasses.replace(small_vit(dynamic_img_size=True), input_shape=(3, 32, 32))
+    with pytest.raises(R2FError, match="64 tokens were blended into those of 16 positions"):
+        invert_patch_position(base, _gradients(base)[1])
+    base = dataclasses.replace(small_vit(), input_shape=(3, 32, 32))
+    with pytest.raises(R2FError, match="dynamic_img_size"):
+        invert_patch_position(base, {})
+
+
+def test_expected_figure_is_near_the_true_one() -> None:
+    base = load_base("embedded")
+    image, gradients = _gradients(base)
+    found = invert_patch_position(base, {name: g.bfloat16() for name, g in gradients.items()})
+    assert abs(found.details["expected_psnr_db"] - psnr(found.images, image)) < 6

@@ -40,11 +40,18 @@ def test_exact_gradients_are_per_image_and_leave_the_model_frozen() -> None:
     assert not any(p.requires_grad or p.grad is not None for p in base.model.parameters())
 
 
-def test_state_is_restored_after_a_failure() -> None:
+def test_state_is_restored_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     base = small_vit()
-    with pytest.raises((IndexError, RuntimeError)):
-        exact_gradients(base, smooth_images(1, 16), torch.tensor([99]))
+    monkeypatch.setattr(base.model, "forward", lambda inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        exact_gradients(base, smooth_images(1, 16), torch.tensor([9]))
     assert not any(p.requires_grad for p in base.model.parameters())
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_out_of_range_are_refused(label: int) -> None:
+    with pytest.raises(R2FError, match=f"label {label} is out of range: the base tells 10 classes"):
+        exact_gradients(small_vit(), smooth_images(1, 16), torch.tensor([label]))
 
 
 def test_works_under_no_grad() -> None:

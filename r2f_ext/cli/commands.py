@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from r2f_ext.audit.demo import Finished, demo, finish
 from r2f_ext.audit.figures import write_images
 from r2f_ext.audit.phase0 import run_phase0
 from r2f_ext.audit.report import set_report, target_figures
+from r2f_ext.audit.row_space import run_row_space
 from r2f_ext.audit.run import audit, match_decoded, refine
 from r2f_ext.cli.display import console, drawn_stages, print_phase0, print_report, print_target, print_verdicts, table
 from r2f_ext.config import AuditConfig
@@ -31,7 +32,8 @@ from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.identifiability import identifiability
-from r2f_ext.models import attach, load_base, read_adapter, untouched_a
+from r2f_ext.inversion.well_known import COLUMNS, WELL_KNOWN, closed_forms
+from r2f_ext.models import attach, load_base, read_adapter, shape_of, untouched_a
 from r2f_ext.pairs import (
     GeneratedPairs,
     ReprojectedPairs,
@@ -41,7 +43,7 @@ from r2f_ext.pairs import (
     WritablePairs,
     write_pairs,
 )
-from r2f_ext.types import BaseModel, LoraUpdate, Target
+from r2f_ext.types import BaseModel, LoraUpdate, Reconstruction, Target
 
 Options = argparse.Namespace
 
@@ -63,8 +65,10 @@ def run_audit(options: Options) -> dict[str, Any]:
         proxy = drop_private(proxy, private)
     for note in proxy.notes:
         console.print(f"note: {escape(note)}")
+    row_space = _row_space(target, adapters, options)
     with drawn_stages() as stages:
         result = audit(target, adapters, proxy, config, stages)
+    result = replace(result, reconstructions=[*result.reconstructions, *row_space])
     if private is not None:
         private = _pair_up(private, result.reconstructions[1].images.cpu())
     part = set_report(Path(options.adapter[0]).resolve().name, result, proxy, private)
@@ -91,8 +95,19 @@ def run_phase0_command(options: Options) -> dict[str, Any]:
     figures, pictures = run_phase0(base, images)
     write_images(folder / "phase0.png", [("original", images.batch(slice(None))), *pictures])
     print_phase0(f"{len(images)} exact gradients, inverted in closed form", figures)
+    if not figures:
+        console.print("No closed form applies to this base: see the reasons above; the picture shows the originals.")
     console.print(f"pictures: {escape(str(folder / 'phase0.png'))}")
     return {"phase0": figures, "identifiable": {v.route: v.identifiable for v in verdicts.values()}}
+
+
+def run_identifiability(options: Options) -> dict[str, Any]:
+    counted = {name: closed_forms(shape_of(name, options.image_size)) for name in options.model or WELL_KNOWN}
+    rows = [[name, *one.cells()] for name, one in counted.items()]
+    table("Which closed forms can be exact (batch 1)", list(COLUMNS), rows)
+    if len(counted) == 1:
+        print_verdicts([(v.route, v.identifiable, v.why) for v in identifiability(options.model[0]).values()])
+    return {name: asdict(one) for name, one in counted.items()}
 
 
 def run_pairs(options: Options) -> dict[str, Any]:
@@ -197,6 +212,7 @@ def run_invert(options: Options) -> dict[str, Any]:
     pairs = _stored(options, target, adapters[0])
     gradients = None if options.gradients is None else read_gradients(Path(options.gradients), target, len(adapters))
     observed, config = stack_updates(adapters), AuditConfig(seed=options.seed)
+    row_space = _row_space(target, adapters, options)
     with drawn_stages() as stages:
         with stages.stage("amortised"):
             images, labels = pairs.samples()
@@ -204,6 +220,7 @@ def run_invert(options: Options) -> dict[str, Any]:
             found = [inverter.invert(observed)]
         with stages.stage("refinement", config.refinement.steps) as advance:
             found.append(refine(target, pairs.a, observed, found[0], config.refinement, advance))
+        found += row_space
         if gradients is not None:
             with stages.stage("matching", config.matching.steps) as advance:
                 found.append(match_decoded(target, gradients, found[0], config.matching, advance))
@@ -225,6 +242,7 @@ COMMANDS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "audit": run_audit,
     "demo": run_demo,
     "phase0": run_phase0_command,
+    "identifiability": run_identifiability,
     "pairs": run_pairs,
     "fit": run_fit,
     "decode": run_decode,
@@ -254,6 +272,12 @@ def _adapters(folders: list[str], options: Options) -> tuple[Target, list[LoraUp
     base = load_base(options.base, _device(options), files[0].num_classes)
     bound = [attach(file, base) for file in files]
     return bound[0][0], [update for _, update in bound]
+
+
+def _row_space(target: Target, adapters: list[LoraUpdate], options: Options) -> list[Reconstruction]:
+    outcome = run_row_space(target, adapters, options.initial, options.a0_seed)
+    console.print(f"adapter_rowspace: {escape(outcome.why)}")
+    return [] if outcome.found is None else [outcome.found]
 
 
 def _stored(options: Options, target: Target, adapter: LoraUpdate) -> StoredPairs:

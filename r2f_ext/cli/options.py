@@ -22,6 +22,7 @@ examples:
   r2f audit my-adapter --private photo-folder --out report     scored against the originals
 
 the same, stage by stage:
+  r2f identifiability vit_large_patch14_clip_224
   r2f phase0 --images embedded --count 16 --out ceiling
   r2f pairs my-adapter --count 3000 --out pairs
   r2f fit pairs --out decoders
@@ -52,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _audit(commands)
     _demo(commands)
     _phase0(commands)
+    _identifiability(commands)
     _pairs(commands)
     _fit(commands)
     _decode(commands)
@@ -108,6 +110,7 @@ def _audit(commands: Commands) -> None:
         help="the true training images, to score against: as --proxy, or DATA:INDEX for one of them (embedded:3)",
     )
     command.add_argument("--count", type=int, default=8000, metavar="N", help="proxy pairs (default 8000)")
+    _initial(command)
     _precision(command)
 
 
@@ -123,6 +126,21 @@ def _phase0(commands: Commands) -> None:
     )
     command.add_argument("--images", default="embedded", metavar="DATA", help=f"{IMAGES_HELP} (default embedded)")
     command.add_argument("--count", type=int, default=16, metavar="N", help="how many images (default 16)")
+
+
+def _identifiability(commands: Commands) -> None:
+    command = _command(commands, "identifiability", "which models' images follow from gradients, by count", base=False)
+    command.add_argument("model", metavar="MODEL", nargs="*", help="timm names (default: 20 well-known ViTs)")
+    command.add_argument("--image-size", type=int, metavar="N", help="side of the input (default: the model's own)")
+
+
+def _initial(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--initial", metavar="FOLDER", help="the adapter saved before training (route adapter_rowspace)"
+    )
+    command.add_argument(
+        "--a0-seed", type=int, metavar="N", help="torch's seed right before PEFT made the adapter (default: tries some)"
+    )
 
 
 def _pairs(commands: Commands) -> None:
@@ -179,6 +197,7 @@ def _invert(commands: Commands) -> None:
     _adapter(command)
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="a folder written by r2f pairs")
     command.add_argument("--gradients", metavar="FILE", help="decoded gradients; adds the route `matching`")
+    _initial(command)
 
 
 def _env(commands: Commands) -> None:

@@ -17,18 +17,19 @@ from torch import Tensor
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.attention_rowspace import (
     check_rows,
-    complement,
     equilibrate_rows,
     solve_from_rows,
     solve_patches,
     solve_prior,
     token_map,
+    weighted_directions,
 )
-from r2f_ext.inversion.identifiability import FIRST_QKV, ViTGeometry, identifiability, vit_geometry
-from r2f_ext.inversion.patches import to_image
+from r2f_ext.inversion.identifiability import FIRST_QKV, ViTGeometry, base_geometry, identifiability
+from r2f_ext.inversion.patches import expected_psnr_db, to_image
 from r2f_ext.types import BaseModel, LoraUpdate, Reconstruction, Target
 
 ROUTE = "adapter_rowspace"
+STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstruction:
@@ -42,7 +43,8 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
         update: factors after T steps, with A_0 known (`a0`). An A that has not moved means T = 1.
 
     Returns:
-        A reconstruction with images [1, c, h, w].
+        A reconstruction with images [1, c, h, w]; `why` and `details` name rank, tokens, storage precision and the
+        PSNR to be expected.
 
     Raises:
         R2FError: the count refuses the route, A_0 is unknown, or the factors are not finite or untrained.
@@ -54,26 +56,42 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
     verdict = identifiability(target.base, adapter=target, steps=1 if one_step else 2)[ROUTE]
     if not verdict.identifiable:
         raise R2FError(f"{ROUTE} is refused: {verdict.why}")
-    geometry = vit_geometry(target.base.model)
+    geometry = base_geometry(target.base)
     start = update.a0[FIRST_QKV].to(target.base.device, torch.float64)
+    stored = storage_precision(update.b[FIRST_QKV] if one_step else update.a[FIRST_QKV])
     if one_step:
         b = update.b[FIRST_QKV].to(start)
         check_rows(b, f"B of {FIRST_QKV}")
-        image, details = _from_b(target.base, geometry, start, b)
+        image, details = _from_b(target.base, geometry, start, b, stored.eps)
     else:
         movement = update.a[FIRST_QKV].to(start) - start
         check_rows(movement, f"the movement of A of {FIRST_QKV}")
-        # No row scaling here: the error is A's own storage rounding, alike in every row.
-        image, details = solve_from_rows(target.base, geometry, movement)
-    return Reconstruction(ROUTE, image, None, verdict.why, time.perf_counter() - started, details)
+        rounding = stored.eps * float(start.norm() / movement.norm())
+        image, details = solve_from_rows(target.base, geometry, movement, rounding)
+    details |= {"lora_rank": float(len(start)), "tokens": float(geometry.tokens), "storage_bits": float(stored.bits)}
+    why = (
+        f"rank {len(start)} against {geometry.tokens} tokens, stored as {stored.dtype}: "
+        f"about {details['expected_psnr_db']:.0f} dB to be expected."
+    )
+    return Reconstruction(ROUTE, image, None, why, time.perf_counter() - started, details)
 
 
-def _from_b(base: BaseModel, geometry: ViTGeometry, start: Tensor, b: Tensor) -> tuple[Tensor, dict[str, float]]:
+def storage_precision(factor: Tensor) -> torch.finfo:
+    """The coarsest float type that holds every number of a factor as it is: what the adapter was saved in."""
+    exact = (dtype for dtype in STORED if torch.equal(factor.to(dtype).to(factor), factor))
+    return torch.finfo(next(exact, factor.dtype))
+
+
+def _from_b(
+    base: BaseModel, geometry: ViTGeometry, start: Tensor, b: Tensor, rounding: float
+) -> tuple[Tensor, dict[str, float]]:
     """Image from B_1 [d_out, r] and A_0 [r, d]: directions A_0^T q with q orthogonal to B's rows and to A_0 known."""
     tokens = token_map(base, geometry)
-    outside = complement(tokens.known @ start.T)
-    right = torch.linalg.svd(equilibrate_rows(b) @ outside).Vh
-    free = right[geometry.patch_tokens :] @ outside.T
-    estimate = solve_patches(tokens, free @ start, solve_prior(base, geometry, tokens))
+    found = weighted_directions(equilibrate_rows(b), tokens.known @ start.T, geometry.patch_tokens, rounding)
+    estimate = solve_patches(tokens, found.weighted @ start, solve_prior(base, geometry, tokens))
     image = to_image(base, estimate.solution[: geometry.patch_numbers].T, geometry.patch, geometry.grid)
-    return image, {"noise": estimate.noise, "expected_error": estimate.uncertainty}
+    return image, {
+        "noise": estimate.noise,
+        "expected_error": estimate.uncertainty,
+        "expected_psnr_db": expected_psnr_db(base, estimate.uncertainty),
+    }

@@ -20,17 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.identifiability import FIRST_QKV, ViTGeometry, identifiability, vit_geometry
+from r2f_ext.inversion.identifiability import QKV_WEIGHT, ViTGeometry, base_geometry, identifiability, norms_before_qkv
 from r2f_ext.inversion.patch_position import read_gradient
-from r2f_ext.inversion.patches import Estimate, Prior, patch_prior, posterior_mean, to_image
+from r2f_ext.inversion.patches import (
+    Estimate,
+    Prior,
+    expected_psnr_db,
+    patch_prior,
+    posterior_mean,
+    prior_from_images,
+    to_image,
+)
 from r2f_ext.types import BaseModel, Reconstruction
 
 ROUTE = "attention_rowspace"
-QKV_WEIGHT = f"{FIRST_QKV}.weight"
-# The spectrum falls at least this much after its last signal value where the gradient is precise.
-CLEAR_GAP = 10.0
-# Ranks tried, as fractions of the patch tokens, where it does not.
-RANK_FRACTIONS = (1.0, 0.97, 0.93, 0.88, 0.8, 0.7, 0.6, 0.45)
+# A singular value counts as signal when it exceeds the largest of the noise by this factor.
+CLEAR_GAP = 1.2
+# The share of the span that may be lost before all equations are trusted less: lost tokens then are not the exception.
+BEARABLE = 0.25
 # Rows of a gradient below this share of the largest are rounding.
 NEGLIGIBLE_ROW = 1e-12
 
@@ -54,16 +61,19 @@ class TokenMap:
     known: Tensor
 
 
-def invert_attention_rowspace(base: BaseModel, gradients: dict[str, Tensor]) -> Reconstruction:
+def invert_attention_rowspace(
+    base: BaseModel, gradients: dict[str, Tensor], prior_images: Tensor | None = None
+) -> Reconstruction:
     """Solve for the image of a batch-1 gradient.
 
     Args:
         base: a timm VisionTransformer with p^2 c + 1 <= d - tokens.
         gradients: parameter name -> exact gradient; reads `blocks.0.attn.qkv.weight` [3d, d], any float dtype.
+        prior_images: public images [n, c, h, w] in [0, 1] of the kind expected, what the solve falls back on where
+            noise hides the image; None: smooth gray patches. Without noise they do not matter.
 
     Returns:
-        A reconstruction with images [1, c, h, w]; `details` holds the rank used, the spectrum's last kept and
-        first dropped values relative to its first, the equations' noise, and the expected error of a model input.
+        A reconstruction with images [1, c, h, w]; `details` as in `solve_from_rows`.
 
     Raises:
         R2FError: the count refuses the route, or the gradient is missing, misshapen, not finite or zero.
@@ -72,9 +82,10 @@ def invert_attention_rowspace(base: BaseModel, gradients: dict[str, Tensor]) -> 
     verdict = identifiability(base)[ROUTE]
     if not verdict.identifiable:
         raise R2FError(f"{ROUTE} is refused: {verdict.why}")
-    geometry = vit_geometry(base.model)
-    gradient = read_gradient(base, gradients, QKV_WEIGHT)
-    image, details = solve_from_rows(base, geometry, equilibrate_rows(gradient))
+    geometry = base_geometry(base)
+    rows = read_gradient(base, gradients, QKV_WEIGHT)
+    rounding = torch.finfo(gradients[QKV_WEIGHT].dtype).eps
+    image, details = solve_from_rows(base, geometry, rows, rounding, prior_images)
     return Reconstruction(ROUTE, image, None, verdict.why, time.perf_counter() - started, details)
 
 
@@ -95,13 +106,11 @@ def token_map(base: BaseModel, geometry: ViTGeometry) -> TokenMap:
     tokens = model._pos_embed(model.patch_embed(blank))[0].double()
     prefix, offset = tokens[: geometry.prefix_tokens], tokens[geometry.prefix_tokens :]
     linear = weight.double().flatten(1).T
-    gray = offset + patch_prior(base, geometry.patch).mean @ linear
+    gray = offset + patch_prior(base, geometry.patch).mean[:, 0] @ linear
     shifts = offset.new_zeros(0, geometry.width)
     typical: list[float] = []
     scale = 1.0
-    for module in (model.norm_pre, model.blocks[0].norm1):
-        if isinstance(module, nn.Identity):
-            continue
+    for module in norms_before_qkv(model) or ():
         norm = copy.deepcopy(module).double()
         bias = getattr(norm, "bias", None)
         scale *= _norm_scale(norm, gray)
@@ -127,33 +136,115 @@ def _norm_scale(norm: nn.Module, rows: Tensor) -> float:
     return rows.square().mean(-1).sqrt().mean().item()
 
 
-def solve_from_rows(base: BaseModel, geometry: ViTGeometry, rows: Tensor) -> tuple[Tensor, dict[str, float]]:
+def solve_from_rows(
+    base: BaseModel,
+    geometry: ViTGeometry,
+    rows: Tensor,
+    rounding: float,
+    prior_images: Tensor | None = None,
+    batch: int = 1,
+) -> tuple[Tensor, dict[str, float]]:
     """Image [1, c, h, w] from vectors rows [m, d], float64, that span block 0's qkv inputs up to noise.
 
-    Known prefix tokens are projected out first, so that only the patch tokens' span is estimated. Where the
-    spectrum shows no clear gap after N values, the rank is the one whose solution is expected to err least.
+    Rows whose noise is in proportion to their size (rounding) are brought to unit norm first, others (noise alike in
+    all rows) are not.
+
+    Args:
+        rounding: relative error of a row's numbers as they were stored.
+        prior_images: as in `invert_attention_rowspace`.
+        batch: images whose inputs span the rows; from two on the one estimate stands for all of them, and is poor.
+
+    Returns:
+        image, details: rank (how many of the N patch tokens stand clear of the noise), the spectrum's N-th value and
+        the next relative to its first, the equations' noise, the expected error of a model input and the PSNR
+        in dB that it stands for.
     """
     tokens = token_map(base, geometry)
-    outside = complement(tokens.known)
-    _, singular, right = torch.linalg.svd(rows @ outside)
-    right = right @ outside.T
-    prior = solve_prior(base, geometry, tokens)
-    best, rank = None, 0
-    for candidate in _rank_candidates(singular, geometry.patch_tokens):
-        estimate = solve_patches(tokens, right[candidate:], prior)
-        if best is None or estimate.uncertainty < best.uncertainty:
-            best, rank = estimate, candidate
-    assert best is not None
+    prior = solve_prior(base, geometry, tokens, prior_images)
+    count = batch * geometry.patch_tokens
+    found = weighted_directions(rows, tokens.known, count, rounding)
+    if _noise_follows_rows(rows, found, count):
+        found = weighted_directions(equilibrate_rows(rows), tokens.known, count, rounding)
+    best = solve_patches(tokens, found.weighted, prior, _buried(found.clear, count))
     image = to_image(base, best.solution[: geometry.patch_numbers].T, geometry.patch, geometry.grid)
-    relative = (singular / singular[0]).tolist() + [0.0] * 2
+    relative = (found.singular / found.singular[0]).tolist() + [0.0] * (count + 1)
     details = {
-        "rank": float(rank),
-        "last_kept": relative[min(rank, len(singular)) - 1],
-        "first_dropped": relative[min(rank, len(singular))],
+        "rank": float(found.clear),
+        "last_kept": relative[count - 1],
+        "first_dropped": relative[count],
         "noise": best.noise,
         "expected_error": best.uncertainty,
+        "expected_psnr_db": expected_psnr_db(base, best.uncertainty),
     }
     return image, details
+
+
+def _noise_follows_rows(rows: Tensor, found: Directions, count: int) -> bool:
+    """Whether what the rows hold outside the tokens' span varies less in proportion to each row than as it is."""
+    noise = (rows @ found.weighted[count:].mT).norm(dim=1)
+    size = rows.norm(dim=1)
+    kept = (size > NEGLIGIBLE_ROW * size.max()) & (noise > 0)
+    if len(rows) <= count or kept.sum() < 2:
+        return False
+    return bool((noise[kept] / size[kept]).log().std() < noise[kept].log().std())
+
+
+def _buried(clear: int, count: int) -> float:
+    """Share of the `count` tokens' span that is lost in noise; the weights cope with a few lost tokens alone."""
+    lost = 1 - clear / count
+    return min(lost, max(0.0, 2 * (lost - BEARABLE)))
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions of R^d, each weighted by how surely it is orthogonal to the rows' span.
+
+    Attributes (float64):
+        weighted: [q, d], orthogonal to each other and to what is known; of norm 1 where only noise lies.
+        singular: [min(m, q)], of the rows outside the known part, falling.
+        clear: how many of them stand clear of the noise, at most the number of patch tokens.
+        floor: the size of singular values that are noise.
+    """
+
+    weighted: Tensor
+    singular: Tensor
+    clear: int
+    floor: float
+
+
+def weighted_directions(rows: Tensor, known: Tensor, count: int, rounding: float) -> Directions:
+    """Weigh every direction outside `known` [k, d] by its singular value in rows [m, d].
+
+    The rows are D^T T plus noise, and T has `count` unknown rows. Along a right singular vector v_i of singular
+    value s_i the tokens are of the size max(s_i, noise), since T v_i = pinv(D^T)(s_i u_i - noise v_i): so equation
+    v_i^T t = 0 gets the weight noise / max(s_i, noise). Where the spectrum has a gap this cuts it off there; where it
+    has none no rank need be chosen.
+    """
+    outside = complement(known)
+    _, singular, right = torch.linalg.svd(rows @ outside, full_matrices=outside.shape[1] > len(rows))
+    entry = max(rounding * rows.square().mean().sqrt().item(), torch.finfo(torch.float64).eps * singular[0].item())
+    clear, entry = _noise_level(singular, (len(rows), outside.shape[1]), count, entry)
+    floor = entry * len(rows) ** 0.5
+    size = torch.cat([singular, singular.new_zeros(len(right) - len(singular))]).clamp_min(floor)
+    return Directions((floor / size)[:, None] * (right @ outside.T), singular, clear, floor)
+
+
+def _noise_level(singular: Tensor, shape: tuple[int, int], count: int, least: float) -> tuple[int, float]:
+    """How many of the first `count` singular values of a matrix of this shape are signal, and one entry's noise.
+
+    What is not signal is white noise, whose singular values end at entry (sqrt(m) + sqrt(q)) (Marchenko and Pastur);
+    taking all `count` for signal first, the two are found in turns, and the noise only grows.
+    """
+    clear, entry = min(count, len(singular)), least
+    while True:
+        m, q = shape[0] - clear, shape[1] - clear
+        if m > 0 and q > 0 and clear < len(singular):
+            entry = max(entry, (singular[clear:].square().sum() / (m * q)).sqrt().item())
+        edge = entry * (max(m, 0) ** 0.5 + max(q, 0) ** 0.5)
+        seen = int((singular[:clear] > CLEAR_GAP * edge).sum())
+        if seen == clear:
+            return clear, entry
+        clear = seen
 
 
 def complement(rows: Tensor) -> Tensor:
@@ -161,25 +252,17 @@ def complement(rows: Tensor) -> Tensor:
     return torch.linalg.qr(rows.T, mode="complete").Q[:, len(rows) :]
 
 
-def _rank_candidates(singular: Tensor, patch_tokens: int) -> list[int]:
-    ahead = singular[patch_tokens].item() if len(singular) > patch_tokens else 0.0
-    if len(singular) >= patch_tokens and singular[patch_tokens - 1] > CLEAR_GAP * ahead:
-        return [patch_tokens]
-    ranks = {max(1, round(fraction * patch_tokens)) for fraction in RANK_FRACTIONS}
-    return sorted((rank for rank in ranks if rank <= len(singular)), reverse=True) or [len(singular)]
-
-
-def solve_prior(base: BaseModel, geometry: ViTGeometry, tokens: TokenMap) -> Prior:
+def solve_prior(base: BaseModel, geometry: ViTGeometry, tokens: TokenMap, images: Tensor | None = None) -> Prior:
     """The patch prior, extended by the norms' scalars: their typical size, give or take as much."""
-    patch = patch_prior(base, geometry.patch)
-    mean = torch.cat([patch.mean, tokens.typical])
+    patch = patch_prior(base, geometry.patch) if images is None else prior_from_images(base, images, geometry.patch)
+    mean = torch.cat([patch.mean, tokens.typical[:, None].expand(-1, patch.mean.shape[1])])
     return Prior(mean, torch.block_diag(patch.root, torch.diag(tokens.typical)))
 
 
-def solve_patches(tokens: TokenMap, orthogonal: Tensor, prior: Prior) -> Estimate:
-    """Solve all patches at once from directions orthogonal [q, d] to every input: solution [p^2 c + m, N]."""
+def solve_patches(tokens: TokenMap, orthogonal: Tensor, prior: Prior, buried: float = 0.0) -> Estimate:
+    """Solve all patches at once from weighted directions [q, d] orthogonal to every input: solution [p^2 c + m, N]."""
     system = torch.cat([orthogonal @ tokens.linear, orthogonal @ tokens.shifts.T], dim=1)
-    return posterior_mean(system, -(orthogonal @ tokens.offset.T), prior)
+    return posterior_mean(system, -(orthogonal @ tokens.offset.T), prior, buried)
 
 
 def check_rows(rows: Tensor, what: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from timm.layers import Attention, PatchEmbed, RmsNorm
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
 from r2f_ext.errors import R2FError
+from r2f_ext.models import shape_of
 from r2f_ext.types import BaseModel, Target
 
 ROUTES = (
@@ -21,6 +23,8 @@ ROUTES = (
     "gauss_newton",
 )
 FIRST_QKV = "blocks.0.attn.qkv"
+QKV_WEIGHT = f"{FIRST_QKV}.weight"
+PATCH_WEIGHT, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 NORMS = (nn.LayerNorm, RmsNorm)
 SEARCHES = {
     "matching": "a local search without a guarantee",
@@ -37,7 +41,8 @@ class ViTGeometry:
     Attributes:
         patch: (height, width) of a patch in pixels.
         channels: image channels.
-        grid: (rows, columns) of patches.
+        grid: (rows, columns) of patches of the base's input.
+        position_grid: (rows, columns) of the position embedding, which timm resamples to `grid` where they differ.
         patch_tokens: N, rows * columns.
         prefix_tokens: class, distillation and register tokens; their inputs to block 0 are public.
         width: d, the embedding dimension.
@@ -51,6 +56,7 @@ class ViTGeometry:
     patch: tuple[int, int]
     channels: int
     grid: tuple[int, int]
+    position_grid: tuple[int, int]
     patch_tokens: int
     prefix_tokens: int
     width: int
@@ -59,6 +65,10 @@ class ViTGeometry:
     has_pre_norm: bool
     linear_qkv: bool
     norm_scales: int
+
+    @property
+    def positions(self) -> int:
+        return self.position_grid[0] * self.position_grid[1]
 
     @property
     def tokens(self) -> int:
@@ -70,11 +80,16 @@ class ViTGeometry:
         return self.patch[0] * self.patch[1] * self.channels
 
 
-def vit_geometry(model: nn.Module) -> ViTGeometry:
+def vit_geometry(model: nn.Module, input_size: tuple[int, int] | None = None) -> ViTGeometry:
     """Read the geometry of a timm VisionTransformer (any size, class token or none, registers, pre-norm).
 
+    Args:
+        input_size: (height, width) of what it reads; None: the size that it was built for. Others need
+            `dynamic_img_size`, where timm resamples the position embedding.
+
     Raises:
-        R2FError: not a timm VisionTransformer, or its patches are not cut by one patchifying convolution.
+        R2FError: not a timm VisionTransformer, its patches are not cut by one patchifying convolution, or they do
+            not tile the input.
     """
     if not isinstance(model, VisionTransformer):
         raise R2FError(f"closed forms need a timm VisionTransformer, and the base is a {type(model).__name__}.")
@@ -82,14 +97,20 @@ def vit_geometry(model: nn.Module) -> ViTGeometry:
     proj = getattr(embed, "proj", None)
     if not isinstance(embed, PatchEmbed) or not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
         raise R2FError(f"closed forms need patches cut by one convolution, and the base has a {type(embed).__name__}.")
-    patch, grid = (proj.kernel_size[0], proj.kernel_size[1]), (embed.grid_size[0], embed.grid_size[1])
-    if tuple(embed.img_size) != (patch[0] * grid[0], patch[1] * grid[1]):
-        raise R2FError(f"patches of {patch[0]}x{patch[1]} do not tile the input {tuple(embed.img_size)} of the base.")
-    norms = _norms_before_qkv(model)
+    built_for = (embed.img_size[0], embed.img_size[1])
+    size = built_for if input_size is None else input_size
+    if size != built_for and not model.dynamic_img_size:
+        raise R2FError(f"the base reads {built_for} images, not {size}: build it with dynamic_img_size.")
+    patch = (proj.kernel_size[0], proj.kernel_size[1])
+    grid = (size[0] // patch[0], size[1] // patch[1])
+    if size != (patch[0] * grid[0], patch[1] * grid[1]):
+        raise R2FError(f"patches of {patch[0]}x{patch[1]} do not tile the input {size} of the base.")
+    norms = norms_before_qkv(model)
     return ViTGeometry(
         patch=patch,
         channels=proj.in_channels,
         grid=grid,
+        position_grid=(embed.grid_size[0], embed.grid_size[1]),
         patch_tokens=grid[0] * grid[1],
         prefix_tokens=model.num_prefix_tokens,
         width=proj.out_channels,
@@ -101,12 +122,18 @@ def vit_geometry(model: nn.Module) -> ViTGeometry:
     )
 
 
-def _norms_before_qkv(model: VisionTransformer) -> list[nn.Module] | None:
-    """The norms between the positions and block 0's qkv; None where that path is something else."""
+def base_geometry(base: BaseModel) -> ViTGeometry:
+    """`vit_geometry` of a base at the size of its inputs."""
+    return vit_geometry(base.model, (base.input_shape[1], base.input_shape[2]))
+
+
+def norms_before_qkv(model: VisionTransformer) -> list[nn.Module] | None:
+    """The norms between the positions and block 0's qkv, in order; None where that path is something else."""
     block = model.blocks[0]
-    if not isinstance(block, Block) or not isinstance(block.attn, Attention):
+    if not isinstance(block, (Block, ResPostBlock)) or not isinstance(block.attn, Attention):
         return None
-    norms = [norm for norm in (model.norm_pre, block.norm1) if not isinstance(norm, nn.Identity)]
+    path = [model.norm_pre, block.norm1] if isinstance(block, Block) else [model.norm_pre]
+    norms = [norm for norm in path if not isinstance(norm, nn.Identity)]
     return norms if all(isinstance(norm, NORMS) for norm in norms) else None
 
 
@@ -132,14 +159,20 @@ class RouteVerdict:
 
 
 def identifiability(
-    base: BaseModel, *, adapter: Target | None = None, steps: int | None = None, batch: int = 1
+    base: BaseModel | nn.Module | str,
+    *,
+    adapter: Target | None = None,
+    shared: Collection[str] | None = None,
+    steps: int | None = None,
+    batch: int = 1,
 ) -> dict[str, RouteVerdict]:
     """Count unknowns and equations of every route.
 
     Args:
-        base: the public base.
-        adapter: which layers the victim adapts. None: the exact full gradient is observed. The two Phase 0
-            routes, patch_position and attention_rowspace, always refer to the exact full gradient.
+        base: the public base; or a timm model; or a timm model's name, counted without its weights.
+        adapter: which layers the victim adapts. None: exact gradients are observed. The two Phase 0 routes,
+            patch_position and attention_rowspace, always refer to exact gradients.
+        shared: names of the parameters whose exact gradients are observed; None: of all.
         steps: the victim's steps T, if known.
         batch: images in the group, b.
 
@@ -147,25 +180,40 @@ def identifiability(
         route -> verdict, in the order of ROUTES.
 
     Raises:
-        R2FError: steps or batch is not positive.
+        R2FError: steps or batch is not positive, or the base has no such model or parameter.
     """
     if batch < 1 or (steps is not None and steps < 1):
         raise R2FError(f"a group has at least one image and one step, not batch {batch} and steps {steps}.")
+    base = base if isinstance(base, BaseModel) else shape_of(base)
+    _check_names(base, shared)
     try:
-        geometry = vit_geometry(base.model)
+        geometry = base_geometry(base)
     except R2FError as error:
         closed = [RouteVerdict(route, False, 0, 0, str(error)) for route in ROUTES[:3]]
     else:
         closed = [
-            _patch_position(geometry, batch),
-            _attention_rowspace(geometry, batch),
+            _patch_position(geometry, batch, shared),
+            _attention_rowspace(geometry, batch, shared),
             _adapter_rowspace(geometry, adapter, steps, batch),
         ]
-    verdicts = closed + [_search(route, base, adapter, steps, batch) for route in SEARCHES]
+    verdicts = closed + [_search(route, base, adapter, shared, steps, batch) for route in SEARCHES]
     return {verdict.route: verdict for verdict in verdicts}
 
 
-def _patch_position(g: ViTGeometry, batch: int) -> RouteVerdict:
+def _check_names(base: BaseModel, shared: Collection[str] | None) -> None:
+    known = {name for name, _ in base.model.named_parameters()}
+    unknown = sorted(set(shared or ()) - known)
+    if unknown:
+        raise R2FError(f"base '{base.spec}' has no parameter {unknown[0]}: name those of named_parameters().")
+
+
+def _unshared(shared: Collection[str] | None, *names: str) -> str | None:
+    """What keeps a route from an observer who lacks the gradients of `names`."""
+    lacking = [] if shared is None else [name for name in names if name not in shared]
+    return f"the gradient of {lacking[0]} is not shared" if lacking else None
+
+
+def _patch_position(g: ViTGeometry, batch: int, shared: Collection[str] | None) -> RouteVerdict:
     unknowns, equations = batch * g.patch_tokens, g.width
     count = f"{unknowns} patches per pixel of a patch against width {equations}"
     obstacle = None
@@ -175,9 +223,12 @@ def _patch_position(g: ViTGeometry, batch: int) -> RouteVerdict:
         obstacle = "a norm after the patch embedding hides each token's gradient"
     elif batch > 1:
         obstacle = f"the position embedding's gradient is summed over the {batch} images of the group"
+    elif g.grid != g.position_grid and g.patch_tokens > g.positions:
+        obstacle = f"the gradients of {g.patch_tokens} tokens were blended into those of {g.positions} positions"
     elif unknowns > equations:
         obstacle = "there are more patches than equations"
-    why = f"Needs the exact full gradient, position embedding included, of one image: {count}."
+    obstacle = obstacle or _unshared(shared, PATCH_WEIGHT, POSITIONS)
+    why = f"Needs the exact gradients of the patch and the position embedding for one image: {count}."
     if obstacle is not None:
         why = f"Not exact: {obstacle} ({count})."
     return RouteVerdict("patch_position", obstacle is None, unknowns, equations, why)
@@ -192,11 +243,13 @@ def _linear_obstacle(g: ViTGeometry, batch: int) -> str | None:
     if not g.has_pos_embed:
         return "without a position embedding every patch solves every position's equations"
     if batch > 1:
-        return f"at each position the patches of {batch} images, and their mixtures, solve the same equations"
+        # The difference of two images at any position solves the homogeneous equations of all positions.
+        free = min((batch - 1) * g.patch_tokens, g.patch_numbers + g.norm_scales)
+        return f"the differences between {batch} images leave {free} directions of every patch free"
     return None
 
 
-def _attention_rowspace(g: ViTGeometry, batch: int) -> RouteVerdict:
+def _attention_rowspace(g: ViTGeometry, batch: int, shared: Collection[str] | None) -> RouteVerdict:
     unknowns = g.patch_numbers + g.norm_scales
     spanned = batch * g.patch_tokens + g.prefix_tokens
     equations = max(g.width - spanned, 0)
@@ -204,7 +257,8 @@ def _attention_rowspace(g: ViTGeometry, batch: int) -> RouteVerdict:
     obstacle = _linear_obstacle(g, batch)
     if obstacle is None and unknowns > equations:
         obstacle = "too few directions are orthogonal to all tokens"
-    why = f"Needs the exact full gradient of {FIRST_QKV} of one image: {count}."
+    obstacle = obstacle or _unshared(shared, QKV_WEIGHT)
+    why = f"Needs the exact gradient of {FIRST_QKV} for one image: {count}."
     if obstacle is not None:
         why = f"Not exact: {obstacle} ({count})."
     return RouteVerdict("attention_rowspace", obstacle is None, unknowns, equations, why)
@@ -241,17 +295,27 @@ def _adapter_rowspace(g: ViTGeometry, adapter: Target | None, steps: int | None,
     return verdict(obstacle is None, equations, why)
 
 
-def _search(route: str, base: BaseModel, adapter: Target | None, steps: int | None, batch: int) -> RouteVerdict:
+def _search(
+    route: str,
+    base: BaseModel,
+    adapter: Target | None,
+    shared: Collection[str] | None,
+    steps: int | None,
+    batch: int,
+) -> RouteVerdict:
     channels, height, width = base.input_shape
     unknowns = batch * channels * height * width
-    if adapter is None:
-        linear = [module for module in base.model.modules() if isinstance(module, nn.Linear)]
-        equations = sum(module.weight.numel() for module in linear)
-        source = "of the exact gradients of the linear layers"
-    else:
+    if adapter is not None:
         moved = steps is not None and steps > 1
         equations = sum(layer.rank * (layer.d_out + moved * layer.d_in) for layer in adapter.layers)
         source = "of the LoRA update"
+    elif shared is not None:
+        equations = sum(base.model.get_parameter(name).numel() for name in set(shared))
+        source = "of the shared gradients"
+    else:
+        linear = [module for module in base.model.modules() if isinstance(module, nn.Linear)]
+        equations = sum(module.weight.numel() for module in linear)
+        source = "of the exact gradients of the linear layers"
     enough = equations >= unknowns
     relation = "suffice for" if enough else "are too few for"
     why = f"{equations} numbers {source} {relation} {unknowns} pixel values; the route is {SEARCHES[route]}."

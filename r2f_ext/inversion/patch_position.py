@@ -10,15 +10,15 @@ from __future__ import annotations
 import time
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.identifiability import ViTGeometry, identifiability, vit_geometry
-from r2f_ext.inversion.patches import Estimate, Prior, patch_prior, posterior_mean, to_image
+from r2f_ext.inversion.identifiability import PATCH_WEIGHT, POSITIONS, ViTGeometry, base_geometry, identifiability
+from r2f_ext.inversion.patches import Estimate, Prior, expected_psnr_db, patch_prior, posterior_mean, to_image
 from r2f_ext.types import BaseModel, Reconstruction
 
 ROUTE = "patch_position"
-PATCH_WEIGHT, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 
 
 def invert_patch_position(base: BaseModel, gradients: dict[str, Tensor]) -> Reconstruction:
@@ -40,12 +40,16 @@ def invert_patch_position(base: BaseModel, gradients: dict[str, Tensor]) -> Reco
     verdict = identifiability(base)[ROUTE]
     if not verdict.identifiable:
         raise R2FError(f"{ROUTE} is refused: {verdict.why}")
-    geometry = vit_geometry(base.model)
+    geometry = base_geometry(base)
     weight = read_gradient(base, gradients, PATCH_WEIGHT).flatten(1)
     delta = _patch_delta(geometry, read_gradient(base, gradients, POSITIONS))
     estimate = _solve(delta, weight, _token_prior(base, geometry))
     image = to_image(base, estimate.solution, geometry.patch, geometry.grid)
-    details = {"noise": estimate.noise, "expected_error": estimate.uncertainty}
+    details = {
+        "noise": estimate.noise,
+        "expected_error": estimate.uncertainty,
+        "expected_psnr_db": expected_psnr_db(base, estimate.uncertainty),
+    }
     return Reconstruction(ROUTE, image, None, verdict.why, time.perf_counter() - started, details)
 
 
@@ -64,13 +68,24 @@ def read_gradient(base: BaseModel, gradients: dict[str, Tensor], name: str) -> T
     if not torch.isfinite(gradient).all():
         raise R2FError(f"the gradient of {name} holds NaN or infinity: the client's step diverged or is damaged.")
     if not gradient.any():
-        raise R2FError(f"the gradient of {name} is all zero: nothing of the image is in it.")
+        raise R2FError(
+            f"the gradient of {name} is all zero: the model fits its image perfectly (converged), or the layer was "
+            "frozen; nothing of the image is in it."
+        )
     return gradient
 
 
 def _patch_delta(geometry: ViTGeometry, positions: Tensor) -> Tensor:
-    """D [N, d] of the patch tokens: prefix tokens come first, or have no position at all (no_embed_class)."""
-    return positions[0, -geometry.patch_tokens :]
+    """D [N, d] of the patch tokens: prefix tokens come first, or have no position at all (no_embed_class).
+
+    Where timm resamples M positions p to R p for N tokens, their gradient is R^T D, and R [N, M] is solved away.
+    """
+    gathered = positions[0, -geometry.positions :]
+    if geometry.grid == geometry.position_grid:
+        return gathered
+    unit = torch.eye(geometry.positions, dtype=torch.float64, device=gathered.device)[None]
+    resample = resample_abs_pos_embed(unit, list(geometry.grid), list(geometry.position_grid), num_prefix_tokens=0)[0]
+    return torch.linalg.lstsq(resample.mT, gathered).solution
 
 
 def _token_prior(base: BaseModel, geometry: ViTGeometry) -> Prior:
@@ -78,7 +93,7 @@ def _token_prior(base: BaseModel, geometry: ViTGeometry) -> Prior:
     pixel = patch_prior(base, geometry.patch)
     spread = pixel.root.square().sum(1).mean().sqrt()
     size = geometry.patch_tokens
-    return Prior(pixel.mean.mean().expand(size), spread * torch.eye(size, dtype=torch.float64, device=spread.device))
+    return Prior(pixel.mean.mean().expand(size, 1), spread * torch.eye(size, dtype=torch.float64, device=spread.device))
 
 
 def _solve(delta: Tensor, weight: Tensor, prior: Prior) -> Estimate:

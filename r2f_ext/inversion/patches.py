@@ -5,11 +5,13 @@ The order of a patch's pixels is that of a flattened Conv2d kernel: channel, row
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from r2f_ext.errors import R2FError
 from r2f_ext.types import BaseModel
 
 # A generic pixel in [0, 1]: mid gray, spread over the range, neighbours and channels alike.
@@ -19,6 +21,10 @@ NEIGHBOUR_LENGTH = 8.0
 CHANNEL_CORRELATION = 0.95
 # The condition number beyond which float64 itself, not the data, limits a solve.
 FLOAT64_FLOOR = 1e-15
+# Variance, relative to the pixels' mean, that public images leave to patches unlike any of theirs.
+PRIOR_FLOOR = 1e-3
+# What is left of an equation's weight when it says nothing: the prior then decides.
+NO_INFORMATION = 1e-12
 
 
 def unfold_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -44,10 +50,36 @@ def to_image(base: BaseModel, patches: Tensor, patch: tuple[int, int], grid: tup
 
 @dataclass(frozen=True)
 class Prior:
-    """A Gaussian belief about k unknowns: mean [k] and a square root of the covariance, root [k, k], float64."""
+    """A Gaussian belief about k unknowns of n columns.
+
+    Attributes (float64):
+        mean: [k, 1], or [k, n] where every column has its own.
+        root: [k, k], a square root of the covariance, the same for all columns.
+    """
 
     mean: Tensor
     root: Tensor
+
+
+def prior_from_images(base: BaseModel, images: Tensor, patch: tuple[int, int]) -> Prior:
+    """Belief about the patches of one image from public images like it: mean [k, N] by position, pooled covariance.
+
+    Args:
+        images: [n, c, h, w] in [0, 1], of the base's input size; hundreds.
+
+    Raises:
+        R2FError: the images do not fit the base.
+    """
+    if tuple(images.shape[1:]) != tuple(base.input_shape) or len(images) < 2:
+        raise R2FError(f"prior images {tuple(images.shape)} do not fit the base's input {base.input_shape}.")
+    patches = unfold_patches(base.normalize(images.to(base.device, torch.float64)), patch)
+    mean = patches.mean(0)
+    spread = (patches - mean).flatten(0, 1)
+    covariance = spread.mT @ spread / len(spread)
+    # Directions that these images never take (border pixels that are always black) stay possible.
+    width = PRIOR_FLOOR * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+    root = torch.linalg.cholesky(covariance + width * torch.eye(len(covariance), dtype=torch.float64).to(covariance))
+    return Prior(mean.mT, root)
 
 
 def patch_prior(base: BaseModel, patch: tuple[int, int]) -> Prior:
@@ -64,7 +96,7 @@ def patch_prior(base: BaseModel, patch: tuple[int, int]) -> Prior:
     scale = (PIXEL_PRIOR_STD / std).repeat_interleave(len(steps))
     covariance = scale[:, None] * torch.kron(between, within) * scale
     root = torch.linalg.cholesky(covariance)
-    return Prior(gray.repeat_interleave(len(steps)).to(base.device), root.to(base.device))
+    return Prior(gray.repeat_interleave(len(steps))[:, None].to(base.device), root.to(base.device))
 
 
 @dataclass(frozen=True)
@@ -82,15 +114,20 @@ class Estimate:
     uncertainty: float
 
 
-def posterior_mean(system: Tensor, rhs: Tensor, prior: Prior) -> Estimate:
+def posterior_mean(system: Tensor, rhs: Tensor, prior: Prior, buried: float = 0.0) -> Estimate:
     """Solve system [m, k] @ solution [k, n] = rhs [m, n], float64, for n right-hand sides at once.
 
     The noise level comes from the part of `rhs` that no solution reaches, (m - k) n numbers; where m <= k it
     is set by float64's precision. The estimate is the mean of the Gaussian posterior: the least-squares
     solution where the data are precise, the prior along directions that the noise hides.
+
+    Args:
+        buried: share of the equations' natural variance (what the prior expects of their two sides' difference) that
+            is known to be error, in [0, 1]. Equations v^T t = 0 hold up to their natural variance e0^2 for any
+            direction v, so an error e^2 counts as 1 / (1 / e^2 - 1 / e0^2): at 1 they say nothing.
     """
     left, singular, right = torch.linalg.svd(system @ prior.root, full_matrices=False)
-    surprise = rhs - (system @ prior.mean)[:, None]
+    surprise = rhs - system @ prior.mean
     seen = left.mT @ surprise
     spare = system.shape[0] - system.shape[1]
     floor = (FLOAT64_FLOOR * rhs.square().mean().sqrt()).square().clamp_min(torch.finfo(torch.float64).tiny)
@@ -98,9 +135,20 @@ def posterior_mean(system: Tensor, rhs: Tensor, prior: Prior) -> Estimate:
     if spare > 0:
         unreached = (surprise - left @ seen).square().sum() / (spare * rhs.shape[1])
         noise = torch.maximum(unreached, floor)
+    measured = noise.sqrt().item()
+    if buried > 0:
+        natural = surprise.square().mean() + (system @ prior.root).square().sum() / len(system)
+        noise = torch.maximum(noise, buried * natural)
+        noise = noise / (1 - noise / natural).clamp_min(NO_INFORMATION)
     gain = singular / (singular.square() + noise)
-    solution = prior.mean[:, None] + prior.root @ (right.mT @ (gain[:, None] * seen))
+    solution = prior.mean + prior.root @ (right.mT @ (gain[:, None] * seen))
     spread = prior.root @ right.mT
     kept = (spread.square() * (noise / (singular.square() + noise))).sum()
     unseen = (prior.root.square().sum() - spread.square().sum()).clamp_min(0)
-    return Estimate(solution, noise.sqrt().item(), ((kept + unseen) / system.shape[1]).sqrt().item())
+    return Estimate(solution, measured, ((kept + unseen) / system.shape[1]).sqrt().item())
+
+
+def expected_psnr_db(base: BaseModel, uncertainty: float) -> float:
+    """PSNR in dB of an image whose model inputs err by `uncertainty` (root mean square), before clamping."""
+    pixel = uncertainty * torch.tensor(base.std, dtype=torch.float64).square().mean().sqrt().item()
+    return -20 * math.log10(max(pixel, 1e-10))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import attention_rowspace, patch_position
-from r2f_ext.inversion.identifiability import RouteVerdict, identifiability
+from r2f_ext.inversion.identifiability import PATCH_WEIGHT, POSITIONS, QKV_WEIGHT, RouteVerdict, identifiability
 from r2f_ext.types import BaseModel, Reconstruction
 
-NEEDED = (patch_position.PATCH_WEIGHT, patch_position.POSITIONS, attention_rowspace.QKV_WEIGHT)
+NEEDED = (PATCH_WEIGHT, POSITIONS, QKV_WEIGHT)
 INVERTERS: dict[str, Callable[[BaseModel, dict[str, Tensor]], Reconstruction]] = {
     patch_position.ROUTE: patch_position.invert_patch_position,
     attention_rowspace.ROUTE: attention_rowspace.invert_attention_rowspace,
@@ -48,7 +48,7 @@ def exact_gradients(
         the same afterwards as before.
 
     Raises:
-        R2FError: the images do not fit the base, or it has no such parameter.
+        R2FError: the images do not fit the base, a label is out of range, or the base has no such parameter.
     """
     if tuple(images.shape[1:]) != tuple(base.input_shape) or len(images) != len(labels):
         raise R2FError(
@@ -59,6 +59,9 @@ def exact_gradients(
     absent = [name for name in wanted if name not in parameters]
     if absent or not wanted:
         raise R2FError(f"base '{base.spec}' has no parameter {(absent or NEEDED)[0]}: its gradient cannot be taken.")
+    wrong = labels[(labels < 0) | (labels >= base.num_classes)]
+    if len(wrong) > 0:
+        raise R2FError(f"label {int(wrong[0])} is out of range: the base tells {base.num_classes} classes, from 0.")
     chosen = [parameters[name] for name in wanted]
     before = [parameter.requires_grad for parameter in chosen]
     images, labels = images.to(chosen[0]), labels.to(base.device)

@@ -1,6 +1,18 @@
 """Base models and the adapters bound to them."""
 
 from r2f_ext.models.adapter import AdapterFiles, attach, read_adapter, untouched_a
-from r2f_ext.models.base import load_base, save_base
+from r2f_ext.models.base import load_base, save_base, shape_of
+from r2f_ext.models.initial import InitialA, initial_from_folder, initial_from_seed
 
-__all__ = ["AdapterFiles", "attach", "load_base", "read_adapter", "save_base", "untouched_a"]
+__all__ = [
+    "AdapterFiles",
+    "InitialA",
+    "attach",
+    "initial_from_folder",
+    "initial_from_seed",
+    "load_base",
+    "read_adapter",
+    "save_base",
+    "shape_of",
+    "untouched_a",
+]

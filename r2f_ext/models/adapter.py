@@ -89,7 +89,7 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     if not folder.is_dir():
         raise R2FError(f"adapter folder '{folder}' does not exist: pass a folder written by PEFT's save_pretrained.")
     config = _read_config(folder)
-    weights = _read_weights(folder)
+    weights = read_factors(folder)
     bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise R2FError(
@@ -123,7 +123,12 @@ def _read_config(folder: Path) -> dict:
     return {name: raw[name] for name in USED_FIELDS if raw.get(name) is not None}
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_factors(folder: Path) -> dict[str, Tensor]:
+    """PEFT's state dict of an adapter folder, trained or not.
+
+    Raises:
+        R2FError: adapter_model.safetensors is missing or broken.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / PICKLE).exists():

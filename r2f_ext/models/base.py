@@ -10,6 +10,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import set_fused_attn
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models.embedded import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, WEIGHTS, build_embedded_vit
@@ -41,6 +43,46 @@ def load_base(spec: str = "embedded", device: str | torch.device = "cpu", num_cl
     return base
 
 
+def shape_of(model: nn.Module | str, image_size: int | None = None) -> BaseModel:
+    """A base whose shapes can be counted: a timm model, or a timm model's name, then without its weights.
+
+    Args:
+        image_size: side of the square input, where it is not the one that the name stands for.
+
+    Returns:
+        A base; its parameters lie on the meta device (no memory, no numbers) where only a name was given.
+
+    Raises:
+        R2FError: timm has no model of that name, or no such size of it; or the model is not one of timm's.
+    """
+    if isinstance(model, nn.Module):
+        kind = type(model).__name__
+        if hasattr(model, "pretrained_cfg"):
+            return _describe(model, kind)
+        if not isinstance(model, VisionTransformer):
+            raise R2FError(f"a {kind} that timm's create_model did not make: wrap it in a BaseModel.")
+        height, width = model.patch_embed.img_size
+        plain = (0.5,) * model.in_chans
+        return BaseModel(model, kind, (model.in_chans, height, width), plain, plain, model.num_classes)
+    name = model.removeprefix("timm:")
+    if name == "embedded":
+        return _embedded()
+    _check_name(name)
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        with torch.device("meta"):
+            return _describe(timm.create_model(name, pretrained=False, **size), f"timm:{name}")
+    except Exception as error:  # timm's constructors assert and refuse arguments in their own words
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise R2FError(f"'{name}' cannot be built without weights at that size: {reason}") from error
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3]) or "see timm.list_models()"
+        raise R2FError(f"unknown base model '{name}': timm has no model of that name (close: {close}).")
+
+
 def _embedded() -> BaseModel:
     model = build_embedded_vit()
     model.load_state_dict(load_file(WEIGHTS))
@@ -49,9 +91,7 @@ def _embedded() -> BaseModel:
 
 def _from_timm(spec: str, num_classes: int | None) -> BaseModel:
     name = spec.removeprefix("timm:")
-    if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3]) or "see timm.list_models()"
-        raise R2FError(f"unknown base model '{name}': timm has no model of that name (close: {close}).")
+    _check_name(name)
     head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         model = timm.create_model(name, pretrained=True, **head)

@@ -1,0 +1,83 @@
+"""The adapter's row space, from PEFT folder to image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import peft_model, save, train
+from timm.models.vision_transformer import VisionTransformer
+
+from r2f_ext.audit.metrics import psnr_db
+from r2f_ext.audit.row_space import run_row_space
+from r2f_ext.errors import R2FError
+from r2f_ext.models import attach, read_adapter
+from r2f_ext.types import BaseModel
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    """17 tokens of width 96, float64, one channel."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=32, patch_size=8, in_chans=1, embed_dim=96, depth=2, num_heads=4, num_classes=5
+    ).double()
+    return BaseModel(model.eval().requires_grad_(False), "seventeen", (1, 32, 32), (0.5,), (0.5,), 5)
+
+
+def _image() -> torch.Tensor:
+    coarse = torch.rand(1, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    return F.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def victim(base, tmp_path_factory):
+    """r = 32, T = 5, float64, seed 42; the folder before training, too."""
+    folder = tmp_path_factory.mktemp("row_space")
+    image, label = _image(), torch.tensor([1])
+    model = peft_model(base, seed=42, r=32, lora_alpha=64)
+    save(model, folder / "start")
+    train(model, base, image, label, steps=5)
+    target, update = attach(read_adapter(save(model, folder / "end")), base)
+    return image, target, update, folder
+
+
+def test_five_steps_in_float64_give_the_image_with_a_guessed_seed(victim) -> None:
+    image, target, update, _ = victim
+    outcome = run_row_space(target, [update])
+    assert outcome.found is not None and psnr_db(outcome.found.images, image).item() >= 70
+    for word in ("manual_seed(42)", "rank 32 against 17 tokens", "float64", "dB to be expected"):
+        assert word in outcome.why
+    assert outcome.found.details["expected_psnr_db"] > 40
+
+
+def test_a_folder_or_a_seed_named_by_the_user_gives_the_same(victim) -> None:
+    image, target, update, folder = victim
+    for options in ({"initial": str(folder / "start")}, {"seed": 42}):
+        found = run_row_space(target, [update], **options).found
+        assert found is not None and psnr_db(found.images, image).item() >= 70
+    with pytest.raises(R2FError, match="--a0-seed 41 does not draw"):
+        run_row_space(target, [update], seed=41)
+
+
+def test_float32_storage_is_said_and_promises_less(victim) -> None:
+    image, target, update, _ = victim
+    stored = replace(update, a={n: a.float().double() for n, a in update.a.items()})
+    outcome = run_row_space(target, [stored])
+    assert outcome.found is not None and "float32" in outcome.why
+    psnr = psnr_db(outcome.found.images, image).item()
+    assert psnr < 60 and outcome.found.details["expected_psnr_db"] < psnr + 6
+
+
+def test_refusals_say_why(victim, base, tmp_path) -> None:
+    _, target, update, _ = victim
+    unknown = replace(update, a={n: a + torch.randn_like(a) for n, a in update.a.items()})
+    assert "pass --initial FOLDER or --a0-seed N" in run_row_space(target, [unknown]).why
+    image, label = _image(), torch.tensor([1])
+    model = peft_model(base, r=8)
+    train(model, base, image, label, steps=2)
+    small = attach(read_adapter(save(model, tmp_path / "r8")), base)
+    outcome = run_row_space(small[0], [small[1]])
+    assert outcome.found is None and "rank 8" in outcome.why

@@ -1,0 +1,108 @@
+"""A before the first step (A_0): from a folder saved then, or drawn again by PEFT under a guessed seed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from r2f_ext.errors import R2FError
+from r2f_ext.models.adapter import PREFIX, read_factors
+from r2f_ext.types import LoraUpdate, Target
+
+COMMON_SEEDS = (*range(129), 256, 512, 666, 777, 999, 1000, 1024, 1111, 1234, 1337, *range(2020, 2027), 3407, 12345)
+INITS: tuple[Any, ...] = (True, "gaussian")
+# A wrong draw has a cosine of about 1 / sqrt(numbers in A) with the adapter's A: this many times that is no chance.
+CHANCE = 8.0
+
+
+@dataclass(frozen=True)
+class InitialA:
+    """A_0 of the adapted layers and how it was come by.
+
+    Attributes:
+        a: name -> [r, d_in], on the base's device, in the adapter's dtype.
+        source: for a person.
+        cosine: between A_0 and the adapter's A, over all layers; near 1 after a short training.
+    """
+
+    a: dict[str, Tensor]
+    source: str
+    cosine: float
+
+
+def initial_from_folder(folder: str | Path, target: Target, update: LoraUpdate) -> InitialA:
+    """A_0 from a PEFT folder that was saved before training (its B is zero).
+
+    Raises:
+        R2FError: the folder does not hold an A of the same shape for every adapted layer, or it has nothing to do
+            with the adapter's A.
+    """
+    weights = read_factors(Path(folder))
+    a: dict[str, Tensor] = {}
+    for name, trained in update.a.items():
+        stored = weights.get(f"{PREFIX}{name}.lora_A.weight")
+        if stored is None or stored.flatten(1).shape != trained.shape or not torch.isfinite(stored).all():
+            raise R2FError(f"'{folder}' holds no A of {name} as the adapter has it: pass the adapter saved untrained.")
+        a[name] = stored.flatten(1).to(trained)
+    found = InitialA(a, f"the folder '{folder}'", _cosine(a, update.a))
+    if not _related(found, update.a):
+        raise R2FError(f"A in '{folder}' is not where this adapter started (cosine {found.cosine:.3f} to its A).")
+    return found
+
+
+def initial_from_seed(target: Target, update: LoraUpdate, seeds: Iterable[int] = COMMON_SEEDS) -> InitialA | None:
+    """A_0 as PEFT draws it when `torch.manual_seed(seed)` is called right before `get_peft_model`, by trying seeds.
+
+    Both of PEFT's plain inits (default and "gaussian") are tried. Draws between the seed and PEFT (a model built
+    meanwhile) shift the stream: such starts are not found.
+
+    Returns:
+        None where no seed draws an A like the adapter's.
+    """
+    first = {target.names[0]: update.a[target.names[0]]}
+    for seed in seeds:
+        for init in INITS:
+            drawn = InitialA(_draw(target, target.names[:1], seed, init, first), "", 0.0)
+            if not _related(InitialA(drawn.a, "", _cosine(drawn.a, first)), first):
+                continue
+            a = _draw(target, target.names, seed, init, update.a)
+            found = InitialA(a, f"PEFT's draw under torch.manual_seed({seed})", _cosine(a, update.a))
+            if _related(found, update.a):
+                return found
+    return None
+
+
+def _draw(target: Target, names: tuple[str, ...], seed: int, init: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A_0 of the first adapted layers `names`, in PEFT's order; its draws for them depend on no later layer."""
+    modules = [copy.deepcopy(target.base.model.get_submodule(name)).cpu() for name in names]
+    slots = [f"layer{i}" for i in range(len(modules))]
+    skeleton = nn.Sequential()
+    for slot, module in zip(slots, modules, strict=True):
+        skeleton.add_module(slot, module)
+    ranks = {slot: target.layer(name).rank for slot, name in zip(slots, names, strict=True)}
+    config = LoraConfig(r=ranks[slots[0]], rank_pattern=ranks, target_modules=slots, init_lora_weights=init)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(skeleton, config)
+    layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
+    drawn = (layer.lora_A["default"].weight.detach().flatten(1) for layer in layers)
+    return {name: a.to(like[name]) for name, a in zip(names, drawn, strict=True)}
+
+
+def _cosine(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    dot = sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+    sizes = [sum(float(x[name].double().square().sum()) for name in a) for x in (a, b)]
+    return dot / max((sizes[0] * sizes[1]) ** 0.5, 1e-300)
+
+
+def _related(found: InitialA, trained: dict[str, Tensor]) -> bool:
+    numbers = sum(trained[name].numel() for name in found.a)
+    return found.cosine > min(0.9, CHANCE / numbers**0.5)
