@@ -173,7 +173,7 @@ def test_layer_weights_and_layers_left_out(world):
 
 
 def test_observed_factors_equal_observed_dense_gradients(world):
-    target, observed, images, labels = world
+    target, _, images, labels = world
     with Capture(target) as capture:
         factors = capture(images[:, None], labels[:, None])
     found, expected = run((target, factors, images, labels)), run(world)
@@ -238,6 +238,28 @@ def test_a_model_without_double_backward_is_noticed():
         run(world, MatchingConfig(steps=1, second_order="double_backward"))
 
 
+def test_a_net_of_kinks_is_noticed_and_better_matched_by_central_differences():
+    """ReLU and max-pooling: the gradient jumps where units switch, and second derivatives do not see it."""
+    torch.manual_seed(0)
+    layers = []
+    for width in (3, 16, 16, 16):
+        layers += [nn.Conv2d(width, 16, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 5))
+    world = conv_world(dtype=torch.float32)
+    base = BaseModel(model.eval().requires_grad_(False), "kinks", (3, 8, 8), (0.5,) * 3, (0.25,) * 3, 5)
+    names = [name for name, _ in model.named_parameters()]
+    taken = exact_gradients(base, world[2][:, 0], world[3][:, 0], names)
+    observed = Gradient({name: torch.stack([one[name] for one in taken]) for name in names})
+    config = MatchingConfig(steps=30, step_size=0.02, tv_weight=0.0, schedule="cosine")
+    case, start = (base, observed, world[2], world[3]), torch.rand_like(world[2])
+    found = run(case, config, start=start)
+    double = run(case, replace(config, second_order="double_backward"), start=start)
+    assert (found.details["central_differences"], double.details["central_differences"]) == (1, 0)
+    assert found.details["loss_end"] < double.details["loss_end"]
+    smooth = run(world, config, start=start)
+    assert smooth.details["central_differences"] == 0
+
+
 def test_a_batch_is_found_up_to_its_order():
     world = conv_world(victims=2, batch=2)
     config = MatchingConfig(steps=300, step_size=0.1, tv_weight=0.0, optimizer="lbfgs")
@@ -251,7 +273,7 @@ def test_a_batch_is_found_up_to_its_order():
 
 
 def test_an_average_over_steps_is_a_group_of_all_their_images():
-    """Eq. 6: the mean gradient of two small steps of training, against the images of both steps at the start's weights."""
+    """Eq. 6: the mean gradient of two steps of training, against the images of both at the start's weights."""
     base = tiny_base()
     target = target_of(base, LINEAR)
     images, labels = samples(4, base)
@@ -357,7 +379,7 @@ def test_what_does_not_fit_is_refused(world):
     with pytest.raises(R2FError, match=r"layer_weights names x"):
         run(world, replace(CONFIG, layer_weights={"x": 1.0}))
     with pytest.raises(R2FError, match="all zero"):
-        run(world, replace(CONFIG, layer_weights={name: 0.0 for name in LINEAR}))
+        run(world, replace(CONFIG, layer_weights=dict.fromkeys(LINEAR, 0.0)))
     base, dense, conv_images, conv_labels = conv_world()
     base.model.train()
     with pytest.raises(R2FError, match="training mode"):

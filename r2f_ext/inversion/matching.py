@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -36,6 +37,7 @@ OPTIMIZERS: dict[str, Callable[[Tensor, Box], Optimizer]] = {
     "lbfgs": LBFGS,
 }
 SECOND_ORDERS = ("auto", "double_backward", "central_differences")
+SAME_SLOPE = 0.9  # cosine of the slopes by double backward and by central differences, where either will do
 CHECK_EVERY = 10  # steps between looks at the losses, which make a GPU wait
 
 
@@ -54,8 +56,8 @@ class MatchingConfig:
         low, high: the box of pixels; None: no such bound (both or neither).
         restarts: trials of every victim. The first begins at the start, another at start + spread * (u - start) with
             u uniform in [0, 1] by the seed.
-        second_order: "double_backward", "central_differences" of first-order passes, or "auto": double backward unless
-            the model has none (fused attention).
+        second_order: "double_backward", "central_differences" of first-order passes, or "auto": double backward where
+            the model has one and both give the same slope at the start; fused attention has none, ReLU nets differ.
         patience: stop when for so many steps (looked at every tenth) no trial got better by `tolerance`, a share of its
             loss; None: never.
 
@@ -187,12 +189,12 @@ class _Search:
         self.mark, self.marked_at, self.step = self.best_loss.clone(), 0, 0
         self.fingerprint = sha256_of([images, self.labels, *objective.tensors()]) + repr((config, objective.shapes))
         self.central = config.second_order == "central_differences"
-        if config.second_order == "auto":
-            self.central = not self._has_double_backward()
 
     def run(self, state: Path | None) -> Iterator[int]:
         """Steps until the last one or until patience ends, each announced; then one look at where that led."""
         steps = self.config.steps
+        if self.config.second_order == "auto" and self.step == 0 and steps > 0:
+            self.central = not self._double_backward_will_do()
         while self.step < steps and not self._tired():
             loss, slope = self._evaluate()
             self._keep(loss)
@@ -238,16 +240,22 @@ class _Search:
         rough = total_variation(images.flatten(1, 2), self.config.isotropic)
         return self.objective(gradient, self.config.loss, self.weights) + self.config.tv_weight * rough
 
-    def _has_double_backward(self) -> bool:
-        image = self.images[:1].detach().requires_grad_()
-        gradient = _dense(self.candidates(image, self.labels[:1], create_graph=True))
+    def _double_backward_will_do(self) -> bool:
+        """The model has one (fused attention does not), and its slope at the start is that of central differences.
+
+        A network of ReLU and max-pooling has a gradient that jumps, which second derivatives do not see, and most of
+        the slope may be in the jumps (docs/inversion.md, Gradient matching).
+        """
+        self.central = True
+        moved = self._evaluate()[1].flatten(1)
+        self.central = False
         try:
-            torch.autograd.grad([g.sum() for g in gradient.dense.values()], [image])
+            exact = self._evaluate()[1].flatten(1)
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
             return False
-        return True
+        return bool(F.cosine_similarity(exact, moved).median() > SAME_SLOPE)
 
     def best_of_victims(self, victims: int) -> tuple[Tensor, Tensor]:
         """Images [V, b, c, h, w] and loss [V] of each victim's best trial."""
@@ -261,7 +269,7 @@ class _Search:
         return {**{name: getattr(self, name) for name in own}, **self.optimizer.state}
 
     def save(self, path: Path) -> None:
-        numbers = {"step": str(self.step), "marked_at": str(self.marked_at)}
+        numbers = {"step": str(self.step), "marked_at": str(self.marked_at), "central": str(int(self.central))}
         write_tensors(path, self._tensors(), {**numbers, "search": self.fingerprint})
 
     def resume(self, path: Path) -> None:
@@ -283,6 +291,7 @@ class _Search:
             else:
                 setattr(self, name, tensor)
         self.step, self.marked_at = int(metadata["step"]), int(metadata["marked_at"])
+        self.central = metadata["central"] == "1"
 
 
 def _dense(candidate: Candidate) -> Gradient:
