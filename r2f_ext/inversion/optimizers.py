@@ -19,8 +19,10 @@ SMALLEST = 2.0**-10  # shorter steps mean that the direction is no good
 
 
 class Optimizer(Protocol):
-    """Attributes:
-    state: tensors that, with `images`, hold all that a later step depends on.
+    """Moves images step by step.
+
+    Attributes:
+        state: tensors that, with `images`, hold all that a later step depends on.
     """
 
     state: dict[str, Tensor]
