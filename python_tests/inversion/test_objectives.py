@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from cases import CONV, LINEAR, samples, target_of, tiny_base
 
 from r2f_ext.capture import Capture
-from r2f_ext.inversion.objectives import GradientCosine, UpdateCosine, total_variation
+from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
+from r2f_ext.ops import total_variation
 from r2f_ext.types import Gradient
 
 NAMES = (CONV, *LINEAR)
@@ -42,7 +43,7 @@ def candidate(target, images, labels, create_graph=False):
 
 def test_gradient_cosine(world):
     target, images, labels, observed, _ = world
-    found = GradientCosine(Gradient(observed))(candidate(target, images, labels))
+    found = GradientObjective(Gradient(observed))(candidate(target, images, labels))
     for v in range(3):
         dense = dense_by_autograd(target.base, images[v], labels[v])
         expected = torch.stack([one_minus_cosine(dense[n], observed[n][v]) for n in NAMES]).mean()
@@ -52,29 +53,60 @@ def test_gradient_cosine(world):
 def test_update_cosine(world):
     target, images, labels, observed, a = world
     updates = {name: g @ a[name].mT for name, g in observed.items()}
-    found = UpdateCosine(target, a, updates)(candidate(target, images, labels))
+    found = UpdateObjective(target, a, updates)(candidate(target, images, labels))
     for v in range(3):
         dense = dense_by_autograd(target.base, images[v], labels[v])
         expected = torch.stack([one_minus_cosine(dense[n] @ a[n].mT, updates[n][v]) for n in NAMES]).mean()
         torch.testing.assert_close(found[v], expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["layer_cosine", "cosine", "l2"])
+def test_dense_and_factored_forms_agree(world, kind):
+    """Candidates and observations, each as factors or written out, give one and the same distance."""
+    target, images, labels, _, a = world
+    factors, seen = candidate(target, images, labels), candidate(target, images.flip(0), labels)
+    dense, seen_dense = (Gradient({n: f.dense(n) for n in NAMES}) for f in (factors, seen))
+    weights = [1.0, 2.0, 0.5]
+    found = [GradientObjective(o)(c, kind, weights) for o in (seen, seen_dense) for c in (factors, dense)]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-7, atol=1e-12)
+    objective = UpdateObjective(target, a, {n: g @ a[n].mT for n, g in seen_dense.dense.items()})
+    torch.testing.assert_close(objective(dense, kind, weights), objective(factors, kind, weights))
+
+
+def test_repeat_gives_each_trial_its_victim(world):
+    target, images, labels, observed, a = world
+    index = torch.tensor([0, 0, 1, 1, 2, 2])
+    factors, twice = candidate(target, images, labels), candidate(target, images[index], labels[index])
+    objectives = [
+        GradientObjective(Gradient(observed)),
+        GradientObjective(candidate(target, images.flip(0), labels)),
+        UpdateObjective(target, a, {n: g @ a[n].mT for n, g in observed.items()}),
+    ]
+    for objective in objectives:
+        torch.testing.assert_close(objective.repeat(2)(twice), objective(factors)[index])
+        assert objective.norms().shape == (3, len(NAMES))
+        assert objective.shapes == {layer.name: (layer.d_out, layer.d_in) for layer in target.layers}
+    one = GradientObjective(Gradient({n: g[:1] for n, g in observed.items()}))
+    assert len(one.repeat(5).tensors()[0]) == 1
+
+
 def test_the_truth_scores_zero_at_any_positive_scale(world):
     target, images, labels, _, a = world
     factors = candidate(target, images, labels)
     exact = {name: 7e-4 * factors.dense(name) for name in NAMES}
-    assert GradientCosine(Gradient(exact))(factors).abs().max() < 1e-9
-    assert UpdateCosine(target, a, {n: g @ a[n].mT for n, g in exact.items()})(factors).abs().max() < 1e-9
+    assert GradientObjective(Gradient(exact))(factors).abs().max() < 1e-9
+    assert UpdateObjective(target, a, {n: g @ a[n].mT for n, g in exact.items()})(factors).abs().max() < 1e-9
     opposite = {name: -gradient for name, gradient in exact.items()}
-    torch.testing.assert_close(GradientCosine(Gradient(opposite))(factors), torch.full((3,), 2.0).double())
+    torch.testing.assert_close(GradientObjective(Gradient(opposite))(factors), torch.full((3,), 2.0).double())
 
 
 @pytest.mark.parametrize("kind", ["gradient", "update"])
 def test_gradcheck(world, kind):
     target, images, labels, observed, a = world
-    objective = GradientCosine(Gradient({n: g[:1] for n, g in observed.items()}))
+    objective = GradientObjective(Gradient({n: g[:1] for n, g in observed.items()}))
     if kind == "update":
-        objective = UpdateCosine(target, a, {n: g[:1] @ a[n].mT for n, g in observed.items()})
+        objective = UpdateObjective(target, a, {n: g[:1] @ a[n].mT for n, g in observed.items()})
 
     def loss(pixels):
         image = images[:1].clone()
@@ -90,7 +122,7 @@ def test_tiny_gradients_do_not_underflow(world):
     small = {name: (1e-22 * factors.delta[name]).float() for name in NAMES}
     x = {name: factors.x[name].float() for name in NAMES}
     observed = {name: factors.dense(name).float() for name in NAMES}
-    loss = GradientCosine(Gradient(observed))(type(factors)(x, small))
+    loss = GradientObjective(Gradient(observed))(type(factors)(x, small))
     assert loss.abs().max() < 1e-4
 
 

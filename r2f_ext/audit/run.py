@@ -14,7 +14,7 @@ from r2f_ext.decoders import KINDS, Decoder, Updates, held_out_cosines, stack_up
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.matching import MatchingConfig, match
-from r2f_ext.inversion.objectives import GradientCosine, UpdateCosine
+from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
 from r2f_ext.types import Gradient, LoraUpdate, Reconstruction, Target
@@ -113,7 +113,7 @@ def match_decoded(
     assert amortised.labels is not None
     return match(
         target,
-        GradientCosine(decoded),
+        GradientObjective(decoded),
         torch.full_like(amortised.images, 0.5),
         amortised.labels,
         config,
@@ -135,7 +135,7 @@ def refine(
     assert amortised.labels is not None
     return match(
         target,
-        UpdateCosine(target, a, observed),
+        UpdateObjective(target, a, observed),
         amortised.images,
         amortised.labels,
         config,

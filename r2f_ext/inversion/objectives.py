@@ -1,53 +1,143 @@
-"""What a candidate image is judged by: distances between its gradient and the observed one, and total variation."""
+"""What a candidate is judged by: the distance of its gradient, or of its LoRA update, from the observed one."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
-from r2f_ext.ops import factored_matching_loss, matching_loss, total_variation
+from r2f_ext.errors import R2FError
+from r2f_ext.ops import factored_matching_loss, matching_loss
 from r2f_ext.pairs.generate import project
 from r2f_ext.types import FactoredGradient, Gradient, Target
 
-__all__ = ["GradientCosine", "Objective", "UpdateCosine", "total_variation"]
+Candidate = FactoredGradient | Gradient
+Shape = tuple[int, ...]
 
 
 class Objective(Protocol):
-    """A loss per victim, differentiable w.r.t. the candidate's gradient factors."""
+    """A distance per trial, differentiable w.r.t. the candidate's gradient.
 
-    def __call__(self, candidate: FactoredGradient) -> Tensor:
-        """Factors of V candidates -> loss [V]."""
+    Attributes:
+        shapes: layer (or parameter) -> shape of the gradient that the observation speaks of. A candidate needs these
+            layers and may have more.
+    """
+
+    shapes: dict[str, Shape]
+
+    def __call__(self, candidate: Candidate, kind: str, weights: Sequence[float] | None) -> Tensor:
+        """Gradients of T trials -> distance [T], for T observations or one for all.
+
+        Args:
+            kind, weights: see `ops.matching_loss`; the weights are in the order of `shapes`.
+        """
+        ...
+
+    def norms(self) -> Tensor:
+        """[V, L]: of what was observed of V victims in each layer."""
+        ...
+
+    def repeat(self, restarts: int) -> Self:
+        """For trials of V victims, `restarts` trials of a victim in a row."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """All that was observed: for a fingerprint."""
         ...
 
 
-class GradientCosine:
-    """1 - cos between full gradients, averaged over layers (Geiping et al. 2020, Eq. 4, layer by layer).
+class GradientObjective:
+    """Distance between full gradients. A candidate given as factors is never written out (METHODS 8).
 
-    Uses the candidate's factors and never writes its gradient out (METHODS 8).
+    Args:
+        observed: dense[name] [V, d_out, d_in] by layer, or factors; or, to match gradients of any parameters of a whole
+            classifier, dense[name] [V, *shape] by parameter name. Cosines take them at any positive scale.
     """
 
-    def __init__(self, observed: Gradient) -> None:
-        """observed: dense[name] [V, d_out, d_in], of any positive scale."""
-        self.observed = observed.dense
+    def __init__(self, observed: Candidate) -> None:
+        self.observed = observed
+        first = observed.dense if isinstance(observed, Gradient) else observed.delta
+        self.shapes = {name: tuple(self._dense(name).shape[1:]) for name in first}
 
-    def __call__(self, candidate: FactoredGradient) -> Tensor:
-        names = list(self.observed)
-        return factored_matching_loss(
-            [candidate.x[name] for name in names],
-            [candidate.delta[name] for name in names],
-            [self.observed[name].to(candidate.x[name].dtype) for name in names],
-        )
+    def __call__(
+        self, candidate: Candidate, kind: str = "layer_cosine", weights: Sequence[float] | None = None
+    ) -> Tensor:
+        names, seen = list(self.shapes), self.observed
+        if isinstance(candidate, Gradient):
+            dense = [candidate.dense[name] for name in names]
+            return matching_loss(dense, [self._dense(n).to(dense[0].dtype) for n in names], weights=weights, kind=kind)
+        x, delta = [candidate.x[name] for name in names], [candidate.delta[name] for name in names]
+        if isinstance(seen, Gradient):
+            observed, observed_delta = [seen.dense[name].to(x[0].dtype) for name in names], None
+        else:
+            observed = [seen.x[name].to(x[0].dtype) for name in names]
+            observed_delta = [seen.delta[name].to(x[0].dtype) for name in names]
+        return factored_matching_loss(x, delta, observed, observed_delta, weights=weights, kind=kind)
+
+    def _dense(self, name: str) -> Tensor:
+        return self.observed.dense[name] if isinstance(self.observed, Gradient) else self.observed.dense(name)
+
+    def norms(self) -> Tensor:
+        return torch.stack([self._dense(name).flatten(1).double().norm(dim=1) for name in self.shapes], dim=1)
+
+    def repeat(self, restarts: int) -> GradientObjective:
+        seen = self.observed
+        if isinstance(seen, Gradient):
+            return GradientObjective(Gradient(_repeat(seen.dense, restarts)))
+        return GradientObjective(FactoredGradient(_repeat(seen.x, restarts), _repeat(seen.delta, restarts)))
+
+    def tensors(self) -> list[Tensor]:
+        seen = self.observed
+        return list(seen.dense.values()) if isinstance(seen, Gradient) else [*seen.x.values(), *seen.delta.values()]
 
 
-class UpdateCosine:
-    """1 - cos between LoRA updates s G A^T, averaged over layers: matching in the space that was observed."""
+class UpdateObjective:
+    """Distance between LoRA updates s G A^T: matching in the space that was observed.
+
+    Args:
+        a: name -> A [r, d_in]; observed: name -> [V, d_out, r], cosines take it at any positive scale. Layers of the
+            target that are not observed are left out.
+
+    Raises:
+        R2FError: A and the observed update of a layer do not fit.
+    """
 
     def __init__(self, target: Target, a: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
-        """a[name] [r, d_in]; observed[name] [V, d_out, r], of any positive scale."""
-        self.target, self.a, self.observed = target, a, observed
+        self.observed, self.a = observed, a
+        layers = tuple(layer for layer in target.layers if layer.name in observed)
+        self.target = Target(target.base, layers)
+        self.shapes: dict[str, Shape] = {}
+        for name, update in observed.items():
+            if name not in a or update.shape[-1] != len(a[name]):
+                raise R2FError(f"the observed update of {name} does not fit its A: pass both from one adapter.")
+            self.shapes[name] = (update.shape[1], a[name].shape[1])
 
-    def __call__(self, candidate: FactoredGradient) -> Tensor:
-        updates = project(self.target, candidate, self.a)
-        observed = [self.observed[name].to(update.dtype) for name, update in updates.items()]
-        return matching_loss(list(updates.values()), observed)
+    def __call__(
+        self, candidate: Candidate, kind: str = "layer_cosine", weights: Sequence[float] | None = None
+    ) -> Tensor:
+        if isinstance(candidate, Gradient):
+            found = {}
+            for layer in self.target.layers:
+                gradient = candidate.dense[layer.name]
+                found[layer.name] = layer.scale * gradient @ self.a[layer.name].to(gradient.dtype).mT
+        else:
+            found = project(self.target, candidate, self.a)
+        updates = [found[name] for name in self.shapes]
+        observed = [self.observed[name].to(updates[0].dtype) for name in self.shapes]
+        return matching_loss(updates, observed, weights=weights, kind=kind)
+
+    def norms(self) -> Tensor:
+        return torch.stack([update.flatten(1).double().norm(dim=1) for update in self.observed.values()], dim=1)
+
+    def repeat(self, restarts: int) -> UpdateObjective:
+        return UpdateObjective(self.target, self.a, _repeat(self.observed, restarts))
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.observed.values(), *(self.a[name] for name in self.observed)]
+
+
+def _repeat(observed: dict[str, Tensor], restarts: int) -> dict[str, Tensor]:
+    """[V, ...] -> [V * restarts, ...]; what one victim showed stays one, for all trials."""
+    return {name: t if len(t) == 1 else t.repeat_interleave(restarts, dim=0) for name, t in observed.items()}

@@ -1,0 +1,74 @@
+"""Double backward against central differences: how far the matching loss falls in one step along each slope.
+
+    python benchmarks/inversion/second_order.py [--json FILE]
+
+One image's exact gradient, a random start, `layer_cosine`, no total variation. Printed for a smooth model (the
+embedded ViT) and one with kinks (breaching's ConvNet: ReLU and max-pooling; needs breaching 0.1.2): the cosine of the
+two slopes, and the change of the loss after every pixel moved by 0.001 and by 0.01 against the sign of the slope.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from compare_breaching import conv_base, images_of
+
+from r2f_ext.inversion.candidates import ParameterGradients
+from r2f_ext.models import load_base
+from r2f_ext.ops import matching_loss
+from r2f_ext.types import BaseModel
+
+warnings.filterwarnings("ignore")
+
+
+def measure(name: str, base: BaseModel, dtype: torch.dtype) -> dict:
+    base.model.to(dtype)
+    images, labels = images_of(base, 1)
+    labels = labels[:, None]
+    candidates = ParameterGradients(base, [name for name, _ in base.model.named_parameters()])
+    observed = list(candidates(images[:, None].to(dtype), labels).dense.values())
+
+    def loss(gradients: list[Tensor]) -> Tensor:
+        return matching_loss(gradients, observed, kind="layer_cosine").sum()
+
+    torch.manual_seed(0)
+    start = torch.rand(1, 1, *base.input_shape, dtype=dtype).requires_grad_()
+    (double,) = torch.autograd.grad(loss(list(candidates(start, labels, create_graph=True).dense.values())), [start])
+    start = start.detach()
+    dense = candidates(start, labels).dense
+    leaves = [gradient.requires_grad_() for gradient in dense.values()]
+    before = loss(leaves)
+    direction = dict(zip(dense, torch.autograd.grad(before, leaves), strict=True))
+    central = candidates.slope_along(start, labels, direction)
+    row: dict = {"model": name, "dtype": str(dtype).removeprefix("torch."), "loss": round(float(before), 4)}
+    row["cosine"] = round(float(F.cosine_similarity(double.flatten(), central.flatten(), dim=0)), 4)
+    for which, slope in (("double_backward", double), ("central_differences", central)):
+        for size in (1e-3, 1e-2):
+            moved = list(candidates(start - size * slope.sign(), labels).dense.values())
+            row[f"{which} {size:g}"] = round(float(loss(moved) - before), 5)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE")
+    asked = parser.parse_args()
+    rows = [measure("embedded ViT", load_base("embedded"), torch.float32)]
+    rows.append(measure("breaching ConvNet", conv_base(seed=0), torch.float32))
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    if asked.json:
+        Path(asked.json).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
