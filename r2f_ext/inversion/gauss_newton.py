@@ -1,0 +1,256 @@
+"""Gauss-Newton in LoRA space (METHODS 3f): the image itself from an ordinary one-step adapter.
+
+The updates z_l = D_l^T (X_l A_l^T) of all layers are a smooth and heavily overdetermined function of the image, so the
+image is the root of z(x) = z*. Each update is divided by its norm: the victim's learning rate is unknown and cancels.
+
+What makes it converge from a start of about 20 dB:
+* coordinates in which the proxies vary by one (`Subspace`): where no proxy varies, nothing is searched;
+* a damping that is chosen anew for every step by the *natural* monotonicity test (Deuflhard, Newton Methods for
+  Nonlinear Problems, 2004, section 4.3): a step is good if it shrinks the next correction (J^T J + m I)^-1 J^T r, not
+  the residual. The residual is ruled by a few steep directions, and a search that insists on its decrease stalls in
+  their curved valleys;
+* several such steps with one Jacobian, as long as they contract (simplified Newton): a Jacobian costs a thousand
+  times what a step does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2f_ext.capture import Capture
+from r2f_ext.capture.tangents import capture_tangents
+from r2f_ext.errors import R2FError
+from r2f_ext.ops import lora_grad_tangent
+from r2f_ext.pairs.generate import project
+from r2f_ext.types import Reconstruction, Target
+
+ROUTE = "gauss_newton"
+DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # shares of J^T J's largest eigenvalue
+SOLVED = 3e-6  # relative residual below which float32 says no more
+EXACT = 1e-3  # relative residual of an image that is the victim's own
+FOLLOWED = 0.03  # share of the start's residual below which the search has found a valley that leads somewhere
+
+
+@dataclass(frozen=True)
+class GaussNewtonConfig:
+    """When to stop, and what a good step is.
+
+    Attributes:
+        jacobians: at most, a victim.
+        steps: at most, with one Jacobian.
+        contraction: a step must shrink the next correction to this share.
+        stalled: Jacobians in a row without a residual a fifth lower than before, after which a victim is given up.
+        directions: tangents of one pass.
+    """
+
+    jacobians: int = 14
+    steps: int = 8
+    contraction: float = 0.75
+    stalled: int = 4
+    directions: int = 128
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Where images are looked for: start + basis u, with u of unit size for a difference like that between proxies.
+
+    Attributes:
+        basis: [c * h * w, q], orthogonal columns, each as long as the proxies' standard deviation along it.
+    """
+
+    basis: Tensor
+
+    @staticmethod
+    def of(images: Tensor, tolerance: float = 1e-7) -> Subspace:
+        """The span of the variation of proxy images [n, c, h, w], n >= 2; variances up to `tolerance` count as none.
+
+        Raises:
+            R2FError: the proxies are all alike.
+        """
+        variance, axes = torch.linalg.eigh(torch.cov(images.flatten(1).double().T))
+        kept = variance > tolerance
+        if not kept.any():
+            raise R2FError("the proxy images are all alike: gauss_newton needs proxies that vary.")
+        return Subspace((axes[:, kept] * variance[kept].sqrt()).to(images.dtype))
+
+
+class UpdateMap:
+    """z(x) of one victim's label: the updates of all layers, each of norm 1, side by side [R]."""
+
+    def __init__(self, target: Target, a: dict[str, Tensor], label: Tensor, shape: torch.Size, directions: int) -> None:
+        """a[name] [r, d_in]; label: [1]; shape: (c, h, w) of the image."""
+        self.target, self.a, self.label, self.shape, self.directions = target, a, label, shape, directions
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Points [n, c * h * w] in [0, 1] -> [n, R]."""
+        with Capture(self.target) as capture:
+            gradient = capture(points.unflatten(1, self.shape)[:, None], self.label.expand(len(points))[:, None])
+        return flat_units({name: u.detach() for name, u in project(self.target, gradient, self.a).items()})
+
+    def jacobian(self, point: Tensor, basis: Tensor) -> Tensor:
+        """dz along the columns of basis [c * h * w, q] at point [c * h * w]: [q, R], by exact tangents."""
+        image = point.view(1, *self.shape)
+        return torch.cat(
+            [
+                self._tangents(image, part.unflatten(1, (1, *self.shape)))
+                for part in basis.T.contiguous().split(self.directions)
+            ]
+        )
+
+    def _tangents(self, image: Tensor, directions: Tensor) -> Tensor:
+        gradient, moved = capture_tangents(self.target, image, self.label, directions)
+        update = project(self.target, gradient, self.a)
+        parts = []
+        for layer in self.target.layers:
+            name = layer.name
+            tangent = lora_grad_tangent(
+                gradient.x[name],
+                gradient.delta[name],
+                moved.x[name],
+                moved.delta[name],
+                self.a[name],
+                scale=layer.scale,
+            ).grad_B
+            parts.append(_unit_tangent(update[name].flatten(), tangent.flatten(1)))
+        return torch.cat(parts, dim=1)
+
+
+def flat_units(updates: dict[str, Tensor]) -> Tensor:
+    """Updates [V, d_out, r] a layer -> [V, R], every layer's part of norm 1."""
+    return torch.cat([F.normalize(update.flatten(1), dim=1, eps=1e-30) for update in updates.values()], dim=1)
+
+
+def _unit_tangent(value: Tensor, tangent: Tensor) -> Tensor:
+    """The derivative of value / |value|: value [m], tangent [K, m]."""
+    norm = value.norm().clamp_min(1e-30)
+    unit = value / norm
+    return (tangent - (tangent @ unit)[:, None] * unit) / norm
+
+
+@dataclass(frozen=True)
+class Search:
+    """How one victim's search ended.
+
+    Attributes:
+        image: [c * h * w], the last point.
+        residual: |z(x) - z*| over the square root of the number of layers: 0 for the victim's own image, about 1 for
+            a stranger's.
+        start_residual: the same at the start.
+        jacobians: how many were taken.
+    """
+
+    image: Tensor
+    residual: float
+    start_residual: float
+    jacobians: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether the image is the victim's, told without the original: its update is the observed one."""
+        return self.residual < EXACT
+
+    @property
+    def followed(self) -> bool:
+        """Whether the image is to be preferred to the start."""
+        return self.residual < max(EXACT, FOLLOWED * self.start_residual)
+
+
+def search(
+    updates: UpdateMap, observed: Tensor, start: Tensor, subspace: Subspace, config: GaussNewtonConfig
+) -> Search:
+    """Find the image whose update is observed [R] from start [c * h * w] in [0, 1].
+
+    The Jacobian is in the model's dtype, J^T J and all that follows from it in float64: its condition number is the
+    square of the Jacobian's, and small singular values carry the last digits of the image.
+    """
+    scale = len(updates.target.layers) ** 0.5
+    point, basis = start[None], subspace.basis
+    residual = updates(point) - observed
+    first = lowest = float(residual.norm()) / scale
+    count = since = 0
+    while lowest > SOLVED and count < config.jacobians and since < config.stalled:
+        jacobian = updates.jacobian(point[0], basis)
+        count += 1
+        curvature, axes = torch.linalg.eigh((jacobian @ jacobian.T).double())
+        damped = torch.stack([curvature + share * curvature[-1] for share in DAMPINGS])  # [m, q]
+
+        def pulled(rows: Tensor, jacobian: Tensor = jacobian, axes: Tensor = axes) -> Tensor:
+            return (rows @ jacobian.T).double() @ axes  # J^T r in the axes of J^T J
+
+        pull = pulled(residual)
+        for step in range(config.steps):
+            trials = point - ((pull / damped) @ axes.T).to(basis.dtype) @ basis.T
+            trials = trials.clamp(0, 1)
+            errors = updates(trials) - observed
+            pulls = pulled(errors)
+            ratio = (pulls / damped).norm(dim=1) / (pull / damped).norm(dim=1)
+            good = (ratio < config.contraction).nonzero().flatten()
+            if len(good) == 0 and step > 0:
+                break
+            chosen = int(good[-1]) if len(good) else int(ratio.argmin())  # the least damped of the good ones
+            point, residual, pull = trials[chosen, None], errors[chosen, None], pulls[chosen, None]
+            if float(residual.norm()) / scale < SOLVED:
+                break
+        now = float(residual.norm()) / scale
+        lowest, since = (now, 0) if now < 0.8 * lowest else (lowest, since + 1)
+    return Search(point[0], float(residual.norm()) / scale, first, count)
+
+
+def gauss_newton(
+    target: Target,
+    a: dict[str, Tensor],
+    observed: dict[str, Tensor],
+    start: Reconstruction,
+    subspace: Subspace,
+    config: GaussNewtonConfig | None = None,
+    advance: Callable[[int], None] = lambda victims: None,
+) -> Reconstruction:
+    """Route `gauss_newton`: images of V one-step, one-image adapters from their updates.
+
+    Args:
+        a: name -> A [r, d_in], as the adapters have it.
+        observed: name -> updates [V, d_out, r], of any positive scale a layer.
+        start: images [V, c, h, w] in [0, 1] and labels [V] of another route; label and neighbourhood must be right.
+        subspace: where to search, from proxies.
+        advance: called after each victim, for progress bars.
+
+    Returns:
+        images [V, c, h, w]: the search's where it ended exactly or followed its valley down, else the start's.
+        `details` hold, for victim i, `residual_i`, `exact_i` (1 or 0) and `jacobians_i`, and how many were exact.
+
+    Raises:
+        R2FError: an update that is zero or not finite, or a start without labels.
+    """
+    began = time.perf_counter()
+    config = config or GaussNewtonConfig()
+    if start.labels is None:
+        raise R2FError("gauss_newton needs labels: start it from a route that finds them.")
+    for name, update in observed.items():
+        if not torch.isfinite(update).all() or not update.flatten(1).any(dim=1).all():
+            raise R2FError(f"the update of {name} is zero or not finite: the adapter is untrained or damaged.")
+    a = {layer.name: a[layer.name] for layer in target.layers}
+    wanted = flat_units({layer.name: observed[layer.name] for layer in target.layers})
+    images, details = [], {}
+    for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
+        updates = UpdateMap(target, a, label[None], image.shape, config.directions)
+        found = search(updates, wanted[victim], image.flatten(), subspace, config)
+        images.append(found.image.view_as(image) if found.followed else image)
+        details |= {
+            f"residual_{victim}": found.residual,
+            f"exact_{victim}": float(found.exact),
+            f"jacobians_{victim}": float(found.jacobians),
+        }
+        advance(1)
+    exact = sum(int(details[f"exact_{victim}"]) for victim in range(len(images)))
+    why = (
+        f"Gauss-Newton on the update itself: {exact} of {len(images)} images reproduce their update to "
+        f"{EXACT:g} and are exact"
+    )
+    details["exact"] = float(exact)
+    return Reconstruction(ROUTE, torch.stack(images), start.labels, why, time.perf_counter() - began, details)
