@@ -70,7 +70,7 @@ def main() -> None:
         return kept
 
     training = Training(steps=STEPS, lr=LR)
-    full, low = (SimulatedPairs(target, a, proxy, training, precision=p) for p in ("float32", "bfloat16"))
+    exact, low = (SimulatedPairs(target, a, proxy, training, precision=p) for p in ("float32", "bfloat16"))
 
     def together(pairs: SimulatedPairs) -> None:
         for _ in pairs.batches():
@@ -85,7 +85,7 @@ def main() -> None:
 
     measured = interleaved_medians(
         {
-            "ours": lambda: together(full),
+            "ours": lambda: together(exact),
             "ours, bfloat16": lambda: together(low),
             "PEFT, one after another": one_after_another,
             "PEFT, one after another, bfloat16": lambda: one_after_another(low=True),

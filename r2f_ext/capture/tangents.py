@@ -3,52 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from r2f_ext.capture.hooks import _output_as_tokens, as_tokens
 from r2f_ext.types import FactoredGradient, Target
 
+Factors = tuple[dict[str, Tensor], dict[str, Tensor]]  # x, delta
 
-def capture_tangents(
-    target: Target, images: Tensor, labels: Tensor, directions: Tensor
-) -> tuple[FactoredGradient, FactoredGradient]:
+
+class CaptureTangents:
     """Factors of one group's gradient, and their derivatives along K directions of its images.
 
-    One reverse pass at the images serves all directions; each direction then costs about three bare passes. The
-    derivatives are exact (no differences), so they are as precise as the model's dtype.
+    One reverse pass at the images serves all directions. The derivatives are exact (no differences), so they are as
+    precise as the model's dtype. Forward mode over reverse mode is traced once for each shape and dtype of the
+    directions and then run as a flat list of operators: with few directions at a time, which stay in the cache, the
+    interpreter of the transforms would cost more than the arithmetic.
 
     Args:
-        images: [b, c, h, w] in [0, 1], one group; labels: [b] int64.
-        directions: [K, b, c, h, w], in pixels.
-
-    Returns:
-        (gradient, tangents): x[name] [1, b * tokens, d_in] and [K, 1, b * tokens, d_in], delta[name] likewise.
+        target: base model and adapted layers.
     """
-    modules = dict(target.base.model.named_modules())
-    chosen = {name: modules[name] for name in target.names}
 
-    def factors(pixels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        def loss(shifts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            inputs: dict[str, Tensor] = {}
-            handles = [module.register_forward_hook(_shift(inputs, name, shifts)) for name, module in chosen.items()]
-            try:
-                return F.cross_entropy(target.base.model(target.base.normalize(pixels)), labels), inputs
-            finally:
-                for handle in handles:
-                    handle.remove()
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        modules = dict(target.base.model.named_modules())
+        self._modules = {name: modules[name] for name in target.names}
+        self._traced: dict[tuple[torch.Size, torch.dtype], Callable[..., tuple[Factors, Factors]]] = {}
 
-        # The gradient at a zero added to a layer's output is the gradient at that output.
-        deltas, inputs = grad(loss, has_aux=True)(shifts)
-        x = {name: _tokens(as_tokens(module, inputs[name])) for name, module in chosen.items()}
-        return x, {name: _tokens(_output_as_tokens(module, deltas[name])) for name, module in chosen.items()}
+    def __call__(self, images: Tensor, labels: Tensor, directions: Tensor) -> tuple[FactoredGradient, FactoredGradient]:
+        """
+        Args:
+            images: [b, c, h, w] in [0, 1], one group; labels: [b] int64.
+            directions: [K, b, c, h, w], in pixels.
 
-    shifts = _zeros_of_outputs(target, chosen, images)
-    (x, delta), (dx, ddelta) = vmap(lambda e: jvp(factors, (images,), (e,)), out_dims=(None, 0))(directions)
-    return FactoredGradient(x, delta), FactoredGradient(dx, ddelta)
+        Returns:
+            (gradient, tangents): x[name] [1, b * tokens, d_in] and [K, 1, b * tokens, d_in], delta[name] likewise.
+        """
+        key = (directions.shape, directions.dtype)
+        if key not in self._traced:
+            graph: Any = make_fx(lambda *inputs: self._along(*inputs))(images, labels, directions)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            self._traced[key] = graph
+        with torch.no_grad():
+            gradient, moved = self._traced[key](images, labels, directions)
+        return FactoredGradient(*gradient), FactoredGradient(*moved)
+
+    def _along(self, images: Tensor, labels: Tensor, directions: Tensor) -> tuple[Factors, Factors]:
+        shifts = _zeros_of_outputs(self.target, self._modules, images)
+
+        def factors(pixels: Tensor) -> Factors:
+            def loss(shifts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+                inputs: dict[str, Tensor] = {}
+                with _Hooks(
+                    self._modules, lambda name, x, output: (inputs.update({name: x}), output + shifts[name])[1]
+                ):
+                    logits = self.target.base.model(self.target.base.normalize(pixels))
+                return F.cross_entropy(logits, labels), inputs
+
+            # The gradient at a zero added to a layer's output is the gradient at that output.
+            deltas, inputs = grad(loss, has_aux=True)(shifts)
+            x = {name: _tokens(as_tokens(module, inputs[name])) for name, module in self._modules.items()}
+            return x, {name: _tokens(_output_as_tokens(m, deltas[name])) for name, m in self._modules.items()}
+
+        return vmap(lambda direction: jvp(factors, (images,), (direction,)), out_dims=(None, 0))(directions)
 
 
 def _tokens(rows: Tensor) -> Tensor:
@@ -56,24 +79,31 @@ def _tokens(rows: Tensor) -> Tensor:
     return rows.reshape(1, -1, rows.shape[-1])
 
 
-def _shift(inputs: dict[str, Tensor], name: str, shifts: dict[str, Tensor]) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inputs[name] = args[0]
-        return output + shifts[name]
+class _Hooks:
+    """While entered, each module's output is replaced by replace(name, input, output)."""
 
-    return hook
+    def __init__(self, modules: dict[str, nn.Module], replace: Callable[[str, Tensor, Tensor], Tensor]) -> None:
+        self.modules, self.replace = modules, replace
+
+    def __enter__(self) -> None:
+        self.handles = [
+            module.register_forward_hook(lambda _, args, output, name=name: self.replace(name, args[0], output))
+            for name, module in self.modules.items()
+        ]
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 @torch.no_grad()
-def _zeros_of_outputs(target: Target, chosen: dict[str, nn.Module], images: Tensor) -> dict[str, Tensor]:
-    shapes: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda m, args, output, name=name: shapes.update({name: torch.zeros_like(output)}))
-        for name, module in chosen.items()
-    ]
-    try:
+def _zeros_of_outputs(target: Target, modules: dict[str, nn.Module], images: Tensor) -> dict[str, Tensor]:
+    zeros: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor, output: Tensor) -> Tensor:
+        zeros[name] = torch.zeros_like(output)
+        return output
+
+    with _Hooks(modules, note):
         target.base.model(target.base.normalize(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
+    return zeros

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.capture import Capture
-from r2f_ext.capture.tangents import capture_tangents
+from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.ops import lora_grad_tangent
 from r2f_ext.pairs.generate import project
@@ -32,7 +32,7 @@ from r2f_ext.types import Reconstruction, Target
 
 ROUTE = "gauss_newton"
 DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # shares of J^T J's largest eigenvalue
-SOLVED = 3e-6  # relative residual below which float32 says no more
+SOLVED = 1e-5  # relative residual below which float32 says no more
 EXACT = 1e-3  # relative residual of an image that is the victim's own
 FOLLOWED = 0.03  # share of the start's residual below which the search has found a valley that leads somewhere
 
@@ -45,7 +45,8 @@ class GaussNewtonConfig:
         jacobians: at most, a victim.
         steps: at most, with one Jacobian.
         contraction: a step must shrink the next correction to this share.
-        stalled: Jacobians in a row without a residual a fifth lower than before, after which a victim is given up.
+        stalled: Jacobians in a row without a residual a fifth lower than before, after which a victim is given up (an
+            exact one after the first: float32 has no more).
         directions: tangents of one pass.
     """
 
@@ -53,7 +54,7 @@ class GaussNewtonConfig:
     steps: int = 8
     contraction: float = 0.75
     stalled: int = 4
-    directions: int = 128
+    directions: int = 64
 
 
 @dataclass(frozen=True)
@@ -81,30 +82,29 @@ class Subspace:
 
 
 class UpdateMap:
-    """z(x) of one victim's label: the updates of all layers, each of norm 1, side by side [R]."""
+    """z(x): the updates of all layers, each of norm 1, side by side [R]; for images of shape (c, h, w)."""
 
-    def __init__(self, target: Target, a: dict[str, Tensor], label: Tensor, shape: torch.Size, directions: int) -> None:
-        """a[name] [r, d_in]; label: [1]; shape: (c, h, w) of the image."""
-        self.target, self.a, self.label, self.shape, self.directions = target, a, label, shape, directions
+    def __init__(self, target: Target, a: dict[str, Tensor], shape: torch.Size, directions: int) -> None:
+        """a[name] [r, d_in]; directions: tangents of one pass."""
+        self.target, self.shape, self.directions = target, shape, directions
+        self.a = {layer.name: a[layer.name] for layer in target.layers}
+        self.tangents = CaptureTangents(target)
 
-    def __call__(self, points: Tensor) -> Tensor:
-        """Points [n, c * h * w] in [0, 1] -> [n, R]."""
+    def __call__(self, points: Tensor, label: Tensor) -> Tensor:
+        """Points [n, c * h * w] in [0, 1], all of one label [1] -> [n, R]."""
         with Capture(self.target) as capture:
-            gradient = capture(points.unflatten(1, self.shape)[:, None], self.label.expand(len(points))[:, None])
+            gradient = capture(points.unflatten(1, self.shape)[:, None], label.expand(len(points))[:, None])
         return flat_units({name: u.detach() for name, u in project(self.target, gradient, self.a).items()})
 
-    def jacobian(self, point: Tensor, basis: Tensor) -> Tensor:
+    def jacobian(self, point: Tensor, label: Tensor, basis: Tensor) -> Tensor:
         """dz along the columns of basis [c * h * w, q] at point [c * h * w]: [q, R], by exact tangents."""
-        image = point.view(1, *self.shape)
-        return torch.cat(
-            [
-                self._tangents(image, part.unflatten(1, (1, *self.shape)))
-                for part in basis.T.contiguous().split(self.directions)
-            ]
-        )
+        image, columns = point.view(1, *self.shape), basis.shape[1]
+        # Whole passes only: the tangents are traced for one shape.
+        rows = F.pad(basis.T, (0, 0, 0, -columns % self.directions)).unflatten(1, (1, *self.shape))
+        return torch.cat([self._tangents(image, label, part) for part in rows.split(self.directions)])[:columns]
 
-    def _tangents(self, image: Tensor, directions: Tensor) -> Tensor:
-        gradient, moved = capture_tangents(self.target, image, self.label, directions)
+    def _tangents(self, image: Tensor, label: Tensor, directions: Tensor) -> Tensor:
+        gradient, moved = self.tangents(image, label, directions)
         update = project(self.target, gradient, self.a)
         parts = []
         for layer in self.target.layers:
@@ -162,20 +162,20 @@ class Search:
 
 
 def search(
-    updates: UpdateMap, observed: Tensor, start: Tensor, subspace: Subspace, config: GaussNewtonConfig
+    updates: UpdateMap, observed: Tensor, start: Tensor, label: Tensor, subspace: Subspace, config: GaussNewtonConfig
 ) -> Search:
-    """Find the image whose update is observed [R] from start [c * h * w] in [0, 1].
+    """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
 
     The Jacobian is in the model's dtype, J^T J and all that follows from it in float64: its condition number is the
     square of the Jacobian's, and small singular values carry the last digits of the image.
     """
     scale = len(updates.target.layers) ** 0.5
     point, basis = start[None], subspace.basis
-    residual = updates(point) - observed
+    residual = updates(point, label) - observed
     first = lowest = float(residual.norm()) / scale
     count = since = 0
-    while lowest > SOLVED and count < config.jacobians and since < config.stalled:
-        jacobian = updates.jacobian(point[0], basis)
+    while lowest > SOLVED and count < config.jacobians and since < (1 if lowest < EXACT else config.stalled):
+        jacobian = updates.jacobian(point[0], label, basis)
         count += 1
         curvature, axes = torch.linalg.eigh((jacobian @ jacobian.T).double())
         damped = torch.stack([curvature + share * curvature[-1] for share in DAMPINGS])  # [m, q]
@@ -187,7 +187,7 @@ def search(
         for step in range(config.steps):
             trials = point - ((pull / damped) @ axes.T).to(basis.dtype) @ basis.T
             trials = trials.clamp(0, 1)
-            errors = updates(trials) - observed
+            errors = updates(trials, label) - observed
             pulls = pulled(errors)
             ratio = (pulls / damped).norm(dim=1) / (pull / damped).norm(dim=1)
             good = (ratio < config.contraction).nonzero().flatten()
@@ -234,12 +234,11 @@ def gauss_newton(
     for name, update in observed.items():
         if not torch.isfinite(update).all() or not update.flatten(1).any(dim=1).all():
             raise R2FError(f"the update of {name} is zero or not finite: the adapter is untrained or damaged.")
-    a = {layer.name: a[layer.name] for layer in target.layers}
+    updates = UpdateMap(target, a, start.images.shape[1:], config.directions)
     wanted = flat_units({layer.name: observed[layer.name] for layer in target.layers})
     images, details = [], {}
     for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
-        updates = UpdateMap(target, a, label[None], image.shape, config.directions)
-        found = search(updates, wanted[victim], image.flatten(), subspace, config)
+        found = search(updates, wanted[victim], image.flatten(), label[None], subspace, config)
         images.append(found.image.view_as(image) if found.followed else image)
         details |= {
             f"residual_{victim}": found.residual,

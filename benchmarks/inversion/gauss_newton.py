@@ -1,0 +1,223 @@
+"""Gauss-Newton in LoRA space from one-step adapters alone: how many images come back exactly, and when it fails.
+
+    python benchmarks/inversion/gauss_newton.py --json benchmarks/results/0.1.0/gauss_newton.json
+    python benchmarks/inversion/gauss_newton.py --cases variants --victims 8 --json .../gauss_newton_variants.json
+
+The case `peft`: real PEFT adapters (r = 8, all linear layers, one SGD step, float32 files), one for each of the first
+--victims Fashion-MNIST test images; start: the amortised route on the proxy of --proxy. The variants change one thing
+each; their victims are trained by `simulate`, which equals PEFT. Nothing of the originals is used but to score. Victims
+are shared out to --workers processes of one thread each: `seconds` are those of one thread. Rows are written as
+they come, and those that the file has are not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from r2f_ext.audit.metrics import psnr_db
+from r2f_ext.audit.victims import VictimConfig, train_victims
+from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.decoders import stack_updates
+from r2f_ext.files import write_text
+from r2f_ext.inversion.amortised import invert_by_label
+from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, gauss_newton
+from r2f_ext.malloc import keep_freed_memory
+from r2f_ext.models import attach, load_base, read_adapter
+from r2f_ext.pairs import Training, simulate
+from r2f_ext.types import AdaptedLayer, BaseModel, Reconstruction, Target
+
+SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
+LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a victim does otherwise than the protocol's default."""
+
+    rank: int = 8
+    layers: tuple[str, ...] = LINEAR
+    blocks: tuple[int, ...] = (0, 1, 2, 3)
+    training: Training = field(default_factory=Training)
+    storage: torch.dtype = torch.float32
+    private: str = "embedded"
+    proxy: str | None = None
+
+
+VARIANTS = {
+    "r = 2": Case(rank=2),
+    "r = 4": Case(rank=4),
+    "r = 16": Case(rank=16),
+    "qkv only": Case(layers=("attn.qkv",)),
+    "last block only": Case(blocks=(3,)),
+    "AdamW, first step": Case(training=Training(optimizer="adamw", lr=1e-3)),
+    "momentum, T = 2": Case(training=Training(steps=2, lr=0.01, momentum=0.9)),
+    "T = 2": Case(training=Training(steps=2, lr=0.01)),
+    "T = 5": Case(training=Training(steps=5, lr=0.01)),
+    "bfloat16 file": Case(storage=torch.bfloat16),
+    "faces, procedural proxy": Case(private="lfw", proxy="procedural"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the attacker has, and the originals to score with."""
+
+    target: Target
+    a: dict[str, Tensor]
+    observed: dict[str, Tensor]
+    start: Reconstruction
+    subspace: Subspace
+    originals: Tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--cases", default="peft", choices=("peft", "variants"))
+    parser.add_argument("--victims", type=int, default=100)
+    parser.add_argument("--proxy", default="fashion-mnist")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    keep_freed_memory()
+    base, path = load_base(), Path(options.json)
+    record = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
+    makers: dict[str, Callable[[], Problem]] = {"peft": lambda: of_peft(base, options.proxy, options.victims)}
+    if options.cases == "variants":
+        makers = {
+            name: functools.partial(of_simulation, base, case, case.proxy or options.proxy, options.victims)
+            for name, case in VARIANTS.items()
+        }
+    for name, make in makers.items():
+        done = {row["victim"] for row in record["rows"] if row["case"] == name}
+        if len(done) < options.victims:
+            for row in run(make(), [v for v in range(options.victims) if v not in done], options.workers):
+                record["rows"].append({"case": name, **row})
+                write_text(path, json.dumps(record, indent=1))
+        record["summary"][name] = summary([row for row in record["rows"] if row["case"] == name])
+        write_text(path, json.dumps(record, indent=1))
+        print(name, record["summary"][name], flush=True)
+
+
+def of_peft(base: BaseModel, proxy: str, victims: int) -> Problem:
+    private = load_images("embedded", role="private", count=victims)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = train_victims(base, private.batch(slice(None)), private.labels, Path(folder) / "v", VictimConfig())
+        bound = [attach(read_adapter(path), base) for path in paths]
+    adapters = [adapter for _, adapter in bound]
+    a = {name: each.float() for name, each in adapters[0].a.items()}
+    return attack(bound[0][0], a, stack_updates(adapters), proxy, private)
+
+
+def of_simulation(base: BaseModel, case: Case, proxy: str, victims: int) -> Problem:
+    private = load_images(case.private, role="private", count=victims)
+    modules = dict(base.model.named_modules())
+    names = [f"blocks.{block}.{layer}" for block in case.blocks for layer in case.layers]
+    layers = [AdaptedLayer(n, *modules[n].weight.shape, case.rank, 16 / case.rank) for n in names]  # type: ignore
+    target = Target(base, tuple(layers))
+    generator = torch.Generator().manual_seed(0)
+    a = {
+        layer.name: (2 * torch.rand(case.rank, layer.d_in, generator=generator) - 1) / layer.d_in**0.5
+        for layer in layers
+    }
+    images = private.batch(slice(None))[:, None]
+    trained = simulate(target, a, images, private.labels[:, None], case.training)
+    stored = {name: b.to(case.storage).float() for name, b in trained.b.items()}
+    seen = {name: each.to(case.storage).float().mean(0) for name, each in trained.a.items()}
+    return attack(target, seen, {name: -b for name, b in stored.items()}, proxy, private)
+
+
+def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], proxy: str, private: ImageSet) -> Problem:
+    """Start and subspace from public images."""
+    count = 6000 if proxy == "procedural" else None  # each of them serves every label
+    public = drop_private(load_images(proxy, count=count), private)
+    began = time.perf_counter()
+    start = invert_by_label(target, a, public, observed).reconstruction
+    print(f"start: {psnr_db(start.images, private.batch(slice(None))).mean():.2f} dB, "
+          f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+    some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public))))
+    return Problem(target, a, observed, start, Subspace.of(some.batch(slice(None))), private.batch(slice(None)))
+
+
+PROBLEM: Problem | None = None  # of a worker
+
+
+def run(problem: Problem, victims: list[int], workers: int) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "problem.pt"
+        torch.save(problem, file)
+        # One thread each, also in what the workers import: set before they start.
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(file,)) as pool:
+            for future in as_completed([pool.submit(one, victim) for victim in victims]):
+                row = future.result()
+                print(row, flush=True)
+                yield row
+
+
+def _start_worker(file: Path) -> None:
+    global PROBLEM
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    load_base()  # sets what a model is built with
+    PROBLEM = torch.load(file, weights_only=False)  # written by this very run
+
+
+def one(victim: int) -> dict[str, Any]:
+    assert PROBLEM is not None and PROBLEM.start.labels is not None
+    rows = slice(victim, victim + 1)
+    start = replace(PROBLEM.start, images=PROBLEM.start.images[rows], labels=PROBLEM.start.labels[rows])
+    observed = {name: update[rows] for name, update in PROBLEM.observed.items()}
+    found = gauss_newton(PROBLEM.target, PROBLEM.a, observed, start, PROBLEM.subspace, GaussNewtonConfig())
+    original = PROBLEM.originals[rows]
+    return {
+        "victim": victim,
+        "start_psnr_db": float(psnr_db(start.images, original)),
+        "psnr_db": float(psnr_db(found.images, original)),
+        "residual": found.details["residual_0"],
+        "said_exact": bool(found.details["exact_0"]),
+        "jacobians": int(found.details["jacobians_0"]),
+        "seconds": found.seconds,
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shares over victims; precision and recall of the verdict `exact` against 40 dB."""
+    psnr = torch.tensor([row["psnr_db"] for row in rows])
+    start = torch.tensor([row["start_psnr_db"] for row in rows])
+    said = torch.tensor([row["said_exact"] for row in rows])
+    exact = psnr >= 40
+    both = float((said & exact).sum())
+    return {
+        "victims": len(rows),
+        "start_psnr_db": float(start.mean()),
+        "psnr_db": float(psnr.mean()),
+        "psnr_db_median": float(psnr.median()),
+        "at_least_40_db": float(exact.float().mean()),
+        "at_least_60_db": float((psnr >= 60).float().mean()),
+        "worse_than_start": int((psnr < start - 1e-3).sum()),
+        "precision": both / float(said.sum()) if said.any() else None,
+        "recall": both / float(exact.sum()) if exact.any() else None,
+        "seconds_mean": sum(row["seconds"] for row in rows) / len(rows),
+        "seconds_max": max(row["seconds"] for row in rows),
+    }
+
+
+if __name__ == "__main__":
+    main()

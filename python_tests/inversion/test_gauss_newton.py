@@ -1,0 +1,119 @@
+"""Gauss-Newton in LoRA space: on a small ViT in float64, against the images that the updates were made from."""
+
+import pytest
+import torch
+from cases import target_of, tiny_base
+
+from r2f_ext.capture import Capture
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.gauss_newton import (
+    GaussNewtonConfig,
+    Subspace,
+    UpdateMap,
+    flat_units,
+    gauss_newton,
+    search,
+)
+from r2f_ext.pairs.generate import project
+from r2f_ext.types import Reconstruction
+
+NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+SHAPE = torch.Size((3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """target, A, updates of two images of which only 40 directions are unknown, the images, labels, the subspace."""
+    base = tiny_base()
+    target = target_of(base, NAMES, rank=8)
+    torch.manual_seed(0)
+    a = {
+        layer.name: (2 * torch.rand(8, layer.d_in, dtype=torch.float64) - 1) / layer.d_in**0.5
+        for layer in target.layers
+    }
+    smooth = torch.randn(40, 768, dtype=torch.float64) * 0.05
+    proxies = (0.5 + torch.randn(300, 40, dtype=torch.float64) @ smooth / 40**0.5).unflatten(1, SHAPE)
+    images, labels = proxies[:2].clamp(0, 1), torch.tensor([1, 4])
+    with Capture(target) as capture:
+        gradient = capture(images[:, None], labels[:, None])
+    return target, a, project(target, gradient, a), images, labels, Subspace.of(proxies[2:])
+
+
+def start_near(images, labels, subspace, distance):
+    torch.manual_seed(1)
+    basis = subspace.basis
+    shift = torch.randn(len(images), basis.shape[1], dtype=torch.float64) * distance @ basis.T
+    return Reconstruction("given", (images + shift.view_as(images)).clamp(0, 1), labels, "", 0.0)
+
+
+def test_jacobian_equals_central_differences(problem):
+    target, a, _, images, labels, subspace = problem
+    updates = UpdateMap(target, a, SHAPE, directions=16)
+    point, step = images[0].flatten(), 1e-6
+    found = updates.jacobian(point, labels[:1], subspace.basis)
+    columns = subspace.basis.T
+    ahead, behind = updates(point + step * columns, labels[:1]), updates(point - step * columns, labels[:1])
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+def test_finds_the_images_and_says_that_they_are_exact(problem):
+    target, a, observed, images, labels, subspace = problem
+    start = start_near(images, labels, subspace, 0.3)
+    told = []
+    found = gauss_newton(target, a, observed, start, subspace, advance=told.append)
+    before, after = (start.images - images).abs().max(), (found.images - images).abs().max()
+    assert before > 1e-3 and after < 1e-4
+    assert found.details["exact"] == 2 and "2 of 2" in found.why and told == [1, 1]
+
+
+def test_the_victims_learning_rate_plays_no_part(problem):
+    target, a, observed, images, labels, subspace = problem
+    start = start_near(images, labels, subspace, 0.3)
+    scaled = {name: 1e-4 * update for name, update in observed.items()}
+    found, other = (gauss_newton(target, a, z, start, subspace).images for z in (observed, scaled))
+    torch.testing.assert_close(found, other, rtol=0, atol=1e-6)
+
+
+def test_a_wrong_label_is_not_called_exact_and_gives_back_the_start(problem):
+    target, a, observed, images, labels, subspace = problem
+    start = start_near(images, (labels + 1) % 5, subspace, 0.3)
+    found = gauss_newton(target, a, observed, start, subspace, GaussNewtonConfig(jacobians=3))
+    assert found.details["exact"] == 0
+    torch.testing.assert_close(found.images, start.images)
+
+
+def test_a_search_counts_its_jacobians_and_stops_at_its_limit(problem):
+    target, a, observed, images, labels, subspace = problem
+    start = start_near(images, labels, subspace, 1.0)
+    updates = UpdateMap(target, a, SHAPE, 32)
+    wanted = flat_units(observed)[0]
+    config = GaussNewtonConfig(jacobians=1, steps=1)
+    found = search(updates, wanted, start.images[0].flatten(), labels[:1], subspace, config)
+    assert found.jacobians == 1 and found.start_residual > 0
+
+
+def test_nothing_is_searched_where_no_proxy_varies():
+    proxies = torch.rand(50, 3, 8, 8)
+    proxies[:, :, :2] = 0.25
+    basis = Subspace.of(proxies).basis.unflatten(0, (3, 8, 8))
+    assert basis.shape[-1] <= 49 and basis[:, :2].abs().max() < 1e-5
+    assert basis[:, 2:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [("zero", "zero or not finite"), ("nan", "zero or not finite"), ("labels", "needs labels")],
+)
+def test_bad_input_is_refused(problem, broken, words):
+    target, a, observed, images, labels, subspace = problem
+    start = Reconstruction("given", images, None if broken == "labels" else labels, "", 0.0)
+    name = target.names[0]
+    if broken != "labels":
+        observed = {**observed, name: observed[name] * (0 if broken == "zero" else float("nan"))}
+    with pytest.raises(R2FError, match=words):
+        gauss_newton(target, a, observed, start, subspace)
+
+
+def test_proxies_all_alike_are_refused():
+    with pytest.raises(R2FError, match="all alike"):
+        Subspace.of(torch.full((5, 3, 4, 4), 0.5))
