@@ -27,6 +27,7 @@ struct BlockSum {
 
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads) piece_products(Pairs pairs, int64_t trials, double* of_pieces) {
+  constexpr int kVec = kPack<Acc>;
   R2F_DYNAMIC_SHARED(BlockSum, shared);
   const int thread = static_cast<int>(threadIdx.x);
   for (int64_t item = blockIdx.x; item < pairs.first_piece[kPairs] * trials; item += gridDim.x) {
@@ -37,9 +38,14 @@ __global__ void __launch_bounds__(kThreads) piece_products(Pairs pairs, int64_t 
     const int64_t end = begin + kPiece < pair.size ? begin + kPiece : pair.size;
     const int64_t offset = pair.shared ? 0 : t * pair.size;
     const Acc *a = static_cast<const Acc*>(pair.a) + offset, *b = static_cast<const Acc*>(pair.b) + offset;
+    const bool aligned = (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
     double sum = 0;
-    for (int64_t i = begin + thread; i < end; i += kThreads)
-      sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+    for (int64_t i = begin + thread * kVec; i < end; i += kThreads * kVec) {
+      const bool whole = aligned && i + kVec <= end;
+      const auto x = load_pack<Acc, kVec>(a + i, end - i, whole), y = load_pack<Acc, kVec>(b + i, end - i, whole);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum += static_cast<double>(x.element[e]) * static_cast<double>(y.element[e]);
+    }
     sum = warp_sum(sum);
     __syncthreads();  // all have read the block's last sums
     if (thread % kWarpSize == 0) shared.of_warp[thread / kWarpSize] = sum;
