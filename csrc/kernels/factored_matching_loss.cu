@@ -16,6 +16,9 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize, kPairs = 3;
 constexpr int64_t kPiece = 8192;
 
+template <typename Acc>
+constexpr int kPack = 16 / static_cast<int>(sizeof(Acc));  // elements of one wide load
+
 struct Pairs {
   FactoredPair pair[kPairs];
   int64_t first_piece[kPairs + 1];  // counted over the pairs
