@@ -37,13 +37,12 @@ from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
 from r2f_ext.files import write_text
 from r2f_ext.inversion.amortised import invert_by_label
-from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, gauss_newton
+from r2f_ext.inversion.gauss_newton import SUBSPACE_IMAGES, GaussNewtonConfig, Subspace, gauss_newton
 from r2f_ext.malloc import keep_freed_memory
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import Training, simulate
 from r2f_ext.types import AdaptedLayer, BaseModel, Reconstruction, Target
 
-SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 

@@ -1,5 +1,7 @@
 """Gauss-Newton in LoRA space: on a small ViT in float64, against the images that the updates were made from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import target_of, tiny_base
@@ -12,10 +14,11 @@ from r2f_ext.inversion.gauss_newton import (
     UpdateMap,
     flat_units,
     gauss_newton,
+    obstacle,
     search,
 )
 from r2f_ext.pairs.generate import project
-from r2f_ext.types import Reconstruction
+from r2f_ext.types import LoraUpdate, Reconstruction
 
 NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
 SHAPE = torch.Size((3, 16, 16))
@@ -117,3 +120,15 @@ def test_bad_input_is_refused(problem, broken, words):
 def test_proxies_all_alike_are_refused():
     with pytest.raises(R2FError, match="all alike"):
         Subspace.of(torch.full((5, 3, 4, 4), 0.5))
+
+
+def test_large_images_and_many_steps_are_refused(problem):
+    target, a, _, _, _, _ = problem
+    with pytest.raises(R2FError, match="150528 numbers"):
+        Subspace.of(torch.rand(2, 3, 224, 224))
+    still = LoraUpdate(a, {})
+    moved = LoraUpdate({name: 3 * each for name, each in a.items()}, {})
+    assert obstacle(target, [still]) is None
+    assert "more than one step" in (obstacle(target, [still, moved]) or "")
+    large = replace(target, base=replace(target.base, input_shape=(3, 224, 224)))
+    assert "150528 numbers" in (obstacle(large, [still]) or "")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +27,17 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
+from r2f_ext.models import untouched_a
 from r2f_ext.ops import lora_grad_tangent
 from r2f_ext.pairs.generate import project
-from r2f_ext.types import Reconstruction, Target
+from r2f_ext.types import LoraUpdate, Reconstruction, Target
 
 ROUTE = "gauss_newton"
 DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # shares of J^T J's largest eigenvalue
 SOLVED = 1e-5  # relative residual below which float32 says no more
 EXACT = 1e-3  # relative residual of an image that is the victim's own
+MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
+SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 FOLLOWED = 0.03  # share of the start's residual below which the search has found a valley that leads somewhere
 
 
@@ -72,13 +76,29 @@ class Subspace:
         """The span of the variation of proxy images [n, c, h, w], n >= 2; variances up to `tolerance` count as none.
 
         Raises:
-            R2FError: the proxies are all alike.
+            R2FError: the proxies are all alike, or an image has more than MAX_PIXELS numbers.
         """
-        variance, axes = torch.linalg.eigh(torch.cov(images.flatten(1).double().T))
+        if images[0].numel() > MAX_PIXELS:
+            raise R2FError(f"gauss_newton is refused: {_too_large(images[0].numel())}.")
+        variance, axes = torch.linalg.eigh(torch.cov(images[:SUBSPACE_IMAGES].flatten(1).double().T))
         kept = variance > tolerance
         if not kept.any():
             raise R2FError("the proxy images are all alike: gauss_newton needs proxies that vary.")
         return Subspace((axes[:, kept] * variance[kept].sqrt()).to(images.dtype))
+
+
+def obstacle(target: Target, adapters: list[LoraUpdate]) -> str | None:
+    """What keeps the route from these adapters, in half a sentence; None where nothing does."""
+    pixels = prod(target.base.input_shape)
+    if pixels > MAX_PIXELS:
+        return _too_large(pixels)
+    if not all(untouched_a(adapter) for adapter in adapters):
+        return "A has left PEFT's initial range, so more than one step was taken, and the search models one"
+    return None
+
+
+def _too_large(pixels: int) -> str:
+    return f"an image has {pixels} numbers, and the search, which is dense, takes up to {MAX_PIXELS}"
 
 
 class UpdateMap:
