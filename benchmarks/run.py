@@ -23,6 +23,7 @@ def main() -> int:
     asked = options(__doc__)
     out = Path(asked.json or HERE / "results" / "latest.json")
     passed_on = ["--device", asked.device, *(["--cold-l2"] if asked.cold_l2 else [])]
+    out.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine(asked.device), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "rows.json"
@@ -32,8 +33,7 @@ def main() -> int:
             if code:
                 return code
             record["rows"] += json.loads(part.read_text())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+            out.write_text(json.dumps(record, indent=1) + "\n")  # after each script: a later one may fail
     print(f"{len(record['rows'])} rows in {out}")
     return 0
 
