@@ -70,3 +70,9 @@ def test_help_answers_without_torch():
     code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, timeout=60)
     assert done.returncode == 0 and b"ADAPTER" in done.stdout
+
+
+def test_the_kinds_are_those_of_the_library():
+    from r2f_ext.decoders import DEFAULT_KINDS
+
+    assert tuple(decoders.KINDS) == options.KINDS and options.KINDS[:3] == DEFAULT_KINDS

@@ -136,7 +136,7 @@ def run_fit(options: Options) -> dict[str, Any]:
     count = len(pairs) - held_out
     with drawn_stages() as stages:
         with stages.stage("fit", count) as advance:
-            decoders = fit_together(pairs, count, advance)
+            decoders = fit_together(pairs, count, options.kind, advance)
         with stages.stage("held-out", len(decoders)) as advance:
             figures = {}
             updates = pairs.updates(count, count + held_out)
