@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import r2f_ext
-from r2f_ext.cli import commands, main
+from r2f_ext import decoders
+from r2f_ext.cli import commands, main, options
 from r2f_ext.cli.options import DESCRIPTION, EXAMPLES, parse
 
 REPOSITORY = Path(r2f_ext.__file__).parent.parent
@@ -73,6 +74,4 @@ def test_help_answers_without_torch():
 
 
 def test_the_kinds_are_those_of_the_library():
-    from r2f_ext.decoders import DEFAULT_KINDS
-
-    assert tuple(decoders.KINDS) == options.KINDS and options.KINDS[:3] == DEFAULT_KINDS
+    assert tuple(decoders.KINDS) == options.KINDS and options.KINDS[:3] == decoders.DEFAULT_KINDS
