@@ -1,10 +1,13 @@
 """One decoder for every A."""
 
+import pytest
 import torch
 from cases import cosine
 
 from r2f_ext.decoders import AgnosticPairs, Ridge
 from r2f_ext.decoders.agnostic import random_a
+from r2f_ext.errors import R2FError
+from r2f_ext.pairs import SimulatedPairs, Training
 from r2f_ext.pairs.generate import project
 
 FIT, ALL = 120, 160
@@ -41,3 +44,9 @@ def test_a_decoder_fitted_over_many_a_beats_the_projection_on_an_unseen_one(pair
         true, a = batch.gradients.dense(name), pairs.a[name]
         floor = cosine(true @ torch.linalg.pinv(a) @ a, true).mean()
         assert cosine(gradient, true).mean() > floor + 0.1
+
+
+def test_pairs_of_many_steps_are_refused(pairs):
+    trained = SimulatedPairs(pairs.target, pairs.a, pairs.proxy, Training(steps=2))
+    with pytest.raises(R2FError, match="their gradients depend on A"):
+        AgnosticPairs(trained)

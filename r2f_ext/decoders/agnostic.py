@@ -15,7 +15,8 @@ from torch import Tensor
 
 from r2f_ext.decoders.base import Updates
 from r2f_ext.decoders.core import Core
-from r2f_ext.pairs import PairSource
+from r2f_ext.errors import R2FError
+from r2f_ext.pairs import PairSource, SimulatedPairs, StoredPairs
 from r2f_ext.pairs.generate import project
 from r2f_ext.types import PairBatch, Target
 
@@ -44,9 +45,16 @@ class AgnosticPairs:
         pairs: of one step of SGD from B = 0.
         seed: of the A's; another seed gives unseen ones.
         size: of the core.
+
+    Raises:
+        R2FError: the pairs' victims trained for steps, so that their gradients depend on A.
     """
 
     def __init__(self, pairs: PairSource, seed: int = 0, size: int = SIZE) -> None:
+        if isinstance(pairs, SimulatedPairs) or (isinstance(pairs, StoredPairs) and "training" in pairs.manifest):
+            raise R2FError(
+                "the pairs are of victims that trained for steps: their gradients depend on A; use one-step pairs."
+            )
         self.pairs, self.seed = pairs, seed
         self.target, self.a = pairs.target, pairs.a
         self.core = Core.of(pairs, len(pairs), size)

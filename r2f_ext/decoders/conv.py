@@ -27,6 +27,7 @@ class Conv(Learned):
     kind = "conv"
     size = SIZE
     learning_rate = 3e-3
+    most_epochs = 4
 
     def start(self, pairs: PairSource, count: int) -> None:
         super().start(pairs, count)

@@ -22,7 +22,7 @@ from r2f_ext.types import FactoredGradient, Gradient, PairBatch
 
 LOSSES = ("cosine", "mse", "cosine_norm")
 NORM_WEIGHT = 0.1  # of the squared log-ratio of norms beside 1 - cosine
-BATCH, EPOCHS, PATIENCE = 64, 20, 2
+BATCH, PATIENCE = 64, 2
 HELD_OUT = 400  # pairs for early stopping, at most a tenth
 
 
@@ -43,18 +43,24 @@ class Learned(Decoder):
 
     size: int  # of the core
     learning_rate: float
+    most_epochs: int
 
-    def __init__(self, loss: str = "cosine_norm", epochs: int = EPOCHS, seed: int = 0) -> None:
-        """loss: one of LOSSES (`cosine` leaves the magnitude open). seed: of the weights and the order of the pairs.
+    def __init__(self, loss: str = "cosine_norm", epochs: int | None = None, seed: int = 0) -> None:
+        """How it learns.
+
+        Args:
+            loss: one of LOSSES (`cosine` leaves the magnitude open).
+            epochs: at most; None: as many as the kind does by default.
+            seed: of the weights and the order of the pairs.
 
         Raises:
             R2FError: no such loss, or no epoch.
         """
         if loss not in LOSSES:
             raise R2FError(f"unknown loss '{loss}': choose {', '.join(LOSSES)}.")
-        if epochs < 1:
+        self.loss, self.epochs, self.seed = loss, self.most_epochs if epochs is None else epochs, seed
+        if self.epochs < 1:
             raise R2FError(f"epochs is {epochs}: at least 1.")
-        self.loss, self.epochs, self.seed = loss, epochs, seed
 
     @abstractmethod
     def build(self, pairs: PairSource, shapes: dict[str, torch.Size]) -> nn.Module:

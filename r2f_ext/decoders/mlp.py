@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from r2f_ext.decoders.base import Updates
-from r2f_ext.decoders.learned import EPOCHS, Learned
+from r2f_ext.decoders.learned import Learned
 from r2f_ext.errors import R2FError
 from r2f_ext.ops import decode
 from r2f_ext.pairs import PairSource
@@ -23,8 +23,9 @@ class MLP(Learned):
     kind = "mlp"
     size = SIZE
     learning_rate = 1e-3
+    most_epochs = 20
 
-    def __init__(self, loss: str = "cosine_norm", epochs: int = EPOCHS, seed: int = 0, inputs: str = "b") -> None:
+    def __init__(self, loss: str = "cosine_norm", epochs: int | None = None, seed: int = 0, inputs: str = "b") -> None:
         """inputs: "b" reads B; "ba" reads the product BA, as B (A A^T)^(1/2), which has the same inner products.
 
         At B_0 = 0 one step leaves A as it was, so A says nothing about the sample and both hold the same.
@@ -67,7 +68,7 @@ class _Stack(nn.Module):
         self.first, self.second = nn.ModuleList(f for f, _ in linear), nn.ModuleList(s for _, s in linear)
 
     def forward(self, inputs: Updates) -> dict[str, Tensor]:
-        maps = (self.first, self.second)
+        maps = [[linear for linear in each if isinstance(linear, nn.Linear)] for each in (self.first, self.second)]
         weights = [[linear.weight for linear in each] for each in maps]
         biases = [[linear.bias for linear in each] for each in maps]
         return dict(zip(self.names, decode([inputs[name] for name in self.names], weights, biases), strict=True))

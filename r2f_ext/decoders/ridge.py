@@ -25,7 +25,7 @@ from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient, PairBatch
 
 OWN, RIDGE = 0.9, 2e-3  # where there are too few pairs to choose by; lambda is for a kernel of unit diagonal
-OWNS, RIDGES = (0.5, 0.8, 0.9, 0.97), (1e-3, 2e-3, 5e-3)
+OWNS, RIDGES = (0.5, 0.8, 0.9, 0.97), (2e-3, 5e-3)
 CHOICE_PAIRS = 1500  # the settings are chosen on a part: they hardly depend on the count
 KEPT_PAIRS = 6000  # above, Cholesky factors are not kept (4 n^2 bytes a layer) but made anew by every `decode`
 SETTINGS = "own_and_ridge"  # [layers, 2], in the order of the layers
@@ -102,19 +102,21 @@ class Ridge(Decoder):
 
     def _damped_kernels(self) -> Iterator[tuple[str, Tensor]]:
         """K_l + lam I [count, count], one layer after another."""
-
-        def of_layer(name: str) -> Tensor:
-            return gram(_plain(self.units[name]))
-
-        if self.count <= KEPT_PAIRS:  # else three matrices at a time rather than one a layer, and thrice the products
-            of_layer = {name: of_layer(name) for name in self.units}.__getitem__
-
+        grams: dict[str, Tensor] = {}
+        if self.count <= KEPT_PAIRS:
+            grams = {name: self._gram(name) for name in self.units}
+        # Otherwise three matrices at a time rather than one a layer, for thrice the products.
+        of_layer: Callable[[str], Tensor] = grams.__getitem__ if grams else self._gram
         for name, rest in mixed_rest(list(self.units), of_layer):
             own, ridge = self.settings[name]
-            kernel = of_layer(name).mul_(own).add_(rest, alpha=1 - own)  # the last time that this Gram is needed
+            kernel = of_layer(name).mul_(own).add_(rest, alpha=1 - own)
+            grams.pop(name, None)  # it is not asked for again
             kernel.diagonal().add_(ridge)
             yield name, kernel
             del kernel  # before the next one is made
+
+    def _gram(self, name: str) -> Tensor:
+        return gram(_plain(self.units[name]))
 
     def weights(self, updates: Updates) -> dict[str, Tensor]:
         """name -> dual weights w [V, count] of updates [V, d_out, r]: G_hat_v = sum_p w[v, p] G_p."""
