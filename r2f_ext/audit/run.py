@@ -10,7 +10,7 @@ from torch import Tensor
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import KINDS, Decoder, Updates, held_out_cosines, stack_updates
+from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines, stack_updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.matching import MatchingConfig, match
@@ -78,7 +78,7 @@ def audit(
     fitted = min(config.decoder_pairs, count - held_out)
     observed = stack_updates(adapters)
 
-    decoders = [kind() for kind in KINDS.values()]
+    decoders = [KINDS[kind]() for kind in DEFAULT_KINDS]
     with stages.stage("pairs", count) as advance:
         updates = generate(pairs, count, decoders, fitted, advance)
     with stages.stage("decoders"):

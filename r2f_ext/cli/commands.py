@@ -169,7 +169,7 @@ def run_fit(options: Options) -> dict[str, Any]:
     checkpoint = Checkpoint(folder, f"{pairs.fingerprint}/{count}")
     with drawn_stages() as stages:
         with stages.stage("fit", count) as advance:
-            decoders = fit_together(mine, count, advance, checkpoint)
+            decoders = fit_together(mine, count, options.kind, advance, checkpoint)
         with stages.stage("held-out", len(decoders)) as advance:
             own = {}
             updates = pairs.updates(count, count + held_out)
