@@ -63,9 +63,9 @@ def test_fit_prints_what_it_says_in_json(stages, tmp_path, capsys):
         assert f"{figures['cosine_mean']:.3f} ({figures['cosine_p05']:.3f})" in shown
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-def test_invert(stages, tmp_path, gradients):
-    more = ("--gradients", stages.gradients) if gradients else ()
+@pytest.mark.parametrize(("gradients", "inverter"), [(True, "ridge"), (False, "unet")])
+def test_invert(stages, tmp_path, gradients, inverter):
+    more = ("--inverter", inverter, *(("--gradients", stages.gradients) if gradients else ()))
     out = tmp_path / "i"
     code = run("invert", stages.adapter, "--pairs", stages.pairs, *more, "--out", out, "--json", tmp_path / "i.json")
     assert code == 0

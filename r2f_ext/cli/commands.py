@@ -29,6 +29,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.inversion.unet import UNetConfig, UNetInverter
 from r2f_ext.models import attach, load_base, read_adapter, untouched_a
 from r2f_ext.pairs import (
     GeneratedPairs,
@@ -177,6 +178,11 @@ def run_invert(options: Options) -> dict[str, Any]:
             images, labels = pairs.samples()
             inverter = AmortisedInverter(pairs.updates(0, len(pairs)), images, labels, target.base.num_classes)
             found = [inverter.invert(observed)]
+            far = int(inverter.far_from_proxy(observed).sum())
+        if options.inverter == "unet":
+            net = UNetConfig(seed=options.seed)
+            with stages.stage("U-Net", net.epochs) as advance:
+                found = [UNetInverter(inverter, net, advance).invert(observed)]
         with stages.stage("refinement", config.refinement.steps) as advance:
             found.append(refine(target, pairs.a, observed, found[0], config.refinement, advance))
         if gradients is not None:
@@ -185,9 +191,15 @@ def run_invert(options: Options) -> dict[str, Any]:
     for part in found:
         write_images(folder / f"{part.route}.png", [(part.route, part.images.cpu())])
     write_tensors(folder / "images.safetensors", {part.route: part.images for part in found})
+    if far:
+        console.print(
+            f"warning: {far} of {len(adapters)} updates resemble no proxy update: the amortised estimate is not to be "
+            "trusted; use a proxy that is nearer to the private data, or procedural."
+        )
     table("Routes taken", ["route", "seconds", "why"], [[p.route, f"{p.seconds:.1f}", p.why] for p in found])
     console.print(f"images: {escape(str(folder))}")
-    return {"routes": {p.route: {"seconds": p.seconds, "why": p.why, "details": p.details} for p in found}}
+    routes = {p.route: {"seconds": p.seconds, "why": p.why, "details": p.details} for p in found}
+    return {"routes": routes, "far_from_proxy": far}
 
 
 def run_env(options: Options) -> dict[str, Any]:

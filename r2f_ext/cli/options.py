@@ -168,6 +168,12 @@ def _invert(commands: Commands) -> None:
     _adapter(command)
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="a folder written by r2f pairs")
     command.add_argument("--gradients", metavar="FILE", help="decoded gradients; adds the route `matching`")
+    command.add_argument(
+        "--inverter",
+        default="ridge",
+        choices=("ridge", "unet"),
+        help="the amortised route: kernel ridge (default), or a U-Net on its estimate, trained for minutes",
+    )
 
 
 def _env(commands: Commands) -> None:

@@ -15,6 +15,8 @@ from r2f_ext.inversion.objectives import Objective, total_variation
 from r2f_ext.ops import signed_adam_step_
 from r2f_ext.types import Reconstruction, Target
 
+Prior = Callable[[Tensor, int], Tensor]  # images [n, c, h, w] and step -> a gradient on them
+
 
 @dataclass(frozen=True)
 class MatchingConfig:
@@ -34,6 +36,7 @@ def match(
     route: str,
     why: str,
     on_step: Callable[[], None] = lambda: None,
+    prior: Prior | None = None,
 ) -> Reconstruction:
     """Minimise objective + TV over the images of V victims at once; each victim keeps its best image.
 
@@ -41,6 +44,7 @@ def match(
         start: [V, c, h, w] in [0, 1].
         labels: [V] int64, taken as known (found by another route).
         on_step: called after each step, for progress bars.
+        prior: what adds to the gradient on the images (see `ScoreDistillation.gradient`).
 
     Raises:
         R2FError: the objective is not finite at the start.
@@ -62,6 +66,8 @@ def match(
             if step == config.steps:
                 break
             (slope,) = torch.autograd.grad(loss.sum(), [images])
+            if prior is not None:
+                slope = slope + prior(images.detach(), step)
             lr = config.step_size * 0.1 ** sum(step >= milestone for milestone in milestones)
             signed_adam_step_(images, slope, exp_avg, exp_avg_sq, lr=lr, step=step + 1)
             on_step()
