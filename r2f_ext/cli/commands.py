@@ -29,6 +29,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.inversion.prior import ScoreDistillation
 from r2f_ext.inversion.unet import UNetConfig, UNetInverter
 from r2f_ext.models import attach, load_base, read_adapter, untouched_a
 from r2f_ext.pairs import (
@@ -173,6 +174,7 @@ def run_invert(options: Options) -> dict[str, Any]:
     pairs = _stored(options, target, adapters[0])
     gradients = None if options.gradients is None else read_gradients(Path(options.gradients), target, len(adapters))
     observed, config = stack_updates(adapters), AuditConfig(seed=options.seed)
+    pull = None if options.prior is None else ScoreDistillation.from_folder(options.prior, seed=options.seed).gradient
     with drawn_stages() as stages:
         with stages.stage("amortised"):
             images, labels = pairs.samples()
@@ -184,10 +186,10 @@ def run_invert(options: Options) -> dict[str, Any]:
             with stages.stage("U-Net", net.epochs) as advance:
                 found = [UNetInverter(inverter, net, advance).invert(observed)]
         with stages.stage("refinement", config.refinement.steps) as advance:
-            found.append(refine(target, pairs.a, observed, found[0], config.refinement, advance))
+            found.append(refine(target, pairs.a, observed, found[0], config.refinement, advance, pull))
         if gradients is not None:
             with stages.stage("matching", config.matching.steps) as advance:
-                found.append(match_decoded(target, gradients, found[0], config.matching, advance))
+                found.append(match_decoded(target, gradients, found[0], config.matching, advance, pull))
     for part in found:
         write_images(folder / f"{part.route}.png", [(part.route, part.images.cpu())])
     write_tensors(folder / "images.safetensors", {part.route: part.images for part in found})

@@ -168,6 +168,7 @@ def _invert(commands: Commands) -> None:
     _adapter(command)
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="a folder written by r2f pairs")
     command.add_argument("--gradients", metavar="FILE", help="decoded gradients; adds the route `matching`")
+    command.add_argument("--prior", metavar="DIR", help="a diffusers folder whose model pulls at images being matched")
     command.add_argument(
         "--inverter",
         default="ridge",

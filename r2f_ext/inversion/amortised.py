@@ -25,7 +25,8 @@ from r2f_ext.types import Reconstruction, Target
 
 GAMMAS = (0.25, 0.5, 1.0, 2.0)
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1)
-SELECTION_PAIRS = 2000  # gamma and ridge are chosen on a part, and the label is found from one: more help little
+SELECTION_PAIRS = 1000  # gamma and ridge are chosen on a part: they hardly depend on the count
+LABEL_PAIRS = 2000  # labels are found from so many: more help little
 OWN_PAIRS = 100  # of one label; with fewer the pairs of all labels are used together
 
 
@@ -49,8 +50,8 @@ class KernelRidge:
 
     def __init__(self, cosine: Tensor, wanted: Tensor, pixels: int) -> None:
         self.choice = _select(cosine, wanted, pixels)
-        others = cosine[:SELECTION_PAIRS, :SELECTION_PAIRS].clone().fill_diagonal_(-1)
-        self.usual_similarity = float(others.amax(1).quantile(0.05))
+        self.usual_similarity = float(cosine.fill_diagonal_(-1).amax(1).quantile(0.05))
+        cosine.fill_diagonal_(1)
         self.mean = wanted.mean(0)
         kernel = _kernel_(cosine, self.choice.gamma)
         kernel.diagonal().add_(self.choice.ridge)
@@ -89,8 +90,11 @@ class AmortisedInverter:
         return self._fit(None).choice
 
     def find_labels(self, updates: dict[str, Tensor]) -> Tensor:
-        """The labels [V] of V victims, by kernel ridge on up to SELECTION_PAIRS pairs."""
-        rows = slice(0, SELECTION_PAIRS)
+        """The labels [V] of V victims, by kernel ridge on up to LABEL_PAIRS pairs."""
+        victims = len(next(iter(updates.values())))
+        if bool((self.labels == self.labels[0]).all()):
+            return self.labels[:1].expand(victims).clone()
+        rows = slice(0, LABEL_PAIRS)
         if self.labeller is None:
             one_hot = F.one_hot(self.labels[rows], self.num_classes).to(self.images.dtype)
             self.labeller = KernelRidge(self._gram(rows), one_hot, self.num_classes)
@@ -198,7 +202,7 @@ def invert_by_label(
         R2FError: fewer than 20 images in the proxy.
     """
     began = time.perf_counter()
-    first = _inverter(target, a, proxy.take(torch.arange(min(SELECTION_PAIRS, len(proxy)))), advance, precision)
+    first = _inverter(target, a, proxy.take(torch.arange(min(LABEL_PAIRS, len(proxy)))), advance, precision)
     labels = first.find_labels(observed)
     images = labels.new_empty(len(labels), *target.base.input_shape, dtype=torch.float32)
     far = torch.zeros_like(labels, dtype=torch.bool)

@@ -58,7 +58,7 @@ class ScoreDistillation:
         try:
             from diffusers import DDPMScheduler, UNet2DModel
         except ImportError as error:
-            raise R2FError("the generative prior needs diffusers: pip install diffusers.") from error
+            raise R2FError("the generative prior needs diffusers: pip install 'r2f-ext[prior]'.") from error
         unet, scheduler = _find(Path(folder), "unet", UNET), _find(Path(folder), "scheduler", SCHEDULER)
         _find(unet, ".", WEIGHTS)
         if (kind := _class_of(unet / UNET)) != "UNet2DModel":
