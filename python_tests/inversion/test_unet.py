@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion import amortised
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.unet import RefiningUNet, UNetConfig, UNetInverter, Whitening
 
@@ -62,13 +63,15 @@ def test_an_untrained_net_changes_nothing():
     assert torch.equal(RefiningUNet(3, 5, 4)(estimate, torch.randn(2, 5)), estimate)
 
 
-def test_the_net_improves_the_ridge_on_images_that_neither_saw(world, ridge):
-    updates, images, _ = world
-    inverter = UNetInverter(ridge, UNetConfig(epochs=40, batch=34, width=8, components=16, noise=0.02))
+def test_the_net_mends_a_ridge_that_is_damped_too_much(world, monkeypatch):
+    monkeypatch.setattr(amortised, "RIDGES", (10.0,))
+    updates, images, labels = world
+    ridge = AmortisedInverter(part(updates, slice(0, 340)), images[:340], labels[:340], 2)
+    inverter = UNetInverter(ridge, UNetConfig(epochs=20, batch=34, width=8, components=16, noise=0.02))
     before = ridge.invert(part(updates, slice(340, 400)))
     after = inverter.invert(part(updates, slice(340, 400)))
-    assert inverter.held_out_psnr_db > inverter.ridge_psnr_db + 0.2
-    assert (after.images - images[340:]).square().mean() < 0.95 * (before.images - images[340:]).square().mean()
+    assert inverter.held_out_psnr_db > inverter.ridge_psnr_db + 1
+    assert (after.images - images[340:]).square().mean() < 0.8 * (before.images - images[340:]).square().mean()
     assert torch.equal(after.labels, before.labels)
 
 
