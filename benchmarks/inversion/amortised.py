@@ -4,8 +4,8 @@
 
 Every proxy serves both sets in one pass. `all labels`: one kernel ridge for all pairs; `own label`: one for each label,
 from pairs of that label; `U-Net`: trained on what `own label` gets wrong; `by label`: as `own label`, from pairs made
-label by label, at the full size of the proxy. --only kernels takes about 3 minutes on 2 cores, unet 8, full 25 (4 GB); the
-rows of the parts not run are kept from the file.
+label by label, at the full size of the proxy. --only kernels takes about 3 minutes on 2 cores, unet 8, full 25 and
+4 GB; the rows of the parts not run are kept from the file.
 """
 
 from __future__ import annotations

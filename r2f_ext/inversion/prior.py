@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, UNet2DModel
 
 UNET, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
 TIMES = (0.02, 0.5)  # share of the noise steps that t is drawn from: later ones know nothing of the image
@@ -36,7 +33,7 @@ class ScoreDistillation:
         R2FError: another prediction type or number of channels.
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, weight: float = 1e-3, seed: int = 0) -> None:
+    def __init__(self, unet: Any, scheduler: Any, weight: float = 1e-3, seed: int = 0) -> None:
         self.unet, self.weight, self.seed = unet.eval().requires_grad_(False), weight, seed
         self.kind = scheduler.config["prediction_type"]
         self.alpha_bar = scheduler.alphas_cumprod
