@@ -75,9 +75,9 @@ def test_fit_and_decode_a_kind_that_learns(stages, tmp_path):
     assert load_file(tmp_path / "gradients.safetensors")["blocks.0.attn.qkv"].shape == (1, 384, 128)
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-def test_invert(stages, tmp_path, gradients):
-    more = ("--gradients", stages.gradients) if gradients else ()
+@pytest.mark.parametrize(("gradients", "inverter"), [(True, "ridge"), (False, "unet")])
+def test_invert(stages, tmp_path, gradients, inverter):
+    more = ("--inverter", inverter, *(("--gradients", stages.gradients) if gradients else ()))
     out = tmp_path / "i"
     code = run("invert", stages.adapter, "--pairs", stages.pairs, *more, "--out", out, "--json", tmp_path / "i.json")
     assert code == 0

@@ -13,7 +13,7 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines, stack_updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
-from r2f_ext.inversion.matching import MatchingConfig, match
+from r2f_ext.inversion.matching import MatchingConfig, Prior, match
 from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
@@ -107,7 +107,12 @@ def audit(
 
 
 def match_decoded(
-    target: Target, decoded: Gradient, amortised: Reconstruction, config: MatchingConfig, advance: Advance
+    target: Target,
+    decoded: Gradient,
+    amortised: Reconstruction,
+    config: MatchingConfig,
+    advance: Advance,
+    prior: Prior | None = None,
 ) -> Reconstruction:
     """Route `matching`: from a gray image towards the decoded gradient, with the amortised route's labels."""
     assert amortised.labels is not None
@@ -120,6 +125,7 @@ def match_decoded(
         "matching",
         "local search from gray on the decoded gradient; on ViTs it usually stalls below the mean image",
         lambda: advance(1),
+        prior=prior,
     )
 
 
@@ -130,6 +136,7 @@ def refine(
     amortised: Reconstruction,
     config: MatchingConfig,
     advance: Advance,
+    prior: Prior | None = None,
 ) -> Reconstruction:
     """Route `amortised_refined`: from the amortised estimate towards the LoRA update that was observed."""
     assert amortised.labels is not None
@@ -142,6 +149,7 @@ def refine(
         "amortised_refined",
         "local search from the amortised estimate on the LoRA update itself",
         lambda: advance(1),
+        prior=prior,
     )
 
 

@@ -205,6 +205,13 @@ def _invert(commands: Commands) -> None:
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="a folder written by r2f pairs")
     command.add_argument("--gradients", metavar="FILE", help="decoded gradients; adds the route `matching`")
     _initial(command)
+    command.add_argument("--prior", metavar="DIR", help="a diffusers folder whose model pulls at images being matched")
+    command.add_argument(
+        "--inverter",
+        default="ridge",
+        choices=("ridge", "unet"),
+        help="the amortised route: kernel ridge (default), or a U-Net on its estimate, trained for minutes",
+    )
 
 
 def _env(commands: Commands) -> None:
