@@ -28,7 +28,7 @@ class AuditResult:
 
     Attributes:
         pair_count, pairs_per_second: of the generation pass.
-        decoders: layer -> kind -> {cosine_mean, cosine_p05} on held-out pairs.
+        decoders: layer -> kind -> {cosine_mean, cosine_p05, norm_error} on held-out pairs.
         decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units
             of the victim's learning rate.
         reconstructions: one a route, images [V, c, h, w].
