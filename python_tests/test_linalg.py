@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from r2f_ext import linalg
-from r2f_ext.linalg import gram, sum_in_place
+from r2f_ext.errors import R2FError
+from r2f_ext.linalg import gram, solve_in_place, sum_in_place
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 20])
@@ -18,3 +19,24 @@ def test_gram(count, monkeypatch):
 def test_sum_in_place():
     terms = torch.randn(4, 3)
     torch.testing.assert_close(sum_in_place(term.clone() for term in terms), terms.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solve_in_place(dtype, device):
+    rows = torch.randn(30, 40, dtype=torch.float64)
+    matrix, right = rows @ rows.mT + torch.eye(30).double(), torch.randn(30, 4).double()
+    expected = torch.linalg.solve(matrix, right)
+    for given in (right, right.mT.contiguous().mT):
+        found = solve_in_place(matrix.to(device, dtype).clone(), given.to(device, dtype))
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_factor_takes_the_place_of_the_matrix():
+    matrix = 4 * torch.eye(3) + 1
+    solve_in_place(matrix, torch.ones(3, 1))
+    assert abs(matrix[0, 0] - 5**0.5) < 1e-5  # Cholesky's first pivot, not 5: no copy was made
+
+
+def test_a_matrix_that_is_not_positive_definite_is_refused(device):
+    with pytest.raises(R2FError, match="not positive definite: choose a larger lambda"):
+        solve_in_place(-torch.eye(3, device=device), torch.ones(3, 1, device=device))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
+
+from r2f_ext.errors import R2FError
 
 BLOCK = 1000
 
@@ -28,3 +31,25 @@ def sum_in_place(terms: Iterable[Tensor]) -> Tensor:
     for term in iterator:
         total += term
     return total
+
+
+def solve_in_place(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve matrix x = right by Cholesky: matrix [n, n] symmetric positive definite, right [n, k], x [n, k].
+
+    On the CPU the factor overwrites the matrix: LAPACK's posv, called through scipy, takes no second matrix, which
+    torch.linalg.cholesky and cholesky_solve do (1.6 GB each for n = 20,000 in float32).
+
+    Raises:
+        R2FError: the matrix is not positive definite to working precision.
+    """
+    if matrix.device.type != "cpu":
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        failed, solution = int(info), torch.cholesky_solve(right, factor)
+    else:
+        rows, columns = matrix.numpy(), right.T.contiguous().numpy().T  # LAPACK counts columns first; K is symmetric
+        (posv,) = get_lapack_funcs(("posv",), (rows, columns))
+        _, found, failed = posv(rows.T, columns, overwrite_a=True, overwrite_b=True)
+        solution = torch.from_numpy(found.T).mT
+    if failed:
+        raise R2FError(f"a system of {len(matrix)} pairs is not positive definite: choose a larger lambda.")
+    return solution

@@ -1,8 +1,9 @@
-"""What the ridge decoder's kernel should read, and how many pairs it needs: held-out cosine on both shipped proxies.
+"""What the ridge decoder's kernel should read: held-out cosine on both shipped proxies.
 
     python benchmarks/decoders/ridge_ablation.py --json benchmarks/results/0.1.0/ridge_ablation.json
 
-own = 1: a layer reads its own update alone; own = 0: all layers' updates alike; own = 0.5: the default.
+own = 1: a layer reads its own update alone; own = 0: its block's and all layers' alike; none: chosen layer by layer,
+the default.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from r2f_ext.decoders import Ridge, held_out_cosines
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
 
-CASES = [(1.0, 2000), (0.5, 2000), (0.0, 2000)]
+CASES = [(1.0, 2000), (0.9, 2000), (0.5, 2000), (0.0, 2000), (None, 2000)]
 HELD_OUT = 100
 
 
@@ -57,7 +58,7 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"{name:12} own {own:.1f} pairs {count:5d}: mean {row['cosine_mean']:.4f}, "
+                f"{name:12} own {own} pairs {count:5d}: mean {row['cosine_mean']:.4f}, "
                 f"worst layer {row['cosine_worst_layer']:.4f}, worst 5% {row['cosine_worst_p05']:.3f}",
                 flush=True,
             )

@@ -42,7 +42,7 @@ def test_schema(report, audited):
     assert report["decoders"] == audited.result.decoders
     for kinds in report["decoders"].values():
         assert set(kinds) == {"projection", "row_lmmse", "ridge"}
-        assert all(set(figures) == {"cosine_mean", "cosine_p05"} for figures in kinds.values())
+        assert all(set(figures) == {"cosine_mean", "cosine_p05", "norm_error"} for figures in kinds.values())
     assert report["pairs"] == {"count": 120, "per_second": audited.result.pairs_per_second}
     assert report["seconds"] == {"pairs": 1.0, "total": 2.0}
     assert report["config"] == asdict(audited.config)

@@ -67,9 +67,17 @@ def test_fit_prints_what_it_says_in_json(stages, tmp_path, capsys):
         assert f"{figures['cosine_mean']:.3f} ({figures['cosine_p05']:.3f})" in shown
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-def test_invert(stages, tmp_path, gradients):
-    more = ("--gradients", stages.gradients) if gradients else ()
+def test_fit_and_decode_a_kind_that_learns(stages, tmp_path):
+    assert run("fit", stages.pairs, "--kind", "projection", "conv", "--out", tmp_path / "d") == 0
+    assert json.loads((tmp_path / "d" / "decoders.json").read_text())["kinds"] == ["projection", "conv"]
+    common = ("--pairs", stages.pairs, "--decoders", tmp_path / "d", "--kind", "conv")
+    assert run("decode", stages.adapter, *common, "--out", tmp_path) == 0
+    assert load_file(tmp_path / "gradients.safetensors")["blocks.0.attn.qkv"].shape == (1, 384, 128)
+
+
+@pytest.mark.parametrize(("gradients", "inverter"), [(True, "ridge"), (False, "unet")])
+def test_invert(stages, tmp_path, gradients, inverter):
+    more = ("--inverter", inverter, *(("--gradients", stages.gradients) if gradients else ()))
     out = tmp_path / "i"
     code = run("invert", stages.adapter, "--pairs", stages.pairs, *more, "--out", out, "--json", tmp_path / "i.json")
     assert code == 0

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import r2f_ext
-from r2f_ext.cli import commands, main
+from r2f_ext import decoders
+from r2f_ext.cli import commands, main, options
 from r2f_ext.cli.options import DESCRIPTION, EXAMPLES, parse
 
 REPOSITORY = Path(r2f_ext.__file__).parent.parent
@@ -70,3 +71,7 @@ def test_help_answers_without_torch():
     code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, timeout=60)
     assert done.returncode == 0 and b"ADAPTER" in done.stdout
+
+
+def test_the_kinds_are_those_of_the_library():
+    assert tuple(decoders.KINDS) == options.KINDS and options.KINDS[:3] == decoders.DEFAULT_KINDS

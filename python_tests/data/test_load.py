@@ -253,3 +253,11 @@ def test_damaged_mosaic(tmp_path):
 
 def test_package_assets_are_small():
     assert sum(path.stat().st_size for path in load.ASSETS.iterdir()) < 5_000_000
+
+
+def test_a_set_says_whether_its_labels_mean_anything():
+    assert load_images("procedural", count=8).random_labels and load_images("lfw", count=8).random_labels
+    assert not load_images("embedded", count=8).random_labels
+    assert load_images("procedural+lfw", count=8).random_labels
+    assert not load_images("procedural+embedded", count=8).random_labels
+    assert load_images("procedural", count=8).take(torch.arange(3)).random_labels

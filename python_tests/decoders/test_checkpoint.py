@@ -6,11 +6,12 @@ import pytest
 import torch
 from cases import LINEAR, proxy_set, target_of, tiny_base
 
-from r2f_ext.decoders import KINDS
+from r2f_ext import distributed
+from r2f_ext.decoders import DEFAULT_KINDS, KINDS
 from r2f_ext.decoders.base import fit_together
 from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, StoredPairs, write_pairs
 
 STATE = {
     "a.b": torch.randn(3, 4),
@@ -19,6 +20,7 @@ STATE = {
     "rows": torch.arange(5),
 }
 CPU = torch.device("cpu")
+BY_LAYERS = [*DEFAULT_KINDS, "kernel_ridge"]
 
 
 @pytest.fixture(scope="module")
@@ -56,33 +58,37 @@ def test_what_is_not_whole_or_of_other_pairs_is_not_taken_over(damage, tmp_path)
 
 
 def test_a_fit_goes_on_from_the_kinds_that_are_finished(pairs, tmp_path, monkeypatch):
-    expected = {decoder.kind: decoder for decoder in fit_together(pairs, 30)}
-    last = list(KINDS)[-1]
+    kinds, last = [*BY_LAYERS, "mlp"], "mlp"
+    expected = {decoder.kind: decoder for decoder in fit_together(pairs, 30, kinds)}
 
     def killed(decoder):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(KINDS[last], "finish", killed)
-        fit_together(pairs, 30, checkpoint=Checkpoint(tmp_path, "x"))
+        fit_together(pairs, 30, kinds, checkpoint=Checkpoint(tmp_path, "x"))
     kept = [path.stem for path in (tmp_path / "unfinished").glob("*.json")]
-    assert sorted(kept) == sorted(set(KINDS) - {last})
+    assert sorted(kept) == sorted(set(kinds) - {last})
     for kind in kept:
         monkeypatch.setattr(KINDS[kind], "start", lambda *args: pytest.fail("fitted again"))
-    for decoder in fit_together(pairs, 30, checkpoint=Checkpoint(tmp_path, "x")):
+    for decoder in fit_together(pairs, 30, kinds, checkpoint=Checkpoint(tmp_path, "x")):
         for name, tensor in expected[decoder.kind].state().items():
             assert torch.equal(decoder.state()[name], tensor)
 
 
-def test_layers_fitted_apart_make_the_decoders_fitted_together(pairs, tmp_path):
-    from r2f_ext.pairs import StoredPairs, write_pairs
-
+@pytest.fixture
+def stored(pairs, tmp_path):
     write_pairs(pairs, 40, tmp_path, lambda units: None)
-    stored = StoredPairs(tmp_path, pairs.target.base)
-    whole = {decoder.kind: decoder for decoder in fit_together(stored, 30)}
+    return StoredPairs(tmp_path, pairs.target.base)
+
+
+def test_layers_fitted_apart_make_the_decoders_fitted_together(stored):
+    whole = {decoder.kind: decoder for decoder in fit_together(stored, 30, BY_LAYERS)}
     updates = stored.updates(30, 40)
+    merged = {kind: {} for kind in BY_LAYERS}
     for name in LINEAR:
-        for part in fit_together(stored.only((name,)), 30):
+        for part in fit_together(stored.only((name,)), 30, BY_LAYERS):
+            merged[part.kind] |= part.state()
             decoded = part.decode(updates).dense
             assert list(decoded) == [name]
             torch.testing.assert_close(
@@ -90,6 +96,17 @@ def test_layers_fitted_apart_make_the_decoders_fitted_together(pairs, tmp_path):
             )
             for key, tensor in part.state().items():
                 assert torch.equal(whole[part.kind].state()[key], tensor)
+    assert all(merged[kind].keys() == decoder.state().keys() for kind, decoder in whole.items())
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(BY_LAYERS)))
+def test_kinds_that_train_all_layers_together_take_one_process(kind, stored, monkeypatch):
+    name = LINEAR[0]
+    (some,) = fit_together(stored.only((name,)), 30, [kind])  # of the layers that are asked for
+    assert list(some.decode(stored.updates(30, 40)).dense) == [name]
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(R2FError, match=f"{kind} trains all layers together: fit it in one process"):
+        fit_together(stored, 30, [kind])
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):

@@ -22,11 +22,15 @@ def test_cosines_are_those_of_the_named_pairs(pairs, monkeypatch):
         expected = (rows * mine).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(mine, axis=1)
         np.testing.assert_allclose(found.cosine[layer.name].numpy(), expected, atol=1e-4)
         assert abs(found.cosine[layer.name][3] - 1) < 1e-4
+        ratio = np.linalg.norm(mine, axis=1) / np.linalg.norm(rows, axis=1)
+        np.testing.assert_allclose(found.norm[layer.name].numpy(), ratio, rtol=1e-4)
+        assert abs(found.norm[layer.name][3] - 7) < 1e-3
 
 
 def test_summary():
-    values = torch.rand(37)
-    summary = HeldOut({"x": values}).summary()["x"]
-    assert set(summary) == {"cosine_mean", "cosine_p05"}
+    values, norms = torch.rand(37), 2 * torch.rand(37)
+    summary = HeldOut({"x": values}, {"x": norms}).summary()["x"]
+    assert set(summary) == {"cosine_mean", "cosine_p05", "norm_error"}
     assert abs(summary["cosine_mean"] - values.double().mean()) < 1e-6
     assert abs(summary["cosine_p05"] - np.percentile(values.numpy(), 5)) < 1e-6
+    assert abs(summary["norm_error"] - np.abs(norms.double().numpy() - 1).mean()) < 1e-6

@@ -32,7 +32,7 @@ def stored(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(stored, tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoders")
-    decoders = fit_together(stored[0], 25)
+    decoders = fit_together(stored[0], 25, list(KINDS))
     save_decoders(folder, {decoder.kind: decoder.state() for decoder in decoders}, stored[0], 25)
     return folder, {decoder.kind: decoder for decoder in decoders}
 

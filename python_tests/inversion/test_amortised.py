@@ -1,11 +1,15 @@
 """Kernel ridge from updates to images, against a world whose answer is known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from r2f_ext.data import load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import amortised
-from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.inversion.amortised import AmortisedInverter, invert_by_label, proxy_of_label
+from r2f_ext.pairs import GeneratedPairs
 
 
 @pytest.fixture
@@ -87,3 +91,60 @@ def test_nineteen_pairs_are_too_few(world):
     updates, images, labels = world
     with pytest.raises(R2FError, match="at least 20 proxy pairs, got 19"):
         AmortisedInverter(part(updates, slice(0, 19)), images[:19], labels[:19], 4)
+
+
+def test_a_label_with_pairs_enough_is_inverted_from_its_own_pairs_alone(world):
+    updates, images, labels = world
+    rows = torch.arange(300) % 2 == 0
+    labels = torch.where(rows, 0, labels)
+    facts = torch.cat([images.flatten(1) - 0.5, 2 * torch.nn.functional.one_hot(labels, 4).float()], dim=1)
+    generator = torch.Generator().manual_seed(5)
+    # Each label has a linear map of its own, as the sign and direction of a gradient differ by label.
+    maps = torch.randn(4, 13, 40, generator=generator)
+    updates = {"a": torch.einsum("nk,nkd->nd", facts, maps[labels])}
+    inverter = AmortisedInverter(part(updates, slice(0, 260)), images[:260], labels[:260], 4)
+    asked = torch.arange(260, 300)[labels[260:] == 0]
+    found = inverter.invert(part(updates, asked))
+    assert (found.labels == 0).all() and found.details["pairs_a_victim"] == (labels[:260] == 0).sum()
+    alone = labels[:260] == 0
+    other = AmortisedInverter(
+        {n: u[:260][alone] for n, u in updates.items()}, images[:260][alone], labels[:260][alone], 4
+    )
+    torch.testing.assert_close(found.images, other.invert(part(updates, asked)).images, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_made_for_each_label_give_what_one_inverter_gives(bound, proxy):
+    target, adapter = bound
+    labelled = proxy.take(torch.arange(150))
+    labelled = replace(labelled, labels=torch.full((150,), 3))
+    pairs = GeneratedPairs(target, adapter.a, labelled)
+    updates = {n: torch.cat([b.updates[n] for b in pairs.batches()]) for n in target.names}
+    observed = {n: u[[4, 9]] for n, u in updates.items()}
+    made = []
+    found = invert_by_label(target, adapter.a, labelled, observed, made.append)
+    expected = AmortisedInverter(updates, labelled.batch(slice(None)), labelled.labels, 10).invert(observed)
+    assert found.reconstruction.labels.tolist() == [3, 3] and sum(made) == 300
+    assert not found.far_from_proxy.any()
+    torch.testing.assert_close(found.reconstruction.images, expected.images, rtol=1e-3, atol=1e-3)
+
+
+def test_images_with_random_labels_serve_every_label():
+    random, true = load_images("procedural", count=30), load_images("embedded", count=3000)
+    assert (proxy_of_label(random, 4).labels == 4).all() and len(proxy_of_label(random, 4)) == 30
+    own = proxy_of_label(true, 4)
+    assert len(own) == (true.labels == 4).sum() and (own.labels == 4).all()
+    assert proxy_of_label(true.take(torch.arange(50)), 4).labels.unique().numel() > 1
+
+
+def test_a_face_is_far_from_clothes_and_clothes_are_not(bound):
+    target, adapter = bound
+    proxy, clothes = load_images("embedded", count=600), load_images("embedded", role="private", count=20)
+    faces = load_images("lfw", role="private", count=20)
+
+    def updates(images):
+        batches = list(GeneratedPairs(target, adapter.a, images).batches())
+        return {n: torch.cat([b.updates[n] for b in batches]) for n in target.names}
+
+    inverter = AmortisedInverter(updates(proxy), proxy.batch(slice(None)), proxy.labels, 10)
+    assert inverter.far_from_proxy(updates(faces)).float().mean() > 0.9
+    assert inverter.far_from_proxy(updates(clothes)).float().mean() < 0.3

@@ -10,10 +10,10 @@ from torch import Tensor
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import KINDS, Decoder, Updates, held_out_cosines, stack_updates
+from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines, stack_updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
-from r2f_ext.inversion.matching import MatchingConfig, match
+from r2f_ext.inversion.matching import MatchingConfig, Prior, match
 from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
@@ -28,7 +28,7 @@ class AuditResult:
 
     Attributes:
         pair_count, pairs_per_second: of the generation pass.
-        decoders: layer -> kind -> {cosine_mean, cosine_p05} on held-out pairs.
+        decoders: layer -> kind -> {cosine_mean, cosine_p05, norm_error} on held-out pairs.
         decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units
             of the victim's learning rate.
         reconstructions: one a route, images [V, c, h, w].
@@ -78,7 +78,7 @@ def audit(
     fitted = min(config.decoder_pairs, count - held_out)
     observed = stack_updates(adapters)
 
-    decoders = [kind() for kind in KINDS.values()]
+    decoders = [KINDS[kind]() for kind in DEFAULT_KINDS]
     with stages.stage("pairs", count) as advance:
         updates = generate(pairs, count, decoders, fitted, advance)
     with stages.stage("decoders"):
@@ -107,7 +107,12 @@ def audit(
 
 
 def match_decoded(
-    target: Target, decoded: Gradient, amortised: Reconstruction, config: MatchingConfig, advance: Advance
+    target: Target,
+    decoded: Gradient,
+    amortised: Reconstruction,
+    config: MatchingConfig,
+    advance: Advance,
+    prior: Prior | None = None,
 ) -> Reconstruction:
     """Route `matching`: from a gray image towards the decoded gradient, with the amortised route's labels."""
     assert amortised.labels is not None
@@ -120,6 +125,7 @@ def match_decoded(
         "matching",
         "local search from gray on the decoded gradient; on ViTs it usually stalls below the mean image",
         lambda: advance(1),
+        prior=prior,
     )
 
 
@@ -130,6 +136,7 @@ def refine(
     amortised: Reconstruction,
     config: MatchingConfig,
     advance: Advance,
+    prior: Prior | None = None,
 ) -> Reconstruction:
     """Route `amortised_refined`: from the amortised estimate towards the LoRA update that was observed."""
     assert amortised.labels is not None
@@ -142,6 +149,7 @@ def refine(
         "amortised_refined",
         "local search from the amortised estimate on the LoRA update itself",
         lambda: advance(1),
+        prior=prior,
     )
 
 

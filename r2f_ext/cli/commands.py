@@ -32,6 +32,8 @@ from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.inversion.prior import ScoreDistillation
+from r2f_ext.inversion.unet import UNetConfig, UNetInverter
 from r2f_ext.inversion.well_known import COLUMNS, WELL_KNOWN, closed_forms
 from r2f_ext.models import attach, load_base, read_adapter, shape_of, untouched_a
 from r2f_ext.pairs import (
@@ -169,7 +171,7 @@ def run_fit(options: Options) -> dict[str, Any]:
     checkpoint = Checkpoint(folder, f"{pairs.fingerprint}/{count}")
     with drawn_stages() as stages:
         with stages.stage("fit", count) as advance:
-            decoders = fit_together(mine, count, advance, checkpoint)
+            decoders = fit_together(mine, count, options.kind, advance, checkpoint)
         with stages.stage("held-out", len(decoders)) as advance:
             own = {}
             updates = pairs.updates(count, count + held_out)
@@ -212,24 +214,36 @@ def run_invert(options: Options) -> dict[str, Any]:
     pairs = _stored(options, target, adapters[0])
     gradients = None if options.gradients is None else read_gradients(Path(options.gradients), target, len(adapters))
     observed, config = stack_updates(adapters), AuditConfig(seed=options.seed)
+    pull = None if options.prior is None else ScoreDistillation.from_folder(options.prior, seed=options.seed).gradient
     row_space = _row_space(target, adapters, options)
     with drawn_stages() as stages:
         with stages.stage("amortised"):
             images, labels = pairs.samples()
             inverter = AmortisedInverter(pairs.updates(0, len(pairs)), images, labels, target.base.num_classes)
             found = [inverter.invert(observed)]
+            far = int(inverter.far_from_proxy(observed).sum())
+        if options.inverter == "unet":
+            net = UNetConfig(seed=options.seed)
+            with stages.stage("U-Net", net.epochs) as advance:
+                found = [UNetInverter(inverter, net, advance).invert(observed)]
         with stages.stage("refinement", config.refinement.steps) as advance:
-            found.append(refine(target, pairs.a, observed, found[0], config.refinement, advance))
+            found.append(refine(target, pairs.a, observed, found[0], config.refinement, advance, pull))
         found += row_space
         if gradients is not None:
             with stages.stage("matching", config.matching.steps) as advance:
-                found.append(match_decoded(target, gradients, found[0], config.matching, advance))
+                found.append(match_decoded(target, gradients, found[0], config.matching, advance, pull))
     for part in found:
         write_images(folder / f"{part.route}.png", [(part.route, part.images.cpu())])
     write_tensors(folder / "images.safetensors", {part.route: part.images for part in found})
+    if far:
+        console.print(
+            f"warning: {far} of {len(adapters)} updates resemble no proxy update: the amortised estimate is not to be "
+            "trusted; use a proxy that is nearer to the private data, or procedural."
+        )
     table("Routes taken", ["route", "seconds", "why"], [[p.route, f"{p.seconds:.1f}", p.why] for p in found])
     console.print(f"images: {escape(str(folder))}")
-    return {"routes": {p.route: {"seconds": p.seconds, "why": p.why, "details": p.details} for p in found}}
+    routes = {p.route: {"seconds": p.seconds, "why": p.why, "details": p.details} for p in found}
+    return {"routes": routes, "far_from_proxy": far}
 
 
 def run_env(options: Options) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+# Those of r2f_ext.decoders.KINDS, said here because help must not load torch; a test compares them.
+KINDS = ("projection", "row_lmmse", "ridge", "kernel_ridge", "mlp", "conv", "unet")
+
 DESCRIPTION = """\
 How much of its training data does a LoRA adapter give away?
 
@@ -180,6 +183,12 @@ def _pairs(commands: Commands) -> None:
 def _fit(commands: Commands) -> None:
     command = _command(commands, "fit", "fit the decoders of every layer to pairs", out="for the decoders")
     command.add_argument("pairs", metavar="PAIRS", help="a folder written by r2f pairs")
+    command.add_argument(
+        "--kind",
+        nargs="+",
+        choices=KINDS,
+        help=f"which decoders (default {' '.join(KINDS[:3])}: closed form, seconds); the others learn for minutes",
+    )
 
 
 def _decode(commands: Commands) -> None:
@@ -187,9 +196,7 @@ def _decode(commands: Commands) -> None:
     _adapter(command)
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="the folder that the decoders were fitted to")
     command.add_argument("--decoders", required=True, metavar="DIR", help="a folder written by r2f fit")
-    command.add_argument(
-        "--kind", default="ridge", choices=("projection", "row_lmmse", "ridge"), help="which decoder (default ridge)"
-    )
+    command.add_argument("--kind", default="ridge", choices=KINDS, help="which decoder (default ridge)")
 
 
 def _invert(commands: Commands) -> None:
@@ -198,6 +205,13 @@ def _invert(commands: Commands) -> None:
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="a folder written by r2f pairs")
     command.add_argument("--gradients", metavar="FILE", help="decoded gradients; adds the route `matching`")
     _initial(command)
+    command.add_argument("--prior", metavar="DIR", help="a diffusers folder whose model pulls at images being matched")
+    command.add_argument(
+        "--inverter",
+        default="ridge",
+        choices=("ridge", "unet"),
+        help="the amortised route: kernel ridge (default), or a U-Net on its estimate, trained for minutes",
+    )
 
 
 def _env(commands: Commands) -> None:

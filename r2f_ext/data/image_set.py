@@ -27,12 +27,14 @@ class ImageSet:
         images: uint8 [n, c, h, w].
         labels: int64 [n].
         notes: sentences a report should repeat: fewer images than asked for, folded or random labels.
+        random_labels: the labels say nothing about the images, so any other would do as well.
     """
 
     name: str
     images: Tensor
     labels: Tensor
     notes: tuple[str, ...] = ()
+    random_labels: bool = False
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
@@ -55,6 +57,10 @@ class ImageSet:
     def take(self, indices: Tensor) -> ImageSet:
         """The same set with only the rows at `indices`, in that order."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def relabelled(self, label: int) -> ImageSet:
+        """The same images, all with one label."""
+        return replace(self, labels=torch.full_like(self.labels, label))
 
     def noted(self, *notes: str) -> ImageSet:
         """The same set with more notes."""

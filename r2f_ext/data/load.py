@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -127,13 +128,13 @@ class _Request:
         """Labels below num_classes, by label % num_classes, with a note where that changes any."""
         if not len(loaded) or int(loaded.labels.max()) < self.num_classes:
             return loaded
-        folded = ImageSet(loaded.name, loaded.images, loaded.labels % self.num_classes, loaded.notes)
+        folded = replace(loaded, labels=loaded.labels % self.num_classes)
         return folded.noted(f"labels of '{loaded.name}' go beyond the {self.num_classes} classes and were folded.")
 
     def unlabelled(self, name: str, images: Tensor) -> ImageSet:
         """`images`, already fitted, with labels from the seed."""
         labels = procedural_labels(len(images), self.num_classes, self.stream)
-        return ImageSet(name, images, labels, (f"labels of '{name}' are random, from the seed.",))
+        return ImageSet(name, images, labels, (f"labels of '{name}' are random, from the seed.",), random_labels=True)
 
     def embedded(self) -> ImageSet:
         images, labels = read_mosaic(PROXY_ASSET if self.role == "proxy" else PRIVATE_ASSET)
@@ -195,7 +196,8 @@ class _Request:
         labels = torch.cat([part.labels for part in sets])
         notes = tuple(dict.fromkeys(note for part in sets for note in part.notes))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
-        return ImageSet(spec, images, labels, notes).take(order)
+        random_labels = all(part.random_labels for part in sets)
+        return ImageSet(spec, images, labels, notes, random_labels).take(order)
 
 
 def _cifar100(train: bool) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,34 @@
 """Decoders from LoRA space to full gradients, one per layer behind one interface."""
 
+from r2f_ext.decoders.agnostic import AgnosticPairs
 from r2f_ext.decoders.base import Decoder, Updates, stack_updates
+from r2f_ext.decoders.conv import Conv, UNet
 from r2f_ext.decoders.evaluate import HeldOut, held_out_cosines
+from r2f_ext.decoders.kernel_ridge import KernelRidge
+from r2f_ext.decoders.mlp import MLP
 from r2f_ext.decoders.projection import Projection
 from r2f_ext.decoders.ridge import Ridge
 from r2f_ext.decoders.row_lmmse import RowLMMSE
 from r2f_ext.decoders.store import load_decoder, save_decoders
 
-KINDS: dict[str, type[Decoder]] = {kind.kind: kind for kind in (Projection, RowLMMSE, Ridge)}
+KINDS: dict[str, type[Decoder]] = {
+    kind.kind: kind for kind in (Projection, RowLMMSE, Ridge, KernelRidge, MLP, Conv, UNet)
+}
+DEFAULT_KINDS = ("projection", "row_lmmse", "ridge")  # closed form, seconds to fit
 
 __all__ = [
+    "DEFAULT_KINDS",
     "KINDS",
+    "MLP",
+    "AgnosticPairs",
+    "Conv",
     "Decoder",
     "HeldOut",
+    "KernelRidge",
     "Projection",
     "Ridge",
     "RowLMMSE",
+    "UNet",
     "Updates",
     "held_out_cosines",
     "load_decoder",

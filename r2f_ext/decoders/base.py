@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -62,16 +62,25 @@ class Decoder(ABC):
 
 
 def fit_together(
-    pairs: PairSource, count: int, advance: Advance = lambda units: None, checkpoint: Checkpoint | None = None
+    pairs: PairSource,
+    count: int,
+    kinds: Sequence[str] | None = None,
+    advance: Advance = lambda units: None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Decoder]:
-    """Fit one decoder of every kind to the first `count` pairs in a single walk.
+    """Fit one decoder of each of `kinds` (None: the closed-form default ones) to the first `count` pairs in one walk.
+
+    Kinds that learn by gradient descent walk through a few pairs before, for their bases.
 
     Args:
         checkpoint: takes each kind as soon as it is fitted, and gives back those that it has.
-    """
-    from r2f_ext.decoders import KINDS
 
-    decoders = {kind: make() for kind, make in KINDS.items()}
+    Raises:
+        R2FError: one of several processes is asked for a kind whose layers train together.
+    """
+    from r2f_ext.decoders import DEFAULT_KINDS, KINDS
+
+    decoders = {kind: KINDS[kind]() for kind in kinds or DEFAULT_KINDS}
     there = [kind for kind in decoders if checkpoint is not None and checkpoint.holds(kind)]
     for kind in there:
         assert checkpoint is not None
@@ -107,3 +116,23 @@ def stack_updates(adapters: list[LoraUpdate]) -> Updates:
     the average gradient (the seed's Eq. 5-6).
     """
     return {name: -torch.stack([adapter.b[name].float() for adapter in adapters]) for name in adapters[0].b}
+
+
+def add_up(pairs: PairSource, count: int, weights: Callable[[PairBatch, slice], dict[str, Tensor]]) -> Gradient:
+    """sum_p w[v, p] G_p over the first `count` pairs, in one walk; gradients are written out a batch at a time.
+
+    Args:
+        weights: of a batch and its place among the pairs: name -> w [V, pairs of the batch].
+    """
+    total: dict[str, Tensor] = {}
+    first = 0
+    for batch in pairs.batches(0, count):
+        rows = slice(first, first + len(batch.labels))
+        for name, w in weights(batch, rows).items():
+            gradients = batch.gradients.dense(name).flatten(1)
+            if name not in total:
+                total[name] = w.new_zeros(len(w), gradients.shape[1])
+            total[name].addmm_(w, gradients)
+        first = rows.stop
+    shapes = {layer.name: (layer.d_out, layer.d_in) for layer in pairs.target.layers}
+    return Gradient({name: gradient.unflatten(1, shapes[name]) for name, gradient in total.items()})

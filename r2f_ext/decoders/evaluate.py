@@ -1,4 +1,4 @@
-"""Held-out cosine of decoders, layer by layer."""
+"""How good decoders are on held-out pairs, layer by layer: direction and magnitude."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from r2f_ext.types import Gradient
 
 @dataclass(frozen=True)
 class HeldOut:
-    """cosine[name] [n]: cosine of decoded and true gradient for n held-out pairs."""
+    """For n held-out pairs: cosine[name] [n] of decoded and true gradient; norm[name] [n], |decoded| / |true|."""
 
     cosine: dict[str, Tensor]
+    norm: dict[str, Tensor]
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """name -> {cosine_mean, cosine_p05}."""
+        """name -> {cosine_mean, cosine_p05, norm_error}; norm_error is the mean of ||decoded| / |true| - 1|."""
         return {
             name: {
                 "cosine_mean": float(c.mean()),
                 "cosine_p05": float(c.quantile(0.05)),
+                "norm_error": float((self.norm[name] - 1).abs().mean()),
             }
             for name, c in self.cosine.items()
         }
@@ -35,11 +37,16 @@ def held_out_cosines(decoded: Gradient, pairs: PairSource, start: int, stop: int
     The decoder must not have been fitted to those pairs.
     """
     cosines: dict[str, list[Tensor]] = {name: [] for name in decoded.dense}
+    norms: dict[str, list[Tensor]] = {name: [] for name in decoded.dense}
     first = 0
     for batch in pairs.batches(start, stop):
         last = first + len(batch.labels)
         for name, guess in decoded.dense.items():
-            true = batch.gradients.dense(name).flatten(1)
-            cosines[name].append(F.cosine_similarity(guess[first:last].flatten(1), true))
+            true, found = batch.gradients.dense(name).flatten(1), guess[first:last].flatten(1)
+            cosines[name].append(F.cosine_similarity(found, true))
+            norms[name].append(found.norm(dim=1) / true.norm(dim=1).clamp_min(1e-30))
         first = last
-    return HeldOut({name: torch.cat(parts) for name, parts in cosines.items()})
+    return HeldOut(
+        {name: torch.cat(parts) for name, parts in cosines.items()},
+        {name: torch.cat(parts) for name, parts in norms.items()},
+    )

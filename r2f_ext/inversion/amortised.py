@@ -2,6 +2,9 @@
 
 The kernel sees only directions: with c the cosine of two updates averaged over layers,
 k = exp(-2 gamma (1 - c)). So the victim's learning rate, unknown, plays no part.
+
+The label is found first: it decides the sign and direction of what flows back, so updates of different labels are
+measurements of a different kind. The image is then estimated from the pairs of that label alone.
 """
 
 from __future__ import annotations
@@ -13,13 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
 from r2f_ext.linalg import gram, sum_in_place
-from r2f_ext.types import Reconstruction
+from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.progress import Advance
+from r2f_ext.types import Reconstruction, Target
 
-GAMMAS = (0.5, 1.0, 2.0)
+GAMMAS = (0.25, 0.5, 1.0, 2.0)
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1)
-SELECTION_PAIRS = 2000  # gamma and ridge are chosen on a part: they hardly depend on the count
+SELECTION_PAIRS = 1000  # gamma and ridge are chosen on a part: they hardly depend on the count
+LABEL_PAIRS = 2000  # labels are found from so many: more help little
+OWN_PAIRS = 100  # of one label; with fewer the pairs of all labels are used together
 
 
 @dataclass(frozen=True)
@@ -31,14 +39,37 @@ class Choice:
     held_out_psnr_db: float
 
 
+class KernelRidge:
+    """Kernel ridge on N pairs, gamma and ridge chosen by PSNR on held-out ones.
+
+    Args:
+        cosine: [N, N] of the updates; overwritten.
+        wanted: [N, k] what to find for each.
+        pixels: how many of the k columns, from the first, are pixels: PSNR is of these.
+    """
+
+    def __init__(self, cosine: Tensor, wanted: Tensor, pixels: int) -> None:
+        self.choice = _select(cosine, wanted, pixels)
+        self.usual_similarity = float(cosine.fill_diagonal_(-1).amax(1).quantile(0.05))
+        cosine.fill_diagonal_(1)
+        self.mean = wanted.mean(0)
+        kernel = _kernel_(cosine, self.choice.gamma)
+        kernel.diagonal().add_(self.choice.ridge)
+        self.dual = torch.cholesky_solve(wanted - self.mean, torch.linalg.cholesky(kernel))
+
+    def __call__(self, cosine: Tensor) -> Tensor:
+        """Cosines [V, N] of new updates with the fitted ones -> estimate [V, k]."""
+        return _kernel_(cosine.clone(), self.choice.gamma) @ self.dual + self.mean
+
+
 class AmortisedInverter:
-    """Kernel ridge from updates to images and labels.
+    """Kernel ridge from updates to images, one for each label that is asked for, fitted when it first is.
 
     Args:
         updates: name -> proxy updates [N, d_out, r] or flat [N, d_out * r].
         images: [N, c, h, w] in [0, 1], one an update (batch 1).
         labels: [N] int64.
-        num_classes: width of the one-hot label target.
+        num_classes: width of the one-hot target that labels are found by.
 
     Raises:
         R2FError: fewer than 20 pairs.
@@ -48,61 +79,191 @@ class AmortisedInverter:
         if len(images) < 20:
             raise R2FError(f"the amortised route needs at least 20 proxy pairs, got {len(images)}: use a larger proxy.")
         self.shape = images.shape[1:]
-        self.pixels = images[0].numel()
+        self.images, self.labels, self.num_classes = images.flatten(1), labels, num_classes
         self.units = {name: _unit(update) for name, update in updates.items()}
-        wanted = torch.cat([images.flatten(1), F.one_hot(labels, num_classes).float()], dim=1)
-        self.mean = wanted.mean(0)
-        cosine = sum_in_place(gram(unit) for unit in self.units.values()).div_(len(self.units))
-        self.choice = _select(cosine, wanted, self.pixels)
-        kernel = _kernel(cosine, self.choice.gamma)
-        kernel.diagonal().add_(self.choice.ridge)
-        self.dual = torch.cholesky_solve(wanted - self.mean, torch.linalg.cholesky(kernel))
-        others = cosine[:SELECTION_PAIRS, :SELECTION_PAIRS].fill_diagonal_(-1)
-        self.usual_similarity = float(others.amax(1).quantile(0.05))
+        self.fits: dict[int | None, KernelRidge] = {}
+        self.labeller: KernelRidge | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """Of the fit to all pairs."""
+        return self._fit(None).choice
+
+    def find_labels(self, updates: dict[str, Tensor]) -> Tensor:
+        """The labels [V] of V victims, by kernel ridge on up to LABEL_PAIRS pairs."""
+        victims = len(next(iter(updates.values())))
+        if bool((self.labels == self.labels[0]).all()):
+            return self.labels[:1].expand(victims).clone()
+        rows = slice(0, LABEL_PAIRS)
+        if self.labeller is None:
+            one_hot = F.one_hot(self.labels[rows], self.num_classes).to(self.images.dtype)
+            self.labeller = KernelRidge(self._gram(rows), one_hot, self.num_classes)
+        return self.labeller(self._cosine(updates, rows)).argmax(1)
 
     def invert(self, updates: dict[str, Tensor]) -> Reconstruction:
         """Updates of V victims [V, d_out, r] a layer -> images and labels."""
         began = time.perf_counter()
-        cosine = self._cosine(updates)
-        estimate = _kernel(cosine, self.choice.gamma) @ self.dual + self.mean
-        images = estimate[:, : self.pixels].clamp(0, 1).unflatten(1, self.shape)
-        labels = estimate[:, self.pixels :].argmax(1)
+        labels = self.find_labels(updates)
+        images = self.images.new_empty(len(labels), self.images.shape[1])
+        pairs = held_out = 0.0
+        for label in labels.unique().tolist():
+            victims = labels == label
+            fit, rows = self._fit(label), self._rows(label)
+            images[victims] = fit(self._cosine({name: u[victims] for name, u in updates.items()}, rows))
+            share = float(victims.float().mean())
+            pairs, held_out = pairs + share * len(fit.dual), held_out + share * fit.choice.held_out_psnr_db
         why = (
-            f"statistical estimate from {len(self.dual)} proxy pairs (kernel ridge, gamma {self.choice.gamma:g}, "
-            f"lambda {self.choice.ridge:g}); {self.choice.held_out_psnr_db:.1f} dB on held-out proxies"
+            f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs a victim, of its label where there "
+            f"are {OWN_PAIRS}; {held_out:.1f} dB on held-out proxies"
         )
-        details = {"held_out_psnr_db": self.choice.held_out_psnr_db}
-        return Reconstruction("amortised", images, labels, why, time.perf_counter() - began, details)
+        details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
+        found = images.clamp(0, 1).unflatten(1, self.shape)
+        return Reconstruction("amortised", found, labels, why, time.perf_counter() - began, details)
 
     def far_from_proxy(self, updates: dict[str, Tensor]) -> Tensor:
         """Bool [V]: whose update is less like any proxy update than 19 in 20 of those are like their nearest.
 
         For those the estimate is not to be trusted.
         """
-        return self._cosine(updates).amax(1) < self.usual_similarity
+        labels = self.find_labels(updates)
+        far = torch.zeros_like(labels, dtype=torch.bool)
+        for label in labels.unique().tolist():
+            victims = labels == label
+            nearest = self._cosine({name: u[victims] for name, u in updates.items()}, self._rows(label)).amax(1)
+            far[victims] = nearest < self._fit(label).usual_similarity
+        return far
 
-    def _cosine(self, updates: dict[str, Tensor]) -> Tensor:
-        """Cosine [V, N] of updates with the proxies', averaged over layers."""
-        parts = (_unit(updates[name]) @ unit.mT for name, unit in self.units.items())
+    def leave_one_out(self) -> Tensor:
+        """The estimate [N, pixels] of every pair from the others of its label: y_i - dual_i / ((K + ridge)^-1)_ii."""
+        found = torch.empty_like(self.images)
+        for label in self.labels.unique().tolist():
+            fit, rows, own = self._fit(label), self._rows(label), self.labels == label
+            kernel = _kernel_(self._gram(rows), fit.choice.gamma)
+            kernel.diagonal().add_(fit.choice.ridge)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).diagonal()
+            estimates = self.images[rows] - fit.dual / inverse[:, None]
+            found[own] = estimates[own] if isinstance(rows, slice) else estimates
+        return found
+
+    def unit_updates(self, updates: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Updates [V, d_out, r] a layer, flat and of norm 1: what the kernel and the U-Net read."""
+        return {name: _unit(updates[name]) for name in self.units}
+
+    def _rows(self, label: int | None) -> slice | Tensor:
+        if label is None:
+            return slice(None)
+        own = torch.nonzero(self.labels == label).flatten()
+        return own if len(own) >= OWN_PAIRS else slice(None)
+
+    def _fit(self, label: int | None) -> KernelRidge:
+        """The kernel ridge for a label: of its own pairs, or of all where they are too few."""
+        rows = self._rows(label)
+        key = None if isinstance(rows, slice) else label
+        if key not in self.fits:
+            self.fits[key] = KernelRidge(self._gram(rows), self.images[rows], self.images.shape[1])
+        return self.fits[key]
+
+    def _gram(self, rows: slice | Tensor) -> Tensor:
+        """Cosine [n, n] of the proxies' updates `rows` with one another, averaged over layers."""
+        return sum_in_place(gram(unit[rows]) for unit in self.units.values()).div_(len(self.units))
+
+    def _cosine(self, updates: dict[str, Tensor], rows: slice | Tensor) -> Tensor:
+        """Cosine [V, n] of updates with the proxies' `rows`, averaged over layers."""
+        parts = (_unit(updates[name]) @ unit[rows].mT for name, unit in self.units.items())
         return sum_in_place(parts).div_(len(self.units))
+
+
+@dataclass(frozen=True)
+class Amortised:
+    """What `invert_by_label` found: the reconstruction, and which victims [V] no proxy pair resembles."""
+
+    reconstruction: Reconstruction
+    far_from_proxy: Tensor
+
+
+def invert_by_label(
+    target: Target,
+    a: dict[str, Tensor],
+    proxy: ImageSet,
+    observed: dict[str, Tensor],
+    advance: Advance = lambda units: None,
+    precision: str = "float32",
+) -> Amortised:
+    """The amortised route at any proxy size: pairs are made label by label, only for the victims' labels.
+
+    A proxy whose labels are random serves every label with all its images; of another, the images of the label.
+
+    Args:
+        a: name -> the victims' common A [r, d_in]; observed: name -> their updates [V, d_out, r].
+        advance: called with the number of pairs made.
+        precision: of the model (see `GeneratedPairs`).
+
+    Raises:
+        R2FError: fewer than 20 images in the proxy.
+    """
+    began = time.perf_counter()
+    first = _inverter(target, a, proxy.take(torch.arange(min(LABEL_PAIRS, len(proxy)))), advance, precision)
+    labels = first.find_labels(observed)
+    images = labels.new_empty(len(labels), *target.base.input_shape, dtype=torch.float32)
+    far = torch.zeros_like(labels, dtype=torch.bool)
+    pairs = held_out = 0.0
+    del first
+    for label in labels.unique().tolist():
+        victims = labels == label
+        own = proxy_of_label(proxy, label)
+        inverter = _inverter(target, a, own, advance, precision)
+        part = {name: update[victims] for name, update in observed.items()}
+        found = inverter.invert(part)
+        images[victims], far[victims] = found.images, inverter.far_from_proxy(part)
+        share = float(victims.float().mean())
+        pairs += share * found.details["pairs_a_victim"]
+        held_out += share * found.details["held_out_psnr_db"]
+    why = f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs of the victim's label"
+    details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
+    reconstruction = Reconstruction("amortised", images, labels, why, time.perf_counter() - began, details)
+    return Amortised(reconstruction, far)
+
+
+def proxy_of_label(proxy: ImageSet, label: int) -> ImageSet:
+    """The images of `proxy` that can stand for `label`, all labelled so; all of it where they are fewer than 100."""
+    if proxy.random_labels:
+        return proxy.relabelled(label)
+    own = torch.nonzero(proxy.labels == label).flatten()
+    return proxy.take(own) if len(own) >= OWN_PAIRS else proxy
+
+
+def _inverter(
+    target: Target, a: dict[str, Tensor], proxy: ImageSet, advance: Advance, precision: str
+) -> AmortisedInverter:
+    parts: dict[str, list[Tensor]] = {name: [] for name in target.names}
+    for batch in GeneratedPairs(target, a, proxy, precision=precision).batches():
+        for name, update in batch.updates.items():
+            parts[name].append(update.flatten(1))
+        advance(len(batch.labels))
+    # Joined layer by layer, each layer's parts freed at once: two copies of everything would be the peak.
+    updates = {name: torch.cat(parts.pop(name)) for name in target.names}
+    device = target.base.device
+    images, labels = proxy.batch(slice(None), device), proxy.labels.to(device)
+    return AmortisedInverter(updates, images, labels, target.base.num_classes)
 
 
 def _unit(update: Tensor) -> Tensor:
     return F.normalize(update.flatten(1), dim=1, eps=1e-30)
 
 
-def _kernel(cosine: Tensor, gamma: float) -> Tensor:
-    return torch.exp((cosine - 1) * (2 * gamma))
+def _kernel_(cosine: Tensor, gamma: float) -> Tensor:
+    """exp(-2 gamma (1 - cosine)), in place."""
+    return cosine.sub_(1).mul_(2 * gamma).exp_()
 
 
 def _select(cosine: Tensor, wanted: Tensor, pixels: int) -> Choice:
-    """Choose gamma and ridge by PSNR of images held out from the first SELECTION_PAIRS pairs."""
+    """Choose gamma and ridge by PSNR of what is held out from the first SELECTION_PAIRS pairs."""
     count = min(SELECTION_PAIRS, len(cosine))
     train = count - count // 6
     mean = wanted[:train].mean(0)
     best = Choice(GAMMAS[0], RIDGES[-1], float("-inf"))
     for gamma in GAMMAS:
-        kernel = _kernel(cosine[:count, :count], gamma)
+        kernel = _kernel_(cosine[:count, :count].clone(), gamma)
         for ridge in RIDGES:
             damped = kernel[:train, :train].clone()
             damped.diagonal().add_(ridge)

@@ -40,6 +40,8 @@ SECOND_ORDERS = ("auto", "double_backward", "central_differences")
 SAME_SLOPE = 0.9  # cosine of the slopes by double backward and by central differences, where either will do
 CHECK_EVERY = 10  # steps between looks at the losses, which make a GPU wait
 
+Prior = Callable[[Tensor, int], Tensor]  # images [n, c, h, w] and step -> a gradient on them
+
 
 @dataclass(frozen=True)
 class MatchingConfig:
@@ -117,6 +119,7 @@ def match(
     on_step: Callable[[], None] = lambda: None,
     state: Path | None = None,
     watch: Callable[[Tensor], None] | None = None,
+    prior: Prior | None = None,
 ) -> Reconstruction:
     """Minimise objective + total variation over the images of V victims at once.
 
@@ -133,6 +136,7 @@ def match(
         on_step: called after each step, for progress bars.
         state: a file that the search is saved to now and then, and goes on from, to the same bits.
         watch: called after each step with the victims' best images so far [V, b, c, h, w].
+        prior: what adds to the slope at the images of all trials (see `ScoreDistillation.gradient`).
 
     Returns:
         images of the start's shape; details: steps taken, loss_start and loss_end (means over victims, of the best
@@ -150,7 +154,7 @@ def match(
     _check_observed(objective, candidates, len(groups))
     weights = _weights(objective, config)
     search = _Search(
-        candidates, objective.repeat(config.restarts), weights, _starts(groups, config), group_labels, config
+        candidates, objective.repeat(config.restarts), weights, _starts(groups, config), group_labels, config, prior
     )
     if state is not None:
         search.resume(state)
@@ -180,14 +184,19 @@ class _Search:
         images: Tensor,
         labels: Tensor,
         config: MatchingConfig,
+        prior: Prior | None,
     ) -> None:
         self.candidates, self.objective, self.weights, self.config = candidates, objective, weights, config
+        self.prior = prior
         self.images, self.labels = images, labels.repeat_interleave(config.restarts, dim=0)
         self.optimizer = OPTIMIZERS[config.optimizer](images, config.box)
         self.best, self.best_loss = images.clone(), images.new_full((len(images),), math.inf)
         self.first_loss = self.best_loss.clone()
         self.mark, self.marked_at, self.step = self.best_loss.clone(), 0, 0
-        self.fingerprint = sha256_of([images, self.labels, *objective.tensors()]) + repr((config, objective.shapes))
+        # A prior is known by what it says of the start: that depends on its weights, strength and seed.
+        said = [] if prior is None else [prior(images.flatten(0, 1), 0)]
+        self.fingerprint = sha256_of([images, self.labels, *objective.tensors(), *said])
+        self.fingerprint += repr((config, objective.shapes))
         self.central = config.second_order == "central_differences"
 
     def run(self, state: Path | None) -> Iterator[int]:
@@ -197,6 +206,8 @@ class _Search:
             self.central = not self._double_backward_will_do()
         while self.step < steps and not self._tired():
             loss, slope = self._evaluate()
+            if self.prior is not None:
+                slope = slope + self.prior(self.images.flatten(0, 1), self.step).view_as(slope)
             self._keep(loss)
             size = self.config.step_size * SCHEDULES[self.config.schedule](self.step, steps)
             self.optimizer.step(self.images, loss, slope, size, self.step + 1)

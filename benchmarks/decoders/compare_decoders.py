@@ -1,0 +1,163 @@
+"""All decoders on the same pairs: held-out cosine and norm, seconds to fit and to decode, beside controls.
+
+    python benchmarks/decoders/compare_decoders.py --json benchmarks/results/0.1.0/decoders.json
+
+Fashion-MNIST as proxy, the embedded model, one adapter's own A (r = 8; qkv, proj, fc1, fc2 of four blocks). Every row
+is written as soon as it is done, and rows that the file holds already are not made again. `fit_s` contains making the
+pairs, `walk_s` is that alone. Rows ending in _any_a are fitted over an A of its own for every pair and asked about one
+that they never saw: their distance to the same kind without is the price of not fitting to the adapter. Memory,
+by count: 6.5 GB at 20,000 pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import write_json
+
+from r2f_ext.audit.victims import VictimConfig, train_victim
+from r2f_ext.data import load_images
+from r2f_ext.decoders import KINDS, MLP, AgnosticPairs, Decoder, HeldOut, Ridge, Updates, held_out_cosines
+from r2f_ext.models import attach, load_base, read_adapter
+from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.types import Gradient
+
+VARIANTS: dict[str, Callable[[], Decoder]] = {
+    **KINDS,
+    "mlp_cosine": lambda: MLP(loss="cosine"),
+    "mlp_mse": lambda: MLP(loss="mse"),
+    "mlp_ba": lambda: MLP(inputs="ba"),
+}
+ANY_A: dict[str, Callable[[], Decoder]] = {"ridge_any_a": Ridge, "mlp_any_a": MLP}
+CONTROLS = ("mean_gradient", "class_mean_gradient")
+ROWS = (*CONTROLS, *VARIANTS, *ANY_A)
+DEFAULT_ROWS = (*CONTROLS, *KINDS, *ANY_A)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20_000, help="fitted pairs (default 20000)")
+    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--proxy", default="fashion-mnist")
+    parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=ROWS)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    pairs = make_pairs(options.proxy, options.pairs + options.held_out)
+    if len(pairs) < options.pairs + options.held_out:
+        parser.error(f"{options.proxy} has {len(pairs)} images")
+    updates = {name: torch.cat(parts) for name, parts in updates_of(pairs, options.pairs).items()}
+    path = None if options.json is None else Path(options.json)
+    rows = json.loads(path.read_text()) if path is not None and path.exists() else []
+    for name in options.rows:
+        key = {"row": name, "proxy": options.proxy, "pairs": options.pairs, "held_out": options.held_out}
+        if any(key.items() <= row.items() for row in rows):
+            continue
+        row = {**key, **measure(name, pairs, options.pairs, updates)}
+        rows.append(row)
+        print(
+            f"{name:20} cosine {row['cosine_mean']:.4f}, worst layer {row['cosine_worst_layer']:.4f}, worst 5% "
+            f"{row['cosine_worst_p05']:.3f}, norm error {row['norm_error_worst']:.3f}, fit {row['fit_s']:.0f} s, "
+            f"decode {row['decode_s']:.0f} s",
+            flush=True,
+        )
+        if path is not None:
+            write_json(path, rows)
+
+
+def make_pairs(proxy: str, count: int) -> GeneratedPairs:
+    base = load_base()
+    images = load_images(proxy, count=count)
+    with tempfile.TemporaryDirectory() as folder:
+        victim = train_victim(base, images.batch(slice(0, 1))[0], 0, Path(folder), VictimConfig())
+        target, adapter = attach(read_adapter(victim), base)
+    return GeneratedPairs(target, adapter.a, images)
+
+
+def updates_of(pairs: GeneratedPairs, start: int) -> dict[str, list[torch.Tensor]]:
+    collected: dict[str, list[torch.Tensor]] = {name: [] for name in pairs.target.names}
+    for batch in pairs.batches(start):
+        for name, update in batch.updates.items():
+            collected[name].append(update)
+    return collected
+
+
+def measure(name: str, pairs: GeneratedPairs, count: int, updates: Updates) -> dict[str, Any]:
+    began = time.perf_counter()
+    if name in CONTROLS:
+        held_out = control(pairs, count, by_class=name == "class_mean_gradient")
+        return {**figures(held_out), "fit_s": time.perf_counter() - began, "decode_s": 0.0}
+    source = AgnosticPairs(pairs, seed=1) if name in ANY_A else pairs
+    decoder = (ANY_A | VARIANTS)[name]()
+    decoder.fit(source, count)
+    fitted = time.perf_counter()
+    asked = source.view(updates, pairs.a) if isinstance(source, AgnosticPairs) else updates
+    decoded = decoder.decode(asked)
+    done = time.perf_counter()
+    found = figures(held_out_cosines(decoded, pairs, count, len(pairs)))
+    settings = getattr(decoder, "settings", None)
+    walk = 0.0 if name == "projection" else time_walk(pairs, count)
+    more = {} if settings is None else {"own_and_ridge": settings}
+    return {**found, "fit_s": fitted - began, "decode_s": done - fitted, "walk_s": walk, **more}
+
+
+def time_walk(pairs: GeneratedPairs, count: int) -> float:
+    """Seconds to make the pairs once, from a tenth of them."""
+    began = time.perf_counter()
+    for _ in pairs.batches(0, count // 10):
+        pass
+    return 10 * (time.perf_counter() - began)
+
+
+def control(pairs: GeneratedPairs, count: int, by_class: bool) -> HeldOut:
+    """The mean gradient of the proxy over its update's norm, of all pairs or of the pairs of the (true) class."""
+    sums: dict[str, torch.Tensor] = {}
+    groups = pairs.target.base.num_classes if by_class else 1
+    number = torch.zeros(groups)
+    for batch in pairs.batches(0, count):
+        group = torch.nn.functional.one_hot(batch.labels[:, 0] % groups, groups).float()
+        number += group.sum(0)
+        for layer in pairs.target.layers:
+            norms = batch.updates[layer.name].flatten(1).norm(dim=1)
+            part = (group / norms[:, None]).mT @ batch.gradients.dense(layer.name).flatten(1)
+            sums[layer.name] = sums[layer.name] + part if layer.name in sums else part
+    cosine: dict[str, list[torch.Tensor]] = {name: [] for name in pairs.target.names}
+    norm: dict[str, list[torch.Tensor]] = {name: [] for name in pairs.target.names}
+    for first in range(count, len(pairs), 100):
+        (batch,) = pairs.batches(first, first + 100)
+        label = batch.labels[:, 0] % groups
+        guess = {
+            layer.name: (sums[layer.name] / number[:, None])[label].unflatten(1, (layer.d_out, layer.d_in))
+            * batch.updates[layer.name].flatten(1).norm(dim=1)[:, None, None]
+            for layer in pairs.target.layers
+        }
+        found = held_out_cosines(Gradient(guess), pairs, first, first + len(label))
+        for name in pairs.target.names:
+            cosine[name].append(found.cosine[name])
+            norm[name].append(found.norm[name])
+    return HeldOut({n: torch.cat(c) for n, c in cosine.items()}, {n: torch.cat(c) for n, c in norm.items()})
+
+
+def figures(held_out: HeldOut) -> dict[str, Any]:
+    layers = held_out.summary()
+    means = [layer["cosine_mean"] for layer in layers.values()]
+    return {
+        "cosine_mean": sum(means) / len(means),
+        "cosine_worst_layer": min(means),
+        "cosine_worst_p05": min(layer["cosine_p05"] for layer in layers.values()),
+        "norm_error_worst": max(layer["norm_error"] for layer in layers.values()),
+        "layers": layers,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Losses against the dense definition; what all kinds that learn share."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import cosine
+
+from r2f_ext.decoders import MLP, Conv, Projection, UNet
+from r2f_ext.decoders.learned import LOSSES, NORM_WEIGHT, PATIENCE, pair_losses
+from r2f_ext.errors import R2FError
+
+FIT, ALL = 120, 160
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_from_cores_are_those_of_whole_gradients(loss):
+    left, _ = torch.linalg.qr(torch.randn(9, 4).double())
+    right, _ = torch.linalg.qr(torch.randn(7, 3).double())
+    true, core = torch.randn(5, 9, 7).double(), torch.randn(5, 4, 3).double()
+    whole = left @ core @ right.mT
+    found = pair_losses(core.flatten(1), (left.mT @ true @ right).flatten(1), true.flatten(1).norm(dim=1), loss)
+    angle = 1 - F.cosine_similarity(whole.flatten(1), true.flatten(1))
+    ratio = (whole.flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)).log()
+    error = (whole - true).flatten(1).square().sum(1) / true.flatten(1).square().sum(1)
+    expected = {"cosine": angle, "mse": error, "cosine_norm": angle + NORM_WEIGHT * ratio.square()}[loss]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", [MLP, Conv, UNet])
+def test_they_beat_the_projection_on_held_out_pairs(kind, pairs):
+    decoder, floor = kind(epochs=40 if kind is MLP else 5), Projection()
+    decoder.fit(pairs, FIT)
+    floor.fit(pairs, FIT)
+    (batch,) = pairs.batches(FIT, ALL)
+    mine, theirs = decoder.decode(batch.updates), floor.decode(batch.updates)
+    for name in pairs.target.names:
+        true = batch.gradients.dense(name)
+        assert cosine(mine.dense[name], true).mean() > cosine(theirs.dense[name], true).mean() + 0.1
+
+
+def test_the_same_seed_learns_the_same(pairs):
+    (batch,) = pairs.batches(FIT, FIT + 3)
+    found = []
+    for seed in (1, 1, 2):
+        decoder = Conv(epochs=1, seed=seed)
+        decoder.fit(pairs, 40)
+        found.append(decoder.decode(batch.updates).dense[pairs.target.names[0]])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_training_stops_when_held_out_pairs_no_longer_gain(pairs, monkeypatch):
+    """With a step of zero nothing gains after the first epoch: PATIENCE more, one step each, and no others."""
+    monkeypatch.setattr(Conv, "learning_rate", 0.0)
+    steps, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a: steps.append(1) or step(self, *a))
+    decoder = Conv(epochs=10)
+    decoder.fit(pairs, 40)
+    assert len(steps) == 1 + PATIENCE
+    assert not decoder.inputs and not decoder.cores
+
+
+@pytest.mark.parametrize("kind", [MLP, Conv, UNet])
+def test_bad_settings(kind):
+    with pytest.raises(R2FError, match="unknown loss 'l1': choose cosine, mse"):
+        kind(loss="l1")
+    with pytest.raises(R2FError, match="epochs is 0"):
+        kind(epochs=0)

@@ -1,0 +1,133 @@
+"""Generative prior (METHODS 3e): score distillation from a frozen diffusion model, as a gradient on the image.
+
+Poole et al., DreamFusion, 2022, Eq. 3: at a random time t the image x is noised to x_t = a x + s eps, and
+w(t) (eps_hat(x_t, t) - eps) pushes x towards what the model thinks likely; the model itself is not differentiated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from r2f_ext.errors import R2FError
+
+UNET, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
+TIMES = (0.02, 0.5)  # share of the noise steps that t is drawn from: later ones know nothing of the image
+
+
+class ScoreDistillation:
+    """A diffusion model's opinion of images, for `match(..., prior=distillation.gradient)`.
+
+    Args:
+        unet: unconditional `diffusers.UNet2DModel` of 1 or 3 channels, trained on pixels scaled to [-1, 1]. One of 1
+            channel reads the mean of an image's channels.
+        scheduler: its `diffusers.DDPMScheduler`; `prediction_type` may be epsilon, sample or v_prediction.
+        weight: of the gradient against the matching loss's.
+        seed: of times and noise. Those of a step depend on seed and step alone.
+
+    Raises:
+        R2FError: another prediction type or number of channels.
+    """
+
+    def __init__(self, unet: Any, scheduler: Any, weight: float = 1e-3, seed: int = 0) -> None:
+        self.unet, self.weight, self.seed = unet.eval().requires_grad_(False), weight, seed
+        self.kind = scheduler.config["prediction_type"]
+        self.alpha_bar = scheduler.alphas_cumprod
+        self.channels = int(unet.config["in_channels"])
+        if self.kind not in ("epsilon", "sample", "v_prediction"):
+            raise R2FError(f"the prior predicts '{self.kind}': epsilon, sample or v_prediction is needed.")
+        if self.channels not in (1, 3) or unet.config["out_channels"] != self.channels:
+            raise R2FError(f"the prior's UNet reads {self.channels} channels: 1 or 3, and as many out, are needed.")
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, weight: float = 1e-3, seed: int = 0) -> Self:
+        """From a local pipeline folder as diffusers saves it (`unet/` and `scheduler/`, or both in one).
+
+        Only safetensors are read, nothing is fetched and no class is taken from the files.
+
+        Raises:
+            R2FError: diffusers is not installed, or the folder lacks a file or holds another kind of model.
+        """
+        try:
+            from diffusers import DDPMScheduler, UNet2DModel
+        except ImportError as error:
+            raise R2FError("the generative prior needs diffusers: pip install 'r2f-ext[prior]'.") from error
+        unet, scheduler = _find(Path(folder), "unet", UNET), _find(Path(folder), "scheduler", SCHEDULER)
+        _find(unet, ".", WEIGHTS)
+        if (kind := _class_of(unet / UNET)) != "UNet2DModel":
+            raise R2FError(f"'{folder}' holds a {kind}: the prior must be an unconditional UNet2DModel.")
+        only_local: dict[str, Any] = {"local_files_only": True}
+        try:
+            return cls(
+                UNet2DModel.from_pretrained(str(unet), use_safetensors=True, low_cpu_mem_usage=False, **only_local),
+                DDPMScheduler.from_pretrained(str(scheduler), **only_local),
+                weight,
+                seed,
+            )
+        except R2FError:
+            raise
+        except Exception as error:  # diffusers passes on what json, safetensors and its constructors raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise R2FError(f"'{folder}' cannot be read as a diffusion model: {reason}") from error
+
+    @torch.no_grad()
+    def gradient(self, images: Tensor, step: int) -> Tensor:
+        """weight * w(t) (eps_hat - eps) for images [n, c, h, w] in [0, 1]: a tensor of that shape, to be descended.
+
+        w(t) = 1 - alpha_bar(t). One time and one noise an image, from the seed and `step`.
+
+        Raises:
+            R2FError: the images do not have the size or channels that the model was trained on.
+        """
+        self._check(images)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)  # it reads 32 bits
+        pixels = images.float() if images.shape[1] == self.channels else images.float().mean(1, keepdim=True)
+        low, high = (int(share * len(self.alpha_bar)) for share in TIMES)
+        times = torch.randint(low, max(high, low + 1), (len(images),), generator=generator).to(images.device)
+        noise = torch.randn(pixels.shape, generator=generator).to(images.device)
+        variance = 1 - self.alpha_bar.to(images.device)[times].view(-1, 1, 1, 1)
+        noisy = (1 - variance).sqrt() * (2 * pixels - 1) + variance.sqrt() * noise
+        predicted = self.unet.to(images.device)(noisy, times).sample
+        pull = variance * (as_noise(predicted, noisy, variance, self.kind) - noise)
+        # A mean over channels hands each of them its share.
+        return (self.weight * self.channels / images.shape[1] * pull).expand_as(images).to(images.dtype)
+
+    def _check(self, images: Tensor) -> None:
+        size = self.unet.config["sample_size"]
+        wanted = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        if size is not None and tuple(images.shape[-2:]) != wanted:
+            raise R2FError(
+                f"the prior knows images of {wanted}, not of {tuple(images.shape[-2:])}: train one for them."
+            )
+        if self.channels not in (1, images.shape[1]):
+            raise R2FError(f"the prior reads {self.channels} channels, the images have {images.shape[1]}.")
+
+
+def as_noise(predicted: Tensor, noisy: Tensor, variance: Tensor, kind: str) -> Tensor:
+    """eps_hat from what the model predicts at x_t = a x + s eps, a^2 = 1 - variance, s^2 = variance.
+
+    epsilon: eps itself; sample: x (Ho et al. 2020); v_prediction: a eps - s x (Salimans & Ho 2022).
+    """
+    if kind == "epsilon":
+        return predicted
+    a, s = (1 - variance).sqrt(), variance.sqrt()
+    return (noisy - a * predicted) / s if kind == "sample" else a * predicted + s * noisy
+
+
+def _find(folder: Path, part: str, name: str) -> Path:
+    """The folder, `folder/part` or `folder`, that holds the file `name`."""
+    for place in (folder / part, folder):
+        if (place / name).is_file():
+            return place
+    raise R2FError(f"'{folder}' has no {name}: pass a folder that diffusers saved, with safetensors.")
+
+
+def _class_of(config: Path) -> str:
+    try:
+        return str(json.loads(config.read_text())["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise R2FError(f"{config} is not the config of a diffusers model.") from error
