@@ -88,6 +88,21 @@ def test_invert(stages, tmp_path, gradients, inverter):
         assert images.shape == (1, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
 
 
+@pytest.mark.slow
+def test_invert_and_audit_search_for_the_exact_image(stages, tmp_path, capsys):
+    out = tmp_path / "i"
+    options = ("--pairs", stages.pairs, "--out", out, "--json", tmp_path / "i.json")
+    assert run("invert", stages.adapter, "--gauss-newton", *options) == 0
+    route = json.loads((tmp_path / "i.json").read_text())["routes"]["gauss_newton"]
+    assert "of 1 images reproduce their update" in route["why"] and route["details"]["jacobians_0"] >= 1
+    assert (out / "gauss_newton.png").is_file()
+    audit = ("audit", stages.adapter, "--gauss-newton", "--count", 60, "--proxy", "embedded", "--out", tmp_path / "o")
+    assert run(*audit) == 0
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    (figures,) = report["reconstruction"].values()
+    assert "gauss_newton" in figures["routes"] and report["config"]["gauss_newton"]
+
+
 def test_phase0(tmp_path, capsys):
     assert run("phase0", "--count", 2, "--out", tmp_path / "o", "--json", tmp_path / "p.json") == 0
     printed = json.loads((tmp_path / "p.json").read_text())

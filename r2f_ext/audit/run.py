@@ -13,6 +13,7 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines, stack_updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.inversion.gauss_newton import SUBSPACE_IMAGES, Subspace, gauss_newton, obstacle
 from r2f_ext.inversion.matching import MatchingConfig, Prior, match
 from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
 from r2f_ext.pairs import GeneratedPairs, PairSource
@@ -100,10 +101,13 @@ def audit(
         matching = match_decoded(target, decoded, amortised, config.matching, advance)
     with stages.stage("refinement", config.refinement.steps) as advance:
         refined = refine(target, a, observed, amortised, config.refinement, advance)
+    found = [matching, amortised, refined]
+    if config.gauss_newton and obstacle(target, adapters) is None:
+        with stages.stage("gauss_newton", len(adapters)) as advance:
+            public = proxy.batch(slice(0, SUBSPACE_IMAGES), target.base.device)
+            found.append(gauss_newton(target, a, observed, amortised, Subspace.of(public), advance=advance))
     rate = count / stages.seconds["pairs"]
-    return AuditResult(
-        count, rate, scored, decoded, [matching, amortised, refined], stranger, far, dict(stages.seconds)
-    )
+    return AuditResult(count, rate, scored, decoded, found, stranger, far, dict(stages.seconds))
 
 
 def match_decoded(

@@ -31,6 +31,7 @@ from r2f_ext.env import environment
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.inversion.gauss_newton import Subspace, gauss_newton, obstacle
 from r2f_ext.inversion.identifiability import identifiability
 from r2f_ext.inversion.prior import ScoreDistillation
 from r2f_ext.inversion.unet import UNetConfig, UNetInverter
@@ -58,7 +59,12 @@ def run_audit(options: Options) -> dict[str, Any]:
     verdicts = identifiability(base, adapter=target, steps=steps)
     print_target({**target_figures(target, verdicts), "steps": _say_steps(steps)})
 
-    config = AuditConfig(pairs=options.count, precision=options.precision, seed=options.seed)
+    config = AuditConfig(
+        pairs=options.count,
+        gauss_newton=options.gauss_newton and _gauss_newton_applies(target, adapters),
+        precision=options.precision,
+        seed=options.seed,
+    )
     proxy = _images(options.proxy, base, options, "proxy", count=config.pairs)
     private = None if options.private is None else _private(options.private, base, options)
     if private is not None:
@@ -228,6 +234,9 @@ def run_invert(options: Options) -> dict[str, Any]:
                 found = [UNetInverter(inverter, net, advance).invert(observed)]
         with stages.stage("refinement", config.refinement.steps) as advance:
             found.append(refine(target, pairs.a, observed, found[0], config.refinement, advance, pull))
+        if options.gauss_newton and _gauss_newton_applies(target, adapters):
+            with stages.stage("gauss_newton", len(adapters)) as advance:
+                found.append(gauss_newton(target, pairs.a, observed, found[0], Subspace.of(images), advance=advance))
         found += row_space
         if gradients is not None:
             with stages.stage("matching", config.matching.steps) as advance:
@@ -292,6 +301,13 @@ def _row_space(target: Target, adapters: list[LoraUpdate], options: Options) -> 
     outcome = run_row_space(target, adapters, options.initial, options.a0_seed)
     console.print(f"adapter_rowspace: {escape(outcome.why)}")
     return [] if outcome.found is None else [outcome.found]
+
+
+def _gauss_newton_applies(target: Target, adapters: list[LoraUpdate]) -> bool:
+    reason = obstacle(target, adapters)
+    if reason is not None:
+        console.print(f"gauss_newton is refused: {reason}.")
+    return reason is None
 
 
 def _stored(options: Options, target: Target, adapter: LoraUpdate) -> StoredPairs:
