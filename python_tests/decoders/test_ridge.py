@@ -129,7 +129,10 @@ def test_a_fitted_pair_is_given_back_when_lambda_is_tiny(pairs):
         assert (decoded.dense[name] - true).norm() < 1e-2 * true.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = {"kernel_ridge": [pytest.mark.slow]}  # a system of 3,000 unknowns a layer
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in KINDS])
 def test_decoders_are_homogeneous(kind, pairs, monkeypatch):
     monkeypatch.setattr(kernel_ridge, "RIDGES", (1e-2,))  # each costs a large system
     decoder = KINDS[kind]()
