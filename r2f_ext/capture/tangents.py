@@ -71,7 +71,12 @@ class CaptureTangents:
             x = {name: _tokens(as_tokens(module, inputs[name])) for name, module in self._modules.items()}
             return x, {name: _tokens(_output_as_tokens(m, deltas[name])) for name, m in self._modules.items()}
 
-        return vmap(lambda direction: jvp(factors, (images,), (direction,)), out_dims=(None, 0))(directions)
+        def along(direction: Tensor) -> tuple[Factors, Factors]:
+            value, moved = jvp(factors, (images,), (direction,))[:2]
+            return value, moved
+
+        value_once_and_all_tangents: Any = (None, 0)
+        return vmap(along, out_dims=value_once_and_all_tangents)(directions)
 
 
 def _tokens(rows: Tensor) -> Tensor:

@@ -256,7 +256,8 @@ def gauss_newton(
             raise R2FError(f"the update of {name} is zero or not finite: the adapter is untrained or damaged.")
     updates = UpdateMap(target, a, start.images.shape[1:], config.directions)
     wanted = flat_units({layer.name: observed[layer.name] for layer in target.layers})
-    images, details = [], {}
+    images: list[Tensor] = []
+    details: dict[str, float] = {}
     for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
         found = search(updates, wanted[victim], image.flatten(), label[None], subspace, config)
         images.append(found.image.view_as(image) if found.followed else image)
@@ -266,7 +267,7 @@ def gauss_newton(
             f"jacobians_{victim}": float(found.jacobians),
         }
         advance(1)
-    exact = sum(int(details[f"exact_{victim}"]) for victim in range(len(images)))
+    exact = int(sum(details[f"exact_{victim}"] for victim in range(len(images))))
     why = (
         f"Gauss-Newton on the update itself: {exact} of {len(images)} images reproduce their update to "
         f"{EXACT:g} and are exact"
