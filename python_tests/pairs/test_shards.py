@@ -137,10 +137,11 @@ def test_a_run_ended_by_sigkill_goes_on_to_the_same_bits(tmp_path):
     """A real process, a real signal, in the middle of its shards."""
 
     def start(folder):
-        tests = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "python_tests")])
-        environment = {**os.environ, "PYTHONPATH": tests}
+        # The package that is under test here, whether it is installed or lies in the checkout.
+        package, tests = Path(r2f_ext.__file__).parents[1], REPOSITORY / "python_tests"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(tests)])}
         words = [sys.executable, "-c", KILLED, str(folder)]
-        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(words, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
 
     folder = tmp_path / "killed"
     process, until = start(folder), time.monotonic() + 400
