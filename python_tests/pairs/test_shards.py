@@ -138,8 +138,8 @@ def test_a_run_ended_by_sigkill_goes_on_to_the_same_bits(tmp_path):
 
     def start(folder):
         # The package that is under test here, whether it is installed or lies in the checkout.
-        package, tests = Path(r2f_ext.__file__).parents[1], REPOSITORY / "python_tests"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(tests)])}
+        places = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parents[1])])
+        environment = {**os.environ, "PYTHONPATH": places}
         words = [sys.executable, "-c", KILLED, str(folder)]
         return subprocess.Popen(words, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
 
