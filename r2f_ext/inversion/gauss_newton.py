@@ -186,8 +186,8 @@ def search(
 ) -> Search:
     """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
 
-    The Jacobian is in the model's dtype, J^T J and all that follows from it in float64: its condition number is the
-    square of the Jacobian's, and small singular values carry the last digits of the image.
+    The Jacobian and J^T J are in the model's dtype, the decomposition and all that follows from it in float64. In
+    float32 the smallest curvatures are rounding; steps that rest on them are caught by the natural monotonicity test.
     """
     scale = len(updates.target.layers) ** 0.5
     point, basis = start[None], subspace.basis
