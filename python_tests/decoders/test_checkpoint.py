@@ -6,8 +6,7 @@ import pytest
 import torch
 from cases import LINEAR, proxy_set, target_of, tiny_base
 
-from r2f_ext import distributed
-from r2f_ext.decoders import DEFAULT_KINDS, KINDS
+from r2f_ext.decoders import KINDS
 from r2f_ext.decoders.base import fit_together
 from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.errors import R2FError
@@ -20,7 +19,6 @@ STATE = {
     "rows": torch.arange(5),
 }
 CPU = torch.device("cpu")
-BY_LAYERS = [*DEFAULT_KINDS, "kernel_ridge"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,7 @@ def test_what_is_not_whole_or_of_other_pairs_is_not_taken_over(damage, tmp_path)
 
 
 def test_a_fit_goes_on_from_the_kinds_that_are_finished(pairs, tmp_path, monkeypatch):
-    kinds, last = [*BY_LAYERS, "mlp"], "mlp"
+    kinds, last = [*(kind for kind in KINDS if kind != "mlp"), "mlp"], "mlp"
     expected = {decoder.kind: decoder for decoder in fit_together(pairs, 30, kinds)}
 
     def killed(decoder):
@@ -83,11 +81,11 @@ def stored(pairs, tmp_path):
 
 
 def test_layers_fitted_apart_make_the_decoders_fitted_together(stored):
-    whole = {decoder.kind: decoder for decoder in fit_together(stored, 30, BY_LAYERS)}
+    whole = {decoder.kind: decoder for decoder in fit_together(stored, 30, list(KINDS))}
     updates = stored.updates(30, 40)
-    merged = {kind: {} for kind in BY_LAYERS}
+    merged = {kind: {} for kind in list(KINDS)}
     for name in LINEAR:
-        for part in fit_together(stored.only((name,)), 30, BY_LAYERS):
+        for part in fit_together(stored.only((name,)), 30, list(KINDS)):
             merged[part.kind] |= part.state()
             decoded = part.decode(updates).dense
             assert list(decoded) == [name]
@@ -96,17 +94,9 @@ def test_layers_fitted_apart_make_the_decoders_fitted_together(stored):
             )
             for key, tensor in part.state().items():
                 assert torch.equal(whole[part.kind].state()[key], tensor)
+    for none in fit_together(stored.only(()), 30, list(KINDS)):  # a process more than there are layers
+        assert not none.decode(updates).dense
     assert all(merged[kind].keys() == decoder.state().keys() for kind, decoder in whole.items())
-
-
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(BY_LAYERS)))
-def test_kinds_that_train_all_layers_together_take_one_process(kind, stored, monkeypatch):
-    name = LINEAR[0]
-    (some,) = fit_together(stored.only((name,)), 30, [kind])  # of the layers that are asked for
-    assert list(some.decode(stored.updates(30, 40)).dense) == [name]
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(R2FError, match=f"{kind} trains all layers together: fit it in one process"):
-        fit_together(stored, 30, [kind])
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):

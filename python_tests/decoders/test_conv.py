@@ -12,9 +12,10 @@ def test_it_starts_from_row_lmmse(kind, pairs):
     decoder, prior = kind(), RowLMMSE()
     decoder.start(pairs, 40)
     prior.fit(pairs, 40)
-    last = [module for module in decoder.network.modules() if isinstance(module, nn.Conv2d)][-1]
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    for network in decoder.networks.values():
+        last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
     (batch,) = pairs.batches(50, 53)
     found, expected = decoder.decode(batch.updates).dense, prior.decode(batch.updates).dense
     for name, gradient in expected.items():

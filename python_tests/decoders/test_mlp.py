@@ -23,7 +23,10 @@ def test_inputs_b_and_ba(pairs):
         decoder.start(pairs, 10)
         read[inputs] = decoder.read(batch.updates)[name]
         assert read[inputs].shape == (2, 384 * 8 + 512)
-        assert decoder.network(decoder.read(batch.updates))[name].shape == (2, 48 * 48)
+        inputs = decoder.read(batch.updates)
+        found = decoder.predict(inputs)[name]
+        assert found.shape == (2, 48 * 48)
+        torch.testing.assert_close(found, decoder.networks[name](inputs[name]), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(read["b"], read["ba"])
     with pytest.raises(R2FError, match="unknown inputs 'a'"):
         MLP(inputs="a")

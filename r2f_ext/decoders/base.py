@@ -17,6 +17,13 @@ from r2f_ext.types import Gradient, LoraUpdate, PairBatch
 Updates = dict[str, Tensor]
 """name -> updates s G A^T (up to one positive factor a victim) [V, d_out, r]."""
 
+Log = Callable[[str, float, int], None]
+"""Is told a figure of the training: tag, value, epoch."""
+
+
+def unheard(tag: str, value: float, epoch: int) -> None:
+    """The log of nobody."""
+
 
 class Decoder(ABC):
     """Maps updates of all layers to full gradients; each layer has its own map, fitted to one A.
@@ -28,6 +35,7 @@ class Decoder(ABC):
     """
 
     kind: ClassVar[str]
+    log: Log = staticmethod(unheard)
 
     def fit(self, pairs: PairSource, count: int) -> None:
         """Fit to the first `count` pairs. `fit_together` fits several decoders in one walk."""
@@ -67,6 +75,7 @@ def fit_together(
     kinds: Sequence[str] | None = None,
     advance: Advance = lambda units: None,
     checkpoint: Checkpoint | None = None,
+    log: Log = unheard,
 ) -> list[Decoder]:
     """Fit one decoder of each of `kinds` (None: the closed-form default ones) to the first `count` pairs in one walk.
 
@@ -74,9 +83,7 @@ def fit_together(
 
     Args:
         checkpoint: takes each kind as soon as it is fitted, and gives back those that it has.
-
-    Raises:
-        R2FError: one of several processes is asked for a kind whose layers train together.
+        log: is told how kinds that learn by gradient descent get on, epoch by epoch.
     """
     from r2f_ext.decoders import DEFAULT_KINDS, KINDS
 
@@ -86,6 +93,8 @@ def fit_together(
         assert checkpoint is not None
         decoders[kind].load_state(checkpoint.load(kind, pairs.target.base.device), pairs)
     missing = [decoder for kind, decoder in decoders.items() if kind not in there]
+    for decoder in missing:
+        decoder.log = log
     _fit(missing, pairs, count, advance, checkpoint)
     return list(decoders.values())
 

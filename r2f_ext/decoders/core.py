@@ -7,6 +7,8 @@ serves the decoders that learn as their output and, on a 2-D grid whose order th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,17 @@ class Core:
             {name: _leading(square, size) for name, square in rows.items()},
             {name: _leading(square, size) for name, square in columns.items()},
         )
+
+    @classmethod
+    def of_state(cls, state: dict[str, Tensor], names: Iterable[str]) -> Core:
+        """These layers' part of what `state` gave."""
+        names = tuple(names)
+        return cls({n: state[f"left/{n}"] for n in names}, {n: state[f"right/{n}"] for n in names})
+
+    def state(self) -> dict[str, Tensor]:
+        """What is saved: name -> tensor."""
+        sides = (("left", self.left), ("right", self.right))
+        return {f"{side}/{name}": vectors for side, each in sides for name, vectors in each.items()}
 
     def __call__(self, gradients: FactoredGradient) -> dict[str, Tensor]:
         """name -> cores [P, p, q] of P gradients."""

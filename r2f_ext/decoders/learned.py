@@ -2,19 +2,25 @@
 
 A pair is kept as what the network reads and as its gradient's core (`Core`), both over the norm of the update and in
 float16 (the network computes in float32); dense gradients are never kept. The cosine of a prediction C_hat with the
-whole gradient is exact from the core, since the directions are orthonormal: <C_hat, C> / (|C_hat| |G|). All layers
-train together, one network each.
+whole gradient is exact from the core, since the directions are orthonormal: <C_hat, C> / (|C_hat| |G|).
+
+All layers train in the same steps, but each has a network, a seed and an early stop of its own: what a layer learns
+does not depend on which others are there, so that processes may divide them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from r2f_ext import distributed
 from r2f_ext.decoders.base import Decoder, Updates
 from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
@@ -39,8 +45,26 @@ def pair_losses(predicted: Tensor, true: Tensor, norm: Tensor, loss: str) -> Ten
     return angle if loss == "cosine" else angle + NORM_WEIGHT * (0.5 * square.log() - norm.log()).square()
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What is kept of n pairs, layer by layer: inputs [n, ...] and cores [n, k] in float16, gradients' norms [n]."""
+
+    inputs: dict[str, Tensor]
+    cores: dict[str, Tensor]
+    norms: dict[str, Tensor]
+
+
+@dataclass
+class _Best:
+    """The weights of a layer that did best on held-out pairs, and for how many epochs none has done better."""
+
+    state: dict[str, Any]
+    loss: float = math.inf
+    worse: int = 0
+
+
 class Learned(Decoder):
-    """A decoder whose `network` maps what `read` makes of unit updates to cores, flat [b, k] a layer."""
+    """A decoder whose `networks`, one a layer, map what `read` makes of unit updates to cores, flat [b, k]."""
 
     size: int  # of the core
     learning_rate: float
@@ -63,9 +87,16 @@ class Learned(Decoder):
         if self.epochs < 1:
             raise R2FError(f"epochs is {epochs}: at least 1.")
 
+    def prepare(self) -> None:
+        """Make what the networks and `read` need, from `self.pairs`."""
+
     @abstractmethod
-    def build(self, pairs: PairSource, shapes: dict[str, torch.Size]) -> nn.Module:
-        """The network for cores of these shapes [p, q]; its forward takes and returns name -> [b, .]."""
+    def network(self, name: str, shape: torch.Size) -> nn.Module:
+        """One layer's network for cores of this shape [p, q]."""
+
+    def predict(self, inputs: Updates) -> Updates:
+        """What the networks make of inputs [b, ...]: name -> cores [b, p q], of the layers that `inputs` has."""
+        return {name: self.networks[name](each) for name, each in inputs.items()}
 
     @abstractmethod
     def read(self, units: Updates) -> Updates:
@@ -75,21 +106,20 @@ class Learned(Decoder):
         """
 
     def start(self, pairs: PairSource, count: int) -> None:
-        if distributed.world_size() > 1:
-            raise R2FError(f"{self.kind} trains all layers together: fit it in one process, without torchrun.")
-        self.pairs = pairs
-        self._build(Core.of(pairs, count, self.size))
+        self._build(pairs, Core.of(pairs, count, self.size))
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in pairs.target.names}
         self.cores: dict[str, list[Tensor]] = {name: [] for name in pairs.target.names}
         self.true_norms: dict[str, list[Tensor]] = {name: [] for name in pairs.target.names}
 
-    def _build(self, core: Core) -> None:
-        self.core = core
-        shapes = {n: torch.Size((core.left[n].shape[1], core.right[n].shape[1])) for n in core.left}
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            self.network = self.build(self.pairs, shapes).to(self.pairs.target.base.device)
-        self.shapes = shapes
+    def _build(self, pairs: PairSource, core: Core) -> None:
+        self.pairs, self.core = pairs, core
+        self.shapes = {n: torch.Size((core.left[n].shape[1], core.right[n].shape[1])) for n in core.left}
+        self.prepare()
+        self.networks: dict[str, nn.Module] = {}
+        for name, shape in self.shapes.items():
+            with torch.random.fork_rng():
+                torch.manual_seed(_seed_of(self.seed, name))
+                self.networks[name] = self.network(name, shape).to(pairs.target.base.device)
 
     def observe(self, batch: PairBatch) -> None:
         units, norms = _units(batch.updates)
@@ -100,44 +130,63 @@ class Learned(Decoder):
             self.true_norms[name].append(_norm(batch.gradients, name) / norms[name])
 
     def finish(self) -> None:
-        inputs, cores, norms = (
-            {name: torch.cat(each.pop(name)) for name in list(each)}
-            for each in (self.inputs, self.cores, self.true_norms)
-        )
-        count = len(next(iter(norms.values())))
+        if not self.shapes:
+            return
+        seen = _Seen(*(_joined(each) for each in (self.inputs, self.cores, self.true_norms)))
+        count = len(next(iter(seen.norms.values())))
         fitted = count - min(HELD_OUT, max(1, count // 10))
+        held_out = torch.arange(fitted, count).split(BATCH)
         generator = torch.Generator().manual_seed(self.seed)
-        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.learning_rate)
-        steps = self.epochs * -(-fitted // BATCH)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-        def loss(rows: Tensor) -> Tensor:
-            predicted = self.network({name: each[rows].float() for name, each in inputs.items()})
-            terms = [
-                pair_losses(c, cores[n][rows].float(), norms[n][rows], self.loss).mean() for n, c in predicted.items()
-            ]
-            return torch.stack(terms).mean()
-
-        held_out = torch.arange(fitted, count)
-        best, kept, worse = float("inf"), deepcopy(self.network.state_dict()), 0
-        for _ in range(self.epochs):
+        optimizer = torch.optim.Adam(
+            [p for network in self.networks.values() for p in network.parameters()], lr=self.learning_rate
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * -(-fitted // BATCH))
+        best = {name: _Best(deepcopy(network.state_dict())) for name, network in self.networks.items()}
+        for epoch in range(self.epochs):
+            learning = [name for name, layer in best.items() if layer.worse < PATIENCE]
+            if not learning:
+                break
+            losses = []
             for rows in torch.randperm(fitted, generator=generator).split(BATCH):
-                optimizer.zero_grad()
-                loss(rows).backward()
+                optimizer.zero_grad()  # leaves None, which Adam skips, where a layer has stopped
+                loss = self._losses(seen, learning, rows, self.loss)
+                loss.sum().backward()
                 optimizer.step()
                 schedule.step()
-            with torch.no_grad():
-                now = sum(float(loss(rows)) * len(rows) for rows in held_out.split(BATCH)) / len(held_out)
-            if now < best:
-                best, kept, worse = now, deepcopy(self.network.state_dict()), 0
-            elif (worse := worse + 1) >= PATIENCE:
-                break
-        self.network.load_state_dict(kept)
+                losses.append((len(rows), loss.detach()))
+            self._take_stock(seen, held_out, {name: best[name] for name in learning}, _mean(losses), epoch)
+        for name, layer in best.items():
+            self.networks[name].load_state_dict(layer.state)
+
+    @torch.no_grad()
+    def _take_stock(
+        self, seen: _Seen, held_out: Sequence[Tensor], best: dict[str, _Best], losses: list[float], epoch: int
+    ) -> None:
+        """After an epoch: does each layer do better than before on held-out pairs?"""
+        names = list(best)
+        now = _mean((len(rows), self._losses(seen, names, rows, self.loss)) for rows in held_out)
+        angles = _mean((len(rows), self._losses(seen, names, rows, "cosine")) for rows in held_out)
+        for name, loss, held_out_loss, angle in zip(names, losses, now, angles, strict=True):
+            self.log(f"{self.kind}/{name}/loss", loss, epoch)
+            self.log(f"{self.kind}/{name}/held_out_cosine", 1 - angle, epoch)
+            if held_out_loss < best[name].loss:
+                best[name].loss, best[name].worse = held_out_loss, 0
+                best[name].state = deepcopy(self.networks[name].state_dict())
+            else:
+                best[name].worse += 1
+
+    def _losses(self, seen: _Seen, names: list[str], rows: Tensor, loss: str) -> Tensor:
+        """Each layer's mean loss over some pairs [len(names)]."""
+        predicted = self.predict({name: seen.inputs[name][rows].float() for name in names})
+        terms = [pair_losses(c, seen.cores[n][rows].float(), seen.norms[n][rows], loss) for n, c in predicted.items()]
+        return torch.stack([term.mean() for term in terms])
 
     @torch.no_grad()
     def decode(self, updates: Updates) -> Gradient:
+        if not self.shapes:
+            return Gradient({})
         units, norms = _units(updates)
-        parts = [self.network(each) for each in _split(self.read(units))]
+        parts = [self.predict(each) for each in _split(self.read(units))]
         cores = {name: torch.cat([part[name] for part in parts]) for name in self.shapes}
         return Gradient(
             self.core.expand(
@@ -146,16 +195,31 @@ class Learned(Decoder):
         )
 
     def state(self) -> dict[str, Tensor]:
-        sides = (("left", self.core.left), ("right", self.core.right))
-        core = {f"{side}/{name}": vectors for side, each in sides for name, vectors in each.items()}
-        return {**core, **{f"network/{key}": value for key, value in self.network.state_dict().items()}}
+        networks = {f"network/{n}/{k}": v for n, net in self.networks.items() for k, v in net.state_dict().items()}
+        return self.core.state() | networks
 
     def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
-        self.pairs = pairs
-        names = pairs.target.names
-        self._build(Core({n: state[f"left/{n}"] for n in names}, {n: state[f"right/{n}"] for n in names}))
-        prefix = "network/"
-        self.network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        self._build(pairs, Core.of_state(state, pairs.target.names))
+        for name, network in self.networks.items():
+            prefix = f"network/{name}/"
+            network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """A seed for one layer's weights; torch's CPU stream reads 32 bits of it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
+
+
+def _joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Each layer's parts as one tensor; they are let go."""
+    return {name: torch.cat(parts.pop(name)) for name in list(parts)}
+
+
+def _mean(losses: Iterable[tuple[int, Tensor]]) -> list[float]:
+    """The mean of losses [layers] that stand for so many pairs each."""
+    counts, values = zip(*losses, strict=True)
+    weighted = torch.stack([count * value for count, value in zip(counts, values, strict=True)])
+    return (weighted.sum(0) / sum(counts)).tolist()
 
 
 def _units(updates: Updates) -> tuple[Updates, Updates]:

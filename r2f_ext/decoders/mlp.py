@@ -13,7 +13,6 @@ from r2f_ext.decoders.base import Updates
 from r2f_ext.decoders.learned import Learned
 from r2f_ext.errors import R2FError
 from r2f_ext.ops import decode
-from r2f_ext.pairs import PairSource
 
 SIZE, HIDDEN, SHARED = 48, 256, 512
 INPUTS = ("b", "ba")
@@ -35,17 +34,26 @@ class MLP(Learned):
             raise R2FError(f"unknown inputs '{inputs}': choose {' or '.join(INPUTS)}.")
         self.form = inputs
 
-    def build(self, pairs: PairSource, shapes: dict[str, torch.Size]) -> nn.Module:
-        self.roots = {name: _root(a.float()) for name, a in pairs.a.items()} if self.form == "ba" else {}
-        (batch,) = pairs.batches(0, 1)
-        widths = {name: u[0].numel() for name, u in batch.updates.items()}
+    def prepare(self) -> None:
+        self.roots = {name: _root(a.float()) for name, a in self.pairs.a.items()} if self.form == "ba" else {}
+        (batch,) = self.pairs.batches(0, 1)
+        self.widths = {name: u[0].numel() for name, u in batch.updates.items()}
         generator = torch.Generator().manual_seed(self.seed)
-        shared = min(SHARED, sum(widths.values()))
+        self.shared = min(SHARED, sum(self.widths.values()))
         self.maps = {
-            name: (torch.randn(width, shared, generator=generator) / len(widths) ** 0.5).to(batch.updates[name])
-            for name, width in widths.items()
+            name: (torch.randn(width, self.shared, generator=generator) / len(self.widths) ** 0.5).to(u)
+            for (name, width), u in zip(self.widths.items(), batch.updates.values(), strict=True)
         }
-        return _Stack({n: widths[n] + shared for n in shapes}, {n: shape.numel() for n, shape in shapes.items()})
+
+    def network(self, name: str, shape: torch.Size) -> nn.Module:
+        width = self.widths[name] + self.shared
+        return nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, shape.numel()))
+
+    def predict(self, inputs: Updates) -> Updates:
+        maps = [[m for m in self.networks[name].modules() if isinstance(m, nn.Linear)] for name in inputs]
+        weights = [[linear.weight for linear in each] for each in zip(*maps, strict=True)]
+        biases = [[linear.bias for linear in each] for each in zip(*maps, strict=True)]
+        return dict(zip(inputs, decode(list(inputs.values()), weights, biases), strict=True))
 
     def read(self, units: Updates) -> Updates:
         """The layer's own update, scaled to entries of about 1, and the random projection of all."""
@@ -54,22 +62,6 @@ class MLP(Learned):
         flat = {name: unit.flatten(1) for name, unit in units.items()}
         shared = torch.stack([unit @ self.maps[name] for name, unit in flat.items()]).sum(0)
         return {n: torch.cat([flat[n] * flat[n].shape[1] ** 0.5, shared], dim=1) for n in self.pairs.target.names}
-
-
-class _Stack(nn.Module):
-    """Two maps a layer with a GELU between them."""
-
-    def __init__(self, widths: dict[str, int], outputs: dict[str, int]) -> None:
-        super().__init__()
-        self.names = tuple(widths)
-        linear = [(nn.Linear(w, HIDDEN), nn.Linear(HIDDEN, outputs[n])) for n, w in widths.items()]
-        self.first, self.second = nn.ModuleList(f for f, _ in linear), nn.ModuleList(s for _, s in linear)
-
-    def forward(self, inputs: Updates) -> dict[str, Tensor]:
-        maps = [[linear for linear in each if isinstance(linear, nn.Linear)] for each in (self.first, self.second)]
-        weights = [[linear.weight for linear in each] for each in maps]
-        biases = [[linear.bias for linear in each] for each in maps]
-        return dict(zip(self.names, decode([inputs[name] for name in self.names], weights, biases), strict=True))
 
 
 def _root(a: Tensor) -> Tensor:
