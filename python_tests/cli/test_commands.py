@@ -223,8 +223,8 @@ def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private
     names = [name for name in expected if name.startswith("update/")]
     assert names and all(cosine(got[n], expected[n]).min() > 0.9999 for n in names)
     assert json.loads((tmp_path / "cached" / "manifest.json").read_text())["proxy"] == "embedded"
-    for more in (("--steps", 2), ("--own-a",), ("--dense",)):
-        assert "leave training, --own-a, --dense out" in refused(capsys, *cached, *more)
+    for more in (("--steps", 2), ("--dense",)):
+        assert "leave training and --dense out" in refused(capsys, *cached, *more)
     same = ("pairs", other, "--cache", stages.pairs, "--out", stages.pairs)
     assert "are the same folder" in refused(capsys, *same) and (stages.pairs / "manifest.json").exists()
 

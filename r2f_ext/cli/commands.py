@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from r2f_ext import distributed
 from r2f_ext.audit.assign import assign
 from r2f_ext.audit.demo import Finished, demo, finish
 from r2f_ext.audit.figures import write_images
@@ -20,12 +19,12 @@ from r2f_ext.audit.phase0 import run_phase0
 from r2f_ext.audit.report import set_report, target_figures
 from r2f_ext.audit.row_space import run_row_space
 from r2f_ext.audit.run import audit, match_decoded, refine
+from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import console, drawn_stages, print_phase0, print_report, print_target, print_verdicts, table
+from r2f_ext.cli.fit import run_fit
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, ProceduralStream, ProxyImages, drop_private, load_images
-from r2f_ext.decoders import held_out_cosines, load_decoder, save_decoders, stack_updates
-from r2f_ext.decoders.base import fit_together
-from r2f_ext.decoders.checkpoint import Checkpoint
+from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updates
 from r2f_ext.decoders.store import read_gradients
 from r2f_ext.env import environment
 from r2f_ext.errors import R2FError
@@ -90,12 +89,12 @@ def run_demo(options: Options) -> dict[str, Any]:
         raise R2FError("the demo makes its victims on the embedded base: leave --base out, or use r2f audit.")
     folder = output_folder(options.out)
     with drawn_stages() as stages:
-        done = demo(folder, AuditConfig(seed=options.seed), _device(options), stages)
+        done = demo(folder, AuditConfig(seed=options.seed), chosen_device(options), stages)
     return _say_finished(done)
 
 
 def run_phase0_command(options: Options) -> dict[str, Any]:
-    base = load_base(options.base, _device(options))
+    base = load_base(options.base, chosen_device(options))
     folder = output_folder(options.out)
     images = _images(options.images, base, options, "private", count=options.count)
     verdicts = identifiability(base, adapter=None)
@@ -137,15 +136,15 @@ def _say_size(count: int) -> Callable[[int], None]:
 
 def _new_pairs(options: Options, target: Target, a: dict[str, torch.Tensor]) -> WritablePairs:
     training = _training(options)
+    own_a = options.seed if options.own_a else None
     if options.cache is not None:
-        if training is not None or options.own_a or options.dense:
-            raise R2FError("--cache holds gradients of one step at the start: leave training, --own-a, --dense out.")
+        if training is not None or options.dense:
+            raise R2FError("--cache holds gradients of one step at the start: leave training and --dense out.")
         if Path(options.cache).resolve() == Path(options.out).resolve():
             raise R2FError(f"--cache and --out are the same folder '{options.out}': name another one.")
-        return ReprojectedPairs(StoredPairs(options.cache, target.base), target, a)
+        return ReprojectedPairs(StoredPairs(options.cache, target.base), target, a, own_a)
     owned = training.owned if training is not None else 1
     proxy = _proxy_images(options, target.base, options.count * owned)
-    own_a = options.seed if options.own_a else None
     if training is None or training.plain_step:
         group_size = 1 if training is None else training.batch
         return GeneratedPairs(target, a, proxy, group_size, options.precision, own_a)
@@ -164,48 +163,20 @@ def _training(options: Options) -> Training | None:
     return Training(**asked) if asked else None
 
 
-def run_fit(options: Options) -> dict[str, Any]:
-    folder = output_folder(options.out)
-    pairs = StoredPairs(options.pairs, load_base(options.base, _device(options)))
-    held_out = min(200, len(pairs) // 5)
-    if held_out < 4:
-        raise R2FError(f"'{options.pairs}' holds {len(pairs)} pairs: at least 20 are needed, thousands are good.")
-    if "own_a" in pairs.manifest:
-        raise R2FError(f"the victims of '{options.pairs}' have each their own A: these decoders are fitted to one A.")
-    count = len(pairs) - held_out
-    mine = pairs.only(pairs.target.names[distributed.rank() :: distributed.world_size()])
-    checkpoint = Checkpoint(folder, f"{pairs.fingerprint}/{count}")
-    with drawn_stages() as stages:
-        with stages.stage("fit", count) as advance:
-            decoders = fit_together(mine, count, options.kind, advance, checkpoint)
-        with stages.stage("held-out", len(decoders)) as advance:
-            own = {}
-            updates = pairs.updates(count, count + held_out)
-            for decoder in decoders:
-                own[decoder.kind] = held_out_cosines(decoder.decode(updates), mine, count, len(pairs)).summary()
-                advance(1)
-    parts = distributed.gather(own)
-    found = {kind: {name: figure for part in parts for name, figure in part[kind].items()} for kind in own}
-    figures = {kind: {name: found[kind][name] for name in pairs.target.names} for kind in found}
-    if distributed.rank() == 0:
-        states = {kind: checkpoint.load(kind, torch.device("cpu")) for kind in figures}
-        save_decoders(folder, states, pairs, count)
-        checkpoint.clear()
-    distributed.barrier()
-    rows = [
-        [name, *(f"{f[name]['cosine_mean']:.3f} ({f[name]['cosine_p05']:.3f})" for f in figures.values())]
-        for name in pairs.target.names
-    ]
-    table(f"Held-out cosine on {held_out} pairs, mean (5th percentile)", ["layer", *figures], rows)
-    return {"fitted": count, "held_out": held_out, "decoders": figures}
-
-
 def run_decode(options: Options) -> dict[str, Any]:
     target, adapters = _adapters([options.adapter], options)
-    folder = output_folder(options.out)
-    pairs = _stored(options, target, adapters[0])
-    decoder = load_decoder(Path(options.decoders), options.kind, pairs)
-    decoded = decoder.decode(stack_updates(adapters))
+    folder, decoders = output_folder(options.out), Path(options.decoders)
+    pairs, updates = StoredPairs(options.pairs, target.base), stack_updates(adapters)
+    if pairs.own_a:
+        if pairs.target.layers != target.layers:
+            raise R2FError(f"the pairs in '{options.pairs}' are of other layers, rank or alpha: make new ones.")
+        seen = AgnosticPairs(pairs, load_core(decoders, pairs))
+        updates = seen.view(updates, adapters[0].a)
+        decoder = load_decoder(decoders, options.kind, pairs, seen)
+    else:
+        _same_a(pairs, adapters[0])
+        decoder = load_decoder(decoders, options.kind, pairs)
+    decoded = decoder.decode(updates)
     path = folder / "gradients.safetensors"
     write_tensors(path, decoded.dense, {"kind": options.kind, "unit": "the victim's learning rate"})
     norms = {name: float(gradient.norm()) for name, gradient in decoded.dense.items()}
@@ -217,7 +188,8 @@ def run_decode(options: Options) -> dict[str, Any]:
 def run_invert(options: Options) -> dict[str, Any]:
     target, adapters = _adapters([options.adapter], options)
     folder = output_folder(options.out)
-    pairs = _stored(options, target, adapters[0])
+    pairs = StoredPairs(options.pairs, target.base)
+    _same_a(pairs, adapters[0])
     gradients = None if options.gradients is None else read_gradients(Path(options.gradients), target, len(adapters))
     observed, config = stack_updates(adapters), AuditConfig(seed=options.seed)
     pull = None if options.prior is None else ScoreDistillation.from_folder(options.prior, seed=options.seed).gradient
@@ -279,20 +251,12 @@ DISTRIBUTED = ("pairs", "fit")  # what torchrun may start
 
 def uses_cuda(options: Options) -> bool:
     """Whether the command runs on a GPU."""
-    return "device" in options and _device(options).startswith("cuda")
-
-
-def _device(options: Options) -> str:
-    if options.device == "auto":
-        return distributed.device_of("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise R2FError("--device cuda: torch sees no CUDA device here; use --device cpu.")
-    return distributed.device_of(options.device)
+    return "device" in options and chosen_device(options).startswith("cuda")
 
 
 def _adapters(folders: list[str], options: Options) -> tuple[Target, list[LoraUpdate]]:
     files = [read_adapter(folder) for folder in folders]
-    base = load_base(options.base, _device(options), files[0].num_classes)
+    base = load_base(options.base, chosen_device(options), files[0].num_classes)
     bound = [attach(file, base) for file in files]
     return bound[0][0], [update for _, update in bound]
 
@@ -310,11 +274,13 @@ def _gauss_newton_applies(target: Target, adapters: list[LoraUpdate]) -> bool:
     return reason is None
 
 
-def _stored(options: Options, target: Target, adapter: LoraUpdate) -> StoredPairs:
-    pairs = StoredPairs(options.pairs, target.base)
+def _same_a(pairs: StoredPairs, adapter: LoraUpdate) -> None:
+    """Raise R2FError where the pairs were not made with this adapter's A."""
+    if pairs.own_a:
+        raise R2FError(f"the victims of '{pairs.folder}' have each their own A: make pairs without --own-a.")
     extra = [name for name in pairs.a if name not in adapter.a]
     if extra:
-        raise R2FError(f"the pairs in '{options.pairs}' were made for another adapter ({extra[0]} too): make new ones.")
+        raise R2FError(f"the pairs in '{pairs.folder}' were made for another adapter ({extra[0]} too): make new ones.")
     for name, a in adapter.a.items():
         if (
             name not in pairs.a
@@ -322,9 +288,8 @@ def _stored(options: Options, target: Target, adapter: LoraUpdate) -> StoredPair
             or not torch.allclose(pairs.a[name], a.float(), atol=1e-2)
         ):
             raise R2FError(
-                f"the pairs in '{options.pairs}' were made for another adapter (A of {name} differs): make new ones."
+                f"the pairs in '{pairs.folder}' were made for another adapter (A of {name} differs): make new ones."
             )
-    return pairs
 
 
 def _images(spec: str, base: BaseModel, options: Options, role: str, count: int | None) -> ImageSet:

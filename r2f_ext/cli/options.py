@@ -169,7 +169,7 @@ def _pairs(commands: Commands) -> None:
     command.add_argument(
         "--own-a",
         action="store_true",
-        help="every victim draws an A of its own, as PEFT does, instead of the adapter's (for A-agnostic decoders)",
+        help="every victim draws an A of its own, as PEFT does: r2f fit then makes decoders that serve any A",
     )
     command.add_argument(
         "--dense", action="store_true", help="write full gradients out, not as factors: smaller after many steps"
@@ -198,6 +198,7 @@ def _fit(commands: Commands) -> None:
         choices=KINDS,
         help=f"which decoders (default {' '.join(KINDS[:3])}: closed form, seconds); the others learn for minutes",
     )
+    command.add_argument("--log-dir", metavar="DIR", help="where TensorBoard finds how mlp, conv and unet learn")
 
 
 def _decode(commands: Commands) -> None:

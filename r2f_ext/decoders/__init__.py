@@ -1,6 +1,6 @@
 """Decoders from LoRA space to full gradients, one per layer behind one interface."""
 
-from r2f_ext.decoders.agnostic import AgnosticPairs
+from r2f_ext.decoders.agnostic import ANY_A_KINDS, AgnosticPairs, shared_core
 from r2f_ext.decoders.base import Decoder, Updates, stack_updates
 from r2f_ext.decoders.conv import Conv, UNet
 from r2f_ext.decoders.evaluate import HeldOut, held_out_cosines
@@ -9,7 +9,7 @@ from r2f_ext.decoders.mlp import MLP
 from r2f_ext.decoders.projection import Projection
 from r2f_ext.decoders.ridge import Ridge
 from r2f_ext.decoders.row_lmmse import RowLMMSE
-from r2f_ext.decoders.store import load_decoder, save_decoders
+from r2f_ext.decoders.store import load_core, load_decoder, save_decoders
 
 KINDS: dict[str, type[Decoder]] = {
     kind.kind: kind for kind in (Projection, RowLMMSE, Ridge, KernelRidge, MLP, Conv, UNet)
@@ -17,6 +17,7 @@ KINDS: dict[str, type[Decoder]] = {
 DEFAULT_KINDS = ("projection", "row_lmmse", "ridge")  # closed form, seconds to fit
 
 __all__ = [
+    "ANY_A_KINDS",
     "DEFAULT_KINDS",
     "KINDS",
     "MLP",
@@ -31,7 +32,9 @@ __all__ = [
     "UNet",
     "Updates",
     "held_out_cosines",
+    "load_core",
     "load_decoder",
     "save_decoders",
+    "shared_core",
     "stack_updates",
 ]

@@ -1,7 +1,7 @@
 """Fitted decoders on disk: decoders.json and one safetensors file a kind.
 
 A ridge decoder in dual form *is* its pairs and lambda, so its file refers to the pairs by fingerprint and
-`load_decoder` takes them again.
+`load_decoder` takes them again. Decoders for any A stand beside any_a.safetensors, the core that they see updates in.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from r2f_ext.decoders.agnostic import ANY_A
 from r2f_ext.decoders.base import Decoder
+from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256, write_tensors, write_text
-from r2f_ext.pairs import StoredPairs
+from r2f_ext.pairs import PairSource, StoredPairs
 from r2f_ext.types import Gradient, Target
 
 SCHEMA = 1
@@ -25,13 +27,16 @@ RECORD = "decoders.json"
 
 
 def save_decoders(folder: Path, states: dict[str, dict[str, Tensor]], pairs: StoredPairs, count: int) -> None:
-    """Write fitted decoders, kind -> `state()`; decoders.json comes last, and an older one goes first."""
+    """Write fitted decoders, kind -> `state()`; decoders.json comes last, and an older one goes first.
+
+    states: with those of decoders for any A goes that of their core, under ANY_A.
+    """
     (folder / RECORD).unlink(missing_ok=True)
     for kind, state in states.items():
         write_tensors(folder / f"{kind}.safetensors", state)
     record = {
         "schema": SCHEMA,
-        "kinds": list(states),
+        "kinds": [kind for kind in states if kind != ANY_A],
         "pairs": pairs.fingerprint,
         "count": count,
         "sha256": {kind: sha256(folder / f"{kind}.safetensors") for kind in states},
@@ -39,28 +44,39 @@ def save_decoders(folder: Path, states: dict[str, dict[str, Tensor]], pairs: Sto
     write_text(folder / RECORD, json.dumps(record, indent=2))
 
 
-def load_decoder(folder: Path, kind: str, pairs: StoredPairs) -> Decoder:
+def load_decoder(folder: Path, kind: str, pairs: StoredPairs, seen: PairSource | None = None) -> Decoder:
     """Read one decoder back.
+
+    seen: how the pairs were seen when it was fitted, where not as they are (AgnosticPairs).
 
     Raises:
         R2FError: the folder holds no such decoder, or it was fitted to other pairs.
     """
     from r2f_ext.decoders import KINDS
 
+    decoder = KINDS[kind]()
+    decoder.load_state(_read(folder, kind, pairs), pairs if seen is None else seen)
+    return decoder
+
+
+def load_core(folder: Path, pairs: StoredPairs) -> Core:
+    """Read back the core in which decoders for any A see updates; raises as `load_decoder` does."""
+    return Core.of_state(_read(folder, ANY_A, pairs), pairs.a)
+
+
+def _read(folder: Path, name: str, pairs: StoredPairs) -> dict[str, Tensor]:
     try:
         record = json.loads((folder / RECORD).read_text())
-        path = folder / f"{kind}.safetensors"
-        if sha256(path) != record["sha256"][kind]:
+        path = folder / f"{name}.safetensors"
+        if sha256(path) != record["sha256"][name]:
             raise ValueError(path)
         state = load_file(path, device=str(pairs.target.base.device))
         fingerprint = record["pairs"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise R2FError(f"'{folder}' holds no usable {kind} decoder: run r2f fit --out '{folder}'.") from error
+        raise R2FError(f"'{folder}' holds no usable {name} decoder: run r2f fit --out '{folder}'.") from error
     if fingerprint != pairs.fingerprint:
         raise R2FError(f"the decoders in '{folder}' were fitted to other pairs than '{pairs.folder}': fit them again.")
-    decoder = KINDS[kind]()
-    decoder.load_state(state, pairs)
-    return decoder
+    return state
 
 
 def read_gradients(path: Path, target: Target, adapters: int) -> Gradient:

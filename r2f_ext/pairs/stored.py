@@ -18,6 +18,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256, sha256_of
 from r2f_ext.pairs.generate import project
 from r2f_ext.pairs.shards import SCHEMA, shard_names
+from r2f_ext.pairs.starts import random_a
 from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
 
 
@@ -71,6 +72,11 @@ class StoredPairs:
     def __len__(self) -> int:
         return sum(self._counts)
 
+    @property
+    def own_a(self) -> bool:
+        """Whether each victim started from an A of its own."""
+        return "own_a" in self.manifest
+
     def only(self, names: tuple[str, ...]) -> StoredPairs:
         """The same pairs with the gradients of some layers (the others are not read), and the updates of all."""
         some = copy.copy(self)
@@ -104,7 +110,7 @@ class StoredPairs:
         names = self.target.names
         for shard, rows in self._rows(start, len(self) if stop is None else stop):
             pairs, factors = shard_names(shard)
-            own = [f"a0/{name}" for name in self._all_names] if "own_a" in self.manifest else []
+            own = [f"a0/{name}" for name in self._all_names] if self.own_a else []
             found = self._read(
                 pairs, [*(f"update/{name}" for name in self._all_names), *own, "images", "labels"], rows, ("a/",)
             )
@@ -176,13 +182,14 @@ class ReprojectedPairs:
         stored: pairs of one step of SGD, of at least these layers.
         target: base and layers of the adapter.
         a: name -> its A [r, d_in].
+        own_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
 
     Raises:
         R2FError: the stored pairs lack a layer, were made with other weights, or their victims trained for steps (their
             gradients depend on A).
     """
 
-    def __init__(self, stored: StoredPairs, target: Target, a: dict[str, Tensor]) -> None:
+    def __init__(self, stored: StoredPairs, target: Target, a: dict[str, Tensor], own_a: int | None = None) -> None:
         if "training" in stored.manifest:
             raise R2FError(
                 f"the pairs in '{stored.folder}' are of victims that trained for steps: their gradients depend on A, "
@@ -196,7 +203,7 @@ class ReprojectedPairs:
                 f"the pairs in '{stored.folder}' were made with other weights of '{target.base.spec}' (a head that was "
                 "trained along?): make new pairs."
             )
-        self.stored, self.target, self.a = stored.only(target.names), target, a
+        self.stored, self.target, self.a, self.own_a = stored.only(target.names), target, a, own_a
         self.at_once = stored.at_once
 
     def __len__(self) -> int:
@@ -206,13 +213,18 @@ class ReprojectedPairs:
     def recipe(self) -> dict[str, Any]:
         """How the pairs are made: for manifests."""
         kept = {key: self.stored.manifest[key] for key in ("proxy", "group_size", "dense")}
-        return {**kept, "factors_of": self.stored.fingerprint}
+        made = {**kept, "factors_of": self.stored.fingerprint}
+        return made if self.own_a is None else {**made, "own_a": self.own_a}
 
     def factors_file(self, shard: int) -> Path:
         """The file of a shard's gradients."""
         return self.stored.factors_file(shard)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
+        first = start
         for batch in self.stored.batches(start, stop):
-            updates = project(self.target, batch.gradients, self.a)
-            yield PairBatch(updates, batch.gradients, batch.images, batch.labels)
+            groups = len(batch.labels)
+            a0 = None if self.own_a is None else random_a(self.target, self.own_a, first, groups)
+            updates = project(self.target, batch.gradients, self.a if a0 is None else a0)
+            yield PairBatch(updates, batch.gradients, batch.images, batch.labels, a0)
+            first += groups

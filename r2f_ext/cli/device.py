@@ -1,0 +1,23 @@
+"""Which device a command runs on."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from r2f_ext import distributed
+from r2f_ext.errors import R2FError
+
+
+def chosen_device(options: argparse.Namespace) -> str:
+    """What --device asks for; on several processes, each has a GPU of its own.
+
+    Raises:
+        R2FError: there is no such device.
+    """
+    if options.device == "auto":
+        return distributed.device_of("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise R2FError("--device cuda: torch sees no CUDA device here; use --device cpu.")
+    return distributed.device_of(options.device)

@@ -1,0 +1,102 @@
+"""`r2f fit`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from r2f_ext import distributed
+from r2f_ext.cli.device import chosen_device
+from r2f_ext.cli.display import drawn_stages, table
+from r2f_ext.decoders import (
+    ANY_A_KINDS,
+    DEFAULT_KINDS,
+    KINDS,
+    AgnosticPairs,
+    held_out_cosines,
+    save_decoders,
+    shared_core,
+)
+from r2f_ext.decoders.agnostic import ANY_A
+from r2f_ext.decoders.base import Log, fit_together, unheard
+from r2f_ext.decoders.checkpoint import Checkpoint
+from r2f_ext.decoders.learned import Learned
+from r2f_ext.errors import R2FError
+from r2f_ext.files import output_folder
+from r2f_ext.models import load_base
+from r2f_ext.pairs import StoredPairs
+
+
+def run_fit(options: argparse.Namespace) -> dict[str, Any]:
+    folder = output_folder(options.out)
+    pairs = StoredPairs(options.pairs, load_base(options.base, chosen_device(options)))
+    held_out = min(200, len(pairs) // 5)
+    if held_out < 4:
+        raise R2FError(f"'{options.pairs}' holds {len(pairs)} pairs: at least 20 are needed, thousands are good.")
+    kinds = _kinds_for(pairs, options.kind)
+    count = len(pairs) - held_out
+    checkpoint = Checkpoint(folder, f"{pairs.fingerprint}/{count}")
+    mine: StoredPairs | AgnosticPairs = pairs.only(pairs.target.names[distributed.rank() :: distributed.world_size()])
+    with _tensorboard(options.log_dir, kinds) as log, drawn_stages() as stages:
+        with stages.stage("fit", count) as advance:
+            if pairs.own_a:
+                mine = AgnosticPairs(mine, shared_core(mine, count, checkpoint))
+            decoders = fit_together(mine, count, kinds, advance, checkpoint, log)
+        with stages.stage("held-out", len(decoders)) as advance:
+            own = {}
+            updates = mine.updates(count, count + held_out)
+            for decoder in decoders:
+                own[decoder.kind] = held_out_cosines(decoder.decode(updates), mine, count, len(pairs)).summary()
+                advance(1)
+    parts = distributed.gather(own)
+    found = {kind: {name: figure for part in parts for name, figure in part[kind].items()} for kind in own}
+    figures = {kind: {name: found[kind][name] for name in pairs.target.names} for kind in found}
+    if distributed.rank() == 0:
+        states = {kind: checkpoint.load(kind, torch.device("cpu")) for kind in (*figures, *[ANY_A] * pairs.own_a)}
+        save_decoders(folder, states, pairs, count)
+        checkpoint.clear()
+    distributed.barrier()
+    rows = [
+        [name, *(f"{f[name]['cosine_mean']:.3f} ({f[name]['cosine_p05']:.3f})" for f in figures.values())]
+        for name in pairs.target.names
+    ]
+    table(f"Held-out cosine on {held_out} pairs, mean (5th percentile)", ["layer", *figures], rows)
+    return {"fitted": count, "held_out": held_out, "decoders": figures}
+
+
+def _kinds_for(pairs: StoredPairs, asked: list[str] | None) -> list[str] | None:
+    """The kinds to fit; those that serve any A where the pairs are of many."""
+    if not pairs.own_a:
+        return asked
+    for kind in asked or ():
+        if kind not in ANY_A_KINDS:
+            raise R2FError(
+                f"the victims of '{pairs.folder}' have each their own A, and {kind} decodes one A only: choose "
+                f"{', '.join(ANY_A_KINDS)}, or make pairs without --own-a."
+            )
+    return asked or [kind for kind in DEFAULT_KINDS if kind in ANY_A_KINDS]
+
+
+@contextmanager
+def _tensorboard(folder: str | None, kinds: list[str] | None) -> Iterator[Log]:
+    """A log that TensorBoard shows, one file a process; none where no folder is named.
+
+    Raises:
+        R2FError: the package is missing, the folder cannot be written to, or none of `kinds` learns epoch by epoch.
+    """
+    if folder is None:
+        yield unheard
+        return
+    learned = [name for name, kind in KINDS.items() if issubclass(kind, Learned)]
+    if not set(kinds or ()) & set(learned):
+        raise R2FError(f"--log-dir shows kinds that learn: name one with --kind ({', '.join(learned)}).")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise R2FError("--log-dir needs the package tensorboard: pip install tensorboard.") from error
+    with SummaryWriter(str(output_folder(folder))) as writer:
+        yield writer.add_scalar
