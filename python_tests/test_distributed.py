@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import refused
+from cli_cases import refused, run
 from safetensors.torch import load_file
 
 import r2f_ext
 from r2f_ext import distributed
+from r2f_ext.decoders import ANY_A_KINDS
 
 REPOSITORY = Path(r2f_ext.__file__).parent.parent
 LOST = "another process of this run has died: run the same command again, and it goes on from what is finished."
@@ -26,6 +27,19 @@ def slowly(folder, shard, *rest):
     print(f"wrote {shard} {os.environ['RANK']} {os.getpid()}", flush=True)
     time.sleep(0.5 if os.environ["RANK"] == "0" else 3600)
 shards._write_shard = slowly
+from r2f_ext.cli import main
+sys.exit(main())
+"""
+SLOW_FIT = """
+import os, sys, time
+from r2f_ext.decoders.learned import Learned
+real = Learned.finish
+def slowly(decoder):
+    rank = os.environ.get("RANK", "0")
+    print(f"learns {decoder.kind} {rank if decoder.kind == 'mlp' else '-'} {os.getpid()}", flush=True)
+    time.sleep(3600 if "RANK" in os.environ and decoder.kind == "mlp" else 0)
+    real(decoder)
+Learned.finish = slowly
 from r2f_ext.cli import main
 sys.exit(main())
 """
@@ -76,18 +90,31 @@ def test_two_processes_make_the_files_of_one(adapter_folder, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert json.loads((tmp_path / "two.json").read_text())["count"] == 450
 
-    fits = [
-        start(n, "fit", tmp_path / "one", "--out", tmp_path / f"fit{n}", "--json", tmp_path / f"{n}.json")
-        for n in (1, 2)
-    ]
+    two_fit_as_one(tmp_path / "one", tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_fit_decoders_for_any_a_as_one(adapter_folder, tmp_path):
+    words = ("pairs", adapter_folder, "--count", 40, "--proxy", "embedded", "--own-a", "--out", tmp_path / "pairs")
+    assert run(*words) == 0
+    two_fit_as_one(tmp_path / "pairs", tmp_path, "--kind", *ANY_A_KINDS)
+
+
+def two_fit_as_one(pairs, folder, *more):
+    fits = [start(n, "fit", pairs, *more, "--out", folder / f"fit{n}", "--json", folder / f"{n}.json") for n in (1, 2)]
     shown = [finished(fit) for fit in fits]
     assert shown[0].splitlines()[-6:] == shown[1].splitlines()[-6:]
-    assert json.loads((tmp_path / "1.json").read_text()) == json.loads((tmp_path / "2.json").read_text())
-    one, two = contents(tmp_path / "fit1"), contents(tmp_path / "fit2")
-    assert one.keys() == two.keys() and not [name for name in one if "unfinished" in name]
-    for name in one:
+    assert json.loads((folder / "1.json").read_text()) == json.loads((folder / "2.json").read_text())
+    same_decoders(folder / "fit1", folder / "fit2")
+
+
+def same_decoders(one, two):
+    """To the bit."""
+    assert contents(one).keys() == contents(two).keys()
+    for name in contents(one):
+        assert "unfinished" not in name
         if name.endswith(".safetensors"):
-            a, b = (load_file(tmp_path / fit / name) for fit in ("fit1", "fit2"))
+            a, b = load_file(one / name), load_file(two / name)
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -97,17 +124,7 @@ def test_a_killed_process_ends_all_with_one_sentence_and_the_run_goes_on(adapter
     code.write_text(SLOW)
     out = tmp_path / "two"
     words = ("pairs", adapter_folder, "--count", 600, "--proxy", "embedded", "--out", out)
-    run = start(2, *words, code=code)
-    try:
-        for line in run.stdout:  # the second process is in the middle of its shards, then it is killed
-            if line.startswith("wrote") and line.split()[2] == "1":
-                os.kill(int(line.split()[3]), signal.SIGKILL)
-                break
-        _, errors = run.communicate(timeout=500)
-    finally:
-        run.kill()
-    assert run.returncode != 0
-    assert f"r2f pairs: {LOST}" in errors.splitlines()
+    assert f"r2f pairs: {LOST}" in killed(start(2, *words, code=code), "wrote")
     assert not (out / "manifest.json").exists()
     whole = {path.name: path.stat().st_mtime_ns for path in out.glob("pairs-*.safetensors")}
     assert whole
@@ -115,3 +132,32 @@ def test_a_killed_process_ends_all_with_one_sentence_and_the_run_goes_on(adapter
     finished(start(1, *words[:-1], tmp_path / "one"))
     assert contents(out) == contents(tmp_path / "one")
     assert all((out / name).stat().st_mtime_ns == when for name, when in whole.items())
+
+
+@pytest.mark.slow
+def test_a_fit_goes_on_after_a_process_was_killed_while_it_learned(stages, tmp_path):
+    """And is that of one process: conv and unet were learned by two, mlp by one."""
+    code = tmp_path / "slow.py"
+    code.write_text(SLOW_FIT)
+    out = tmp_path / "two"
+    words = ("fit", stages.pairs, "--kind", "conv", "unet", "mlp", "--out", out)
+    assert f"r2f fit: {LOST}" in killed(start(2, *words, code=code), "learns")
+    assert contents(out) and not (out / "decoders.json").exists()
+    again = finished(start(1, *words, code=code))
+    assert [line.split()[1] for line in again.splitlines() if line.startswith("learns")] == ["mlp"]
+    finished(start(1, *words[:-1], tmp_path / "one"))
+    same_decoders(tmp_path / "one", out)
+
+
+def killed(process, word):
+    """What is said when the second process is killed after it printed `word`, what, its rank and its number."""
+    try:
+        for line in process.stdout:
+            if line.startswith(word) and line.split()[2] == "1":
+                os.kill(int(line.split()[3]), signal.SIGKILL)
+                break
+        _, errors = process.communicate(timeout=500)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    return errors.splitlines()

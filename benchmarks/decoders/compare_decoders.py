@@ -27,7 +27,9 @@ from common import write_json
 
 from r2f_ext.audit.victims import VictimConfig, train_victim
 from r2f_ext.data import load_images
-from r2f_ext.decoders import KINDS, MLP, AgnosticPairs, Decoder, HeldOut, Ridge, Updates, held_out_cosines
+from r2f_ext.decoders import KINDS, MLP, AgnosticPairs, Decoder, HeldOut, KernelRidge, Ridge, Updates, held_out_cosines
+from r2f_ext.decoders.agnostic import SIZE
+from r2f_ext.decoders.core import Core
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import Gradient
@@ -38,7 +40,7 @@ VARIANTS: dict[str, Callable[[], Decoder]] = {
     "mlp_mse": lambda: MLP(loss="mse"),
     "mlp_ba": lambda: MLP(inputs="ba"),
 }
-ANY_A: dict[str, Callable[[], Decoder]] = {"ridge_any_a": Ridge, "mlp_any_a": MLP}
+ANY_A: dict[str, Callable[[], Decoder]] = {"ridge_any_a": Ridge, "kernel_ridge_any_a": KernelRidge, "mlp_any_a": MLP}
 CONTROLS = ("mean_gradient", "class_mean_gradient")
 ROWS = (*CONTROLS, *VARIANTS, *ANY_A)
 DEFAULT_ROWS = (*CONTROLS, *KINDS, *ANY_A)
@@ -96,11 +98,13 @@ def measure(name: str, pairs: GeneratedPairs, count: int, updates: Updates) -> d
     if name in CONTROLS:
         held_out = control(pairs, count, by_class=name == "class_mean_gradient")
         return {**figures(held_out), "fit_s": time.perf_counter() - began, "decode_s": 0.0}
-    source = AgnosticPairs(pairs, seed=1) if name in ANY_A else pairs
+    source, asked = pairs, updates
+    if name in ANY_A:
+        source = many_a(pairs, count)
+        asked = source.view(updates, pairs.a)
     decoder = (ANY_A | VARIANTS)[name]()
     decoder.fit(source, count)
     fitted = time.perf_counter()
-    asked = source.view(updates, pairs.a) if isinstance(source, AgnosticPairs) else updates
     decoded = decoder.decode(asked)
     done = time.perf_counter()
     found = figures(held_out_cosines(decoded, pairs, count, len(pairs)))
@@ -108,6 +112,12 @@ def measure(name: str, pairs: GeneratedPairs, count: int, updates: Updates) -> d
     walk = 0.0 if name == "projection" else time_walk(pairs, count)
     more = {} if settings is None else {"own_and_ridge": settings}
     return {**found, "fit_s": fitted - began, "decode_s": done - fitted, "walk_s": walk, **more}
+
+
+def many_a(pairs: GeneratedPairs, count: int) -> AgnosticPairs:
+    """The same gradients, each seen through an A of its own."""
+    own = GeneratedPairs(pairs.target, pairs.a, pairs.proxy, own_a=1)
+    return AgnosticPairs(own, Core.of(own, count, SIZE))
 
 
 def time_walk(pairs: GeneratedPairs, count: int) -> float:

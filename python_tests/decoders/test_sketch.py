@@ -21,3 +21,11 @@ def test_cosines_of_sketches_are_those_of_the_gradients_on_average():
         ]
         assert abs(torch.tensor(found).mean() - expected) < 0.02
         assert found[0] != found[1] and found[0] == mean_cosine(Sketch(target)(guess)[name], Sketch(target)(true)[name])
+
+
+def test_a_layer_is_sketched_alike_whichever_others_are_there():
+    base = tiny_base()
+    both = Sketch(target_of(base, LINEAR)).maps
+    for name in LINEAR:
+        (alone,) = Sketch(target_of(base, (name,))).maps.values()
+        assert all(torch.equal(one, other) for one, other in zip(alone, both[name], strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -116,6 +117,11 @@ def _fit(
         decoder.finish()
         if checkpoint is not None:
             checkpoint.save(decoder.kind, decoder.state())
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """A seed for one layer, whichever others are there; torch's CPU stream reads 32 bits of it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
 
 
 def stack_updates(adapters: list[LoraUpdate]) -> Updates:

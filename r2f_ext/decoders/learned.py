@@ -10,7 +10,6 @@ does not depend on which others are there, so that processes may divide them.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2f_ext.decoders.base import Decoder, Updates
+from r2f_ext.decoders.base import Decoder, Updates, layer_seed
 from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import PairSource
@@ -118,7 +117,7 @@ class Learned(Decoder):
         self.networks: dict[str, nn.Module] = {}
         for name, shape in self.shapes.items():
             with torch.random.fork_rng():
-                torch.manual_seed(_seed_of(self.seed, name))
+                torch.manual_seed(layer_seed(self.seed, name))
                 self.networks[name] = self.network(name, shape).to(pairs.target.base.device)
 
     def observe(self, batch: PairBatch) -> None:
@@ -203,11 +202,6 @@ class Learned(Decoder):
         for name, network in self.networks.items():
             prefix = f"network/{name}/"
             network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-
-
-def _seed_of(seed: int, name: str) -> int:
-    """A seed for one layer's weights; torch's CPU stream reads 32 bits of it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
 
 
 def _joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -11,24 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2f_ext.decoders.base import layer_seed
 from r2f_ext.types import FactoredGradient, Target
 
 SIZE = 24
 
 
 class Sketch:
-    """name -> two maps, L [d_out, size] and R [d_in, size], drawn from the seed."""
+    """name -> two maps, L [d_out, size] and R [d_in, size], drawn from the seed; a layer's do not depend on others."""
 
     def __init__(self, target: Target, size: int = SIZE, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        device = target.base.device
-        self.maps = {
-            layer.name: tuple(
-                (torch.randn(width, size, generator=generator) / size**0.5).to(device)
+        self.maps = {}
+        for layer in target.layers:
+            generator = torch.Generator().manual_seed(layer_seed(seed, layer.name))
+            self.maps[layer.name] = tuple(
+                (torch.randn(width, size, generator=generator) / size**0.5).to(target.base.device)
                 for width in (layer.d_out, layer.d_in)
             )
-            for layer in target.layers
-        }
 
     def __call__(self, gradients: FactoredGradient) -> dict[str, Tensor]:
         """P gradients -> name -> [P, size * size]."""
