@@ -6,9 +6,10 @@ import pytest
 import torch
 from cases import LINEAR, proxy_set, target_of, tiny_base
 
-from r2f_ext.decoders import KINDS
+from r2f_ext.decoders import KINDS, MLP
 from r2f_ext.decoders.base import fit_together
 from r2f_ext.decoders.checkpoint import Checkpoint
+from r2f_ext.decoders.learned import PATIENCE
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs, StoredPairs, write_pairs
 
@@ -97,6 +98,30 @@ def test_layers_fitted_apart_make_the_decoders_fitted_together(stored):
     for none in fit_together(stored.only(()), 30, list(KINDS)):  # a process more than there are layers
         assert not none.decode(updates).dense
     assert all(merged[kind].keys() == decoder.state().keys() for kind, decoder in whole.items())
+
+
+def test_a_layer_stops_where_it_stops_alone(stored, monkeypatch):
+    """The first layer learns nothing and stops early; the second goes on without it."""
+    real = MLP.network
+
+    def network(decoder, name, shape):
+        found = real(decoder, name, shape)
+        for parameter in found.parameters() if name == LINEAR[0] else ():
+            parameter.register_hook(torch.zeros_like)
+        return found
+
+    monkeypatch.setattr(MLP, "network", network)
+
+    def learned(names):
+        figures = []
+        (decoder,) = fit_together(stored.only(names), 30, ["mlp"], log=lambda *figure: figures.append(figure))
+        return decoder.state(), figures
+
+    (state, figures), *alone = (learned(names) for names in (LINEAR, *((name,) for name in LINEAR)))
+    epochs = [len(part) // 2 for _, part in alone]
+    assert epochs[0] == 1 + PATIENCE < epochs[1]
+    assert sorted(figures) == sorted(figure for _, part in alone for figure in part)
+    assert all(torch.equal(state[key], tensor) for part, _ in alone for key, tensor in part.items())
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
