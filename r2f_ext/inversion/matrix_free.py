@@ -1,9 +1,9 @@
 """Gauss-Newton without a Jacobian: for images, or gradients, too large to write one out.
 
 J v comes from forward mode over the reverse pass, J^T u from a second reverse pass. A Krylov space of J^T J, started at
-J^T r, takes the place of its decomposition: within it the damped corrections of all dampings are known at once (they are
-those of conjugate gradients), and so is the next correction that the natural monotonicity test of `gauss_newton` asks
-for. Directions outside the space wait for the next one.
+J^T r, takes the place of its decomposition: within it the damped corrections of all dampings are known at once (they
+are those of conjugate gradients), and so is the next correction that the natural monotonicity test of `gauss_newton`
+asks for. Directions outside the space wait for the next one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MatrixFreeConfig:
         jacobians: points at most at which J is taken.
         steps: at most, from one of them.
         contraction: a step must shrink the next correction to this share.
-        stalled: points in a row without a residual a fifth lower, after which the search ends (an exact one: after one).
+        stalled: points in a row without a residual a fifth lower, after which the search ends; one if exact.
         krylov: dimension of the Krylov space: as many products with J and with J^T a point.
     """
 

@@ -35,14 +35,15 @@ from r2f_ext.types import Target
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which `Training` keeps
 ROUNDINGS = 2.0  # of AdamW's own arithmetic, in units of the dtype's eps
-AIM = 1e-3
+AIM = 1e-3  # what the errors of a weighted gradient are held to, in units of its typical entry
+TRUSTED_ROUNDINGS = 10.0
 SQUARE_OF_NOTHING = 1e-36  # far below EPS squared: keeps the derivative of a root at zero finite
 
 State = dict[str, dict[str, Tensor]]  # "a", "b" and the optimizer's buffers -> name -> tensor
 
 
 class UnrolledMap:
-    """z(x): what training on images x did to B and, where it moved, to A; every layer's part of norm 1 together.
+    """z(x): what training on images x did to B and, where that is to be looked at, to A; a layer's part has norm 1.
 
     For `gauss_newton.search`. A point is all images that a victim owns, side by side: [training.owned * c * h * w];
     labels [training.owned]. One batch that every step sees is Training(batch=b); a batch of its own for each of T steps
@@ -54,7 +55,8 @@ class UnrolledMap:
         shape: (c, h, w) of an image.
         training: the victim's recipe, learning rate included.
         directions: tangents of one pass: memory grows with them.
-        weights: name -> [d_out, r], what B's movement is multiplied by before it is compared; None: 1.
+        weights: name -> [d_out, r], what B is multiplied by before it is compared; None: 1.
+        a_weights: name -> the say of A's movement beside B's, see `movement_weights`; None: A is not looked at.
 
     Raises:
         R2FError: dropout, of which the victim's draws are unknown.
@@ -68,13 +70,15 @@ class UnrolledMap:
         training: Training,
         directions: int = 64,
         weights: dict[str, Tensor] | None = None,
+        a_weights: dict[str, float] | None = None,
     ) -> None:
         if training.dropout:
             raise R2FError("the search cannot follow a training with dropout: its random draws are unknown.")
         dtype = next(target.base.model.parameters()).dtype
-        self.target, self.training, self.directions, self.weights = target, training, directions, weights
+        self.target, self.training, self.directions = target, training, directions
+        self.weights, self.a_weights = weights or {}, a_weights or {}
         self.a0 = {layer.name: a0[layer.name].to(dtype) for layer in target.layers}
-        self.moves_a = training.steps > 1
+        self._shares = torch.tensor(self._part_shares(), dtype=dtype, device=target.base.device)
         self._shape = (training.owned, *shape)
         self._step = _TracedStep(target, training)
 
@@ -94,7 +98,8 @@ class UnrolledMap:
         for part in parts:
             if not torch.isfinite(part).all() or not part.any(dim=1).all():
                 raise R2FError("a factor has not moved or is not finite: the adapter is untrained or damaged.")
-        return torch.cat([F.normalize(part, dim=1, eps=1e-30) for part in parts], dim=1) / self._parts_of_layer**0.5
+        units = [share * F.normalize(part, dim=1, eps=1e-30) for share, part in zip(self._shares, parts, strict=True)]
+        return torch.cat(units, dim=1)
 
     def jacobian(self, point: Tensor, labels: Tensor, basis: Tensor) -> Tensor:
         """dz along the columns of basis [owned * c * h * w, q] at point [owned * c * h * w]: [q, R], exactly."""
@@ -103,30 +108,53 @@ class UnrolledMap:
         rows = F.pad(basis.T, (0, 0, 0, -columns % self.directions)).unflatten(1, self._shape)
         return torch.cat([self._tangents(images, labels, part) for part in rows.split(self.directions)])[:columns]
 
-    @property
-    def _parts_of_layer(self) -> int:
-        return 2 if self.moves_a else 1
+    def _part_shares(self) -> list[float]:
+        """Norms of the parts: B's of all layers, then A's; those of one layer have norm 1 together."""
+        both = [(1 + self.a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names]
+        said = [name for name in self.target.names if name in self.a_weights]
+        return both + [(1 + self.a_weights[name] ** -2) ** -0.5 for name in said]
 
     def _parts(self, a: dict[str, Tensor], b: dict[str, Tensor], tangent: bool = False) -> list[Tensor]:
-        weights = self.weights or {}
-        parts = [(b[name] * weights.get(name, 1.0)).flatten(1) for name in self.target.names]
-        if self.moves_a:
-            parts += [(a[name] if tangent else a[name] - self.a0[name]).flatten(1) for name in self.target.names]
-        return parts
+        parts = [(b[name] * self.weights.get(name, 1.0)).flatten(1) for name in self.target.names]
+        said = [name for name in self.target.names if name in self.a_weights]
+        return parts + [(a[name] if tangent else a[name] - self.a0[name]).flatten(1) for name in said]
 
-    def _tangents(self, images: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
+    def along(self, images: Tensor, labels: Tensor, directions: Tensor) -> tuple[State, State]:
+        """The state after training, and its derivatives along K directions.
+
+        Args:
+            images: [owned, c, h, w]; labels: [owned]; directions: [K, owned, c, h, w].
+
+        Returns:
+            (state, moved): state["a"][name] [r, d_in], state["b"][name] [d_out, r] and the optimizer's buffers; the
+            same with [K, ...].
+        """
         state = _start(self.target, self.a0, self.training)
         moved = {
-            kind: {n: t.new_zeros(len(directions), *t.shape) for n, t in group.items()} for kind, group in state.items()
+            kind: {name: each.new_zeros(len(directions), *each.shape) for name, each in group.items()}
+            for kind, group in state.items()
         }
         for step, rate in enumerate(self.training.rates()):
             index = self.training.batch_of(step)
             numbers = images.new_tensor([rate, *(1 - beta ** (step + 1) for beta in BETAS)])
             state, moved = self._step(images[index], labels[index], state, numbers, directions[:, index], moved)
-        values = self._parts(*({n: t[None] for n, t in state[kind].items()} for kind in "ab"))
+        return state, moved
+
+    def _tangents(self, images: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
+        state, moved = self.along(images, labels, directions)
+        values = self._parts(*({name: each[None] for name, each in state[kind].items()} for kind in "ab"))
         tangents = self._parts(moved["a"], moved["b"], tangent=True)
-        units = [_unit_tangent(value[0], tangent) for value, tangent in zip(values, tangents, strict=True)]
-        return torch.cat(units, dim=1) / self._parts_of_layer**0.5
+        parts = zip(self._shares, values, tangents, strict=True)
+        return torch.cat([share * _unit_tangent(value[0], tangent) for share, value, tangent in parts], dim=1)
+
+
+def movement_weights(a0: dict[str, Tensor], a: dict[str, Tensor]) -> dict[str, float]:
+    """How far A's movement, from a0[name] to a[name] [r, d_in], can be trusted beside B, for layers where A moved.
+
+    B is good to some ten roundings of itself. A's movement is a difference: it is good to one rounding of A.
+    """
+    ratios = {name: float((a[name] - each).norm() / each.norm()) for name, each in a0.items() if name in a}
+    return {name: min(1.0, TRUSTED_ROUNDINGS * ratio) for name, ratio in ratios.items() if ratio > 0}
 
 
 def _start(target: Target, a0: dict[str, Tensor], training: Training) -> State:
@@ -242,8 +270,8 @@ class FirstAdamWStep:
 def first_adamw_step(b: dict[str, Tensor], training: Training, aim: float = AIM) -> FirstAdamWStep:
     """Read the gradient out of B after AdamW's first step from B = 0, from how far each entry is from +-lr.
 
-    With u = -B / lr = g / (|g| + eps): g = eps u / (1 - |u|), known to (|g| + eps)^2 / eps times the error of u, which is
-    a few roundings of B's dtype.
+    With u = -B / lr = g / (|g| + eps): g = eps u / (1 - |u|), known to (|g| + eps)^2 / eps times the error of u, which
+    is a few roundings of B's dtype.
 
     Args:
         b: name -> B [d_out, r], in the dtype that it was trained in.
