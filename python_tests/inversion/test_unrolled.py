@@ -34,7 +34,7 @@ def test_derivatives_of_victims_that_equal_peft(training):
     base = tiny_base()
     target, a = start_of(base, ["patch_embed.proj", "blocks.1.attn.qkv"])
     said = dict.fromkeys(target.names[:1], 0.5)  # A of one layer is looked at as well
-    updates = UnrolledMap(target, a, base.input_shape, training, directions=4, a_weights=said)
+    updates = UnrolledMap(target, a, base.input_shape, training, directions=4).weighing(a_weights=said)
     images, labels = samples(training.owned, base)
     columns, step = torch.randn(4, images.numel(), dtype=torch.float64), 1e-6
 
@@ -80,7 +80,7 @@ def test_finds_the_images_of_a_victim(few_unknowns, training):
     victim = simulate(target, a, images.view(1, -1, *shape), labels[None], training)
     said = movement_weights(a, {name: each[0] for name, each in victim.a.items()})
     assert len(said) == (0 if training.steps == 1 else len(a))
-    updates = UnrolledMap(target, a, shape, training, directions=20, a_weights=said)
+    updates = UnrolledMap(target, a, shape, training, directions=20).weighing(a_weights=said)
     found = found_from_near(updates, updates.observation(victim.a, victim.b)[0], images, labels, subspace)
     assert found.exact and (found.image - images.flatten()).abs().max() < 1e-4
 
@@ -106,7 +106,7 @@ def test_finds_the_image_of_adamws_first_step(few_unknowns):
     training = Training(optimizer="adamw", lr=1e-3)
     victim = simulate(target, a, images[:1].view(1, 1, *shape), label[None], training)
     step = first_adamw_step({name: b[0] for name, b in victim.b.items()}, training)
-    updates = UnrolledMap(target, a, shape, Training(), directions=20, weights=step.weights)
+    updates = UnrolledMap(target, a, shape, Training(), directions=20).weighing(step.weights)
     observed = updates.observation({}, {name: -g[None] for name, g in step.gradient.items()})[0]
     found = found_from_near(updates, observed, images[:1], label, subspace)
     assert found.exact and (found.image - images[0]).abs().max() < 1e-4
@@ -125,7 +125,7 @@ def test_bad_input_is_refused(few_unknowns):
     shape = target.base.input_shape
     with pytest.raises(R2FError, match="dropout"):
         UnrolledMap(target, a, shape, Training(dropout=0.1))
-    updates = UnrolledMap(target, a, shape, Training(steps=2), a_weights=dict.fromkeys(a, 1.0))
+    updates = UnrolledMap(target, a, shape, Training(steps=2)).weighing(a_weights=dict.fromkeys(a, 1.0))
     still = {name: each[None] for name, each in a.items()}
     b = {layer.name: torch.ones(1, layer.d_out, layer.rank, dtype=torch.float64) for layer in target.layers}
     with pytest.raises(R2FError, match="not moved"):

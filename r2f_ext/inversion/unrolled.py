@@ -16,6 +16,7 @@ AdamW's movement depends on ratios of gradients, which are smooth where no entry
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +56,6 @@ class UnrolledMap:
         shape: (c, h, w) of an image.
         training: the victim's recipe, learning rate included.
         directions: tangents of one pass: memory grows with them.
-        weights: name -> [d_out, r], what B is multiplied by before it is compared; None: 1.
-        a_weights: name -> the say of A's movement beside B's, see `movement_weights`; None: A is not looked at.
 
     Raises:
         R2FError: dropout, of which the victim's draws are unknown.
@@ -69,18 +68,29 @@ class UnrolledMap:
         shape: torch.Size | tuple[int, ...],
         training: Training,
         directions: int = 64,
-        weights: dict[str, Tensor] | None = None,
-        a_weights: dict[str, float] | None = None,
     ) -> None:
         if training.dropout:
             raise R2FError("the search cannot follow a training with dropout: its random draws are unknown.")
         dtype = next(target.base.model.parameters()).dtype
         self.target, self.training, self.directions = target, training, directions
-        self.weights, self.a_weights = weights or {}, a_weights or {}
         self.a0 = {layer.name: a0[layer.name].to(dtype) for layer in target.layers}
-        self._shares = torch.tensor(self._part_shares(), dtype=dtype, device=target.base.device)
+        self.weights: dict[str, Tensor] = {}
+        self.a_weights: dict[str, float] = {}
         self._shape = (training.owned, *shape)
         self._step = _TracedStep(target, training)
+
+    def weighing(
+        self, weights: dict[str, Tensor] | None = None, a_weights: dict[str, float] | None = None
+    ) -> UnrolledMap:
+        """The same map as one victim's precision asks for; what was traced is shared.
+
+        Args:
+            weights: name -> [d_out, r], what B is multiplied by before it is compared, see `first_adamw_step`; None: 1.
+            a_weights: name -> the say of A's movement beside B's, see `movement_weights`; None: A is not looked at.
+        """
+        other = copy.copy(self)
+        other.weights, other.a_weights = weights or {}, a_weights or {}
+        return other
 
     def __call__(self, points: Tensor, labels: Tensor) -> Tensor:
         """Points [n, owned * c * h * w] in [0, 1], all of the labels [owned] -> [n, R]."""
@@ -98,7 +108,7 @@ class UnrolledMap:
         for part in parts:
             if not torch.isfinite(part).all() or not part.any(dim=1).all():
                 raise R2FError("a factor has not moved or is not finite: the adapter is untrained or damaged.")
-        units = [share * F.normalize(part, dim=1, eps=1e-30) for share, part in zip(self._shares, parts, strict=True)]
+        units = [share * F.normalize(part, dim=1, eps=1e-30) for share, part in zip(self._shares(), parts, strict=True)]
         return torch.cat(units, dim=1)
 
     def jacobian(self, point: Tensor, labels: Tensor, basis: Tensor) -> Tensor:
@@ -108,7 +118,7 @@ class UnrolledMap:
         rows = F.pad(basis.T, (0, 0, 0, -columns % self.directions)).unflatten(1, self._shape)
         return torch.cat([self._tangents(images, labels, part) for part in rows.split(self.directions)])[:columns]
 
-    def _part_shares(self) -> list[float]:
+    def _shares(self) -> list[float]:
         """Norms of the parts: B's of all layers, then A's; those of one layer have norm 1 together."""
         both = [(1 + self.a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names]
         said = [name for name in self.target.names if name in self.a_weights]
@@ -144,7 +154,7 @@ class UnrolledMap:
         state, moved = self.along(images, labels, directions)
         values = self._parts(*({name: each[None] for name, each in state[kind].items()} for kind in "ab"))
         tangents = self._parts(moved["a"], moved["b"], tangent=True)
-        parts = zip(self._shares, values, tangents, strict=True)
+        parts = zip(self._shares(), values, tangents, strict=True)
         return torch.cat([share * _unit_tangent(value[0], tangent) for share, value, tangent in parts], dim=1)
 
 
