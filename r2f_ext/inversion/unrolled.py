@@ -152,7 +152,8 @@ class UnrolledMap:
 
     def _tangents(self, images: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
         state, moved = self.along(images, labels, directions)
-        values = self._parts(*({name: each[None] for name, each in state[kind].items()} for kind in "ab"))
+        a, b = ({name: each[None] for name, each in state[kind].items()} for kind in "ab")
+        values = self._parts(a, b)
         tangents = self._parts(moved["a"], moved["b"], tangent=True)
         parts = zip(self._shares(), values, tangents, strict=True)
         return torch.cat([share * _unit_tangent(value[0], tangent) for share, value, tangent in parts], dim=1)
