@@ -7,11 +7,11 @@ step: each step carries the factors, the optimizer's buffers, and their tangents
 Where one step is plain SGD the learning rate cancels; here it does not, so the recipe must be known, and A_0 with it.
 
 AdamW's first step is B_1 = -lr u with u = g / (|g| + eps): a sign, but for eps. In exact arithmetic u still holds g,
-as eps u / (1 - |u|), and float32 holds u to about 1e-7, so g to a share of about 10 |g| where eps is 1e-8: a gradient
-entry of 1e-4 to 0.1 %, one of 1e-2 to 10 %, one above 0.1 not at all. `first_adamw_step` reads it so: the search then
-runs on a plain step whose entries are weighted by their precision. The map x -> u itself is no use to a search: its
+as eps u / (1 - |u|), and float32 holds u to about 2e-7, so g, with eps = 1e-8, to a share of about 24 |g|: an entry of
+1e-4 to 0.2 %, one of 1e-2 to a quarter, one above 0.04 not at all. `first_adamw_step` reads it so: the search then runs
+on a plain step whose entries are weighted by their precision. The map x -> u itself is no use to a search: its
 derivative, eps / (|g| + eps)^2, is zero to rounding nearly everywhere and huge at sign changes. From the second step on
-AdamW's movement depends on ratios of gradients, which are smooth where no entry is near zero at all steps.
+AdamW's movement holds ratios of gradients, which are smooth except where an entry is near zero at all steps.
 """
 
 from __future__ import annotations
