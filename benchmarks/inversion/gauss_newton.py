@@ -1,27 +1,24 @@
 """Gauss-Newton in LoRA space from one-step adapters alone: how many images come back exactly, and when it fails.
 
     python benchmarks/inversion/gauss_newton.py --json benchmarks/results/0.1.0/gauss_newton.json
-    python benchmarks/inversion/gauss_newton.py --cases variants --victims 8 --json .../gauss_newton_variants.json
 
-The case `peft`: real PEFT adapters (r = 8, all linear layers, one SGD step, float32 files), one for each of the first
---victims Fashion-MNIST test images; start: the amortised route on the proxy of --proxy. The variants change one thing
-each; their victims are trained by `simulate`, which equals PEFT. Nothing of the originals is used but to score. Victims
-are shared out to --workers processes of one thread each: `seconds` are those of one thread. Rows are written as
-they come, and those that the file has are not computed again.
+Real PEFT adapters (r = 8, all linear layers, one SGD step, float32 files), one for each of the first --victims
+Fashion-MNIST test images; start: the amortised route on the proxy of --proxy. Nothing of the originals is used but to
+score. Victims are shared out to --workers processes of one thread each: `seconds` are those of one thread. Rows are
+written as they come, and those that the file has are not computed again. What victims that do otherwise give away:
+gauss_newton_variants.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,38 +37,7 @@ from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.gauss_newton import SUBSPACE_IMAGES, GaussNewtonConfig, Subspace, gauss_newton
 from r2f_ext.malloc import keep_freed_memory
 from r2f_ext.models import attach, load_base, read_adapter
-from r2f_ext.pairs import Training, simulate
-from r2f_ext.types import AdaptedLayer, BaseModel, Reconstruction, Target
-
-LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a victim does otherwise than the protocol's default."""
-
-    rank: int = 8
-    layers: tuple[str, ...] = LINEAR
-    blocks: tuple[int, ...] = (0, 1, 2, 3)
-    training: Training = field(default_factory=Training)
-    storage: torch.dtype = torch.float32
-    private: str = "embedded"
-    proxy: str | None = None
-
-
-VARIANTS = {
-    "r = 2": Case(rank=2),
-    "r = 4": Case(rank=4),
-    "r = 16": Case(rank=16),
-    "qkv only": Case(layers=("attn.qkv",)),
-    "last block only": Case(blocks=(3,)),
-    "AdamW, first step": Case(training=Training(optimizer="adamw", lr=1e-3)),
-    "momentum, T = 2": Case(training=Training(steps=2, lr=0.01, momentum=0.9)),
-    "T = 2": Case(training=Training(steps=2, lr=0.01)),
-    "T = 5": Case(training=Training(steps=5, lr=0.01)),
-    "bfloat16 file": Case(storage=torch.bfloat16),
-    "faces, procedural proxy": Case(private="lfw", proxy="procedural"),
-}
+from r2f_ext.types import BaseModel, Reconstruction, Target
 
 
 @dataclass(frozen=True)
@@ -89,7 +55,6 @@ class Problem:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True)
-    parser.add_argument("--cases", default="peft", choices=("peft", "variants"))
     parser.add_argument("--victims", type=int, default=100)
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -97,21 +62,15 @@ def main() -> None:
     keep_freed_memory()
     base, path = load_base(), Path(options.json)
     record = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
-    makers: dict[str, Callable[[], Problem]] = {"peft": lambda: of_peft(base, options.proxy, options.victims)}
-    if options.cases == "variants":
-        makers = {
-            name: functools.partial(of_simulation, base, case, case.proxy or options.proxy, options.victims)
-            for name, case in VARIANTS.items()
-        }
-    for name, make in makers.items():
-        done = {row["victim"] for row in record["rows"] if row["case"] == name}
-        if len(done) < options.victims:
-            for row in run(make(), [v for v in range(options.victims) if v not in done], options.workers):
-                record["rows"].append({"case": name, **row})
-                write_text(path, json.dumps(record, indent=1))
-        record["summary"][name] = summary([row for row in record["rows"] if row["case"] == name])
-        write_text(path, json.dumps(record, indent=1))
-        print(name, record["summary"][name], flush=True)
+    done = {row["victim"] for row in record["rows"]}
+    if len(done) < options.victims:
+        problem = of_peft(base, options.proxy, options.victims)
+        for row in run(problem, [v for v in range(options.victims) if v not in done], options.workers):
+            record["rows"].append({"case": "peft", **row})
+            write_text(path, json.dumps(record, indent=1))
+    record["summary"]["peft"] = summary(record["rows"])
+    write_text(path, json.dumps(record, indent=1))
+    print(record["summary"]["peft"], flush=True)
 
 
 def of_peft(base: BaseModel, proxy: str, victims: int) -> Problem:
@@ -122,24 +81,6 @@ def of_peft(base: BaseModel, proxy: str, victims: int) -> Problem:
     adapters = [adapter for _, adapter in bound]
     a = {name: each.float() for name, each in adapters[0].a.items()}
     return attack(bound[0][0], a, stack_updates(adapters), proxy, private)
-
-
-def of_simulation(base: BaseModel, case: Case, proxy: str, victims: int) -> Problem:
-    private = load_images(case.private, role="private", count=victims)
-    modules = dict(base.model.named_modules())
-    names = [f"blocks.{block}.{layer}" for block in case.blocks for layer in case.layers]
-    layers = [AdaptedLayer(n, *modules[n].weight.shape, case.rank, 16 / case.rank) for n in names]  # type: ignore
-    target = Target(base, tuple(layers))
-    generator = torch.Generator().manual_seed(0)
-    a = {
-        layer.name: (2 * torch.rand(case.rank, layer.d_in, generator=generator) - 1) / layer.d_in**0.5
-        for layer in layers
-    }
-    images = private.batch(slice(None))[:, None]
-    trained = simulate(target, a, images, private.labels[:, None], case.training)
-    stored = {name: b.to(case.storage).float() for name, b in trained.b.items()}
-    seen = {name: each.to(case.storage).float().mean(0) for name, each in trained.a.items()}
-    return attack(target, seen, {name: -b for name, b in stored.items()}, proxy, private)
 
 
 def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], proxy: str, private: ImageSet) -> Problem:

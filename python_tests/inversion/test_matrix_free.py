@@ -1,0 +1,111 @@
+"""Gauss-Newton from products alone: on a small ViT in float64, against autograd and the dense search."""
+
+import pytest
+import torch
+from cases import target_of, tiny_base
+
+from r2f_ext.capture import Capture
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, UpdateMap, flat_units, search
+from r2f_ext.inversion.matrix_free import (
+    GradientMap,
+    MatrixFreeConfig,
+    ProxyCoordinates,
+    SpectrumCoordinates,
+    krylov,
+    search_matrix_free,
+)
+from r2f_ext.pairs.generate import project
+
+NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+SHAPE = torch.Size((3, 16, 16))
+LABEL = torch.tensor([1])
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """target, A, an image of which only 40 directions are unknown, a start near it, the subspace."""
+    target = target_of(tiny_base(), NAMES, rank=8)
+    torch.manual_seed(0)
+    a = {layer.name: torch.randn(8, layer.d_in, dtype=torch.float64) / layer.d_in**0.5 for layer in target.layers}
+    smooth = torch.randn(40, 768, dtype=torch.float64) * 0.05
+    proxies = (0.5 + torch.randn(300, 40, dtype=torch.float64) @ smooth / 40**0.5).clamp(0, 1)
+    subspace = Subspace.of(proxies.unflatten(1, SHAPE))
+    noise = torch.randn(subspace.basis.shape[1], dtype=torch.float64)
+    start = (proxies[0] + 0.2 * subspace.basis @ noise).clamp(0, 1)
+    return target, a, proxies[0], start, subspace
+
+
+@pytest.fixture(scope="module")
+def maps(problem):
+    """Of LoRA updates and of full gradients; traced once."""
+    target, a, *_ = problem
+    return {"lora": GradientMap(target, a, SHAPE), "gradient": GradientMap(target, None, SHAPE)}
+
+
+def gradient_of(target, image):
+    with Capture(target) as capture:
+        return capture(image.view(1, 1, *SHAPE), LABEL[None])
+
+
+def test_values_equal_the_captured_updates_and_gradients(problem, maps):
+    target, a, image, _, _ = problem
+    gradient = gradient_of(target, image)
+    torch.testing.assert_close(maps["lora"](image, LABEL), flat_units(project(target, gradient, a))[0])
+    dense = {name: gradient.dense(name) for name in NAMES}
+    torch.testing.assert_close(maps["gradient"](image, LABEL), flat_units(dense)[0])
+
+
+@pytest.mark.parametrize("kind", ["lora", "gradient"])
+def test_forward_equals_differences_and_backward_is_its_transpose(problem, maps, kind):
+    image, updates = problem[2], maps[kind]
+    here, direction, step = updates.at(image, LABEL), torch.randn(768, dtype=torch.float64), 1e-6
+    along = here.forward(direction)
+    ahead, behind = (updates(image + s * step * direction, LABEL) for s in (1, -1))
+    torch.testing.assert_close(along, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-8)
+    rows = torch.randn(len(here.value), dtype=torch.float64)
+    torch.testing.assert_close(here.backward(rows) @ direction, rows @ along)
+
+
+@pytest.mark.parametrize("kind", ["lora", "gradient"])
+def test_reaches_the_image_that_the_dense_search_reaches(problem, maps, kind):
+    target, a, image, start, subspace = problem
+    observed = maps[kind](image, LABEL)
+    config = MatrixFreeConfig(krylov=20, jacobians=8)
+    told = []
+    found = search_matrix_free(maps[kind], observed, start, LABEL, ProxyCoordinates(subspace), config, told.append)
+    assert (start - image).abs().max() > 1e-2 and found.exact and len(told) == found.jacobians
+    assert (found.image - image).abs().max() < 1e-4
+    if kind == "lora":
+        dense = search(UpdateMap(target, a, SHAPE, 64), observed, start, LABEL, subspace, GaussNewtonConfig())
+        torch.testing.assert_close(found.image, dense.image, rtol=0, atol=1e-4)
+
+
+def test_krylov_holds_the_damped_solution():
+    rows = torch.randn(30, 30, dtype=torch.float64)
+    matrix, start = rows @ rows.T, torch.randn(30, dtype=torch.float64)
+    values, axes = krylov(lambda v: matrix @ v, start, 30)
+    found = axes @ ((axes.T @ start) / (values + 0.1))
+    torch.testing.assert_close(found, torch.linalg.solve(matrix + 0.1 * torch.eye(30, dtype=torch.float64), start))
+
+
+def test_krylov_stops_where_its_space_is_exhausted():
+    matrix = torch.diag(torch.tensor([3.0, 2.0, 0.0, 0.0], dtype=torch.float64))
+    values, axes = krylov(lambda v: matrix @ v, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64), 4)
+    torch.testing.assert_close(values, torch.tensor([2.0, 3.0], dtype=torch.float64))
+    assert axes.shape == (4, 2)
+
+
+@pytest.mark.parametrize("size", [(3, 16, 16), (1, 9, 7)])
+def test_spectrum_is_symmetric_smooth_and_of_its_deviation(size):
+    coordinates, count = SpectrumCoordinates(size, deviation=0.2), size[0] * size[1] * size[2]
+    u, v = torch.randn(2, count, dtype=torch.float64)
+    torch.testing.assert_close(coordinates.spread(u) @ v, u @ coordinates.gather(v))
+    spread = torch.stack([coordinates.spread(e) for e in torch.eye(count, dtype=torch.float64)])
+    torch.testing.assert_close(spread.square().sum(0).sqrt(), torch.full((count,), 0.2, dtype=torch.float64))
+
+
+def test_a_gradient_that_is_zero_is_refused(problem, maps):
+    parts = [torch.zeros(3, 2), *[torch.ones(3, 2)] * (len(NAMES) - 1)]
+    with pytest.raises(R2FError, match=f"gradient of {NAMES[0]} is zero"):
+        maps["lora"].observation(parts)

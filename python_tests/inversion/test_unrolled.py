@@ -1,0 +1,136 @@
+"""The update as a function of the images through several training steps: against PEFT, differences and known images."""
+
+import pytest
+import torch
+from cases import peft_factors, peft_model, samples, tiny_base
+
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, flat_units, search
+from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
+from r2f_ext.pairs import Training, simulate
+from r2f_ext.types import AdaptedLayer, Target
+
+RECIPES = {
+    "two steps on two images": Training(steps=2, batch=2, lr=0.5),
+    "momentum, decay, cosine": Training(steps=3, momentum=0.9, weight_decay=0.05, schedule="cosine"),
+    "adamw, linear": Training(steps=3, optimizer="adamw", lr=0.01, weight_decay=0.1, schedule="linear"),
+}
+
+
+def start_of(base, names):
+    """The target and A of a PEFT model at its start."""
+    model, layers, a = peft_model(base, target_modules=names), [], {}
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            factor_a, factor_b, scale = peft_factors(model, name)
+            layers.append(AdaptedLayer(name, len(factor_b), factor_a.shape[1], len(factor_a), scale))
+            a[name] = factor_a.clone()
+    return Target(base, tuple(layers)), a
+
+
+@pytest.mark.parametrize("training", RECIPES.values(), ids=RECIPES.keys())
+def test_derivatives_of_victims_that_equal_peft(training):
+    """`simulate` equals PEFT (python_tests/pairs/test_simulation.py); the derivatives equal central differences."""
+    base = tiny_base()
+    target, a = start_of(base, ["patch_embed.proj", "blocks.1.attn.qkv"])
+    said = dict.fromkeys(target.names[:1], 0.5)  # A of one layer is looked at as well
+    updates = UnrolledMap(target, a, base.input_shape, training, directions=4).weighing(a_weights=said)
+    images, labels = samples(training.owned, base)
+    columns, step = torch.randn(4, images.numel(), dtype=torch.float64), 1e-6
+
+    state, _ = updates.along(images, labels, columns.unflatten(1, images.shape))
+    victim = simulate(target, a, images[None], labels[None], training)
+    for name in target.names:
+        torch.testing.assert_close(state["a"][name], victim.a[name][0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(state["b"][name], victim.b[name][0], rtol=1e-9, atol=1e-12)
+
+    found = updates.jacobian(images.flatten(), labels, columns[:3].T)
+    ahead, behind = (updates(images.flatten() + s * step * columns[:3], labels) for s in (1, -1))
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-4, atol=1e-5 * float(found.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def few_unknowns():
+    """target, A, a subspace of 20 directions, and images in it."""
+    base = tiny_base()
+    target, a = start_of(base, ["attn.qkv", "mlp.fc2"])
+    smooth = torch.randn(20, 768, dtype=torch.float64) * 0.05
+    proxies = (0.5 + torch.randn(100, 20, dtype=torch.float64) @ smooth / 20**0.5).clamp(0, 1)
+    return target, a, Subspace.of(proxies.unflatten(1, base.input_shape)), proxies[:2]
+
+
+def found_from_near(updates, observed, images, labels, subspace):
+    subspace = side_by_side(subspace, len(images))
+    noise = torch.randn(subspace.basis.shape[1], dtype=torch.float64)
+    start = (images.flatten() + 0.2 * subspace.basis @ noise).clamp(0, 1)
+    found = search(updates, observed, start, labels, subspace, GaussNewtonConfig(jacobians=6))
+    assert (start - images.flatten()).abs().max() > 1e-2
+    return found
+
+
+@pytest.mark.parametrize(
+    "training",
+    [Training(batch=2, lr=0.3), Training(steps=2, samples=2, lr=0.3, momentum=0.9)],
+    ids=["two images in one step", "two steps with momentum, each on its own image"],
+)
+def test_finds_the_images_of_a_victim(few_unknowns, training):
+    target, a, subspace, images = few_unknowns
+    images, labels = images[: training.owned], torch.tensor([1, 4])[: training.owned]
+    shape = target.base.input_shape
+    victim = simulate(target, a, images.view(1, -1, *shape), labels[None], training)
+    said = movement_weights(a, {name: each[0] for name, each in victim.a.items()})
+    assert len(said) == (0 if training.steps == 1 else len(a))
+    updates = UnrolledMap(target, a, shape, training, directions=20).weighing(a_weights=said)
+    found = found_from_near(updates, updates.observation(victim.a, victim.b)[0], images, labels, subspace)
+    assert found.exact and (found.image - images.flatten()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamws_first_step_still_shows_its_small_entries(dtype):
+    gradient = 10 ** -(2 + 4 * torch.rand(40, 8, dtype=torch.float64)) * torch.randn(40, 8).sign()
+    b = torch.zeros(40, 8, dtype=dtype, requires_grad=True)
+    b.grad = gradient.to(dtype)
+    torch.optim.AdamW([b], lr=1e-3, weight_decay=0.01).step()
+    found = first_adamw_step({"layer": b.detach()}, Training(optimizer="adamw", lr=1e-3))
+    read, weights = found.gradient["layer"].double(), found.weights["layer"]
+    trusted = weights > 0.1  # whose error is said to be up to 10 AIM of a typical entry
+    assert trusted.float().mean() > (0.4 if dtype == torch.float32 else 0.99)
+    error = (read - gradient).abs()[trusted].max() / gradient.square().mean().sqrt()
+    assert error < (2e-2 if dtype == torch.float32 else 1e-6)
+    assert weights.min() >= 0 and weights.max() <= 1
+
+
+def test_finds_the_image_of_adamws_first_step(few_unknowns):
+    target, a, subspace, images = few_unknowns
+    shape, label = target.base.input_shape, torch.tensor([2])
+    training = Training(optimizer="adamw", lr=1e-3)
+    victim = simulate(target, a, images[:1].view(1, 1, *shape), label[None], training)
+    step = first_adamw_step({name: b[0] for name, b in victim.b.items()}, training)
+    updates = UnrolledMap(target, a, shape, Training(), directions=20).weighing(step.weights)
+    observed = updates.observation({}, {name: -g[None] for name, g in step.gradient.items()})[0]
+    found = found_from_near(updates, observed, images[:1], label, subspace)
+    assert found.exact and (found.image - images[0]).abs().max() < 1e-4
+
+
+def test_one_plain_step_is_the_update_map(few_unknowns):
+    target, a, _, images = few_unknowns
+    training, shape, label = Training(), target.base.input_shape, torch.tensor([3])
+    victim = simulate(target, a, images[:1].view(1, 1, *shape), label[None], training)
+    found = UnrolledMap(target, a, shape, training)(images[:1], label)
+    torch.testing.assert_close(found, flat_units(victim.b))
+
+
+def test_bad_input_is_refused(few_unknowns):
+    target, a, *_ = few_unknowns
+    shape = target.base.input_shape
+    with pytest.raises(R2FError, match="dropout"):
+        UnrolledMap(target, a, shape, Training(dropout=0.1))
+    updates = UnrolledMap(target, a, shape, Training(steps=2)).weighing(a_weights=dict.fromkeys(a, 1.0))
+    still = {name: each[None] for name, each in a.items()}
+    b = {layer.name: torch.ones(1, layer.d_out, layer.rank, dtype=torch.float64) for layer in target.layers}
+    with pytest.raises(R2FError, match="not moved"):
+        updates.observation(still, b)
+    with pytest.raises(R2FError, match="only the first step"):
+        first_adamw_step(b, Training(steps=2, optimizer="adamw"))
+    with pytest.raises(R2FError, match="exceeds the learning rate"):
+        first_adamw_step(b, Training(optimizer="adamw"))

@@ -1,0 +1,283 @@
+"""Gauss-Newton without a Jacobian: for images, or gradients, too large to write one out.
+
+J v comes from forward mode over the reverse pass, J^T u from a second reverse pass. A Krylov space of J^T J, started at
+J^T r, takes the place of its decomposition: within it the damped corrections of all dampings are known at once (they
+are those of conjugate gradients), and so is the next correction that the natural monotonicity test of `gauss_newton`
+asks for. Directions outside the space wait for the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2f_ext.capture import Capture
+from r2f_ext.capture.tangents import CaptureTangents
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.gauss_newton import DAMPINGS, EXACT, SOLVED, Search, Subspace, _unit_tangent
+from r2f_ext.types import FactoredGradient, Target
+
+
+@dataclass(frozen=True)
+class MatrixFreeConfig:
+    """When to stop, and what a good step is; see `GaussNewtonConfig`.
+
+    Attributes:
+        jacobians: points at most at which J is taken.
+        steps: at most, from one of them.
+        contraction: a step must shrink the next correction to this share.
+        stalled: points in a row without a residual a fifth lower, after which the search ends; one if exact.
+        krylov: dimension of the Krylov space: as many products with J and with J^T a point.
+    """
+
+    jacobians: int = 14
+    steps: int = 8
+    contraction: float = 0.75
+    stalled: int = 4
+    krylov: int = 200
+
+
+class Coordinates(Protocol):
+    """A linear map S from coordinates, in which all directions are about as likely, to changes of an image."""
+
+    def spread(self, u: Tensor) -> Tensor:
+        """S u: [q] -> [c * h * w]."""
+        ...
+
+    def gather(self, slope: Tensor) -> Tensor:
+        """S^T slope: [c * h * w] -> [q]."""
+        ...
+
+
+class ProxyCoordinates:
+    """Those of the proxies' own variation: a dense basis."""
+
+    def __init__(self, subspace: Subspace) -> None:
+        self.basis = subspace.basis
+
+    def spread(self, u: Tensor) -> Tensor:
+        return self.basis @ u
+
+    def gather(self, slope: Tensor) -> Tensor:
+        return self.basis.T @ slope
+
+
+class SpectrumCoordinates:
+    """Those of natural images' mean spectrum: amplitudes that fall as 1 / frequency (Field, 1987), for any image size.
+
+    S is a symmetric filter of every channel; a pixel's standard deviation is `deviation`.
+    """
+
+    def __init__(self, shape: torch.Size | tuple[int, ...], deviation: float = 0.25) -> None:
+        self.shape = tuple(shape)
+        height, width = self.shape[-2:]
+        down, across = torch.fft.fftfreq(height, 1 / height), torch.fft.rfftfreq(width, 1 / width)
+        amplitude = 1 / (1 + torch.hypot(down[:, None], across[None]))
+        whole = 1 / (1 + torch.hypot(down[:, None], torch.fft.fftfreq(width, 1 / width)[None]))
+        self.amplitude = amplitude * deviation / whole.square().mean().sqrt()
+
+    def spread(self, u: Tensor) -> Tensor:
+        waves = torch.fft.rfft2(u.view(self.shape)) * self.amplitude.to(u)
+        return torch.fft.irfft2(waves, s=self.shape[-2:]).flatten()
+
+    gather = spread
+
+
+class Linearised(Protocol):
+    """z and its derivative J at one point.
+
+    Attributes:
+        value: z [R].
+    """
+
+    value: Tensor
+
+    def forward(self, direction: Tensor) -> Tensor:
+        """J direction: [c * h * w] -> [R]."""
+        ...
+
+    def backward(self, rows: Tensor) -> Tensor:
+        """J^T rows: [R] -> [c * h * w]."""
+        ...
+
+
+class GradientMap:
+    """x -> gradients of the adapted layers, each of norm 1, side by side [R]: of B where A is given, else of W itself.
+
+    A gradient G of a large layer need not be matched whole: with a random A, G A^T holds r numbers of each of its rows,
+    which is enough as long as R stays well above the number of pixels.
+
+    Args:
+        a: name -> A [r, d_in] of a one-step adapter, or a random one; None: the layers' full gradients.
+        shape: (c, h, w) of an image.
+    """
+
+    def __init__(self, target: Target, a: dict[str, Tensor] | None, shape: torch.Size | tuple[int, ...]) -> None:
+        self.target, self.a, self.shape = target, a, tuple(shape)
+        self.tangents = CaptureTangents(target)
+
+    def __call__(self, point: Tensor, label: Tensor) -> Tensor:
+        """Point [c * h * w] in [0, 1], label [1] -> [R]."""
+        with Capture(self.target) as capture:
+            gradient = capture(point.view(1, 1, *self.shape), label[None])
+        return self.observation([part.detach() for part in self.parts(gradient)])
+
+    def observation(self, parts: list[Tensor]) -> Tensor:
+        """What was observed of every layer, [d_out, r] or [d_out, d_in], of any positive scale -> [R].
+
+        Raises:
+            R2FError: a part that is zero or not finite.
+        """
+        for name, part in zip(self.target.names, parts, strict=True):
+            if not torch.isfinite(part).all() or not part.any():
+                raise R2FError(f"the gradient of {name} is zero or not finite: there is nothing to invert.")
+        return torch.cat([F.normalize(part.flatten(), dim=0, eps=1e-30) for part in parts])
+
+    def at(self, point: Tensor, label: Tensor) -> Linearised:
+        return _AtPoint(self, point, label)
+
+    def parts(self, gradient: FactoredGradient) -> list[Tensor]:
+        """delta^T x, or delta^T (x A^T), of one group."""
+        return [gradient.delta[name][0].mT @ self._seen(name, gradient.x[name][0]) for name in self.target.names]
+
+    def parts_along(self, gradient: FactoredGradient, moved: FactoredGradient) -> list[Tensor]:
+        """Their derivative: the product rule."""
+        return [
+            torch.addmm(
+                moved.delta[name][0, 0].mT @ self._seen(name, gradient.x[name][0]),
+                gradient.delta[name][0].mT,
+                self._seen(name, moved.x[name][0, 0]),
+            )
+            for name in self.target.names
+        ]
+
+    def _seen(self, name: str, x: Tensor) -> Tensor:
+        return x if self.a is None else x @ self.a[name].to(x).mT
+
+
+class _AtPoint:
+    """GradientMap's derivative at one point; keeps the graph of two passes."""
+
+    def __init__(self, updates: GradientMap, point: Tensor, label: Tensor) -> None:
+        self.updates, self.label = updates, label
+        self.image = point.detach().view(1, *updates.shape).requires_grad_()
+        with torch.enable_grad(), Capture(updates.target) as capture:
+            parts = updates.parts(capture(self.image[:, None], label[None], create_graph=True))
+            self._units = updates.observation(parts)
+        self._parts = [part.detach().flatten() for part in parts]
+        self.value = self._units.detach()
+
+    def forward(self, direction: Tensor) -> Tensor:
+        shaped = direction.to(self.image.dtype).view(1, 1, *self.updates.shape)
+        along = self.updates.parts_along(*self.updates.tangents(self.image.detach(), self.label, shaped))
+        pairs = zip(self._parts, along, strict=True)
+        return torch.cat([_unit_tangent(part, moved.flatten()[None])[0] for part, moved in pairs])
+
+    def backward(self, rows: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(self._units, self.image, rows, retain_graph=True)
+        return slope.flatten()
+
+
+def krylov(product: Callable[[Tensor], Tensor], start: Tensor, dimension: int) -> tuple[Tensor, Tensor]:
+    """Lanczos with full reorthogonalisation: Ritz values [k], ascending, and vectors [q, k] of a symmetric product.
+
+    k <= dimension: fewer where the space is exhausted.
+    """
+    basis = [start / start.norm()]
+    diagonal: list[Tensor] = []
+    beside: list[Tensor] = []
+    while True:
+        image, space = product(basis[-1]), torch.stack(basis)
+        diagonal.append(basis[-1] @ image)
+        for _ in range(2):
+            image = image - space.T @ (space @ image)
+        length = image.norm()
+        if len(basis) == min(dimension, len(start)) or length <= 1e-10 * diagonal[0].abs():
+            break
+        beside.append(length)
+        basis.append(image / length)
+    matrix = torch.diag(torch.stack(diagonal))
+    if beside:
+        matrix = matrix + torch.diag(torch.stack(beside), 1) + torch.diag(torch.stack(beside), -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp_min(0), space.T @ vectors
+
+
+def search_matrix_free(
+    updates: GradientMap,
+    observed: Tensor,
+    start: Tensor,
+    label: Tensor,
+    coordinates: Coordinates,
+    config: MatrixFreeConfig | None = None,
+    told: Callable[[float], None] = lambda residual: None,
+) -> Search:
+    """As `gauss_newton.search`, from products with J and J^T alone.
+
+    Args:
+        observed: [R], from `updates.observation`.
+        start: [c * h * w] in [0, 1]; label: [1].
+        told: called with the relative residual after each point.
+    """
+    config = config or MatrixFreeConfig()
+    scale = len(updates.target.layers) ** 0.5
+    point = start
+    here = updates.at(point, label)
+    residual = here.value - observed
+    first = lowest = now = float(residual.norm()) / scale
+    count = since = 0
+    while lowest > SOLVED and count < config.jacobians and since < (1 if lowest < EXACT else config.stalled):
+        if count:
+            here = updates.at(point, label)
+        count += 1
+        point, residual = _descend(updates, here, point, residual, observed, label, coordinates, config)
+        now = float(residual.norm()) / scale
+        lowest, since = (now, 0) if now < 0.8 * lowest else (lowest, since + 1)
+        told(now)
+    return Search(point, now, first, count)
+
+
+def _descend(
+    updates: GradientMap,
+    here: Linearised,
+    point: Tensor,
+    residual: Tensor,
+    observed: Tensor,
+    label: Tensor,
+    coordinates: Coordinates,
+    config: MatrixFreeConfig,
+) -> tuple[Tensor, Tensor]:
+    """Steps with the derivative at one point, as long as they contract: the last point and its residual."""
+
+    def pull_of(rows: Tensor) -> Tensor:
+        return coordinates.gather(here.backward(rows)).double()  # S^T J^T r
+
+    def product(u: Tensor) -> Tensor:
+        return pull_of(here.forward(coordinates.spread(u.to(point.dtype))))
+
+    curvature, axes = krylov(product, pull_of(residual), config.krylov)
+    pull = axes.T @ pull_of(residual)
+    for step in range(config.steps):
+        best: tuple[float, Tensor, Tensor, Tensor] | None = None
+        for share in reversed(DAMPINGS):  # the least damped first: the first good one is taken
+            damped = curvature + share * curvature[-1]
+            trial = (point - coordinates.spread((axes @ (pull / damped)).to(point.dtype))).clamp(0, 1)
+            error = updates(trial, label) - observed
+            next_pull = axes.T @ pull_of(error)
+            ratio = float((next_pull / damped).norm() / (pull / damped).norm())
+            if best is None or ratio < best[0]:
+                best = (ratio, trial, error, next_pull)
+            if ratio < config.contraction:
+                break
+        assert best is not None
+        if best[0] >= config.contraction and step > 0:
+            break
+        _, point, residual, pull = best
+        if float(residual.norm()) / len(updates.target.layers) ** 0.5 < SOLVED:
+            break
+    return point, residual

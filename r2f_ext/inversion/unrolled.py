@@ -1,0 +1,309 @@
+"""Updates of victims that took several steps, used batches or other optimizers, and their exact derivatives.
+
+`UnrolledMap` serves the search of `gauss_newton` where `UpdateMap` does not: the update is what T training steps did to
+the factors, as a function of all the images that the victim owns. It is differentiated in forward mode through every
+step: each step carries the factors, the optimizer's buffers, and their tangents along a block of directions.
+
+Where one step is plain SGD the learning rate cancels; here it does not, so the recipe must be known, and A_0 with it.
+
+AdamW's first step is B_1 = -lr u with u = g / (|g| + eps): a sign, but for eps. In exact arithmetic u still holds g,
+as eps u / (1 - |u|), and float32 holds u to about 2e-7, so g, with eps = 1e-8, to a share of about 24 |g|: an entry of
+1e-4 to 0.2 %, one of 1e-2 to a quarter, one above 0.04 not at all. `first_adamw_step` reads it so: the search then runs
+on a plain step whose entries are weighted by their precision. The map x -> u itself is no use to a search: its
+derivative, eps / (|g| + eps)^2, is zero to rounding nearly everywhere and huge at sign changes. From the second step on
+AdamW's movement holds ratios of gradients, which are smooth except where an entry is near zero at all steps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from r2f_ext.capture.hooks import as_tokens
+from r2f_ext.capture.tangents import _Hooks
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.gauss_newton import Subspace, _unit_tangent
+from r2f_ext.pairs import Training, simulate
+from r2f_ext.types import Target
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which `Training` keeps
+ROUNDINGS = 2.0  # of AdamW's own arithmetic, in units of the dtype's eps
+AIM = 1e-3  # what the errors of a weighted gradient are held to, in units of its typical entry
+TRUSTED_ROUNDINGS = 10.0
+SQUARE_OF_NOTHING = 1e-36  # far below EPS squared: keeps the derivative of a root at zero finite
+
+State = dict[str, dict[str, Tensor]]  # "a", "b" and the optimizer's buffers -> name -> tensor
+
+
+class UnrolledMap:
+    """z(x): what training on images x did to B and, where that is to be looked at, to A; a layer's part has norm 1.
+
+    For `gauss_newton.search`. A point is all images that a victim owns, side by side: [training.owned * c * h * w];
+    labels [training.owned]. One batch that every step sees is Training(batch=b); a batch of its own for each of T steps
+    is Training(steps=T, batch=b, samples=T * b).
+
+    Args:
+        target: base model and adapted layers.
+        a0: name -> A before the first step [r, d_in].
+        shape: (c, h, w) of an image.
+        training: the victim's recipe, learning rate included.
+        directions: tangents of one pass: memory grows with them.
+
+    Raises:
+        R2FError: dropout, of which the victim's draws are unknown.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        a0: dict[str, Tensor],
+        shape: torch.Size | tuple[int, ...],
+        training: Training,
+        directions: int = 64,
+    ) -> None:
+        if training.dropout:
+            raise R2FError("the search cannot follow a training with dropout: its random draws are unknown.")
+        dtype = next(target.base.model.parameters()).dtype
+        self.target, self.training, self.directions = target, training, directions
+        self.a0 = {layer.name: a0[layer.name].to(dtype) for layer in target.layers}
+        self.weights: dict[str, Tensor] = {}
+        self.a_weights: dict[str, float] = {}
+        self._shape = (training.owned, *shape)
+        self._step = _TracedStep(target, training)
+
+    def weighing(
+        self, weights: dict[str, Tensor] | None = None, a_weights: dict[str, float] | None = None
+    ) -> UnrolledMap:
+        """The same map as one victim's precision asks for; what was traced is shared.
+
+        Args:
+            weights: name -> [d_out, r], what B is multiplied by before it is compared, see `first_adamw_step`; None: 1.
+            a_weights: name -> the say of A's movement beside B's, see `movement_weights`; None: A is not looked at.
+        """
+        other = copy.copy(self)
+        other.weights, other.a_weights = weights or {}, a_weights or {}
+        return other
+
+    def __call__(self, points: Tensor, labels: Tensor) -> Tensor:
+        """Points [n, owned * c * h * w] in [0, 1], all of the labels [owned] -> [n, R]."""
+        images = points.unflatten(1, self._shape)
+        victims = simulate(self.target, self.a0, images, labels.expand(len(points), -1), self.training)
+        return self.observation(victims.a, victims.b)
+
+    def observation(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        """What V adapters show: a[name] [V, r, d_in], b[name] [V, d_out, r] after the last step -> [V, R].
+
+        Raises:
+            R2FError: a part that did not move or is not finite.
+        """
+        parts = self._parts(a, b)
+        for part in parts:
+            if not torch.isfinite(part).all() or not part.any(dim=1).all():
+                raise R2FError("a factor has not moved or is not finite: the adapter is untrained or damaged.")
+        units = [share * F.normalize(part, dim=1, eps=1e-30) for share, part in zip(self._shares(), parts, strict=True)]
+        return torch.cat(units, dim=1)
+
+    def jacobian(self, point: Tensor, labels: Tensor, basis: Tensor) -> Tensor:
+        """dz along the columns of basis [owned * c * h * w, q] at point [owned * c * h * w]: [q, R], exactly."""
+        images, columns = point.view(self._shape), basis.shape[1]
+        # Whole passes only: a step is traced for one shape.
+        rows = F.pad(basis.T, (0, 0, 0, -columns % self.directions)).unflatten(1, self._shape)
+        return torch.cat([self._tangents(images, labels, part) for part in rows.split(self.directions)])[:columns]
+
+    def _shares(self) -> list[float]:
+        """Norms of the parts: B's of all layers, then A's; those of one layer have norm 1 together."""
+        both = [(1 + self.a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names]
+        said = [name for name in self.target.names if name in self.a_weights]
+        return both + [(1 + self.a_weights[name] ** -2) ** -0.5 for name in said]
+
+    def _parts(self, a: dict[str, Tensor], b: dict[str, Tensor], tangent: bool = False) -> list[Tensor]:
+        parts = [(b[name] * self.weights.get(name, 1.0)).flatten(1) for name in self.target.names]
+        said = [name for name in self.target.names if name in self.a_weights]
+        return parts + [(a[name] if tangent else a[name] - self.a0[name]).flatten(1) for name in said]
+
+    def along(self, images: Tensor, labels: Tensor, directions: Tensor) -> tuple[State, State]:
+        """The state after training, and its derivatives along K directions.
+
+        Args:
+            images: [owned, c, h, w]; labels: [owned]; directions: [K, owned, c, h, w].
+
+        Returns:
+            (state, moved): state["a"][name] [r, d_in], state["b"][name] [d_out, r] and the optimizer's buffers; the
+            same with [K, ...].
+        """
+        state = _start(self.target, self.a0, self.training)
+        moved = {
+            kind: {name: each.new_zeros(len(directions), *each.shape) for name, each in group.items()}
+            for kind, group in state.items()
+        }
+        for step, rate in enumerate(self.training.rates()):
+            index = self.training.batch_of(step)
+            numbers = images.new_tensor([rate, *(1 - beta ** (step + 1) for beta in BETAS)])
+            state, moved = self._step(images[index], labels[index], state, numbers, directions[:, index], moved)
+        return state, moved
+
+    def _tangents(self, images: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
+        state, moved = self.along(images, labels, directions)
+        a, b = ({name: each[None] for name, each in state[kind].items()} for kind in "ab")
+        values = self._parts(a, b)
+        tangents = self._parts(moved["a"], moved["b"], tangent=True)
+        parts = zip(self._shares(), values, tangents, strict=True)
+        return torch.cat([share * _unit_tangent(value[0], tangent) for share, value, tangent in parts], dim=1)
+
+
+def movement_weights(a0: dict[str, Tensor], a: dict[str, Tensor]) -> dict[str, float]:
+    """How far A's movement, from a0[name] to a[name] [r, d_in], can be trusted beside B, for layers where A moved.
+
+    B is good to some ten roundings of itself. A's movement is a difference: it is good to one rounding of A.
+    """
+    ratios = {name: float((a[name] - each).norm() / each.norm()) for name, each in a0.items() if name in a}
+    return {name: min(1.0, TRUSTED_ROUNDINGS * ratio) for name, ratio in ratios.items() if ratio > 0}
+
+
+def _start(target: Target, a0: dict[str, Tensor], training: Training) -> State:
+    """PEFT's start, and the optimizer's empty buffers."""
+    b0 = {layer.name: a0[layer.name].new_zeros(layer.d_out, layer.rank) for layer in target.layers}
+    state = {"a": a0, "b": b0}
+    if training.optimizer == "adamw":
+        buffers = [f"{moment}_{factor}" for moment in ("mean", "square") for factor in "ab"]
+    else:
+        buffers = ["velocity_a", "velocity_b"] if training.momentum else []
+    for buffer in buffers:
+        state[buffer] = {name: torch.zeros_like(each) for name, each in state[buffer[-1]].items()}
+    return state
+
+
+class _TracedStep:
+    """One training step and its tangents, traced once for each shape and then run as a flat list of operators."""
+
+    def __init__(self, target: Target, training: Training) -> None:
+        self.target, self.training = target, training
+        modules = dict(target.base.model.named_modules())
+        self._modules = {name: modules[name] for name in target.names}
+        self._traced: dict[tuple[torch.Size, torch.dtype], Callable[..., tuple[State, State]]] = {}
+
+    def __call__(self, *inputs: Any) -> tuple[State, State]:
+        """images [b, c, h, w], labels [b], state, numbers [3], and the tangents of images and state, K of each."""
+        directions = inputs[4]
+        key = (directions.shape, directions.dtype)
+        if key not in self._traced:
+            graph: Any = make_fx(lambda *inputs: self._along(*inputs))(*inputs)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            self._traced[key] = graph
+        with torch.no_grad():
+            return self._traced[key](*inputs)
+
+    def _along(
+        self, images: Tensor, labels: Tensor, state: State, numbers: Tensor, directions: Tensor, moved: State
+    ) -> tuple[State, State]:
+        def along(direction: Tensor, change: State) -> tuple[State, State]:
+            step = lambda images, state: self._after(images, labels, state, numbers)  # noqa: E731
+            return jvp(step, (images, state), (direction, change))  # type: ignore[return-value]
+
+        value_once_and_all_tangents: Any = (None, 0)
+        return vmap(along, out_dims=value_once_and_all_tangents)(directions, moved)
+
+    def _after(self, images: Tensor, labels: Tensor, state: State, numbers: Tensor) -> State:
+        """The state after one more step."""
+
+        def loss(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+            def adapted(name: str, x: Tensor, output: Tensor) -> Tensor:
+                module, scale = self._modules[name], self.target.layer(name).scale
+                added = scale * (as_tokens(module, x) @ a[name].mT) @ b[name].mT
+                return output + (added.mT if isinstance(module, nn.Conv2d) else added).reshape(output.shape)
+
+            with _Hooks(self._modules, adapted):
+                logits = self.target.base.model(self.target.base.normalize(images))
+            return F.cross_entropy(logits, labels)
+
+        slopes = grad(loss, argnums=(0, 1))(state["a"], state["b"])
+        after: State = {kind: {} for kind in state}
+        for factor, slope in zip("ab", slopes, strict=True):
+            for name in self.target.names:
+                buffers = {kind[:-2]: group[name] for kind, group in state.items() if kind.endswith(f"_{factor}")}
+                changed = _stepped(state[factor][name], slope[name], buffers, numbers, self.training)
+                after[factor][name] = changed.pop("factor")
+                for buffer, value in changed.items():
+                    after[f"{buffer}_{factor}"][name] = value
+        return after
+
+
+def _stepped(
+    factor: Tensor, slope: Tensor, buffers: dict[str, Tensor], numbers: Tensor, training: Training
+) -> dict[str, Tensor]:
+    """torch.optim's SGD or AdamW on one factor, written as a function; numbers: step size, and 1 - beta^t twice."""
+    rate, unbiased_mean, unbiased_square = numbers.unbind()
+    decay = training.weight_decay
+    if training.optimizer == "adamw":
+        mean = BETAS[0] * buffers["mean"] + (1 - BETAS[0]) * slope
+        square = BETAS[1] * buffers["square"] + (1 - BETAS[1]) * slope.square()
+        size = (square / unbiased_square).clamp_min(SQUARE_OF_NOTHING).sqrt() + EPS
+        return {
+            "factor": factor * (1 - rate * decay) - rate * mean / unbiased_mean / size,
+            "mean": mean,
+            "square": square,
+        }
+    slope = slope + decay * factor if decay else slope
+    if not buffers:
+        return {"factor": factor - rate * slope}
+    velocity = training.momentum * buffers["velocity"] + slope
+    return {"factor": factor - rate * velocity, "velocity": velocity}
+
+
+def side_by_side(subspace: Subspace, images: int) -> Subspace:
+    """Where to look for several images at once: each in the subspace of one."""
+    return Subspace(torch.block_diag(*[subspace.basis] * images))
+
+
+@dataclass(frozen=True)
+class FirstAdamWStep:
+    """The gradient that AdamW's first step hides behind its sign, for one victim.
+
+    Attributes:
+        gradient: name -> gradient at B [d_out, r]; zero where the step shows the sign alone.
+        weights: name -> [d_out, r] in [0, 1], falling from 1 where the error of an entry passes `aim` of the layer's
+            typical entry; 0 where the step shows the sign alone.
+    """
+
+    gradient: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def first_adamw_step(b: dict[str, Tensor], training: Training, aim: float = AIM) -> FirstAdamWStep:
+    """Read the gradient out of B after AdamW's first step from B = 0, from how far each entry is from +-lr.
+
+    With u = -B / lr = g / (|g| + eps): g = eps u / (1 - |u|), known to (|g| + eps)^2 / eps times the error of u, which
+    is a few roundings of B's dtype.
+
+    Args:
+        b: name -> B [d_out, r], in the dtype that it was trained in.
+        training: AdamW's first step; its learning rate to all digits.
+        aim: see `FirstAdamWStep.weights`.
+
+    Raises:
+        R2FError: another recipe, or a B that no learning rate like this one can have made.
+    """
+    if training.optimizer != "adamw" or training.steps != 1:
+        raise R2FError("only the first step of AdamW can be read: later ones mix several gradients.")
+    gradient, weights = {}, {}
+    for name, each in b.items():
+        rounding = ROUNDINGS * torch.finfo(each.dtype).eps
+        u = -each.double() / training.rates()[0]
+        if float(u.abs().max()) > 1 + 1e-3:
+            raise R2FError(f"B of {name} exceeds the learning rate {training.rates()[0]:g}: pass the victim's own.")
+        shown = u.abs() < 1 - rounding
+        size = torch.where(shown, EPS * u.abs() / (1 - u.abs()).clamp_min(rounding), 0.0)
+        typical = size[shown].square().mean().sqrt() if shown.any() else size.new_ones(())
+        error = (size + EPS).square() / EPS * rounding / typical
+        gradient[name] = (size * u.sign()).to(each.dtype)
+        weights[name] = torch.where(shown, 1 / (1 + error / aim), 0.0).to(each.dtype)
+    return FirstAdamWStep(gradient, weights)
