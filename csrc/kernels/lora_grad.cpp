@@ -13,7 +13,7 @@ using namespace tiles;
 
 // Bytes of x and delta that are read twice while they are in the second-level cache.
 constexpr int64_t kTwiceReadBytes = 1 << 20;
-// Without B, a group that is streamed, with few ranks, is taken in runs of kStreamedRows rows: the hardware foresees
+// A group that is streamed, with few ranks, is taken in runs of kStreamedRows rows: the hardware foresees
 // these, but not columns of many long rows. With many ranks arithmetic takes longer than memory.
 constexpr int64_t kStreamedRows = 12, kStreamedRanks = 15;
 // Columns in an item of the sums.
@@ -88,7 +88,7 @@ R2F_INLINE void run(const LoraGradArgs& args, const Part& part) {
 
   int64_t run_rows = std::min(most_rows, kMaxRows);
   const int64_t row_bytes = (args.d_in + args.d_out + 1) * static_cast<int64_t>(sizeof(T));
-  if (!with_B && rank <= kStreamedRanks && lora_grad_streams(most_rows, args.d_in, args.d_out, sizeof(T))) {
+  if (rank <= kStreamedRanks && lora_grad_streams(most_rows, args.d_in, args.d_out, sizeof(T))) {
     run_rows = std::min(run_rows, kStreamedRows);
   } else if (with_B || copies) {
     run_rows = std::min(run_rows, std::max<int64_t>(24, kTwiceReadBytes / row_bytes / 24 * 24));

@@ -65,6 +65,14 @@ constexpr int64_t by_element(int64_t rank) {
   return Bytes == 64 && !std::is_same_v<T, BFloat16> ? rank / kWidth * kWidth : 0;
 }
 
+// The same for `project`, of `features` in whole vectors: a dozen longer rows would compete for the same few places of
+// the first-level cache.
+template <typename T, int Bytes>
+constexpr int64_t projected_by_element(int64_t rank, int64_t features) {
+  const bool fits = features * static_cast<int64_t>(sizeof(Accumulation<T>)) <= kChunkBytes;
+  return fits ? by_element<T, Bytes>(rank) : 0;
+}
+
 // A block of ranks as one register.
 template <typename Acc, int Bytes>
 using RankVector = typename VectorOf<Acc, Block<Bytes>::kMaxRanks* static_cast<int>(sizeof(Acc))>::type;
@@ -216,7 +224,7 @@ R2F_INLINE void project(Rows<const T> x, const Accumulation<T>* w, int64_t token
   constexpr int kWidth = Block<Bytes>::kMaxRanks;
   int64_t done = 0;
   if constexpr (by_element<T, Bytes>(kWidth) > 0) {
-    for (const int64_t end = by_element<T, Bytes>(rank); done < end;) {
+    for (const int64_t end = projected_by_element<T, Bytes>(rank, features); done < end;) {
       const bool two = done + 2 * kWidth <= end;
       if (two)
         project_by_element<T, Bytes, 2>(x, w, tokens, features, u, first, done);
@@ -468,10 +476,10 @@ template <typename T, int Bytes>
 R2F_INLINE void pack(const T* from, int64_t rank_stride, int64_t feature_stride, int64_t rank, int64_t features,
                      Accumulation<T>* to) {
   constexpr int64_t kLanes = VectorOf<Accumulation<T>, Bytes>::kLanes, kWidth = Block<Bytes>::kMaxRanks;
+  const int64_t whole = whole_vectors<Accumulation<T>, Bytes>(features);
   for (int64_t j = 0; j < rank; j += kWidth) {
     const int64_t ranks = std::min(rank - j, kWidth), block = Block<Bytes>::ranks(rank - j);
-    if (j < by_element<T, Bytes>(rank)) {
-      const int64_t whole = whole_vectors<Accumulation<T>, Bytes>(features);
+    if (j < projected_by_element<T, Bytes>(rank, whole)) {
       for (int64_t i = 0; i < features; ++i, to += kWidth)
         for (int64_t r = 0; r < kWidth; ++r) to[r] = widen(from[(j + r) * rank_stride + i * feature_stride]);
       to = std::fill_n(to, (whole - features) * kWidth, Accumulation<T>(0));
