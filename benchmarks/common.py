@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -40,8 +41,8 @@ def interleaved_medians(
 ) -> dict[str, float]:
     """Median milliseconds of each function, over at least 5 rounds.
 
-    Every round times each of them once (`calls` calls in a row), in turn, so that noise hits all alike. On a GPU by
-    events, from an idle device.
+    Every round times each of them once (`calls` calls in a row), so that noise hits all alike, in an order drawn anew:
+    what a function leaves in the caches helps or hinders the one after it. On a GPU by events, from an idle device.
     """
     if rounds < 5:
         raise ValueError("at least 5 rounds")
@@ -50,9 +51,11 @@ def interleaved_medians(
         function()
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order, chance = list(functions), random.Random(0)
     for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(timed(function, calls) / calls)
+        chance.shuffle(order)
+        for name in order:
+            times[name].append(timed(functions[name], calls) / calls)
     return {name: statistics.median(each) for name, each in times.items()}
 
 

@@ -5,7 +5,12 @@
 //
 // Both keep a block of ranks x rows (or ranks x vectors) in registers, so one load serves many multiply-adds;
 // accumulate keeps it for all rows of the run, so sums touch memory once. Every number is added up in an order that
-// does not depend on how the work is divided: the features in a row's own lanes, the rows one after another.
+// does not depend on how the work is divided: the features in a row's own lanes, or one after another within chunks;
+// the rows one after another.
+//
+// With AVX-512, whole blocks of ranks are also worked off "by element": lanes are ranks, and each element is broadcast.
+// No lanes are left to be added up, and nothing is transposed, but each product loads an element, which two registers
+// to a cycle allow.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +28,8 @@ using simd::VectorOf;
 
 // Features projected at once: 8 rows of W stay in the first-level cache.
 constexpr int64_t kChunkBytes = 3072;
+// Features projected at once by element: what is added up one after another stays short.
+constexpr int64_t kElementChunk = 192;
 // Rows whose factors are kept at once.
 constexpr int64_t kMaxRows = 512;
 
@@ -44,6 +51,31 @@ struct Block {
     return rank / kMaxRanks * kMaxRanks + (rank % kMaxRanks == 0 ? 0 : ranks(rank % kMaxRanks));
   }
 };
+
+template <typename Acc, int Bytes>
+constexpr int64_t whole_vectors(int64_t n) {
+  constexpr int64_t kLanes = VectorOf<Acc, Bytes>::kLanes;
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
+
+// How many of `rank` ranks are worked off by element. (bfloat16 would have to be widened one by one.)
+template <typename T, int Bytes>
+constexpr int64_t by_element(int64_t rank) {
+  constexpr int64_t kWidth = Block<Bytes>::kMaxRanks;
+  return Bytes == 64 && !std::is_same_v<T, BFloat16> ? rank / kWidth * kWidth : 0;
+}
+
+// The same for `project`, of `features` in whole vectors: a dozen longer rows would compete for the same few places of
+// the first-level cache.
+template <typename T, int Bytes>
+constexpr int64_t projected_by_element(int64_t rank, int64_t features) {
+  const bool fits = features * static_cast<int64_t>(sizeof(Accumulation<T>)) <= kChunkBytes;
+  return fits ? by_element<T, Bytes>(rank) : 0;
+}
+
+// A block of ranks as one register.
+template <typename Acc, int Bytes>
+using RankVector = typename VectorOf<Acc, Block<Bytes>::kMaxRanks* static_cast<int>(sizeof(Acc))>::type;
 
 // Rows of a matrix, `stride` elements apart.
 template <typename T>
@@ -128,13 +160,80 @@ R2F_INLINE void project_ranks(Rows<const T> x, const Accumulation<T>* w, int64_t
   for (; t < tokens; ++t) project_block<T, Bytes, Ranks, 1>(x.from(t, 0), w, features, ahead, onto, u + t * kWidth);
 }
 
+// u [Tokens, Count blocks of ranks] = (or, `onto`, +=) x w^T, by element. w is packed: [feature][rank], its blocks
+// `w_stride` apart, those of u `u_stride`.
+template <typename T, int Bytes, int Count, int Tokens>
+R2F_INLINE void project_elements(Rows<const T> x, const Accumulation<T>* w, int64_t w_stride, int64_t features,
+                                 bool onto, Accumulation<T>* u, int64_t u_stride) {
+  using Acc = Accumulation<T>;
+  using V = RankVector<Acc, Bytes>;
+  constexpr int kWidth = Block<Bytes>::kMaxRanks, kLanes = VectorOf<Acc, Bytes>::kLanes;
+  V sum[Tokens][Count] = {};
+  for (int64_t i = 0; i < features; i += kLanes) {
+#pragma GCC unroll 12
+    for (int t = 0; t < Tokens; ++t) __builtin_prefetch(x.at(t, i) + 2 * Tokens * x.stride);
+#pragma GCC unroll 2
+    for (int64_t k = i; k < i + kLanes; ++k, w += kWidth) {
+      V row[Count];
+#pragma GCC unroll 2
+      for (int c = 0; c < Count; ++c) row[c] = simd::load<V>(w + c * w_stride);
+#pragma GCC unroll 12
+      for (int t = 0; t < Tokens; ++t) {
+        const Acc element = widen(*x.at(t, k));
+#pragma GCC unroll 2
+        for (int c = 0; c < Count; ++c) sum[t][c] += row[c] * element;
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 2
+    for (int c = 0; c < Count; ++c) {
+      Acc* place = u + c * u_stride + t * kWidth;
+      simd::store(place, onto ? simd::load<V>(place) + sum[t][c] : sum[t][c]);
+    }
+  }
+}
+
+// Ranks j to j + Count blocks of `project`, by element.
+template <typename T, int Bytes, int Count>
+R2F_INLINE void project_by_element(Rows<const T> x, const Accumulation<T>* w, int64_t tokens, int64_t features,
+                                   Panels<Accumulation<T>, Bytes> u, int64_t first, int64_t j) {
+  constexpr int kWidth = Block<Bytes>::kMaxRanks;
+  const int64_t w_stride = features * kWidth, u_stride = u.rows * kWidth;
+  int64_t k = 0;
+  do {  // at least once: without features, u = 0
+    const int64_t n = std::min(kElementChunk, features - k);
+    const Accumulation<T>* wk = w + j * features + k * kWidth;
+    int64_t t = 0;
+    for (; t + 12 <= tokens; t += 12)
+      project_elements<T, Bytes, Count, 12>(x.from(t, k), wk, w_stride, n, k > 0, u.at(first + t, j), u_stride);
+    for (; t + 4 <= tokens; t += 4)
+      project_elements<T, Bytes, Count, 4>(x.from(t, k), wk, w_stride, n, k > 0, u.at(first + t, j), u_stride);
+    for (; t < tokens; ++t)
+      project_elements<T, Bytes, Count, 1>(x.from(t, k), wk, w_stride, n, k > 0, u.at(first + t, j), u_stride);
+    k += kElementChunk;
+  } while (k < features);
+}
+
 // u [tokens, rank], from row `first` on, = x w^T with x [tokens, features] and w [rank, features], packed.
 template <typename T, int Bytes>
 R2F_INLINE void project(Rows<const T> x, const Accumulation<T>* w, int64_t tokens, int64_t features, int64_t rank,
                         Panels<Accumulation<T>, Bytes> u, int64_t first) {
   constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Accumulation<T>));
   constexpr int kWidth = Block<Bytes>::kMaxRanks;
-  for (int64_t j = 0; j < rank; j += kWidth) {
+  int64_t done = 0;
+  if constexpr (by_element<T, Bytes>(kWidth) > 0) {
+    for (const int64_t end = projected_by_element<T, Bytes>(rank, features); done < end;) {
+      const bool two = done + 2 * kWidth <= end;
+      if (two)
+        project_by_element<T, Bytes, 2>(x, w, tokens, features, u, first, done);
+      else
+        project_by_element<T, Bytes, 1>(x, w, tokens, features, u, first, done);
+      done += two ? 2 * kWidth : kWidth;
+    }
+  }
+  for (int64_t j = done; j < rank; j += kWidth) {
     int64_t k = 0;
     do {  // at least once: without features, u = 0
       const int64_t n = std::min(kChunk, features - k);
@@ -298,26 +397,94 @@ R2F_INLINE void accumulate_ranks(const Term<T, Bytes>* terms, int count, int64_t
   }
 }
 
+// `Features` columns and `Count` blocks of ranks of a sum that is written as [features, rank] and has one run of rows,
+// by element.
+template <typename T, int Bytes, int Count, int Features>
+R2F_INLINE void accumulate_elements(const Term<T, Bytes>* terms, int count, int64_t tokens, int64_t j, int64_t column,
+                                    const Sums<Accumulation<T>>& sums) {
+  using Acc = Accumulation<T>;
+  using V = RankVector<Acc, Bytes>;
+  constexpr int kWidth = Block<Bytes>::kMaxRanks, kLanes = VectorOf<Acc, Bytes>::kLanes;
+  V sum[Features][Count] = {};
+  for (int k = 0; k < count; ++k) {
+    const T* x = terms[k].x.at(0, column);
+    const Acc* u = terms[k].u.at(0, j);
+    const int64_t stride = terms[k].x.stride, panel = terms[k].u.rows * kWidth;
+    for (int64_t t = 0; t < tokens; ++t, x += stride, u += kWidth) {
+      __builtin_prefetch(x + kLanes);  // the columns that come next
+      V row[Count];
+#pragma GCC unroll 2
+      for (int c = 0; c < Count; ++c) row[c] = simd::load<V>(u + c * panel);
+#pragma GCC unroll 12
+      for (int i = 0; i < Features; ++i) {
+        const Acc element = widen(x[i]);
+#pragma GCC unroll 2
+        for (int c = 0; c < Count; ++c) sum[i][c] += row[c] * element;
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < Features; ++i) {
+#pragma GCC unroll 2
+    for (int c = 0; c < Count; ++c)
+      simd::store(sums.out + (column + i) * sums.rank + j + c * kWidth, sum[i][c] * sums.scale);
+  }
+}
+
+// The same for ranks j < ranks, whole blocks, and columns from `first` on, as long as `Features` of them are left
+// before `last`. Returns the first column that is not done.
+template <typename T, int Bytes, int Features>
+R2F_INLINE int64_t accumulate_by_element(const Term<T, Bytes>* terms, int count, int64_t tokens, int64_t ranks,
+                                         int64_t first, int64_t last, const Sums<Accumulation<T>>& sums) {
+  constexpr int kWidth = Block<Bytes>::kMaxRanks;
+  int64_t i = first;
+  for (; i + Features <= last; i += Features) {
+    int64_t j = 0;
+    for (; j + 2 * kWidth <= ranks; j += 2 * kWidth)
+      accumulate_elements<T, Bytes, 2, Features>(terms, count, tokens, j, i, sums);
+    if (j < ranks) accumulate_elements<T, Bytes, 1, Features>(terms, count, tokens, j, i, sums);
+  }
+  return i;
+}
+
 // The sum of the terms, columns first <= i < last (whole vectors), all ranks.
 template <typename T, int Bytes>
 R2F_INLINE void accumulate(const Term<T, Bytes>* terms, int count, int64_t tokens, int64_t first, int64_t last,
                            const Sums<Accumulation<T>>& sums) {
-  // Few columns at a time: they stay in the cache for all ranks.
   constexpr int64_t kLanes = VectorOf<Accumulation<T>, Bytes>::kLanes, kMaxRanks = Block<Bytes>::kMaxRanks;
+  int64_t done = 0;  // ranks
+  if constexpr (by_element<T, Bytes>(kMaxRanks) > 0) {
+    // Of one block, the transpose is cheap; partial sums lie the other way round.
+    if (sums.by_feature && sums.first && sums.last && sums.rank >= 2 * kMaxRanks) {
+      done = by_element<T, Bytes>(sums.rank);
+      const int64_t end = std::min(last, sums.features);
+      int64_t i = accumulate_by_element<T, Bytes, 12>(terms, count, tokens, done, first, end, sums);
+      i = accumulate_by_element<T, Bytes, 4>(terms, count, tokens, done, i, end, sums);
+      accumulate_by_element<T, Bytes, 1>(terms, count, tokens, done, i, end, sums);
+    }
+  }
+  // Few columns at a time: they stay in the cache for all ranks.
   const int64_t stripe = sums.rank <= kMaxRanks ? last - first : Block<Bytes>::others(kMaxRanks) * kLanes;
   for (int64_t i = first; i < last; i += stripe)
-    for (int64_t j = 0; j < sums.rank; j += kMaxRanks)
+    for (int64_t j = done; j < sums.rank; j += kMaxRanks)
       accumulate_ranks<T, Bytes>(terms, count, tokens, j, i, std::min(i + stripe, last), sums);
 }
 
 // W [rank, features], element [j][i] at from[j * rank_stride + i * feature_stride], packed for `project`: panel by
-// panel, [vector][rank][lane], padded with zeros to whole vectors and blocks of ranks.
+// panel, [feature][rank] by element, else [vector][rank][lane]; padded with zeros to whole vectors and blocks of ranks.
 template <typename T, int Bytes>
 R2F_INLINE void pack(const T* from, int64_t rank_stride, int64_t feature_stride, int64_t rank, int64_t features,
                      Accumulation<T>* to) {
   constexpr int64_t kLanes = VectorOf<Accumulation<T>, Bytes>::kLanes, kWidth = Block<Bytes>::kMaxRanks;
+  const int64_t whole = whole_vectors<Accumulation<T>, Bytes>(features);
   for (int64_t j = 0; j < rank; j += kWidth) {
     const int64_t ranks = std::min(rank - j, kWidth), block = Block<Bytes>::ranks(rank - j);
+    if (j < projected_by_element<T, Bytes>(rank, whole)) {
+      for (int64_t i = 0; i < features; ++i, to += kWidth)
+        for (int64_t r = 0; r < kWidth; ++r) to[r] = widen(from[(j + r) * rank_stride + i * feature_stride]);
+      to = std::fill_n(to, (whole - features) * kWidth, Accumulation<T>(0));
+      continue;
+    }
     for (int64_t i = 0; i < features; i += kLanes) {
       const int64_t lanes = std::min(features - i, kLanes);
       for (int64_t r = 0; r < ranks; ++r, to += kLanes) {
@@ -333,12 +500,6 @@ R2F_INLINE void pack(const T* from, int64_t rank_stride, int64_t feature_stride,
 
 // ---- Memory and edges
 // ------------------------------------------------------------------------------------------------
-
-template <typename Acc, int Bytes>
-constexpr int64_t whole_vectors(int64_t n) {
-  constexpr int64_t kLanes = VectorOf<Acc, Bytes>::kLanes;
-  return (n + kLanes - 1) / kLanes * kLanes;
-}
 
 // Cache-aligned memory that nobody has written, handed out as matrices.
 template <typename Acc>

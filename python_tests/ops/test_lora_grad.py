@@ -60,6 +60,18 @@ def test_agrees_with_the_definition_and_the_reference(device, dtype, rank, B):
             assert_close(got, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("tokens", [48, 49])
+@pytest.mark.parametrize("rank", [1, 2, 12, 15, 16, 24])
+def test_groups_on_both_sides_of_what_is_streamed(device, tokens, rank):
+    """On the CPU groups of more than 192 KB are taken in short runs of rows, or at rank 1 by matrix-vector products."""
+    for B in ("none", "shared"):
+        x, delta, A, B0 = make((3, tokens, 512, 512), rank, device=device, A_per_group=B == "none", B=B)
+        assert (x[0].nbytes + delta[0].nbytes > 192 << 10) == (tokens == 49)
+        result = lora_grad(x, delta, A, B0, scale=0.5, lr=0.1)
+        for got, expected in zip(result, by_definition(x, delta, A, B0, 0.5, 0.1), strict=True):
+            assert_close(got, expected, TOLERANCE[torch.float32])
+
+
 ROWS = [3, 0, 17, 1, 30, 0]  # of groups of unequal size
 
 

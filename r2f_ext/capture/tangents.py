@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad, jvp, vmap
+from torch.func import functionalize, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from r2f_ext.capture.hooks import _output_as_tokens, as_tokens
+from r2f_ext.capture.simplify import simplify
 from r2f_ext.types import FactoredGradient, Target
 
 Factors = tuple[dict[str, Tensor], dict[str, Tensor]]  # x, delta
@@ -22,8 +23,8 @@ class CaptureTangents:
 
     One reverse pass at the images serves all directions. The derivatives are exact (no differences), so they are as
     precise as the model's dtype. Forward mode over reverse mode is traced once for each shape and dtype of the
-    directions and then run as a flat list of operators: with few directions at a time, which stay in the cache, the
-    interpreter of the transforms would cost more than the arithmetic.
+    directions, simplified, and then run as a flat list of operators: with few directions at a time, which stay in the
+    cache, the interpreter of the transforms would cost more than the arithmetic.
 
     Args:
         target: base model and adapted layers.
@@ -46,10 +47,8 @@ class CaptureTangents:
         """
         key = (directions.shape, directions.dtype)
         if key not in self._traced:
-            graph: Any = make_fx(lambda *inputs: self._along(*inputs))(images, labels, directions)
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-            self._traced[key] = graph
+            along: Any = functionalize(lambda *inputs: self._along(*inputs))
+            self._traced[key] = simplify(make_fx(along)(images, labels, directions))
         with torch.no_grad():
             gradient, moved = self._traced[key](images, labels, directions)
         return FactoredGradient(*gradient), FactoredGradient(*moved)

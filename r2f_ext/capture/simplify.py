@@ -1,0 +1,81 @@
+"""A traced graph without what the transforms leave behind: derivatives of constants, copies, and what is done twice."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
+_OF_ZERO_ZERO = {  # of the first argument
+    *(_aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.alias.default, _aten.detach.default),
+    *(_aten.transpose.int, _aten.t.default, _aten.permute.default, _aten.unsqueeze.default, _aten.squeeze.dim),
+    *(_aten.select.int, _aten.slice.Tensor, _aten.clone.default, _aten._to_copy.default, _aten.neg.default),
+    *(_aten.sum.dim_IntList, _aten.mean.dim, _aten.mul.Scalar, _aten.div.Scalar, _aten.div.Tensor),
+}
+_PRODUCTS = {_aten.mul.Tensor, _aten.mm.default, _aten.bmm.default}
+_SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
+_VIEWS = {_aten.view.default, _aten.expand.default, _aten.alias.default, _aten._to_copy.default}
+
+
+def simplify(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same function in fewer operators, in place, of a graph traced from a functionalized function by `make_fx`.
+
+    Left out are sums with zeros and products of zeros (0 times anything counts as 0), copies and views that change
+    nothing, and operators that were already applied to the same arguments. A graph with operators that write into
+    their arguments, or that draw random numbers, stays as it is.
+    """
+    nodes = list(graph.graph.nodes)
+    if any(_has_effects(node) for node in nodes):
+        return graph
+    zeros: set[fx.Node] = set()
+    seen: dict[str, fx.Node] = {}
+    for node in nodes:
+        if node.op not in ("get_attr", "call_function"):
+            continue
+        key = f"{node.target} {node.args} {node.kwargs}"
+        same = seen.get(key) or _equal_argument(node, zeros)
+        seen[key] = same or node
+        if same is not None:
+            node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
+        elif _is_zero(node, zeros):
+            zeros.add(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _has_effects(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    if node.target in _ZEROS:
+        return True
+    inputs = node.all_input_nodes
+    if node.target in _OF_ZERO_ZERO:
+        return node.args[0] in zeros
+    if node.target in _PRODUCTS:
+        return any(each in zeros for each in inputs)
+    return node.target in _SUMS and len(node.args) == 2 and all(each in zeros for each in node.args)
+
+
+def _equal_argument(node: fx.Node, zeros: set[fx.Node]) -> fx.Node | None:
+    """The argument that the node's result equals in shape, strides, dtype and all values, where there is one."""
+    first = node.args[0] if node.args else None
+    if node.target in _SUMS and len(node.args) == 2 and not node.kwargs:
+        left, right = node.args
+        if right not in zeros and (left not in zeros or node.target is not _aten.add.Tensor):
+            return None
+        first = left if right in zeros else right
+    elif node.target not in _VIEWS:
+        return None
+    return first if isinstance(first, fx.Node) and _form(first) == _form(node) is not None else None
+
+
+def _form(node: fx.Node) -> tuple[object, ...] | None:
+    meta = node.meta.get("tensor_meta")
+    return None if meta is None else (meta.shape, meta.stride, meta.dtype)
