@@ -153,6 +153,7 @@ class Reconstruction:
         why: one sentence on why this route was taken or what limits it.
         seconds: wall time for all V.
         details: figures of the route (spectra, residuals, ...), plain numbers.
+        usual_errors: label -> [n, c * h * w], what a statistical route gets wrong on proxies of that label.
     """
 
     route: str
@@ -161,3 +162,4 @@ class Reconstruction:
     why: str
     seconds: float
     details: dict[str, float] = field(default_factory=dict)
+    usual_errors: dict[int, Tensor] = field(default_factory=dict)

@@ -132,7 +132,7 @@ def one(victim: int) -> dict[str, Any]:
         "psnr_db": float(psnr_db(found.images, original)),
         "residual": found.details["residual_0"],
         "said_exact": bool(found.details["exact_0"]),
-        "jacobians": int(found.details["jacobians_0"]),
+        "passes": int(found.details["passes_0"]),
         "seconds": found.seconds,
     }
 

@@ -52,6 +52,9 @@ DIRECTIONS = 64
 ONE_STEP = Training()
 
 
+Find = Callable[[int, Tensor, Tensor, Tensor | None], Search]
+
+
 @dataclass(frozen=True)
 class Case:
     """What a victim does otherwise; `exact_gradients`: it shares the layers' full gradients, not an adapter."""
@@ -86,6 +89,7 @@ def vit_b16_at_32() -> BaseModel:
 
 
 CASES = {
+    "default": Case(),
     "r = 2": Case(rank=2),
     "r = 4": Case(rank=4),
     "r = 16": Case(rank=16),
@@ -111,6 +115,7 @@ class Start:
 
     images: Tensor
     labels: Tensor
+    usual_errors: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,12 @@ class Problem:
 
     Attributes:
         originals: [V, owned, c, h, w]; starts: name -> Start.
-        find: (victim, start point, labels) -> Search.
+        find: (victim, start point, labels, what the start usually gets wrong) -> Search.
     """
 
     originals: Tensor
     starts: dict[str, Start]
-    find: Callable[[int, Tensor, Tensor], Search]
+    find: Find
 
 
 def main() -> None:
@@ -136,7 +141,7 @@ def main() -> None:
     parser.add_argument("--victims", type=int, default=8)
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--oracle-db", type=float, default=26.0)
-    parser.add_argument("--jacobians", type=int, default=10, help="of one search, at most")
+    parser.add_argument("--passes", type=int, default=20, help="of one search, at most")
     parser.add_argument("--minutes", type=float, default=15.0, help="after which a case begins no other search")
     options = parser.parse_args()
     if options.list:
@@ -179,7 +184,7 @@ def rows_of(name: str, known: list[dict[str, Any]], options: argparse.Namespace)
 def one(problem: Problem, start: Start, victim: int) -> dict[str, Any]:
     original, image, labels = problem.originals[victim], start.images[victim], start.labels[victim]
     began = time.perf_counter()
-    found = problem.find(victim, image.flatten(), labels)
+    found = problem.find(victim, image.flatten(), labels, start.usual_errors.get(int(labels[0])))
     seconds = time.perf_counter() - began
     return {
         "start_psnr_db": float(psnr_db(image, original).mean()),
@@ -187,7 +192,7 @@ def one(problem: Problem, start: Start, victim: int) -> dict[str, Any]:
         "start_residual": found.start_residual,
         "residual": found.residual,
         "said_exact": found.exact,
-        "jacobians": found.jacobians,
+        "passes": found.passes,
         "seconds": seconds,
     }
 
@@ -206,11 +211,11 @@ def posed(case: Case, options: argparse.Namespace, starts: list[str]) -> Problem
     target = target_of(base, case)
     made = {"oracle": lambda: Start(near(images, subspace, options.oracle_db), labels)}
     if case.exact_gradients:
-        find = from_gradients(target, images, labels, subspace, options.jacobians)
+        find = from_gradients(target, images, labels, subspace, options.passes)
     else:
         a0 = initial_a(target)
         victims = stored(simulate(target, a0, images, labels, case.training), case.storage)
-        find = from_adapters(case, target, a0, victims, subspace, options.jacobians)
+        find = from_adapters(case, target, a0, victims, subspace, options.passes)
         made["amortised"] = lambda: amortised(target, victims, public)
     return Problem(images, {name: made[name]() for name in starts}, find)
 
@@ -238,39 +243,39 @@ def stored(victims: Victims, dtype: torch.dtype) -> Victims:
 
 
 def from_adapters(
-    case: Case, target: Target, a0: dict[str, Tensor], victims: Victims, subspace: Subspace, jacobians: int
-) -> Callable[[int, Tensor, Tensor], Search]:
-    shape, config = target.base.input_shape, GaussNewtonConfig(jacobians=jacobians)
+    case: Case, target: Target, a0: dict[str, Tensor], victims: Victims, subspace: Subspace, passes: int
+) -> Find:
+    shape, config = target.base.input_shape, GaussNewtonConfig(passes=passes)
     subspace = side_by_side(subspace, case.training.owned)
     if case.training == ONE_STEP:
         plain = UpdateMap(target, {name: each[0] for name, each in victims.a.items()}, torch.Size(shape), DIRECTIONS)
     else:
         unrolled = UnrolledMap(target, a0, shape, ONE_STEP if case.reads_adamw else case.training, DIRECTIONS)
 
-    def find(victim: int, start: Tensor, labels: Tensor) -> Search:
+    def find(victim: int, start: Tensor, labels: Tensor, errors: Tensor | None) -> Search:
         a, b = ({name: each[victim] for name, each in factors.items()} for factors in (victims.a, victims.b))
         if case.training == ONE_STEP:
             observed = flat_units({name: -each[None] for name, each in b.items()})[0]
-            return search(plain, observed, start, labels, subspace, config)
+            return search(plain, observed, start, labels, subspace, config, errors)
         if case.reads_adamw:
             read = first_adamw_step(b, case.training)
             b, weighed = {name: -each for name, each in read.gradient.items()}, unrolled.weighing(read.weights)
         else:
             weighed = unrolled.weighing(a_weights=movement_weights(a0, a))
         a, b = ({name: each[None] for name, each in factors.items()} for factors in (a, b))
-        return search(weighed, weighed.observation(a, b)[0], start, labels, subspace, config)
+        return search(weighed, weighed.observation(a, b)[0], start, labels, subspace, config, errors)
 
     return find
 
 
 def from_gradients(
-    target: Target, images: Tensor, labels: Tensor, subspace: Subspace, jacobians: int
-) -> Callable[[int, Tensor, Tensor], Search]:
+    target: Target, images: Tensor, labels: Tensor, subspace: Subspace, passes: int
+) -> Find:
     """Exact gradients G of the layers, seen as G A^T through a random A: 8 numbers of each row are plenty."""
     updates, coordinates = GradientMap(target, initial_a(target), target.base.input_shape), ProxyCoordinates(subspace)
-    config = MatrixFreeConfig(jacobians=jacobians)
+    config = MatrixFreeConfig(points=passes)
 
-    def find(victim: int, start: Tensor, label: Tensor) -> Search:
+    def find(victim: int, start: Tensor, label: Tensor, errors: Tensor | None) -> Search:
         with Capture(target) as capture:
             gradient = capture(images[victim][None], labels[victim][None])
         return search_matrix_free(
@@ -292,7 +297,7 @@ def amortised(target: Target, victims: Victims, public: ImageSet) -> Start:
     found = invert_by_label(target, {name: a.mean(0) for name, a in victims.a.items()}, public, observed).reconstruction
     print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
     assert found.labels is not None
-    return Start(found.images[:, None], found.labels[:, None])
+    return Start(found.images[:, None], found.labels[:, None], found.usual_errors)
 
 
 def near(images: Tensor, subspace: Subspace, decibels: float) -> Tensor:

@@ -80,19 +80,19 @@ def test_the_victims_learning_rate_plays_no_part(problem):
 def test_a_wrong_label_is_not_called_exact_and_gives_back_the_start(problem):
     target, a, observed, images, labels, subspace = problem
     start = start_near(images, (labels + 1) % 5, subspace, 0.3)
-    found = gauss_newton(target, a, observed, start, subspace, GaussNewtonConfig(jacobians=3))
+    found = gauss_newton(target, a, observed, start, subspace, GaussNewtonConfig(passes=3))
     assert found.details["exact"] == 0
     torch.testing.assert_close(found.images, start.images)
 
 
-def test_a_search_counts_its_jacobians_and_stops_at_its_limit(problem):
+def test_a_search_counts_its_passes_and_stops_at_its_limit(problem):
     target, a, observed, images, labels, subspace = problem
     start = start_near(images, labels, subspace, 1.0)
     updates = UpdateMap(target, a, SHAPE, 32)
     wanted = flat_units(observed)[0]
-    config = GaussNewtonConfig(jacobians=1, steps=1)
+    config = GaussNewtonConfig(passes=1, steps=1)
     found = search(updates, wanted, start.images[0].flatten(), labels[:1], subspace, config)
-    assert found.jacobians == 1 and found.start_residual > 0
+    assert found.passes == 1 and found.start_residual > 0
 
 
 def test_nothing_is_searched_where_no_proxy_varies():

@@ -71,10 +71,10 @@ def test_forward_equals_differences_and_backward_is_its_transpose(problem, maps,
 def test_reaches_the_image_that_the_dense_search_reaches(problem, maps, kind):
     target, a, image, start, subspace = problem
     observed = maps[kind](image, LABEL)
-    config = MatrixFreeConfig(krylov=20, jacobians=8)
+    config = MatrixFreeConfig(krylov=20, points=8)
     told = []
     found = search_matrix_free(maps[kind], observed, start, LABEL, ProxyCoordinates(subspace), config, told.append)
-    assert (start - image).abs().max() > 1e-2 and found.exact and len(told) == found.jacobians
+    assert (start - image).abs().max() > 1e-2 and found.exact and len(told) == found.passes
     assert (found.image - image).abs().max() < 1e-4
     if kind == "lora":
         dense = search(UpdateMap(target, a, SHAPE, 64), observed, start, LABEL, subspace, GaussNewtonConfig())

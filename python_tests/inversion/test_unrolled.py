@@ -63,7 +63,7 @@ def found_from_near(updates, observed, images, labels, subspace):
     subspace = side_by_side(subspace, len(images))
     noise = torch.randn(subspace.basis.shape[1], dtype=torch.float64)
     start = (images.flatten() + 0.2 * subspace.basis @ noise).clamp(0, 1)
-    found = search(updates, observed, start, labels, subspace, GaussNewtonConfig(jacobians=6))
+    found = search(updates, observed, start, labels, subspace, GaussNewtonConfig(passes=8))
     assert (start - images.flatten()).abs().max() > 1e-2
     return found
 

@@ -46,10 +46,14 @@ class KernelRidge:
         cosine: [N, N] of the updates; overwritten.
         wanted: [N, k] what to find for each.
         pixels: how many of the k columns, from the first, are pixels: PSNR is of these.
+
+    Attributes:
+        errors: [n, pixels], what a fit to the first n = SELECTION_PAIRS pairs without this one gets wrong.
     """
 
     def __init__(self, cosine: Tensor, wanted: Tensor, pixels: int) -> None:
         self.choice = _select(cosine, wanted, pixels)
+        self.errors = _left_out(cosine, wanted, self.choice)[:, :pixels]
         self.usual_similarity = float(cosine.fill_diagonal_(-1).amax(1).quantile(0.05))
         cosine.fill_diagonal_(1)
         self.mean = wanted.mean(0)
@@ -106,19 +110,21 @@ class AmortisedInverter:
         labels = self.find_labels(updates)
         images = self.images.new_empty(len(labels), self.images.shape[1])
         pairs = held_out = 0.0
+        errors: dict[int, Tensor] = {}
         for label in labels.unique().tolist():
             victims = labels == label
             fit, rows = self._fit(label), self._rows(label)
             images[victims] = fit(self._cosine({name: u[victims] for name, u in updates.items()}, rows))
             share = float(victims.float().mean())
             pairs, held_out = pairs + share * len(fit.dual), held_out + share * fit.choice.held_out_psnr_db
+            errors[label] = fit.errors
         why = (
             f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs a victim, of its label where there "
             f"are {OWN_PAIRS}; {held_out:.1f} dB on held-out proxies"
         )
         details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
         found = images.clamp(0, 1).unflatten(1, self.shape)
-        return Reconstruction("amortised", found, labels, why, time.perf_counter() - began, details)
+        return Reconstruction("amortised", found, labels, why, time.perf_counter() - began, details, errors)
 
     def far_from_proxy(self, updates: dict[str, Tensor]) -> Tensor:
         """Bool [V]: whose update is less like any proxy update than 19 in 20 of those are like their nearest.
@@ -207,6 +213,7 @@ def invert_by_label(
     images = labels.new_empty(len(labels), *target.base.input_shape, dtype=torch.float32)
     far = torch.zeros_like(labels, dtype=torch.bool)
     pairs = held_out = 0.0
+    errors: dict[int, Tensor] = {}
     del first
     for label in labels.unique().tolist():
         victims = labels == label
@@ -215,12 +222,13 @@ def invert_by_label(
         part = {name: update[victims] for name, update in observed.items()}
         found = inverter.invert(part)
         images[victims], far[victims] = found.images, inverter.far_from_proxy(part)
+        errors |= found.usual_errors
         share = float(victims.float().mean())
         pairs += share * found.details["pairs_a_victim"]
         held_out += share * found.details["held_out_psnr_db"]
     why = f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs of the victim's label"
     details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
-    reconstruction = Reconstruction("amortised", images, labels, why, time.perf_counter() - began, details)
+    reconstruction = Reconstruction("amortised", images, labels, why, time.perf_counter() - began, details, errors)
     return Amortised(reconstruction, far)
 
 
@@ -254,6 +262,16 @@ def _unit(update: Tensor) -> Tensor:
 def _kernel_(cosine: Tensor, gamma: float) -> Tensor:
     """exp(-2 gamma (1 - cosine)), in place."""
     return cosine.sub_(1).mul_(2 * gamma).exp_()
+
+
+def _left_out(cosine: Tensor, wanted: Tensor, choice: Choice) -> Tensor:
+    """What is wrong [n, k] when each of the first SELECTION_PAIRS pairs is estimated from the others of them."""
+    count = min(SELECTION_PAIRS, len(cosine))
+    kernel = _kernel_(cosine[:count, :count].clone(), choice.gamma)
+    kernel.diagonal().add_(choice.ridge)
+    factor = torch.linalg.cholesky(kernel)
+    dual = torch.cholesky_solve(wanted[:count] - wanted[:count].mean(0), factor)
+    return dual / torch.cholesky_inverse(factor).diagonal()[:, None]
 
 
 def _select(cosine: Tensor, wanted: Tensor, pixels: int) -> Choice:

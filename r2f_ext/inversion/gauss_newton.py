@@ -10,7 +10,9 @@ What makes it converge from a start of about 20 dB:
   the residual. The residual is ruled by a few steep directions, and a search that insists on its decrease stalls in
   their curved valleys;
 * several such steps with one Jacobian, as long as they contract (simplified Newton): a Jacobian costs a thousand
-  times what a step does.
+  times what a step does;
+* where the image is still too far for a derivative, a regression over a cloud of images instead (`linearisation`);
+* no box: pixels may leave [0, 1] on the way, since clamping every step stops searches at points that are no solution.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.linearisation import Axes, linearised_step
 from r2f_ext.models import untouched_a
 from r2f_ext.ops import lora_grad_tangent
 from r2f_ext.pairs.generate import project
@@ -35,10 +38,12 @@ from r2f_ext.types import LoraUpdate, Reconstruction, Target
 ROUTE = "gauss_newton"
 DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # shares of J^T J's largest eigenvalue
 SOLVED = 1e-5  # relative residual below which float32 says no more
-EXACT = 1e-3  # relative residual of an image that is the victim's own
+EXACT = 1e-4  # relative residual of an image that is the victim's own
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
-FOLLOWED = 0.03  # share of the start's residual below which the search has found a valley that leads somewhere
+FOLLOWED = 0.01  # share of the start's residual below which the search has found a valley that leads somewhere
+NEAR, FAR = 0.05, 0.1  # relative residuals below which a derivative serves, and above which only a cloud does
+STALLED = 0.8  # of the residual left by a pass that got nowhere
 
 
 @dataclass(frozen=True)
@@ -46,19 +51,20 @@ class GaussNewtonConfig:
     """When to stop, and what a good step is.
 
     Attributes:
-        jacobians: at most, a victim.
+        passes: at most, a victim; one is a cloud of images or a Jacobian, which cost about the same.
+        patience: passes without a residual a fifth lower, after which the search begins again with other clouds.
         steps: at most, with one Jacobian.
         contraction: a step must shrink the next correction to this share.
-        stalled: Jacobians in a row without a residual a fifth lower than before, after which a victim is given up (an
-            exact one after the first: float32 has no more).
-        directions: tangents of one pass.
+        directions: tangents, or images, that go through the model at once.
+        seed: of the clouds.
     """
 
-    jacobians: int = 14
+    passes: int = 24
+    patience: int = 4
     steps: int = 8
     contraction: float = 0.75
-    stalled: int = 4
     directions: int = 64
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,17 +164,17 @@ class Search:
     """How one victim's search ended.
 
     Attributes:
-        image: [c * h * w], the last point.
+        image: [c * h * w] in [0, 1], from the point of least residual.
         residual: |z(x) - z*| over the square root of the number of layers: 0 for the victim's own image, about 1 for
             a stranger's.
         start_residual: the same at the start.
-        jacobians: how many were taken.
+        passes: how many were taken.
     """
 
     image: Tensor
     residual: float
     start_residual: float
-    jacobians: int
+    passes: int
 
     @property
     def exact(self) -> bool:
@@ -182,44 +188,95 @@ class Search:
 
 
 def search(
-    updates: UpdateMap, observed: Tensor, start: Tensor, label: Tensor, subspace: Subspace, config: GaussNewtonConfig
+    updates: UpdateMap,
+    observed: Tensor,
+    start: Tensor,
+    label: Tensor,
+    subspace: Subspace,
+    config: GaussNewtonConfig,
+    usual_errors: Tensor | None = None,
 ) -> Search:
     """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
+
+    Far from it by statistical linearisation, near it by Gauss-Newton; from the start again, with other clouds, after
+    several passes that got nowhere. The point of least residual is returned.
+    usual_errors [n, c * h * w]: what the start's route gets wrong on proxies, the first cloud's shape.
+    """
+    axes, generator = Axes.of(subspace.basis, usual_errors), torch.Generator().manual_seed(config.seed)
+    scale = len(updates.target.layers) ** 0.5
+
+    def begin() -> tuple[Tensor, Tensor, Tensor]:
+        return start[None], updates(start[None], label), axes.covariance
+
+    point, value, shape = begin()
+    first = residual = lowest = float((value - observed).norm()) / scale
+    best, least, newton, passes, since = point, residual, residual < NEAR, 0, 0
+    while least > SOLVED and passes < config.passes:
+        before = residual
+        if newton:
+            point, value = newton_steps(updates, observed, point, value, label, subspace, config)
+        else:
+            point, value, shape = linearised_step(
+                lambda images: _in_parts(updates, images, label, config.directions),
+                observed, point, value, axes, shape, generator,
+            )  # fmt: skip
+        residual = float((value - observed).norm()) / scale
+        passes += 1
+        if residual < least:
+            best, least = point, residual
+        lowest, since = (residual, 0) if residual < STALLED * lowest else (lowest, since + 1)
+        if least < EXACT and since == 2:
+            break  # float32 knows no more
+        if since == config.patience:
+            point, value, shape = begin()
+            residual = lowest = first
+            newton, since = False, 0
+        else:
+            newton = residual < NEAR or (residual < FAR and (newton or residual > STALLED * before))
+    best = best.clamp(0, 1)
+    return Search(best[0], float((updates(best, label) - observed).norm()) / scale, first, passes)
+
+
+def _in_parts(updates: UpdateMap, images: Tensor, label: Tensor, count: int) -> Tensor:
+    return torch.cat([updates(part, label) for part in images.split(count)])
+
+
+def newton_steps(
+    updates: UpdateMap,
+    observed: Tensor,
+    point: Tensor,
+    value: Tensor,
+    label: Tensor,
+    subspace: Subspace,
+    config: GaussNewtonConfig,
+) -> tuple[Tensor, Tensor]:
+    """Gauss-Newton steps with one Jacobian, from point [1, c * h * w] with update value [1, R]; the last of both.
 
     The Jacobian and J^T J are in the model's dtype, the decomposition and all that follows from it in float64. In
     float32 the smallest curvatures are rounding; steps that rest on them are caught by the natural monotonicity test.
     """
-    scale = len(updates.target.layers) ** 0.5
-    point, basis = start[None], subspace.basis
-    residual = updates(point, label) - observed
-    first = lowest = float(residual.norm()) / scale
-    count = since = 0
-    while lowest > SOLVED and count < config.jacobians and since < (1 if lowest < EXACT else config.stalled):
-        jacobian = updates.jacobian(point[0], label, basis)
-        count += 1
-        curvature, axes = torch.linalg.eigh((jacobian @ jacobian.T).double())
-        damped = torch.stack([curvature + share * curvature[-1] for share in DAMPINGS])  # [m, q]
+    basis = subspace.basis
+    jacobian = updates.jacobian(point[0], label, basis)
+    curvature, axes = torch.linalg.eigh((jacobian @ jacobian.T).double())
+    damped = torch.stack([curvature + share * curvature[-1] for share in DAMPINGS])  # [m, q]
 
-        def pulled(rows: Tensor, jacobian: Tensor = jacobian, axes: Tensor = axes) -> Tensor:
-            return (rows @ jacobian.T).double() @ axes  # J^T r in the axes of J^T J
+    def pulled(values: Tensor) -> Tensor:
+        return ((values - observed) @ jacobian.T).double() @ axes  # J^T r in the axes of J^T J
 
-        pull = pulled(residual)
-        for step in range(config.steps):
-            trials = point - ((pull / damped) @ axes.T).to(basis.dtype) @ basis.T
-            trials = trials.clamp(0, 1)
-            errors = updates(trials, label) - observed
-            pulls = pulled(errors)
-            ratio = (pulls / damped).norm(dim=1) / (pull / damped).norm(dim=1)
-            good = (ratio < config.contraction).nonzero().flatten()
-            if len(good) == 0 and step > 0:
-                break
-            chosen = int(good[-1]) if len(good) else int(ratio.argmin())  # the least damped of the good ones
-            point, residual, pull = trials[chosen, None], errors[chosen, None], pulls[chosen, None]
-            if float(residual.norm()) / scale < SOLVED:
-                break
-        now = float(residual.norm()) / scale
-        lowest, since = (now, 0) if now < 0.8 * lowest else (lowest, since + 1)
-    return Search(point[0], float(residual.norm()) / scale, first, count)
+    pull, solved = pulled(value), SOLVED * len(updates.target.layers) ** 0.5
+    for step in range(config.steps):
+        trials = point - ((pull / damped) @ axes.T).to(basis.dtype) @ basis.T
+        values = updates(trials, label)
+        pulls = pulled(values)
+        ratio = (pulls / damped).norm(dim=1) / (pull / damped).norm(dim=1)
+        good = (ratio < config.contraction).nonzero().flatten()
+        if len(good) == 0 and step > 0:
+            break
+        chosen = int(good[-1]) if len(good) else int(ratio.argmin())  # the least damped of the good ones
+        point, value, pull = trials[chosen, None], values[chosen, None], pulls[chosen, None]
+        if float((value - observed).norm()) < solved:
+            break
+    return point, value
 
 
 def gauss_newton(
@@ -237,12 +294,13 @@ def gauss_newton(
         a: name -> A [r, d_in], as the adapters have it.
         observed: name -> updates [V, d_out, r], of any positive scale a layer.
         start: images [V, c, h, w] in [0, 1] and labels [V] of another route; label and neighbourhood must be right.
+            Its `usual_errors`, if any, shape the first cloud of a victim.
         subspace: where to search, from proxies.
         advance: called after each victim, for progress bars.
 
     Returns:
         images [V, c, h, w]: the search's where it ended exactly or followed its valley down, else the start's.
-        `details` hold, for victim i, `residual_i`, `exact_i` (1 or 0) and `jacobians_i`, and how many were exact.
+        `details` hold, for victim i, `residual_i`, `exact_i` (1 or 0) and `passes_i`, and how many were exact.
 
     Raises:
         R2FError: an update that is zero or not finite, or a start without labels.
@@ -259,12 +317,13 @@ def gauss_newton(
     images: list[Tensor] = []
     details: dict[str, float] = {}
     for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
-        found = search(updates, wanted[victim], image.flatten(), label[None], subspace, config)
+        errors = start.usual_errors.get(int(label))
+        found = search(updates, wanted[victim], image.flatten(), label[None], subspace, config, errors)
         images.append(found.image.view_as(image) if found.followed else image)
         details |= {
             f"residual_{victim}": found.residual,
             f"exact_{victim}": float(found.exact),
-            f"jacobians_{victim}": float(found.jacobians),
+            f"passes_{victim}": float(found.passes),
         }
         advance(1)
     exact = int(sum(details[f"exact_{victim}"] for victim in range(len(images))))

@@ -28,14 +28,14 @@ class MatrixFreeConfig:
     """When to stop, and what a good step is; see `GaussNewtonConfig`.
 
     Attributes:
-        jacobians: points at most at which J is taken.
+        points: at most, at which J is taken.
         steps: at most, from one of them.
         contraction: a step must shrink the next correction to this share.
         stalled: points in a row without a residual a fifth lower, after which the search ends; one if exact.
         krylov: dimension of the Krylov space: as many products with J and with J^T a point.
     """
 
-    jacobians: int = 14
+    points: int = 14
     steps: int = 8
     contraction: float = 0.75
     stalled: int = 4
@@ -231,7 +231,7 @@ def search_matrix_free(
     residual = here.value - observed
     first = lowest = now = float(residual.norm()) / scale
     count = since = 0
-    while lowest > SOLVED and count < config.jacobians and since < (1 if lowest < EXACT else config.stalled):
+    while lowest > SOLVED and count < config.points and since < (1 if lowest < EXACT else config.stalled):
         if count:
             here = updates.at(point, label)
         count += 1

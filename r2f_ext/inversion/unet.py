@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ class UNetInverter:
             f"{self.ridge_psnr_db:.1f} dB before, {self.held_out_psnr_db:.1f} dB after it"
         )
         details = {**found.details, "held_out_psnr_db": self.held_out_psnr_db, "ridge_psnr_db": self.ridge_psnr_db}
-        return Reconstruction("amortised", images, found.labels, why, time.perf_counter() - began, details)
+        return replace(found, images=images, why=why, seconds=time.perf_counter() - began, details=details)
 
     def _features(self, units: dict[str, Tensor], labels: Tensor) -> Tensor:
         one_hot = F.one_hot(labels, self.ridge.num_classes)

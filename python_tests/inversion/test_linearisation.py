@@ -1,0 +1,81 @@
+"""Statistical linearisation against its definitions: refitted regressions, sizes of clouds, a map that is linear."""
+
+import torch
+
+from r2f_ext.inversion import linearisation
+from r2f_ext.inversion.linearisation import Axes, linearised_step
+
+
+def axes_of(pixels=12, directions=5):
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(pixels, directions, dtype=torch.float64)).Q
+    return Axes.of(q * torch.tensor([0.1, 0.08, 0.05, 0.03, 0.02], dtype=torch.float64))
+
+
+def bent(images):
+    """A smooth map [n, 12] -> [n, 40]."""
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randn(12, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    return torch.sin(2 * images @ first) + 0.1 * (images @ second).square()
+
+
+def misfit(update_of, image, observed):
+    return float((update_of(image) - observed).norm())
+
+
+def test_what_is_left_out_equals_a_fit_without_that_one():
+    torch.manual_seed(1)
+    updates, offsets = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    updates, offsets = updates - updates.mean(0), offsets - offsets.mean(0)  # so that leaving one out moves no mean
+    _, errors = linearisation._regress(updates, offsets, updates[0])
+    others = updates[1:] @ updates[1:].T
+    gaps = []
+    for share in linearisation.DAMPINGS:
+        ridge = share * torch.linalg.eigvalsh(updates @ updates.T)[-1] * torch.eye(8, dtype=torch.float64)
+        estimate = updates[0] @ updates[1:].T @ torch.linalg.solve(others + ridge, offsets[1:])
+        gaps.append(float((offsets[0] - estimate - errors[0]).abs().max()))
+    assert min(gaps) < 1e-9
+
+
+def test_the_cloud_is_as_wide_as_the_misfit():
+    point = torch.full((1, 12), 0.5, dtype=torch.float64)
+    shifts = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 0.02
+    for wanted in (0.5, 1.0, 2.0):
+        size = linearisation._size(bent, wanted, point, bent(point), shifts)
+        reached = (bent((point + size * shifts).clamp(0, 1)) - bent(point)).norm(dim=1).median()
+        assert 0.8 * wanted < reached < 1.25 * wanted
+
+
+def test_a_linear_map_is_inverted_in_one_step():
+    axes, generator = axes_of(), torch.Generator().manual_seed(0)
+    matrix = torch.randn(12, 30, dtype=torch.float64, generator=generator)
+    point = torch.full((1, 12), 0.5, dtype=torch.float64)
+    image = point + torch.tensor([[0.1, -0.1, 0.05, 0.02, -0.03]], dtype=torch.float64) @ axes.directions.T
+    observed = (image @ matrix)[0]
+    found, value, _ = linearised_step(
+        lambda images: images @ matrix, observed, point, point @ matrix, axes, axes.covariance, generator
+    )
+    assert (found - image).abs().max() < 1e-5
+    torch.testing.assert_close(value, found @ matrix)
+
+
+def test_steps_on_a_bent_map_never_raise_the_misfit_and_come_close():
+    axes, generator = axes_of(), torch.Generator().manual_seed(0)
+    image = 0.5 + torch.tensor([[0.15, -0.1, 0.06, 0.03, -0.03]], dtype=torch.float64) @ axes.directions.T
+    point, shape = torch.full((1, 12), 0.5, dtype=torch.float64), axes.covariance
+    observed, value = bent(image)[0], bent(point)
+    misfits = [misfit(bent, point, observed)]
+    for _ in range(8):
+        point, value, shape = linearised_step(bent, observed, point, value, axes, shape, generator)
+        misfits.append(misfit(bent, point, observed))
+    assert all(after <= before for before, after in zip(misfits, misfits[1:], strict=False))
+    assert misfits[-1] < 0.05 * misfits[0]
+
+
+def test_the_shape_mixes_the_routes_errors_with_the_proxies_variation():
+    axes = axes_of()
+    errors = torch.randn(500, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) @ axes.directions.T
+    mixed = Axes.of(axes.directions * axes.covariance.diagonal().sqrt(), errors).covariance
+    own = torch.cov((errors @ axes.directions).T)
+    expected = own / 2 + axes.covariance * own.trace() / axes.covariance.trace() / 2
+    torch.testing.assert_close(mixed, expected)

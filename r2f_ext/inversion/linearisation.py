@@ -1,0 +1,124 @@
+"""Statistical linearisation: the update map replaced by its linear regression over a cloud of images.
+
+Far from the image a derivative says too little: the map bends within the distance to go. A regression over a cloud as
+wide as that distance averages over the bends, and its minimum error estimate of the image from the observed update is
+the next point (iterated posterior linearisation: Garcia-Fernandez et al., IEEE Trans. Signal Processing 63(20), 2015).
+The cloud takes its size from the misfit of the point, and a part of its shape from what the last regression could not
+tell: along those directions the search has to look further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor
+
+DAMPINGS = tuple(10.0**-k for k in range(3, 10))  # shares of the Gram matrix's largest eigenvalue
+SAMPLES = 1.5  # a direction: fewer leave nothing over to judge the regression by
+PROBES = 48  # images that the cloud's size is found with
+SIZES = tuple(2.0**k for k in range(-3, 7))  # tried until the probes' misfit is the point's
+USUAL = 2 / 3  # of the next cloud's shape; the rest is what the last regression could not tell
+SHORTER = (1.0, 0.5, 0.25)  # of the way to the regression's estimate
+
+UpdateOf = Callable[[Tensor], Tensor]  # images [n, p] -> updates [n, R]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Orthonormal directions [p, q] that images vary along, and along these the covariance [q, q], float64, that the
+    distance to the image is expected to have."""
+
+    directions: Tensor
+    covariance: Tensor
+
+    @staticmethod
+    def of(basis: Tensor, errors: Tensor | None = None) -> Axes:
+        """From orthogonal columns [p, q], each as long as the proxies' standard deviation along it.
+
+        The covariance is the proxies' own; with errors [n, p] of the start's route, half theirs and half its shape.
+        """
+        deviation = basis.norm(dim=0)
+        directions = basis / deviation
+        covariance = torch.diag(deviation.double().square())
+        if errors is not None:
+            covariance = _mixed(torch.cov((errors @ directions).double().T), covariance, 0.5)
+        return Axes(directions, covariance)
+
+
+def _mixed(one: Tensor, other: Tensor, share: float) -> Tensor:
+    """share * one + (1 - share) * other, covariances [q, q], the other's trace made that of the one."""
+    return share * one + (1 - share) * other * (one.trace() / other.trace().clamp_min(1e-300))
+
+
+def linearised_step(
+    update_of: UpdateOf,
+    observed: Tensor,
+    point: Tensor,
+    value: Tensor,
+    axes: Axes,
+    shape: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One regression over a cloud round point [1, p] in [0, 1], whose update is value [1, R].
+
+    Args:
+        observed: [R].
+        shape: covariance of the cloud along the axes, [q, q] float64; only its shape counts, the size is found.
+
+    Returns:
+        (point, value, shape): the estimate, or the nearest of some points on the way to it that lowers the misfit, or
+        the point as it was; and the shape of the next cloud.
+    """
+    count = int(SAMPLES * len(shape)) + 1
+    draws = torch.randn(count, len(shape), generator=generator, dtype=torch.float64).to(shape.device)
+    variance, principal = torch.linalg.eigh(shape)
+    shifts = ((draws * variance.clamp_min(0).sqrt()) @ principal.T).to(point.dtype) @ axes.directions.T
+    shifts *= _size(update_of, float((value - observed).norm()), point, value, shifts[:PROBES])
+    images = (point + shifts).clamp(0, 1)
+    found, errors = _regress(update_of(images), (images - point) @ axes.directions, observed)
+    next_shape = _mixed(axes.covariance, torch.cov(errors.T), USUAL)
+    trials = (point + torch.tensor(SHORTER).to(found)[:, None] * (found @ axes.directions.T)).clamp(0, 1)
+    points, values = torch.cat([point, trials]), torch.cat([value, update_of(trials)])
+    best = int((values - observed).norm(dim=1).argmin())
+    return points[best, None], values[best, None], next_shape
+
+
+def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shifts: Tensor) -> float:
+    """The factor at which the median misfit of images shifted by `shifts` [n, p] from the point is the point's own."""
+    below, reached_below = 0.0, 0.0
+    for size in SIZES:
+        reached = float((update_of((point + size * shifts).clamp(0, 1)) - value).norm(dim=1).median())
+        if reached > misfit:
+            if below == 0:
+                break
+            # Between two sizes misfits grow like a power.
+            share = log(misfit / reached_below) / log(reached / reached_below)
+            return below * (size / below) ** share
+        below, reached_below = size, max(reached, 1e-300)
+    return size
+
+
+def _regress(updates: Tensor, offsets: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """Ridge from updates [n, R] to offsets [n, q], its damping chosen by leaving out one each.
+
+    Returns:
+        (offset [q] for `observed`, what was wrong [n, q] float64 when each was left out).
+    """
+    mean, middle = updates.mean(0), offsets.mean(0)
+    centred = updates - mean
+    gram = (centred @ centred.T).double()
+    similar = (centred @ (observed - mean)).double()
+    values, vectors = torch.linalg.eigh(gram)
+    turned = vectors.T @ (offsets - middle).double()
+    best_errors, best_offset, least = None, None, float("inf")
+    for share in DAMPINGS:
+        inverse = 1 / (values.clamp_min(0) + share * values[-1])
+        dual = vectors @ (inverse[:, None] * turned)
+        errors = dual / (vectors.square() @ inverse)[:, None]
+        if (size := float(errors.square().mean())) < least:
+            least, best_errors, best_offset = size, errors, similar @ dual
+    assert best_errors is not None and best_offset is not None
+    return middle + best_offset.to(middle.dtype), best_errors
