@@ -268,9 +268,7 @@ def from_adapters(
     return find
 
 
-def from_gradients(
-    target: Target, images: Tensor, labels: Tensor, subspace: Subspace, passes: int
-) -> Find:
+def from_gradients(target: Target, images: Tensor, labels: Tensor, subspace: Subspace, passes: int) -> Find:
     """Exact gradients G of the layers, seen as G A^T through a random A: 8 numbers of each row are plenty."""
     updates, coordinates = GradientMap(target, initial_a(target), target.base.input_shape), ProxyCoordinates(subspace)
     config = MatrixFreeConfig(points=passes)

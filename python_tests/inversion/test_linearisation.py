@@ -1,5 +1,7 @@
 """Statistical linearisation against its definitions: refitted regressions, sizes of clouds, a map that is linear."""
 
+import itertools
+
 import torch
 
 from r2f_ext.inversion import linearisation
@@ -68,7 +70,7 @@ def test_steps_on_a_bent_map_never_raise_the_misfit_and_come_close():
     for _ in range(8):
         point, value, shape = linearised_step(bent, observed, point, value, axes, shape, generator)
         misfits.append(misfit(bent, point, observed))
-    assert all(after <= before for before, after in zip(misfits, misfits[1:], strict=False))
+    assert all(after <= before for before, after in itertools.pairwise(misfits))
     assert misfits[-1] < 0.05 * misfits[0]
 
 
