@@ -38,7 +38,8 @@ from r2f_ext.types import LoraUpdate, Reconstruction, Target
 ROUTE = "gauss_newton"
 DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # shares of J^T J's largest eigenvalue
 SOLVED = 1e-5  # relative residual below which float32 says no more
-EXACT = 1e-4  # relative residual of an image that is the victim's own
+EXACT = 1e-3  # relative residual of an image, its pixels in [0, 1], that is the victim's own
+PRECISE = 1e-4  # relative residual below which a search that no longer improves is at float32's end
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 FOLLOWED = 0.01  # share of the start's residual below which the search has found a valley that leads somewhere
@@ -225,7 +226,7 @@ def search(
         if residual < least:
             best, least = point, residual
         lowest, since = (residual, 0) if residual < STALLED * lowest else (lowest, since + 1)
-        if least < EXACT and since == 2:
+        if least < PRECISE and since == 2:
             break  # float32 knows no more
         if since == config.patience:
             point, value, shape = begin()
