@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True)
     parser.add_argument("--victims", type=int, default=100)
+    parser.add_argument("--problem", type=Path, help="file to keep the victims and their starts in between runs")
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
@@ -64,10 +65,14 @@ def main() -> None:
     record = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
     done = {row["victim"] for row in record["rows"]}
     if len(done) < options.victims:
-        problem = of_peft(base, options.proxy, options.victims)
-        for row in run(problem, [v for v in range(options.victims) if v not in done], options.workers):
-            record["rows"].append({"case": "peft", **row})
-            write_text(path, json.dumps(record, indent=1))
+        with tempfile.TemporaryDirectory() as folder:
+            file = options.problem or Path(folder) / "problem.pt"
+            if not file.exists():
+                torch.save(of_peft(base, options.proxy, options.victims), file)
+            for row in run(file, [v for v in range(options.victims) if v not in done], options.workers):
+                record["rows"].append({"case": "peft", **row})
+                record["summary"]["peft"] = summary(record["rows"])
+                write_text(path, json.dumps(record, indent=1))
     record["summary"]["peft"] = summary(record["rows"])
     write_text(path, json.dumps(record, indent=1))
     print(record["summary"]["peft"], flush=True)
@@ -98,17 +103,15 @@ def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], pr
 PROBLEM: Problem | None = None  # of a worker
 
 
-def run(problem: Problem, victims: list[int], workers: int) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "problem.pt"
-        torch.save(problem, file)
-        # One thread each, also in what the workers import: set before they start.
-        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(file,)) as pool:
-            for future in as_completed([pool.submit(one, victim) for victim in victims]):
-                row = future.result()
-                print(row, flush=True)
-                yield row
+def run(file: Path, victims: list[int], workers: int) -> Any:
+    """Rows of victims, as they come, of the problem in `file`."""
+    # One thread each, also in what the workers import: set before they start.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(file,)) as pool:
+        for future in as_completed([pool.submit(one, victim) for victim in victims]):
+            row = future.result()
+            print(row, flush=True)
+            yield row
 
 
 def _start_worker(file: Path) -> None:

@@ -60,7 +60,7 @@ class GaussNewtonConfig:
         seed: of the clouds.
     """
 
-    passes: int = 24
+    passes: int = 14
     patience: int = 4
     steps: int = 8
     contraction: float = 0.75
