@@ -18,6 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from r2f_ext.data import ImageSet
+from r2f_ext.decoders import Decoder, Projection
+from r2f_ext.pairs import PairSource
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
 
 CONV = "patch_embed.proj"
@@ -105,6 +107,32 @@ def changed_weights(folder: Path, to: Path, change: Callable[[dict[str, Tensor]]
     shutil.copytree(folder, to)
     save_file(change(load_file(folder / WEIGHTS)), to / WEIGHTS)
     return to
+
+
+def gains_over_projection(decoder: Decoder, pairs: PairSource, fitted: int, count: int) -> dict[str, float]:
+    """name -> the decoder's mean cosine to the true gradients of pairs `fitted` to `count`, less the projection's."""
+    floor = Projection()
+    decoder.fit(pairs, fitted)
+    floor.fit(pairs, fitted)
+    (batch,) = pairs.batches(fitted, count)
+    mine, theirs = decoder.decode(batch.updates), floor.decode(batch.updates)
+    gains = {}
+    for name in pairs.target.names:
+        true = batch.gradients.dense(name)
+        gains[name] = float(cosine(mine.dense[name], true).mean() - cosine(theirs.dense[name], true).mean())
+    return gains
+
+
+def peft_start(base: BaseModel, **lora) -> tuple[Target, dict[str, Tensor]]:
+    """The target and A of a PEFT model at its start."""
+    model = peft_model(base, **lora)
+    layers, a = [], {}
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            factor_a, factor_b, scale = peft_factors(model, name)
+            layers.append(AdaptedLayer(name, len(factor_b), factor_a.shape[1], len(factor_a), scale))
+            a[name] = factor_a.clone()
+    return Target(base, tuple(layers)), a
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from cases import peft_factors, peft_model, samples, tiny_base
+from cases import peft_start, samples, tiny_base
 
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, flat_units, search
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
 from r2f_ext.pairs import Training, simulate
-from r2f_ext.types import AdaptedLayer, Target
 
 RECIPES = {
     "two steps on two images": Training(steps=2, batch=2, lr=0.5),
@@ -17,22 +16,11 @@ RECIPES = {
 }
 
 
-def start_of(base, names):
-    """The target and A of a PEFT model at its start."""
-    model, layers, a = peft_model(base, target_modules=names), [], {}
-    for name, module in model.base_model.model.named_modules():
-        if hasattr(module, "lora_A"):
-            factor_a, factor_b, scale = peft_factors(model, name)
-            layers.append(AdaptedLayer(name, len(factor_b), factor_a.shape[1], len(factor_a), scale))
-            a[name] = factor_a.clone()
-    return Target(base, tuple(layers)), a
-
-
 @pytest.mark.parametrize("training", RECIPES.values(), ids=RECIPES.keys())
 def test_derivatives_of_victims_that_equal_peft(training):
     """`simulate` equals PEFT (python_tests/pairs/test_simulation.py); the derivatives equal central differences."""
     base = tiny_base()
-    target, a = start_of(base, ["patch_embed.proj", "blocks.1.attn.qkv"])
+    target, a = peft_start(base, target_modules=["patch_embed.proj", "blocks.1.attn.qkv"])
     said = dict.fromkeys(target.names[:1], 0.5)  # A of one layer is looked at as well
     updates = UnrolledMap(target, a, base.input_shape, training, directions=4).weighing(a_weights=said)
     images, labels = samples(training.owned, base)
@@ -53,7 +41,7 @@ def test_derivatives_of_victims_that_equal_peft(training):
 def few_unknowns():
     """target, A, a subspace of 20 directions, and images in it."""
     base = tiny_base()
-    target, a = start_of(base, ["attn.qkv", "mlp.fc2"])
+    target, a = peft_start(base, target_modules=["attn.qkv", "mlp.fc2"])
     smooth = torch.randn(20, 768, dtype=torch.float64) * 0.05
     proxies = (0.5 + torch.randn(100, 20, dtype=torch.float64) @ smooth / 20**0.5).clamp(0, 1)
     return target, a, Subspace.of(proxies.unflatten(1, base.input_shape)), proxies[:2]

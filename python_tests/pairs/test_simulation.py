@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CONV, cosine, peft_factors, peft_model, proxy_set, samples, tiny_base
+from cases import CONV, cosine, peft_factors, peft_model, peft_start, proxy_set, samples, tiny_base
 
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, simulate
-from r2f_ext.types import AdaptedLayer, Target
 
 VICTIMS = 8
 BLOCKS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -22,18 +21,6 @@ RECIPES = {
     "rsLoRA, some layers": (Training(steps=3), {"use_rslora": True, "target_modules": ["attn.proj", "head"]}),
     "convolution": (Training(steps=3, batch=2), {"target_modules": [CONV, "mlp.fc1"]}),
 }
-
-
-def start_of(base, **lora):
-    """The target and A of a PEFT model at its start."""
-    model = peft_model(base, **lora)
-    layers, a = [], {}
-    for name, module in model.base_model.model.named_modules():
-        if hasattr(module, "lora_A"):
-            factor_a, factor_b, scale = peft_factors(model, name)
-            layers.append(AdaptedLayer(name, len(factor_b), factor_a.shape[1], len(factor_a), scale))
-            a[name] = factor_a.clone()
-    return Target(base, tuple(layers)), a
 
 
 def train_one(base, target, images, labels, training, **lora):
@@ -67,7 +54,7 @@ def train_one(base, target, images, labels, training, **lora):
 @pytest.mark.parametrize(("training", "lora"), RECIPES.values(), ids=RECIPES.keys())
 def test_eight_victims_equal_eight_of_peft(training, lora):
     base, lora = tiny_base(), {"target_modules": BLOCKS, **lora}
-    target, a = start_of(base, **lora)
+    target, a = peft_start(base, **lora)
     images, labels = samples(VICTIMS * training.owned, base)
     images, labels = (t.unflatten(0, (VICTIMS, training.owned)) for t in (images, labels))
     found = simulate(target, a, images, labels, training)
@@ -85,7 +72,7 @@ def test_eight_victims_equal_eight_of_peft(training, lora):
 def test_victims_may_start_from_a_trained_adapter():
     """PEFT's own random B (init_lora_weights=False), as a server's adapter that its clients train on."""
     base, lora = tiny_base(), {"target_modules": BLOCKS, "init_lora_weights": False}
-    target, a = start_of(base, **lora)
+    target, a = peft_start(base, **lora)
     model = peft_model(base, **lora)
     b = {name: peft_factors(model, name)[1].clone() for name in target.names}
     training = Training(steps=3, momentum=0.9)
@@ -103,7 +90,7 @@ def test_victims_may_start_from_a_trained_adapter():
 
 def test_dense_gradients_are_the_factors_product():
     base = tiny_base()
-    target, a = start_of(base, target_modules=[CONV, "mlp.fc1"])
+    target, a = peft_start(base, target_modules=[CONV, "mlp.fc1"])
     images, labels = samples(6, base)
     images, labels = images.unflatten(0, (3, 2)), labels.unflatten(0, (3, 2))
     training = Training(steps=4, batch=2)
@@ -147,7 +134,7 @@ def test_pairs_of_victims_with_their_own_a(bound, proxy):
 
 def test_every_victim_may_start_from_its_own_a():
     base = tiny_base()
-    target, a = start_of(base, target_modules=BLOCKS)
+    target, a = peft_start(base, target_modules=BLOCKS)
     images, labels = samples(2, base)
     own = {name: torch.stack([each, each.flip(1)]) for name, each in a.items()}
     together = simulate(target, own, images[:, None], labels[:, None], Training(steps=3))
@@ -182,7 +169,7 @@ def test_pairs_do_not_depend_on_how_they_are_walked(bound, proxy):
 
 def test_dropout_keeps_the_mean_and_follows_its_seed():
     base = tiny_base(torch.float32)
-    target, a = start_of(base, target_modules=["attn.proj"])
+    target, a = peft_start(base, target_modules=["attn.proj"])
     images, labels = samples(1, base, torch.float32)
     images, labels = images[:, None].expand(400, -1, -1, -1, -1), labels[:, None].expand(400, -1)
     plain = simulate(target, a, images[:1], labels[:1], Training())
