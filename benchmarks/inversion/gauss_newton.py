@@ -119,7 +119,7 @@ def _start_worker(file: Path) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     load_base()  # sets what a model is built with
-    PROBLEM = torch.load(file, weights_only=False)  # written by this very run
+    PROBLEM = torch.load(file, weights_only=False)  # written by this script
 
 
 def one(victim: int) -> dict[str, Any]:

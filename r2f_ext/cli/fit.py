@@ -56,7 +56,8 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
     found = {kind: {name: figure for part in parts for name, figure in part[kind].items()} for kind in own}
     figures = {kind: {name: found[kind][name] for name in pairs.target.names} for kind in found}
     if distributed.rank() == 0:
-        states = {kind: checkpoint.load(kind, torch.device("cpu")) for kind in (*figures, *[ANY_A] * pairs.own_a)}
+        parts_on_disk = [*figures, ANY_A] if pairs.own_a else list(figures)
+        states = {name: checkpoint.load(name, torch.device("cpu")) for name in parts_on_disk}
         save_decoders(folder, states, pairs, count)
         checkpoint.clear()
     distributed.barrier()

@@ -53,13 +53,11 @@ class KernelRidge:
 
     def __init__(self, cosine: Tensor, wanted: Tensor, pixels: int) -> None:
         self.choice = _select(cosine, wanted, pixels)
-        self.errors = _left_out(cosine, wanted, self.choice)[:, :pixels]
+        self.errors = _errors(cosine, wanted, self.choice)[:, :pixels]
         self.usual_similarity = float(cosine.fill_diagonal_(-1).amax(1).quantile(0.05))
         cosine.fill_diagonal_(1)
         self.mean = wanted.mean(0)
-        kernel = _kernel_(cosine, self.choice.gamma)
-        kernel.diagonal().add_(self.choice.ridge)
-        self.dual = torch.cholesky_solve(wanted - self.mean, torch.linalg.cholesky(kernel))
+        self.dual = torch.cholesky_solve(wanted - self.mean, _factor_(cosine, self.choice))
 
     def __call__(self, cosine: Tensor) -> Tensor:
         """Cosines [V, N] of new updates with the fitted ones -> estimate [V, k]."""
@@ -144,10 +142,7 @@ class AmortisedInverter:
         found = torch.empty_like(self.images)
         for label in self.labels.unique().tolist():
             fit, rows, own = self._fit(label), self._rows(label), self.labels == label
-            kernel = _kernel_(self._gram(rows), fit.choice.gamma)
-            kernel.diagonal().add_(fit.choice.ridge)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).diagonal()
-            estimates = self.images[rows] - fit.dual / inverse[:, None]
+            estimates = self.images[rows] - _left_out(_factor_(self._gram(rows), fit.choice), fit.dual)
             found[own] = estimates[own] if isinstance(rows, slice) else estimates
         return found
 
@@ -264,14 +259,23 @@ def _kernel_(cosine: Tensor, gamma: float) -> Tensor:
     return cosine.sub_(1).mul_(2 * gamma).exp_()
 
 
-def _left_out(cosine: Tensor, wanted: Tensor, choice: Choice) -> Tensor:
-    """What is wrong [n, k] when each of the first SELECTION_PAIRS pairs is estimated from the others of them."""
-    count = min(SELECTION_PAIRS, len(cosine))
-    kernel = _kernel_(cosine[:count, :count].clone(), choice.gamma)
+def _factor_(cosine: Tensor, choice: Choice) -> Tensor:
+    """Cholesky's factor of K + ridge I; cosine [n, n] is overwritten."""
+    kernel = _kernel_(cosine, choice.gamma)
     kernel.diagonal().add_(choice.ridge)
-    factor = torch.linalg.cholesky(kernel)
-    dual = torch.cholesky_solve(wanted[:count] - wanted[:count].mean(0), factor)
+    return torch.linalg.cholesky(kernel)
+
+
+def _left_out(factor: Tensor, dual: Tensor) -> Tensor:
+    """What is wrong [n, k] when each pair is estimated from the others: dual_i / ((K + ridge I)^-1)_ii."""
     return dual / torch.cholesky_inverse(factor).diagonal()[:, None]
+
+
+def _errors(cosine: Tensor, wanted: Tensor, choice: Choice) -> Tensor:
+    """What a fit to the first SELECTION_PAIRS pairs gets wrong [n, k] when each is left out."""
+    count = min(SELECTION_PAIRS, len(cosine))
+    factor = _factor_(cosine[:count, :count].clone(), choice)
+    return _left_out(factor, torch.cholesky_solve(wanted[:count] - wanted[:count].mean(0), factor))
 
 
 def _select(cosine: Tensor, wanted: Tensor, pixels: int) -> Choice:
