@@ -1,9 +1,16 @@
-"""A traced graph without what the transforms leave behind: derivatives of constants, copies, and what is done twice."""
+"""Functions as flat lists of operators, without what torch.func's transforms leave behind: derivatives of constants,
+copies, and what is done twice."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import fx
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
@@ -16,6 +23,28 @@ _OF_ZERO_ZERO = {  # of the first argument
 _PRODUCTS = {_aten.mul.Tensor, _aten.mm.default, _aten.bmm.default}
 _SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
 _VIEWS = {_aten.view.default, _aten.expand.default, _aten.alias.default, _aten._to_copy.default}
+
+
+class Traced:
+    """A function of (nested) tensors, traced and simplified once for each shape and dtype of them, and then run so.
+
+    With few numbers at a time, which stay in the cache, the interpreter of the transforms would cost more than the
+    arithmetic.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._graphs: dict[tuple[object, ...], fx.GraphModule] = {}
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any) -> Any:
+        key = tuple((each.shape, each.dtype) for each in tree_leaves(inputs))
+        if key not in self._graphs:
+            # make_fx wants a plain function, not a method.
+            plain: Any = functionalize(lambda *inputs: self._function(*inputs))
+            with torch.enable_grad():
+                self._graphs[key] = simplify(make_fx(plain)(*inputs))
+        return self._graphs[key](*inputs)
 
 
 def simplify(graph: fx.GraphModule) -> fx.GraphModule:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functionalize, grad, jvp, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import grad, jvp, vmap
 
 from r2f_ext.capture.hooks import _output_as_tokens, as_tokens
-from r2f_ext.capture.simplify import simplify
+from r2f_ext.capture.simplify import Traced
 from r2f_ext.types import FactoredGradient, Target
 
 Factors = tuple[dict[str, Tensor], dict[str, Tensor]]  # x, delta
@@ -22,9 +21,7 @@ class CaptureTangents:
     """Factors of one group's gradient, and their derivatives along K directions of its images.
 
     One reverse pass at the images serves all directions. The derivatives are exact (no differences), so they are as
-    precise as the model's dtype. Forward mode over reverse mode is traced once for each shape and dtype of the
-    directions, simplified, and then run as a flat list of operators: with few directions at a time, which stay in the
-    cache, the interpreter of the transforms would cost more than the arithmetic.
+    precise as the model's dtype. Forward mode over reverse mode is traced once for each shape and dtype (`Traced`).
 
     Args:
         target: base model and adapted layers.
@@ -34,7 +31,7 @@ class CaptureTangents:
         self.target = target
         modules = dict(target.base.model.named_modules())
         self._modules = {name: modules[name] for name in target.names}
-        self._traced: dict[tuple[torch.Size, torch.dtype], Callable[..., tuple[Factors, Factors]]] = {}
+        self._traced = Traced(self._along)
 
     def __call__(self, images: Tensor, labels: Tensor, directions: Tensor) -> tuple[FactoredGradient, FactoredGradient]:
         """
@@ -45,12 +42,7 @@ class CaptureTangents:
         Returns:
             (gradient, tangents): x[name] [1, b * tokens, d_in] and [K, 1, b * tokens, d_in], delta[name] likewise.
         """
-        key = (directions.shape, directions.dtype)
-        if key not in self._traced:
-            along: Any = functionalize(lambda *inputs: self._along(*inputs))
-            self._traced[key] = simplify(make_fx(along)(images, labels, directions))
-        with torch.no_grad():
-            gradient, moved = self._traced[key](images, labels, directions)
+        gradient, moved = self._traced(images, labels, directions)
         return FactoredGradient(*gradient), FactoredGradient(*moved)
 
     def _along(self, images: Tensor, labels: Tensor, directions: Tensor) -> tuple[Factors, Factors]:
@@ -59,7 +51,7 @@ class CaptureTangents:
         def factors(pixels: Tensor) -> Factors:
             def loss(shifts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
                 inputs: dict[str, Tensor] = {}
-                with _Hooks(
+                with ReplacedOutputs(
                     self._modules, lambda name, x, output: (inputs.update({name: x}), output + shifts[name])[1]
                 ):
                     logits = self.target.base.model(self.target.base.normalize(pixels))
@@ -83,7 +75,7 @@ def _tokens(rows: Tensor) -> Tensor:
     return rows.reshape(1, -1, rows.shape[-1])
 
 
-class _Hooks:
+class ReplacedOutputs:
     """While entered, each module's output is replaced by replace(name, input, output)."""
 
     def __init__(self, modules: dict[str, nn.Module], replace: Callable[[str, Tensor, Tensor], Tensor]) -> None:
@@ -108,6 +100,6 @@ def _zeros_of_outputs(target: Target, modules: dict[str, nn.Module], images: Ten
         zeros[name] = torch.zeros_like(output)
         return output
 
-    with _Hooks(modules, note):
+    with ReplacedOutputs(modules, note):
         target.base.model(target.base.normalize(images))
     return zeros

@@ -144,7 +144,7 @@ class UpdateMap:
                 self.a[name],
                 scale=layer.scale,
             ).grad_B
-            parts.append(_unit_tangent(update[name].flatten(), tangent.flatten(1)))
+            parts.append(unit_tangent(update[name].flatten(), tangent.flatten(1)))
         return torch.cat(parts, dim=1)
 
 
@@ -153,7 +153,7 @@ def flat_units(updates: dict[str, Tensor]) -> Tensor:
     return torch.cat([F.normalize(update.flatten(1), dim=1, eps=1e-30) for update in updates.values()], dim=1)
 
 
-def _unit_tangent(value: Tensor, tangent: Tensor) -> Tensor:
+def unit_tangent(value: Tensor, tangent: Tensor) -> Tensor:
     """The derivative of value / |value|: value [m], tangent [K, m]."""
     norm = value.norm().clamp_min(1e-30)
     unit = value / norm
@@ -205,11 +205,12 @@ def search(
     """
     axes, generator = Axes.of(subspace.basis, usual_errors), torch.Generator().manual_seed(config.seed)
     scale = len(updates.target.layers) ** 0.5
+    beginning = start[None], updates(start[None], label), axes.covariance
 
-    def begin() -> tuple[Tensor, Tensor, Tensor]:
-        return start[None], updates(start[None], label), axes.covariance
+    def update_of(images: Tensor) -> Tensor:
+        return torch.cat([updates(part, label) for part in images.split(config.directions)])
 
-    point, value, shape = begin()
+    point, value, shape = beginning
     first = residual = lowest = float((value - observed).norm()) / scale
     best, least, newton, passes, since = point, residual, residual < NEAR, 0, 0
     while least > SOLVED and passes < config.passes:
@@ -217,10 +218,7 @@ def search(
         if newton:
             point, value = newton_steps(updates, observed, point, value, label, subspace, config)
         else:
-            point, value, shape = linearised_step(
-                lambda images: _in_parts(updates, images, label, config.directions),
-                observed, point, value, axes, shape, generator,
-            )  # fmt: skip
+            point, value, shape = linearised_step(update_of, observed, point, value, axes, shape, generator)
         residual = float((value - observed).norm()) / scale
         passes += 1
         if residual < least:
@@ -229,17 +227,13 @@ def search(
         if least < PRECISE and since == 2:
             break  # float32 knows no more
         if since == config.patience:
-            point, value, shape = begin()
+            point, value, shape = beginning
             residual = lowest = first
             newton, since = False, 0
         else:
             newton = residual < NEAR or (residual < FAR and (newton or residual > STALLED * before))
     best = best.clamp(0, 1)
     return Search(best[0], float((updates(best, label) - observed).norm()) / scale, first, passes)
-
-
-def _in_parts(updates: UpdateMap, images: Tensor, label: Tensor, count: int) -> Tensor:
-    return torch.cat([updates(part, label) for part in images.split(count)])
 
 
 def newton_steps(

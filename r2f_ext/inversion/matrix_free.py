@@ -19,7 +19,7 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.gauss_newton import DAMPINGS, EXACT, SOLVED, Search, Subspace, _unit_tangent
+from r2f_ext.inversion.gauss_newton import DAMPINGS, EXACT, SOLVED, Search, Subspace, unit_tangent
 from r2f_ext.types import FactoredGradient, Target
 
 
@@ -176,7 +176,7 @@ class _AtPoint:
         shaped = direction.to(self.image.dtype).view(1, 1, *self.updates.shape)
         along = self.updates.parts_along(*self.updates.tangents(self.image.detach(), self.label, shaped))
         pairs = zip(self._parts, along, strict=True)
-        return torch.cat([_unit_tangent(part, moved.flatten()[None])[0] for part, moved in pairs])
+        return torch.cat([unit_tangent(part, moved.flatten()[None])[0] for part, moved in pairs])
 
     def backward(self, rows: Tensor) -> Tensor:
         (slope,) = torch.autograd.grad(self._units, self.image, rows, retain_graph=True)
@@ -217,7 +217,9 @@ def search_matrix_free(
     config: MatrixFreeConfig | None = None,
     told: Callable[[float], None] = lambda residual: None,
 ) -> Search:
-    """As `gauss_newton.search`, from products with J and J^T alone.
+    """The image whose update or gradient is observed, from products with J and J^T alone.
+
+    As the near part of `gauss_newton.search`, but every step is clamped to [0, 1]; there are no clouds and no restarts.
 
     Args:
         observed: [R], from `updates.observation`.

@@ -17,7 +17,6 @@ AdamW's movement holds ratios of gradients, which are smooth except where an ent
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from r2f_ext.capture.hooks import as_tokens
-from r2f_ext.capture.tangents import _Hooks
+from r2f_ext.capture.simplify import Traced
+from r2f_ext.capture.tangents import ReplacedOutputs
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.gauss_newton import Subspace, _unit_tangent
+from r2f_ext.inversion.gauss_newton import Subspace, unit_tangent
 from r2f_ext.pairs import Training, simulate
 from r2f_ext.types import Target
 
@@ -77,7 +76,7 @@ class UnrolledMap:
         self.weights: dict[str, Tensor] = {}
         self.a_weights: dict[str, float] = {}
         self._shape = (training.owned, *shape)
-        self._step = _TracedStep(target, training)
+        self._step = Traced(_Step(target, training).along)
 
     def weighing(
         self, weights: dict[str, Tensor] | None = None, a_weights: dict[str, float] | None = None
@@ -156,7 +155,7 @@ class UnrolledMap:
         values = self._parts(a, b)
         tangents = self._parts(moved["a"], moved["b"], tangent=True)
         parts = zip(self._shares(), values, tangents, strict=True)
-        return torch.cat([share * _unit_tangent(value[0], tangent) for share, value, tangent in parts], dim=1)
+        return torch.cat([share * unit_tangent(value[0], tangent) for share, value, tangent in parts], dim=1)
 
 
 def movement_weights(a0: dict[str, Tensor], a: dict[str, Tensor]) -> dict[str, float]:
@@ -181,30 +180,19 @@ def _start(target: Target, a0: dict[str, Tensor], training: Training) -> State:
     return state
 
 
-class _TracedStep:
-    """One training step and its tangents, traced once for each shape and then run as a flat list of operators."""
+class _Step:
+    """One training step and its tangents."""
 
     def __init__(self, target: Target, training: Training) -> None:
         self.target, self.training = target, training
         modules = dict(target.base.model.named_modules())
         self._modules = {name: modules[name] for name in target.names}
-        self._traced: dict[tuple[torch.Size, torch.dtype], Callable[..., tuple[State, State]]] = {}
 
-    def __call__(self, *inputs: Any) -> tuple[State, State]:
-        """images [b, c, h, w], labels [b], state, numbers [3], and the tangents of images and state, K of each."""
-        directions = inputs[4]
-        key = (directions.shape, directions.dtype)
-        if key not in self._traced:
-            graph: Any = make_fx(lambda *inputs: self._along(*inputs))(*inputs)
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-            self._traced[key] = graph
-        with torch.no_grad():
-            return self._traced[key](*inputs)
-
-    def _along(
+    def along(
         self, images: Tensor, labels: Tensor, state: State, numbers: Tensor, directions: Tensor, moved: State
     ) -> tuple[State, State]:
+        """images [b, c, h, w], labels [b], state, numbers [3], and the tangents of images and state, K of each."""
+
         def along(direction: Tensor, change: State) -> tuple[State, State]:
             step = lambda images, state: self._after(images, labels, state, numbers)  # noqa: E731
             return jvp(step, (images, state), (direction, change))  # type: ignore[return-value]
@@ -221,7 +209,7 @@ class _TracedStep:
                 added = scale * (as_tokens(module, x) @ a[name].mT) @ b[name].mT
                 return output + (added.mT if isinstance(module, nn.Conv2d) else added).reshape(output.shape)
 
-            with _Hooks(self._modules, adapted):
+            with ReplacedOutputs(self._modules, adapted):
                 logits = self.target.base.model(self.target.base.normalize(images))
             return F.cross_entropy(logits, labels)
 
