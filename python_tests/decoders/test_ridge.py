@@ -1,4 +1,4 @@
-"""The dual form against the primal ridge solution, written out."""
+"""The decoder against kernel ridge in an explicit feature space, written out."""
 
 import itertools
 
@@ -32,8 +32,8 @@ class Pairs:
             yield PairBatch({n: u[rows] for n, u in self.updates.items()}, FactoredGradient(x, eye), labels, labels)
 
 
-def primal(pairs, name, asked, lam, own):
-    """argmin_W sum_p |phi_p W - G_p / |u_p||^2 + lam |W|^2 with the feature map of the kernel, then |u| phi(u) W."""
+def written_out(pairs, name, asked, lam, own):
+    """Kernel ridge of G_p / |u_p| with (<phi, phi'> + exp(-gamma |phi - phi'|^2)) / 2 of explicit features phi."""
     block = [other for other in LAYERS if other[:8] == name[:8]]
 
     def features(updates):
@@ -42,22 +42,24 @@ def primal(pairs, name, asked, lam, own):
         shares += [(n, (1 - own) / 2 / len(LAYERS)) for n in LAYERS]
         return torch.cat([units[n] * share**0.5 for n, share in shares], dim=1)
 
+    def kernel(rows):
+        return (rows @ phi.mT + torch.exp(-ridge.GAMMA * torch.cdist(rows, phi).square())) / 2
+
     phi = features(pairs.updates)
     wanted = pairs.gradients[name].flatten(1) / pairs.updates[name].flatten(1).norm(dim=1, keepdim=True)
-    normal = phi.mT @ phi + lam * torch.eye(phi.shape[1]).double()
-    solution = torch.linalg.solve(normal, phi.mT @ wanted)
-    return asked[name].flatten(1).norm(dim=1, keepdim=True) * (features(asked) @ solution)
+    solution = torch.linalg.solve(kernel(phi) + lam * torch.eye(len(phi)).double(), wanted)
+    return asked[name].flatten(1).norm(dim=1, keepdim=True) * (kernel(features(asked)) @ solution)
 
 
 @pytest.mark.parametrize(("lam", "own"), [(5e-3, 0.5), (0.3, 1.0), (1.0, 0.0)])
-def test_the_dual_form_is_the_primal_solution(lam, own):
+def test_it_is_kernel_ridge_written_out(lam, own):
     pairs = Pairs(19)
     decoder = Ridge(lam, own)
     decoder.fit(pairs, 19)
     asked = {name: 3 * torch.randn_like(u[:4]) for name, u in pairs.updates.items()}
     weights = decoder.weights(asked)
     for name in LAYERS:
-        expected = primal(pairs, name, asked, lam, own)
+        expected = written_out(pairs, name, asked, lam, own)
         found = weights[name] @ pairs.gradients[name].flatten(1)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 

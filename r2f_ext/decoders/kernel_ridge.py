@@ -1,8 +1,7 @@
 """Kernel ridge on a stream: Nystrom's landmarks and normal equations, memory flat in the number of pairs.
 
-With c the cosine of two updates as `ridge` mixes it from a layer's own, its block's and all layers', the kernel is
-    k = (c + exp(2 gamma (c - 1))) / 2
-half linear, half Gaussian. The first m pairs are landmarks: with K_m = L L^T their kernel matrix, the features are
+The kernel is that of `ridge`, half linear, half Gaussian. The first m pairs are landmarks: with K_m = L L^T their
+kernel matrix, the features are
     phi(u) = (sqrt(own / 2) z_l, L^-1 k_m(u))        [d_out r + m]
 (Williams and Seeger 2001); the layer's own unit update comes whole beside them, since m landmarks cannot span it. Ridge
 regression in these features needs sum_p phi_p phi_p^T alone, and decodes as `ridge` does, by weights of the pairs:
@@ -16,14 +15,13 @@ import torch
 from torch import Tensor
 
 from r2f_ext.decoders.base import Decoder, Updates, add_up
-from r2f_ext.decoders.ridge import OWN, mixed_rest
+from r2f_ext.decoders.ridge import OWN, half_gaussian_, mixed_rest
 from r2f_ext.decoders.sketch import Sketch, mean_cosine
 from r2f_ext.linalg import gram
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient, PairBatch
 
 LANDMARKS = 1500
-GAMMA = 0.25
 JITTER = 1e-5  # on the landmarks' kernel, whose diagonal is 1
 RIDGES = (3e-4, 1e-3, 3e-3, 1e-2)
 HELD_OUT = 400  # at most a sixth
@@ -71,7 +69,7 @@ class KernelRidge(Decoder):
         grams = {name: gram(z) for name, z in landmarks.items()}
         self.lower = {}
         for name, rest in mixed_rest(list(grams), grams.__getitem__, self.pairs.target.names):
-            kernel = _kernel(grams[name] * OWN + rest * (1 - OWN))
+            kernel = half_gaussian_(grams[name] * OWN + rest * (1 - OWN))
             kernel.diagonal().add_(JITTER)
             self.lower[name] = torch.linalg.cholesky(kernel)
 
@@ -81,7 +79,7 @@ class KernelRidge(Decoder):
         own = {name: units[name] @ z.mT for name, z in self.landmarks.items()}
         features = {}
         for name, rest in mixed_rest(list(own), own.__getitem__, self.pairs.target.names):
-            kernel = _kernel(own[name] * OWN + rest * (1 - OWN))
+            kernel = half_gaussian_(own[name] * OWN + rest * (1 - OWN))
             nystrom = torch.linalg.solve_triangular(self.lower[name], kernel.mT, upper=False).mT
             features[name] = torch.cat([units[name] * (OWN / 2) ** 0.5, nystrom], dim=1)
         return features
@@ -154,10 +152,6 @@ class KernelRidge(Decoder):
         self.pairs, self.count = pairs, int(state["count"])
         self._take({name: state[f"landmarks/{name}"] for name in pairs.a if f"landmarks/{name}" in state})
         self.factors = {name: state[f"factor/{name}"] for name in pairs.target.names}
-
-
-def _kernel(cosine: Tensor) -> Tensor:
-    return (cosine + torch.exp((cosine - 1) * (2 * GAMMA))) / 2
 
 
 def _unit(update: Tensor) -> Tensor:

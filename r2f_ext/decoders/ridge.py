@@ -1,9 +1,10 @@
-"""Closed-form linear map from the updates to a layer's whole gradient, in dual form; the default decoder.
+"""Closed-form map from the updates to a layer's whole gradient, by kernel ridge in dual form; the default decoder.
 
 A layer's decoder reads its own update, those of its block and those of all layers: one sample shaped all of them, so
 they help each other (docs/pairs-and-decoders.md). With unit updates z = u / |u| the kernel of layer l is
-    k_l = own <z_l, z_l'> + (1 - own) / 2 (mean over the block of <z_m, z_m'> + mean over all layers of <z_m, z_m'>)
-and ridge regression of G_p / |u_p| predicts
+    k_l = (c_l + exp(2 gamma (c_l - 1))) / 2
+    c_l = own <z_l, z_l'> + (1 - own) / 2 (mean over the block of <z_m, z_m'> + mean over all layers of <z_m, z_m'>)
+half linear, half Gaussian, and ridge regression of G_p / |u_p| predicts
     w = (K_l + lam I)^-1 k_l(u),   G_hat = |u| * sum_p w_p D_p^T X_p / |u_p|
 (METHODS 1). `own` and lam are chosen layer by layer on pairs held out from the first ones. The map itself is never
 formed, and neither are the gradients of all pairs: `decode` walks through the pairs once more and adds them up, so
@@ -24,8 +25,9 @@ from r2f_ext.linalg import gram, solve_in_place
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient, PairBatch
 
+GAMMA = 0.25
 OWN, RIDGE = 0.9, 2e-3  # where there are too few pairs to choose by; lambda is for a kernel of unit diagonal
-OWNS, RIDGES = (0.5, 0.8, 0.9, 0.97), (2e-3, 5e-3, 1e-2)
+OWNS, RIDGES = (0.2, 0.5, 0.8, 0.9, 0.97), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 CHOICE_PAIRS = 1500  # the settings are chosen on a part: they hardly depend on the count
 KEPT_PAIRS = 6000  # above, Cholesky factors are not kept (4 n^2 bytes a layer) but made anew by every `decode`
 
@@ -82,7 +84,7 @@ class Ridge(Decoder):
             wanted = sketched[name][: fitted + held_out] / self.norms[name][: fitted + held_out, None]
             chosen[name], best = default, -2.0
             for own in OWNS if self.own is None else (self.own,):
-                kernel = grams[name] * own + rest * (1 - own)
+                kernel = half_gaussian_(grams[name] * own + rest * (1 - own))
                 for ridge in RIDGES if self.ridge is None else (self.ridge,):
                     damped = kernel[:fitted, :fitted].clone()
                     damped.diagonal().add_(ridge)
@@ -108,7 +110,7 @@ class Ridge(Decoder):
         of_layer: Callable[[str], Tensor] = grams.__getitem__ if grams else self._gram
         for name, rest in mixed_rest(list(self.units), of_layer, self.pairs.target.names):
             own, ridge = self.settings[name]
-            kernel = of_layer(name).mul_(own).add_(rest, alpha=1 - own)
+            kernel = half_gaussian_(of_layer(name).mul_(own).add_(rest, alpha=1 - own))
             grams.pop(name, None)  # it is not asked for again
             kernel.diagonal().add_(ridge)
             yield name, kernel
@@ -125,7 +127,7 @@ class Ridge(Decoder):
         kernels = {}
         for name, rest in mixed_rest(list(own_kernels), own_kernels.__getitem__, self.pairs.target.names):
             own = self.settings[name][0]
-            kernels[name] = own_kernels[name] * own + rest * (1 - own)
+            kernels[name] = half_gaussian_(own_kernels[name] * own + rest * (1 - own))
         weights = {}
         for name, dual in self._duals(kernels):
             weights[name] = dual.mT * norms[name] / self.norms[name]
@@ -192,6 +194,13 @@ def mixed_rest(
         for name in members:
             if name in wanted:
                 yield name, rest
+
+
+def half_gaussian_(cosine: Tensor) -> Tensor:
+    """(c + exp(2 gamma (c - 1))) / 2 of cosines c [n, m], in place: of unit diagonal where c is."""
+    for rows in cosine.split(1000):  # a second matrix of the pairs would be the peak of memory
+        rows.add_(torch.exp((rows - 1) * (2 * GAMMA))).div_(2)
+    return cosine
 
 
 def _plain(unit: Tensor) -> Tensor:
