@@ -134,6 +134,7 @@ def one(victim: int) -> dict[str, Any]:
         "start_psnr_db": float(psnr_db(start.images, original)),
         "psnr_db": float(psnr_db(found.images, original)),
         "residual": found.details["residual_0"],
+        "start_residual": found.details["start_residual_0"],
         "passes": int(found.details["passes_0"]),
         "seconds": found.seconds,
     }

@@ -29,7 +29,7 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.linearisation import Axes, linearised_step
+from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
 from r2f_ext.models import untouched_a
 from r2f_ext.ops import lora_grad_tangent
 from r2f_ext.pairs.generate import project
@@ -42,8 +42,8 @@ EXACT = 1e-3  # relative residual of an image, its pixels in [0, 1], that is the
 PRECISE = 1e-4  # relative residual below which a search that no longer improves is at float32's end
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
-FOLLOWED = 0.01  # share of the start's residual below which the search has found a valley that leads somewhere
-NEAR, FAR = 0.05, 0.1  # relative residuals below which a derivative serves, and above which only a cloud does
+FOLLOWED = 0.3  # share of the start's residual below which the search's image is nearer than the start
+NEAR, FAR = 0.007, 0.02  # relative residuals below which a derivative serves, and above which only a cloud does
 STALLED = 0.8  # of the residual left by a pass that got nowhere
 
 
@@ -60,7 +60,7 @@ class GaussNewtonConfig:
         seed: of the clouds.
     """
 
-    passes: int = 14
+    passes: int = 22
     patience: int = 4
     steps: int = 8
     contraction: float = 0.75
@@ -205,35 +205,38 @@ def search(
     """
     axes, generator = Axes.of(subspace.basis, usual_errors), torch.Generator().manual_seed(config.seed)
     scale = len(updates.target.layers) ** 0.5
-    beginning = start[None], updates(start[None], label), axes.covariance
+    beginning = start[None], updates(start[None], label), Cloud(axes.covariance)
 
     def update_of(images: Tensor) -> Tensor:
         return torch.cat([updates(part, label) for part in images.split(config.directions)])
 
-    point, value, shape = beginning
-    first = residual = lowest = float((value - observed).norm()) / scale
+    def misfit(value: Tensor) -> float:
+        return float((value - observed).norm()) / scale
+
+    point, value, cloud = beginning
+    first = residual = lowest = misfit(value)
     best, least, newton, passes, since = point, residual, residual < NEAR, 0, 0
     while least > SOLVED and passes < config.passes:
         before = residual
         if newton:
             point, value = newton_steps(updates, observed, point, value, label, subspace, config)
         else:
-            point, value, shape = linearised_step(update_of, observed, point, value, axes, shape, generator)
-        residual = float((value - observed).norm()) / scale
+            point, value, cloud = linearised_step(update_of, observed, point, value, axes, cloud, generator)
+        residual = misfit(value)
         passes += 1
-        if residual < least:
-            best, least = point, residual
+        image = point.clamp(0, 1)
+        if (reached := misfit(updates(image, label))) < least:  # solutions outside the box are not the image
+            best, least = image, reached
         lowest, since = (residual, 0) if residual < STALLED * lowest else (lowest, since + 1)
         if least < PRECISE and since == 2:
             break  # float32 knows no more
         if since == config.patience:
-            point, value, shape = beginning
+            point, value, cloud = beginning
             residual = lowest = first
             newton, since = False, 0
         else:
             newton = residual < NEAR or (residual < FAR and (newton or residual > STALLED * before))
-    best = best.clamp(0, 1)
-    return Search(best[0], float((updates(best, label) - observed).norm()) / scale, first, passes)
+    return Search(best[0], least, first, passes)
 
 
 def newton_steps(
@@ -294,8 +297,9 @@ def gauss_newton(
         advance: called after each victim, for progress bars.
 
     Returns:
-        images [V, c, h, w]: the search's where it ended exactly or followed its valley down, else the start's.
-        `details` hold, for victim i, `residual_i`, `exact_i` (1 or 0) and `passes_i`, and how many were exact.
+        images [V, c, h, w]: the search's where it ended exactly or far below the start's residual, else the start's.
+        `details` hold, for victim i, `residual_i`, `start_residual_i`, `exact_i` (1 or 0) and `passes_i`, and how many
+        were exact.
 
     Raises:
         R2FError: an update that is zero or not finite, or a start without labels.
@@ -317,6 +321,7 @@ def gauss_newton(
         images.append(found.image.view_as(image) if found.followed else image)
         details |= {
             f"residual_{victim}": found.residual,
+            f"start_residual_{victim}": found.start_residual,
             f"exact_{victim}": float(found.exact),
             f"passes_{victim}": float(found.passes),
         }

@@ -3,8 +3,9 @@
 Far from the image a derivative says too little: the map bends within the distance to go. A regression over a cloud as
 wide as that distance averages over the bends, and its minimum error estimate of the image from the observed update is
 the next point (iterated posterior linearisation: Garcia-Fernandez et al., IEEE Trans. Signal Processing 63(20), 2015).
-The cloud takes its size from the misfit of the point, and a part of its shape from what the last regression could not
-tell: along those directions the search has to look further.
+The cloud takes its size from the misfit of the point, but shrinks slowly: the misfit falls faster than the distance,
+which it hardly sees along most directions. A part of its shape is what the last regression could not tell: there the
+search has to look further. What bends within the cloud is met by a kernel that is partly Gaussian.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from math import log
 import torch
 from torch import Tensor
 
-DAMPINGS = tuple(10.0**-k for k in range(3, 10))  # shares of the Gram matrix's largest eigenvalue
+DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(4, 19))  # shares of the kernel matrix's largest eigenvalue
+BENT, WIDTH = 0.2, 0.25  # the Gaussian share of the kernel, and its exponent at the mean squared distance
 SAMPLES = 1.5  # a direction: fewer leave nothing over to judge the regression by
 PROBES = 48  # images that the cloud's size is found with
 SIZES = tuple(2.0**k for k in range(-3, 7))  # tried until the probes' misfit is the point's
 USUAL = 2 / 3  # of the next cloud's shape; the rest is what the last regression could not tell
+SHRINKS = 0.85  # of the last cloud's size a cloud has at least
 SHORTER = (1.0, 0.5, 0.25)  # of the way to the regression's estimate
 
 UpdateOf = Callable[[Tensor], Tensor]  # images [n, p] -> updates [n, R]
@@ -53,37 +56,41 @@ def _mixed(one: Tensor, other: Tensor, share: float) -> Tensor:
     return share * one + (1 - share) * other * (one.trace() / other.trace().clamp_min(1e-300))
 
 
+@dataclass(frozen=True)
+class Cloud:
+    """Where a regression looks: covariance `shape` [q, q] along the axes, float64, and the least factor of its size."""
+
+    shape: Tensor
+    size: float = 0.0
+
+
 def linearised_step(
     update_of: UpdateOf,
     observed: Tensor,
     point: Tensor,
     value: Tensor,
     axes: Axes,
-    shape: Tensor,
+    cloud: Cloud,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One regression over a cloud round point [1, p] in [0, 1], whose update is value [1, R].
-
-    Args:
-        observed: [R].
-        shape: covariance of the cloud along the axes, [q, q] float64; only its shape counts, the size is found.
+) -> tuple[Tensor, Tensor, Cloud]:
+    """One regression over a cloud round point [1, p] in [0, 1], whose update is value [1, R]; observed [R].
 
     Returns:
-        (point, value, shape): the estimate, or the nearest of some points on the way to it that lowers the misfit, or
-        the point as it was; and the shape of the next cloud.
+        (point, value, cloud): the estimate, or the nearest of some points on the way to it that lowers the misfit, or
+        the point as it was; and the next cloud.
     """
+    shape = cloud.shape
     count = int(SAMPLES * len(shape)) + 1
     draws = torch.randn(count, len(shape), generator=generator, dtype=torch.float64).to(shape.device)
     variance, principal = torch.linalg.eigh(shape)
     shifts = ((draws * variance.clamp_min(0).sqrt()) @ principal.T).to(point.dtype) @ axes.directions.T
-    shifts *= _size(update_of, float((value - observed).norm()), point, value, shifts[:PROBES])
-    images = (point + shifts).clamp(0, 1)
+    size = max(_size(update_of, float((value - observed).norm()), point, value, shifts[:PROBES]), SHRINKS * cloud.size)
+    images = (point + size * shifts).clamp(0, 1)
     found, errors = _regress(update_of(images), (images - point) @ axes.directions, observed)
-    next_shape = _mixed(axes.covariance, torch.cov(errors.T), USUAL)
     trials = (point + torch.tensor(SHORTER).to(found)[:, None] * (found @ axes.directions.T)).clamp(0, 1)
     points, values = torch.cat([point, trials]), torch.cat([value, update_of(trials)])
     best = int((values - observed).norm(dim=1).argmin())
-    return points[best, None], values[best, None], next_shape
+    return points[best, None], values[best, None], Cloud(_mixed(axes.covariance, torch.cov(errors.T), USUAL), size)
 
 
 def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shifts: Tensor) -> float:
@@ -102,23 +109,39 @@ def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shif
 
 
 def _regress(updates: Tensor, offsets: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-    """Ridge from updates [n, R] to offsets [n, q], its damping chosen by leaving out one each.
+    """Kernel ridge with a constant from updates [n, R] to offsets [n, q], its damping chosen by leaving out one each.
 
     Returns:
         (offset [q] for `observed`, what was wrong [n, q] float64 when each was left out).
     """
-    mean, middle = updates.mean(0), offsets.mean(0)
-    centred = updates - mean
-    gram = (centred @ centred.T).double()
-    similar = (centred @ (observed - mean)).double()
-    values, vectors = torch.linalg.eigh(gram)
+    middle = offsets.mean(0)
+    kernel, similar = _kernels(updates, observed)
+    values, vectors = torch.linalg.eigh(kernel)
     turned = vectors.T @ (offsets - middle).double()
     best_errors, best_offset, least = None, None, float("inf")
     for share in DAMPINGS:
         inverse = 1 / (values.clamp_min(0) + share * values[-1])
+        inverse[0] = 0  # the constant's: fitted without damping
         dual = vectors @ (inverse[:, None] * turned)
         errors = dual / (vectors.square() @ inverse)[:, None]
         if (size := float(errors.square().mean())) < least:
             least, best_errors, best_offset = size, errors, similar @ dual
     assert best_errors is not None and best_offset is not None
     return middle + best_offset.to(middle.dtype), best_errors
+
+
+def _kernels(updates: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernel of updates [n, R] with one another [n, n] and with `observed` [n], features centred on the n; float64."""
+    mean = updates.mean(0)
+    centred, asked = updates - mean, observed - mean
+    gram, products = (centred @ centred.T).double(), (centred @ asked).double()
+    squares = gram.diagonal()
+    unit = squares.mean()  # half the mean squared distance
+    kernel = _bent(gram, squares[:, None] + squares - 2 * gram, unit)
+    similar = _bent(products, squares + asked.double().square().sum() - 2 * products, unit)
+    means = kernel.mean(0)
+    return kernel - means - means[:, None] + means.mean(), similar - similar.mean() - means + means.mean()
+
+
+def _bent(products: Tensor, distances: Tensor, unit: Tensor) -> Tensor:
+    return (1 - BENT) * products / unit + BENT * torch.exp(-WIDTH / 2 * distances / unit)
