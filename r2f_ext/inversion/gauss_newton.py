@@ -61,7 +61,7 @@ class GaussNewtonConfig:
     """
 
     passes: int = 22
-    patience: int = 4
+    patience: int = 7
     steps: int = 8
     contraction: float = 0.75
     directions: int = 64
