@@ -8,6 +8,7 @@ from cases import target_of, tiny_base
 
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion import gauss_newton as module
 from r2f_ext.inversion.gauss_newton import (
     GaussNewtonConfig,
     Subspace,
@@ -93,6 +94,20 @@ def test_a_search_counts_its_passes_and_stops_at_its_limit(problem):
     config = GaussNewtonConfig(passes=1, steps=1)
     found = search(updates, wanted, start.images[0].flatten(), labels[:1], subspace, config)
     assert found.passes == 1 and found.start_residual > 0
+
+
+def test_a_solution_outside_the_box_is_not_called_exact(problem, monkeypatch):
+    target, a, observed, images, labels, subspace = problem
+    wanted, outside = flat_units(observed)[0], images[0].flatten() + 0.7
+
+    def lands_outside(updates, observed, point, value, *_):
+        return outside[None], observed[None]
+
+    monkeypatch.setattr(module, "newton_steps", lands_outside)
+    monkeypatch.setattr(module, "NEAR", 10.0)  # from the first pass on
+    config, updates = GaussNewtonConfig(passes=3), UpdateMap(target, a, SHAPE, 32)
+    found = search(updates, wanted, images[1].flatten(), labels[:1], subspace, config)
+    assert not found.exact and found.image.min() >= 0 and found.image.max() <= 1
 
 
 def test_nothing_is_searched_where_no_proxy_varies():
