@@ -42,7 +42,7 @@ EXACT = 1e-3  # relative residual of an image, its pixels in [0, 1], that is the
 PRECISE = 1e-4  # relative residual below which a search that no longer improves is at float32's end
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
-FOLLOWED = 0.3  # share of the start's residual below which the search's image is nearer than the start
+FOLLOWED = 0.03  # share of the start's residual below which an image that is not exact is preferred to the start
 NEAR, FAR = 0.007, 0.02  # relative residuals below which a derivative serves, and above which only a cloud does
 STALLED = 0.8  # of the residual left by a pass that got nowhere
 
