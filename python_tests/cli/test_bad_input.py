@@ -418,7 +418,7 @@ def wait_for(condition, process, seconds=120):
 
 @pytest.mark.slow
 def test_a_real_ctrl_c(adapter_folder, out):
-    words = ["pairs", str(adapter_folder), "--count", "2000", "--proxy", "embedded", "--out", str(out)]
+    words = ["pairs", str(adapter_folder), "--count", "3000", "--proxy", "embedded", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "r2f_ext.cli", *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -428,7 +428,7 @@ def test_a_real_ctrl_c(adapter_folder, out):
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert errors.decode().splitlines() == ["r2f pairs: interrupted; nothing half-written was left behind."]
     assert not (out / "manifest.json").exists() and not list(out.glob(".*"))
 
