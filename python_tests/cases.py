@@ -125,7 +125,11 @@ def gains_over_projection(decoder: Decoder, pairs: PairSource, fitted: int, coun
 
 def peft_start(base: BaseModel, **lora) -> tuple[Target, dict[str, Tensor]]:
     """The target and A of a PEFT model at its start."""
-    model = peft_model(base, **lora)
+    return target_and_a(base, peft_model(base, **lora))
+
+
+def target_and_a(base: BaseModel, model) -> tuple[Target, dict[str, Tensor]]:
+    """The target and A, copied, of a PEFT model as it is."""
     layers, a = [], {}
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "lora_A"):

@@ -2,13 +2,24 @@
 
 import pytest
 import torch
-from cases import CONV, LINEAR, cosine, peft_factors, peft_model, proxy_set, samples, target_of, tiny_base, train
+from cases import (
+    CONV,
+    LINEAR,
+    cosine,
+    peft_factors,
+    peft_model,
+    proxy_set,
+    samples,
+    target_and_a,
+    target_of,
+    tiny_base,
+    train,
+)
 
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs, generate
 from r2f_ext.pairs.generate import project
-from r2f_ext.types import AdaptedLayer, Target
 
 LR = 0.1
 BLOCKS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -26,17 +37,11 @@ def test_an_update_is_minus_b_over_lr_of_a_real_victim(lora, size):
     base = tiny_base()
     images, labels = samples(size, base)
     model = peft_model(base, **{"target_modules": BLOCKS, **lora})
-    layers, a0 = [], {}
-    for name, module in model.base_model.model.named_modules():
-        if hasattr(module, "lora_A"):
-            a, b, scale = peft_factors(model, name)
-            layers.append(AdaptedLayer(name, len(b), a.shape[1], len(a), scale))
-            a0[name] = a.clone()
+    target, a0 = target_and_a(base, model)
     train(model, base, images, labels, lr=LR)
-    target = Target(base, tuple(layers))
     with Capture(target) as capture:
         updates = project(target, capture(images[None], labels[None]), a0)
-    for layer in layers:
+    for layer in target.layers:
         a, b, _ = peft_factors(model, layer.name)
         assert torch.equal(a, a0[layer.name])
         torch.testing.assert_close(-LR * updates[layer.name][0], b, rtol=1e-6, atol=1e-12)
