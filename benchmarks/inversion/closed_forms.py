@@ -5,7 +5,7 @@
 Large models have timm's random weights (no download; block 0 and the embeddings decide, so L/14 has two blocks only).
 Seconds are those of the route, the gradient not counted. Adapters are PEFT's, float64, trained by plain SGD on one
 Fashion-MNIST test image from a model of 17 tokens (trained here for 200 steps), saved and read back; A_0 is found by
-trying seeds.
+trying seeds, or not needed where weight decay has made A forget it (rows `decay`: METHODS 6).
 """
 
 from __future__ import annotations
@@ -103,14 +103,17 @@ def adapters() -> list[dict[str, Any]]:
     base = trained_seventeen()
     image = load_images("embedded", role="private", count=4).batch([3])[:, :1].double()
     cases = [(32, steps, stored) for steps in (2, 5, 50) for stored in STORED]
-    return [_adapter(base, image, *case) for case in [*cases, (16, 5, "float64"), (8, 5, "float64")]]
+    rows = [_adapter(base, image, *case) for case in [*cases, (16, 5, "float64"), (8, 5, "float64")]]
+    return rows + [_adapter(base, image, 32, steps, "float64", lr=0.5, decay=0.03) for steps in (100, 300, 700, 1500)]
 
 
-def _adapter(base: BaseModel, image: Tensor, rank: int, steps: int, stored: str) -> dict[str, Any]:
+def _adapter(
+    base: BaseModel, image: Tensor, rank: int, steps: int, stored: str, lr: float = 0.1, decay: float = 0.0
+) -> dict[str, Any]:
     torch.manual_seed(42)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["attn.qkv"])
     model = get_peft_model(copy.deepcopy(base.model), config)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr, weight_decay=decay)
     for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(base.normalize(image)), torch.tensor([7])).backward()
@@ -120,7 +123,7 @@ def _adapter(base: BaseModel, image: Tensor, rank: int, steps: int, stored: str)
         model.to(STORED[stored]).save_pretrained(folder)
         target, update = attach(read_adapter(folder), base)
     outcome = run_row_space(target, [update])
-    name = f"17 tokens, r {rank}, T {steps}, {stored}"
+    name = f"17 tokens, r {rank}, T {steps}, {stored}{f', decay {decay:g}' if decay else ''}"
     if outcome.found is None:
         return {"case": name, "route": "adapter_rowspace", "psnr_db": None, "why": outcome.why}
     psnr = psnr_db(outcome.found.images.double(), image)

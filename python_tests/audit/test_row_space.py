@@ -71,6 +71,16 @@ def test_float32_storage_is_said_and_promises_less(victim) -> None:
     assert psnr < 60 and outcome.found.details["expected_psnr_db"] < psnr + 6
 
 
+def test_an_a_that_forgot_its_start_is_inverted_without_one(victim) -> None:
+    """Weight decay leaves few directions of the inputs' span: here two of them stand for what it leaves."""
+    _, target, update, _ = victim
+    rows = torch.randn(32, 2, dtype=torch.float64) @ torch.randn(2, 96, dtype=torch.float64)
+    decayed = replace(update, a={n: rows + 1e-7 * torch.rand_like(rows) for n in update.a})
+    outcome = run_row_space(target, [decayed])
+    assert outcome.found is not None and "weight decay has made A forget it" in outcome.why
+    assert outcome.found.details["expected_psnr_db"] < 25
+
+
 def test_refusals_say_why(victim, base, tmp_path) -> None:
     _, target, update, _ = victim
     unknown = replace(update, a={n: a + torch.randn_like(a) for n, a in update.a.items()})

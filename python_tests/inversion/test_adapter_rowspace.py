@@ -13,15 +13,17 @@ from r2f_ext.types import AdaptedLayer, LoraUpdate, Target
 
 
 @functools.cache
-def _victim(rank: int, steps: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Target, LoraUpdate]:
-    """Plain SGD on one image from PEFT's default start."""
+def _victim(
+    rank: int, steps: int, dtype: torch.dtype = torch.float64, lr: float = 0.05, weight_decay: float = 0.0
+) -> tuple[torch.Tensor, Target, LoraUpdate]:
+    """SGD on one image from PEFT's default start."""
     base, image = small_vit(dtype), smooth_images(1, 16)
     target = Target(base, (AdaptedLayer(FIRST_QKV, 288, 96, rank, 2.0),))
     start = (torch.rand(rank, 96, generator=torch.Generator().manual_seed(1), dtype=dtype) - 0.5) / 5
     a, b = start.clone().requires_grad_(), torch.zeros(288, rank, dtype=dtype, requires_grad=True)
     qkv = base.model.blocks[0].attn.qkv
     handle = qkv.register_forward_hook(lambda _, args, out: out + 2.0 * args[0] @ a.T @ b.T)
-    optimizer = torch.optim.SGD([a, b], lr=0.05)
+    optimizer = torch.optim.SGD([a, b], lr=lr, weight_decay=weight_decay)
     for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(base.model(base.normalize(image.to(dtype))), torch.tensor([3])).backward()
@@ -44,6 +46,25 @@ def test_one_step_gives_the_image_through_b_where_the_rank_is_large(dtype: torch
     image, target, update = _victim(80, 1, dtype)
     assert torch.equal(update.a[FIRST_QKV], update.a0[FIRST_QKV])
     assert psnr(invert_adapter_rowspace(target, update).images, image) >= floor
+
+
+def test_weight_decay_leaves_the_span_of_the_inputs_and_little_of_it() -> None:
+    """At a stationary point decay * A = -scale * B^T D^T X: A lies in the inputs' span, with few directions left."""
+    image, target, trained = _victim(32, 700, lr=0.5, weight_decay=0.03)
+    update = dataclasses.replace(trained, a0=None)
+    inputs: list[torch.Tensor] = []
+    qkv = target.base.model.blocks[0].attn.qkv
+    handle = qkv.register_forward_hook(lambda _, args, out: inputs.append(args[0][0]))
+    target.base.model(target.base.normalize(image.double()))
+    handle.remove()
+    span = torch.linalg.qr(inputs[0].T).Q  # [96, 17]
+    a = update.a[FIRST_QKV]
+    assert (a - a @ span @ span.T).norm() < 1e-3 * a.norm()
+    singular = torch.linalg.svdvals(a)
+    assert (singular > 1e-2 * singular[0]).sum() < 5
+    found = invert_adapter_rowspace(target, update)
+    assert "of which weight decay has left" in found.why and found.details["rank"] < 16
+    assert found.details["expected_psnr_db"] < 25  # a hint, and said to be one
 
 
 def test_storage_precision_decides() -> None:

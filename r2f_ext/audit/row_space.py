@@ -9,7 +9,7 @@ import torch
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.adapter_rowspace import invert_adapter_rowspace
 from r2f_ext.inversion.identifiability import FIRST_QKV, identifiability
-from r2f_ext.models import InitialA, initial_from_folder, initial_from_seed, untouched_a
+from r2f_ext.models import InitialA, forgot_start, initial_from_folder, initial_from_seed, untouched_a
 from r2f_ext.types import LoraUpdate, Reconstruction, Target
 
 
@@ -46,11 +46,14 @@ def run_row_space(
         start: InitialA | None = InitialA({}, "the adapter itself, as after one step", 1.0)
     else:
         start = find_initial(target, adapters[0], initial, seed)
+    if start is None and all(forgot_start(one.a[FIRST_QKV]) for one in adapters):
+        start = InitialA({}, "nowhere: weight decay has made A forget it", 0.0)
     if start is None:
         why = "A before the first step is unknown: no common seed draws it; pass --initial FOLDER or --a0-seed N."
         return RowSpace(None, f"Not run: {why}")
     try:
-        parts = [invert_adapter_rowspace(target, replace(one, a0=start.a or one.a)) for one in adapters]
+        a0 = [start.a or (one.a if one_step else None) for one in adapters]
+        parts = [invert_adapter_rowspace(target, replace(one, a0=a)) for one, a in zip(adapters, a0, strict=True)]
     except R2FError as error:
         return RowSpace(None, f"Not run: {error}")
     worst = min(parts, key=lambda part: part.details["expected_psnr_db"])

@@ -4,6 +4,10 @@ With plain SGD, A_T - A_0 is a sum of B_t^T D_t^T X_t, so its rows lie in the sp
 the solve of `attention_rowspace` applies: rank at least the number of patch tokens, T >= 2 (at T = 1 B was 0
 and A has not moved). At T = 1 B_1 is proportional to D^T (X A_0^T): its row space in R^r still gives r - tokens
 equations, A_0^T q for q orthogonal to it. Momentum keeps the span; Adam and weight decay do not.
+
+Weight decay forgets A_0 in the end: where both gradients vanish, decay * A = -scale * B^T D^T X, so A itself lies in
+the span and no A_0 is needed. But decay of both factors is a nuclear-norm penalty on B A (Srebro, Rennie and Jaakkola,
+NeurIPS 2004): with A_0 go all directions but the few that the loss holds up, and what is left is a hint, no image.
 (Jang et al., ICML 2024, and DAGER, Petrov et al., NeurIPS 2024, study rank and span of LoRA from other sides.)
 """
 
@@ -26,6 +30,7 @@ from r2f_ext.inversion.attention_rowspace import (
 )
 from r2f_ext.inversion.identifiability import FIRST_QKV, ViTGeometry, base_geometry, identifiability
 from r2f_ext.inversion.patches import expected_psnr_db, to_image
+from r2f_ext.models import forgot_start
 from r2f_ext.types import BaseModel, LoraUpdate, Reconstruction, Target
 
 ROUTE = "adapter_rowspace"
@@ -40,37 +45,42 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
 
     Args:
         target: the base and its adapted layers; `blocks.0.attn.qkv` must be one of them.
-        update: factors after T steps, with A_0 known (`a0`). An A that has not moved means T = 1.
+        update: factors after T steps, with A_0 (`a0`). An A that has not moved means T = 1. Without A_0 only an A
+            that weight decay has made forget it will do.
 
     Returns:
         A reconstruction with images [1, c, h, w]; `why` and `details` name rank, tokens, storage precision and the
         PSNR to be expected.
 
     Raises:
-        R2FError: the count refuses the route, A_0 is unknown, or the factors are not finite or untrained.
+        R2FError: the count refuses the route, A_0 is unknown yet still in A, or factors are not finite or untrained.
     """
     started = time.perf_counter()
-    if update.a0 is None or (FIRST_QKV in target.names and FIRST_QKV not in update.a0):
+    a, a0 = update.a.get(FIRST_QKV), (update.a0 or {}).get(FIRST_QKV)
+    if a is not None and a0 is None and not forgot_start(a):
         raise R2FError(f"{ROUTE} needs A before the first step (a0) of {FIRST_QKV}: its rows are A's movement.")
-    one_step = FIRST_QKV in target.names and torch.equal(update.a[FIRST_QKV], update.a0[FIRST_QKV])
+    one_step = a is not None and a0 is not None and torch.equal(a, a0)
     verdict = identifiability(target.base, adapter=target, steps=1 if one_step else 2)[ROUTE]
     if not verdict.identifiable:
         raise R2FError(f"{ROUTE} is refused: {verdict.why}")
     geometry = base_geometry(target.base)
-    start = update.a0[FIRST_QKV].to(target.base.device, torch.float64)
+    assert a is not None  # or the count refuses
+    a = a.to(target.base.device, torch.float64)
+    start = torch.zeros_like(a) if a0 is None else a0.to(a)
     stored = storage_precision(update.b[FIRST_QKV] if one_step else update.a[FIRST_QKV])
     if one_step:
         b = update.b[FIRST_QKV].to(start)
         check_rows(b, f"B of {FIRST_QKV}")
         image, details = _from_b(target.base, geometry, start, b, stored.eps)
     else:
-        movement = update.a[FIRST_QKV].to(start) - start
+        movement = a - start
         check_rows(movement, f"the movement of A of {FIRST_QKV}")
-        rounding = stored.eps * float(start.norm() / movement.norm())
+        rounding = stored.eps * float(a.norm() / movement.norm())
         image, details = solve_from_rows(target.base, geometry, movement, rounding)
     details |= {"lora_rank": float(len(start)), "tokens": float(geometry.tokens), "storage_bits": float(stored.bits)}
+    left = "" if a0 is not None else f", of which weight decay has left {details['rank']:.0f}"
     why = (
-        f"rank {len(start)} against {geometry.tokens} tokens, stored as {stored.dtype}: "
+        f"rank {len(start)}{left} against {geometry.tokens} tokens, stored as {stored.dtype}: "
         f"about {details['expected_psnr_db']:.0f} dB to be expected."
     )
     return Reconstruction(ROUTE, image, None, why, time.perf_counter() - started, details)

@@ -21,6 +21,7 @@ from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FORGOTTEN = 1e-2  # of what the smallest singular value of a random A would be, against its largest
 
 # What is taken over from adapter_config.json. Paths, revisions and code references in it are never read.
 USED_FIELDS = (
@@ -223,6 +224,19 @@ def untouched_a(update: LoraUpdate) -> bool:
     """Whether every A may still be what PEFT drew: its default start is uniform within 1 / sqrt(d_in).
 
     At T = 1 A is exactly its start (grad_A = 0 while B = 0, METHODS 1); later steps move it, and some entries leave
-    that range.
+    that range, or weight decay shrinks all of them.
     """
-    return all(float(a.abs().max()) <= a.shape[1] ** -0.5 * (1 + 1e-6) for a in update.a.values())
+    return all(
+        float(a.abs().max()) <= a.shape[1] ** -0.5 * (1 + 1e-6) and not forgot_start(a) for a in update.a.values()
+    )
+
+
+def forgot_start(a: Tensor) -> bool:
+    """Whether A [r, d_in] has singular values as small as a random start hardly has: weight decay did that.
+
+    A random A's smallest is about (1 - sqrt(r / d_in)) / (1 + sqrt(r / d_in)) of its largest (Marchenko and Pastur).
+    """
+    if not torch.isfinite(a).all():
+        return False
+    singular = torch.linalg.svdvals(a.double())
+    return bool(singular[-1] < FORGOTTEN * (1 - (len(a) / a.shape[1]) ** 0.5) * singular[0])
