@@ -3,7 +3,8 @@
 With plain SGD, A_T - A_0 is a sum of B_t^T D_t^T X_t, so its rows lie in the span of block 0's qkv inputs and
 the solve of `attention_rowspace` applies: rank at least the number of patch tokens, T >= 2 (at T = 1 B was 0
 and A has not moved). At T = 1 B_1 is proportional to D^T (X A_0^T): its row space in R^r still gives r - tokens
-equations, A_0^T q for q orthogonal to it. Momentum keeps the span; Adam and weight decay do not.
+equations, A_0^T q for q orthogonal to it. Momentum keeps the span; Adam does not. Under weight decay it is
+A_T - c A_0 that lies in it, and with a rank above the tokens' number A_T and A_0 show c.
 
 Weight decay forgets A_0 in the end: where both gradients vanish, decay * A = -scale * B^T D^T X, so A itself lies in
 the span and no A_0 is needed. But decay of both factors is a nuclear-norm penalty on B A (Srebro, Rennie and Jaakkola,
@@ -34,6 +35,7 @@ from r2f_ext.models import forgot_start
 from r2f_ext.types import BaseModel, LoraUpdate, Reconstruction, Target
 
 ROUTE = "adapter_rowspace"
+CROWDED = 10  # times the width of a crowd of eigenvalues that it must lie below 1 to mean decay
 STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -73,7 +75,7 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
         check_rows(b, f"B of {FIRST_QKV}")
         image, details = _from_b(target.base, geometry, start, b, stored.eps)
     else:
-        movement = a - start
+        movement = a - kept_share(a, start, geometry.tokens) * start
         check_rows(movement, f"the movement of A of {FIRST_QKV}")
         rounding = stored.eps * float(a.norm() / movement.norm())
         image, details = solve_from_rows(target.base, geometry, movement, rounding)
@@ -84,6 +86,22 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
         f"about {details['expected_psnr_db']:.0f} dB to be expected."
     )
     return Reconstruction(ROUTE, image, None, why, time.perf_counter() - started, details)
+
+
+def kept_share(a: Tensor, start: Tensor, tokens: int) -> float:
+    """The share c of A_0 that weight decay has left in A_T, both [r, d_in], float64; 1 where none is seen.
+
+    A_T - c A_0 has a rank of at most `tokens`, so c is an eigenvalue of A_T pinv(A_0) [r, r], r - tokens times: where
+    its eigenvalues crowd.
+    """
+    crowd = len(a) - tokens
+    if crowd < 2 or not start.any():
+        return 1.0
+    eigenvalues = torch.linalg.eigvals(a @ torch.linalg.pinv(start))
+    spread, nearest = (eigenvalues[:, None] - eigenvalues).abs().sort(dim=1)
+    densest = int(spread[:, crowd - 1].argmin())
+    share = float(eigenvalues[nearest[densest, :crowd]].real.mean())
+    return share if 1 - share > CROWDED * float(spread[densest, crowd - 1]) else 1.0
 
 
 def storage_precision(factor: Tensor) -> torch.finfo:
