@@ -48,6 +48,12 @@ def test_one_step_gives_the_image_through_b_where_the_rank_is_large(dtype: torch
     assert psnr(invert_adapter_rowspace(target, update).images, image) >= floor
 
 
+def test_one_step_with_weight_decay_is_seen_as_one_step() -> None:
+    image, target, update = _victim(80, 1, weight_decay=0.1)
+    assert update.a0 is not None and not torch.equal(update.a[FIRST_QKV], update.a0[FIRST_QKV])
+    assert psnr(invert_adapter_rowspace(target, update).images, image) >= 80
+
+
 @pytest.mark.parametrize(("steps", "decay"), [(2, 0.1), (5, 0.01), (50, 0.1)])
 def test_weight_decay_is_seen_and_taken_out(steps: int, decay: float) -> None:
     image, target, update = _victim(32, steps, weight_decay=decay)
