@@ -420,7 +420,12 @@ def wait_for(condition, process, seconds=120):
 def test_a_real_ctrl_c(adapter_folder, out):
     words = ["pairs", str(adapter_folder), "--count", "3000", "--proxy", "embedded", "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "r2f_ext.cli", *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "r2f_ext.cli", *words],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # What a shell starts in the background ignores SIGINT, and so does all that it starts, tests included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         wait_for(lambda: out.exists() and any(out.glob("pairs-*.safetensors")), process)
