@@ -112,6 +112,7 @@ def test_unknown_start_missing_layer_and_damage_are_refused() -> None:
         invert_adapter_rowspace(target, dataclasses.replace(update, a0=None))
     with pytest.raises(R2FError, match="no adapter on"):
         invert_adapter_rowspace(Target(target.base, ()), LoraUpdate({}, {}, {}))
-    broken = {FIRST_QKV: update.a[FIRST_QKV] * float("nan")}
-    with pytest.raises(R2FError, match="NaN"):
-        invert_adapter_rowspace(target, dataclasses.replace(update, a=broken))
+    for bad in ("nan", "inf"):
+        broken = {FIRST_QKV: update.a[FIRST_QKV] * float(bad)}
+        with pytest.raises(R2FError, match="NaN"):
+            invert_adapter_rowspace(target, dataclasses.replace(update, a=broken))

@@ -75,8 +75,8 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
         check_rows(b, f"B of {FIRST_QKV}")
         image, details = _from_b(target.base, geometry, start, b, stored.eps)
     else:
+        check_rows(a - start, f"the movement of A of {FIRST_QKV}")
         movement = a - kept_share(a, start, geometry.tokens) * start
-        check_rows(movement, f"the movement of A of {FIRST_QKV}")
         rounding = stored.eps * float(a.norm() / movement.norm())
         image, details = solve_from_rows(target.base, geometry, movement, rounding)
     details |= {"lora_rank": float(len(start)), "tokens": float(geometry.tokens), "storage_bits": float(stored.bits)}
