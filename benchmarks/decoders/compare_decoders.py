@@ -30,6 +30,7 @@ from r2f_ext.data import load_images
 from r2f_ext.decoders import KINDS, MLP, AgnosticPairs, Decoder, HeldOut, KernelRidge, Ridge, Updates, held_out_cosines
 from r2f_ext.decoders.agnostic import SIZE
 from r2f_ext.decoders.core import Core
+from r2f_ext.decoders.learned import Learned
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import Gradient
@@ -52,8 +53,12 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=ROWS)
+    parser.add_argument(
+        "--precision", default="float32", choices=("float32", "bfloat16"), help="of kinds that learn by descent"
+    )
     parser.add_argument("--json")
     options = parser.parse_args()
+    Decoder.precision = getattr(torch, options.precision)
     pairs = make_pairs(options.proxy, options.pairs + options.held_out)
     if len(pairs) < options.pairs + options.held_out:
         parser.error(f"{options.proxy} has {len(pairs)} images")
@@ -62,9 +67,11 @@ def main() -> None:
     rows = json.loads(path.read_text()) if path is not None and path.exists() else []
     for name in options.rows:
         key = {"row": name, "proxy": options.proxy, "pairs": options.pairs, "held_out": options.held_out}
-        if any(key.items() <= row.items() for row in rows):
+        if learns(name):
+            key["precision"] = options.precision
+        if any(key.items() <= {"precision": "float32", **row}.items() for row in rows):
             continue
-        row = {**key, **measure(name, pairs, options.pairs, updates)}
+        row = {**key, "threads": torch.get_num_threads(), **measure(name, pairs, options.pairs, updates)}
         rows.append(row)
         print(
             f"{name:20} cosine {row['cosine_mean']:.4f}, worst layer {row['cosine_worst_layer']:.4f}, worst 5% "
@@ -74,6 +81,11 @@ def main() -> None:
         )
         if path is not None:
             write_json(path, rows)
+
+
+def learns(name: str) -> bool:
+    """Whether the row is of a kind that learns by gradient descent."""
+    return name not in CONTROLS and isinstance((ANY_A | VARIANTS)[name](), Learned)
 
 
 def make_pairs(proxy: str, count: int) -> GeneratedPairs:

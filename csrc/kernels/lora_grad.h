@@ -43,12 +43,6 @@ struct LoraGradArgs {
   }
 };
 
-// On the CPU, equal groups of more bytes than this (of x and delta) are read as streams.
-constexpr int64_t kLoraGradStreamedBytes = 192 << 10;
-inline bool lora_grad_streams(int64_t rows, int64_t d_in, int64_t d_out, int64_t element_bytes) {
-  return rows * (d_in + d_out) * element_bytes > kLoraGradStreamedBytes;
-}
-
 // On the calling thread, any rank: groups first <= p < last.
 void lora_grad_cpu(DType dtype, const LoraGradArgs& args, int64_t first, int64_t last);
 

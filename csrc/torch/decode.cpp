@@ -18,7 +18,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <optional>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -241,18 +240,21 @@ at::Tensor activation_backward(Activation activation, const at::Tensor& grad, co
   return activation == Activation::kRelu ? at::threshold_backward(grad, before, 0) : grad;
 }
 
-// W h + bias, into `to` where it is given.
-at::Tensor linear(const Call& call, size_t l, size_t j, const at::Tensor& h, const std::optional<at::Tensor>& to) {
-  const at::Tensor weight = call.wide(call.weight(l, j)).t();
+// a b. Of bfloat16 as the library takes it: sums in float32, factors and the result rounded.
+at::Tensor product(const Call& call, const at::Tensor& a, const at::Tensor& b) {
+  if (call.dtype != DType::kBFloat16) return at::mm(a, b);
+  return call.wide(at::mm(a.to(at::kBFloat16), b.to(at::kBFloat16)));
+}
+
+// out = W h + bias, which is returned.
+at::Tensor linear(const Call& call, size_t l, size_t j, const at::Tensor& h, at::Tensor out) {
+  const at::Tensor weight = call.weight(l, j).t();
   const at::Tensor* bias = call.bias(l, j);
-  if (bias == nullptr) {
-    if (!to) return at::mm(h, weight);
-    at::Tensor out = *to;
-    return at::mm_out(out, h, weight);
+  if (call.dtype == DType::kBFloat16) {
+    out.copy_(product(call, h, weight));
+    return bias == nullptr ? out : out.add_(*bias);
   }
-  if (!to) return at::addmm(call.wide(*bias), h, weight);
-  at::Tensor out = *to;
-  return at::addmm_out(out, call.wide(*bias), h, weight);
+  return bias == nullptr ? at::mm_out(out, h, weight) : at::addmm_out(out, *bias, h, weight);
 }
 
 // 1 / |z|, and 0 for nothing.
@@ -274,7 +276,10 @@ void run_large(const Call& call, const at::Tensor& kept_array, const Tensors& ou
     }
     if (call.normalize) h = at::mul(h, kept[l].norm);
     if (call.batch > Device::kHeadBatch) {
-      at::mm_out(out, h, call.wide(call.bases[l]));
+      if (call.dtype == DType::kBFloat16)
+        out.copy_(product(call, h, call.bases[l]));
+      else
+        at::mm_out(out, h, call.bases[l]);
       continue;
     }
     const at::Tensor basis = call.bases[l].contiguous();
@@ -310,15 +315,16 @@ void layer_backward(const Call& call, size_t l, at::Tensor g, const Kept& kept, 
   for (const at::Tensor& before : kept.before) hidden.push_back(activated(call.activation, before));
   if (!call.bases.empty()) {
     const at::Tensor& c = kept.coefficients;
-    if (wanted.bases) to.bases.push_back(at::mm((call.normalize ? at::mul(c, kept.norm) : c).t(), g));
+    if (wanted.bases) to.bases.push_back(product(call, (call.normalize ? at::mul(c, kept.norm) : c).t(), g));
     if (!wanted.inputs && !wanted.weights) return;
-    g = at::mm(g, call.wide(call.bases[l]).t());
+    g = product(call, g, call.bases[l].t());
   }
   at::Tensor to_norm;
   if (call.normalize) {
     if (wanted.inputs) {
-      const at::Tensor c =
-          call.bases.empty() ? linear(call, l, call.maps - 1, hidden.back(), std::nullopt) : kept.coefficients;
+      const at::Tensor c = call.bases.empty()
+                               ? linear(call, l, call.maps - 1, hidden.back(), at::empty(g.sizes(), call.result))
+                               : kept.coefficients;
       to_norm = at::mul(g, c).sum(1, /*keepdim=*/true);
     }
     g = at::mul(g, kept.norm);
@@ -326,10 +332,10 @@ void layer_backward(const Call& call, size_t l, at::Tensor g, const Kept& kept, 
   const size_t start = l * call.maps;
   for (size_t j = call.maps; j-- > 0;) {
     if (wanted.weights) {
-      to.weights[start + j] = at::mm(g.t(), hidden[j]);
+      to.weights[start + j] = product(call, g.t(), hidden[j]);
       if (call.bias(l, j) != nullptr) to.biases[start + j] = g.sum(0);
     }
-    if (j > 0 || wanted.inputs) g = at::mm(g, call.wide(call.weight(l, j)));
+    if (j > 0 || wanted.inputs) g = product(call, g, call.weight(l, j));
     if (j > 0) g = activation_backward(call.activation, g, kept.before[j - 1]);
   }
   if (!wanted.inputs) return;

@@ -2,9 +2,7 @@
 #include "kernels/lora_grad.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mul.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -93,37 +91,12 @@ Call prepare(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, 
   return call;
 }
 
-// Rank 1, without B, and groups that are streamed: each number meets one other,
-// so memory alone is the limit, and the library's matrix-vector products read it faster. (Of bfloat16 they would round
-// what is in between.)
-bool is_matrix_vector(const Call& call) {
-  const LoraGradArgs& args = call.args;
-  if (args.rank != 1 || args.B != nullptr || args.offsets != nullptr || call.dtype == DType::kBFloat16) return false;
-  return args.groups > 0 && lora_grad_streams(call.x.size(1), args.d_in, args.d_out, call.x.element_size());
-}
-
-void matrix_vector_products(const Call& call) {
-  const LoraGradArgs& args = call.args;
-  const at::Tensor A = args.A_per_group ? call.A : call.A.expand({args.groups, 1, args.d_in});
-  const at::Tensor U = at::bmm(call.x, A.mT());
-  at::Tensor row = call.grad_B.view({args.groups, 1, args.d_out});
-  at::bmm_out(row, U.mT(), call.delta);
-  if (args.scale != 1) row.mul_(args.scale);
-  if (args.B1 == nullptr) return;
-  at::Tensor stepped = call.B1;
-  at::mul_out(stepped, call.grad_B, at::Scalar(-args.lr));
-}
-
 Results lora_grad_on_cpu(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A,
                          const std::optional<at::Tensor>& B, double scale, std::optional<double> lr,
                          const std::optional<at::Tensor>& offsets) {
   const Call call = prepare(x, delta, A, B, scale, lr, offsets);
   const LoraGradArgs& args = call.args;
   if (offsets.has_value()) check_values(call.offsets, args.rows);
-  if (is_matrix_vector(call)) {
-    matrix_vector_products(call);
-    return call.results();
-  }
   const int64_t share = (args.rows + at::get_num_threads() - 1) / at::get_num_threads();
   int64_t most = 0;
   for (int64_t p = 0; p < args.groups; ++p) most = std::max(most, args.first_row(p + 1) - args.first_row(p));

@@ -83,3 +83,15 @@ def test_a_log_needs_its_package_and_a_kind_that_learns(stages, tmp_path, monkey
     line = refused(capsys, *words, "--kind", "mlp")
     assert "needs the package tensorboard: pip install tensorboard" in line
     assert not (tmp_path / "log").exists() and not files_under(tmp_path / "d")
+
+
+def test_precision_is_of_the_kinds_that_learn(stages, tmp_path):
+    figures = {}
+    for precision in ("float32", "bfloat16"):
+        words = ("fit", stages.pairs, "--kind", "row_lmmse", "mlp", "--precision", precision)
+        assert run(*words, "--out", tmp_path / precision, "--json", tmp_path / "fit.json") == 0
+        figures[precision] = json.loads((tmp_path / "fit.json").read_text())["decoders"]
+    assert figures["float32"]["row_lmmse"] == figures["bfloat16"]["row_lmmse"]
+    assert figures["float32"]["mlp"] != figures["bfloat16"]["mlp"]
+    for name, layer in figures["float32"]["mlp"].items():
+        assert layer["cosine_mean"] == pytest.approx(figures["bfloat16"]["mlp"][name]["cosine_mean"], abs=0.02)

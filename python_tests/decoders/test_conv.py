@@ -25,7 +25,7 @@ def test_it_starts_from_row_lmmse(kind, pairs):
 
 
 @pytest.mark.parametrize("kind", [Conv, UNet])
-def test_layers_do_not_mix(kind, pairs):
+def test_layers_meet_in_the_context_alone(kind, pairs):
     decoder = kind()
     decoder.start(pairs, 20)
     (batch,) = pairs.batches(50, 52)
@@ -33,5 +33,9 @@ def test_layers_do_not_mix(kind, pairs):
     changed = {**batch.updates, first: torch.randn_like(batch.updates[first])}
     before, after = decoder.decode(batch.updates).dense, decoder.decode(changed).dense
     assert not torch.allclose(before[first], after[first])
-    for name in others:
+    for name in others:  # what is made of the context begins at nothing
         torch.testing.assert_close(before[name], after[name])
+        nn.init.normal_(decoder.networks[name].context.weight)
+    before, after = decoder.decode(batch.updates).dense, decoder.decode(changed).dense
+    for name in others:
+        assert not torch.allclose(before[name], after[name])

@@ -54,6 +54,19 @@ def test_training_stops_when_held_out_pairs_no_longer_gain(pairs, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [MLP, Conv, UNet])
+def test_in_bfloat16_they_learn_nearly_the_same(kind, pairs):
+    gains = {}
+    for precision in (torch.float32, torch.bfloat16):
+        decoder = kind(epochs=10 if kind is MLP else 2)
+        decoder.precision = precision
+        gains[precision] = gains_over_projection(decoder, pairs, FIT, ALL)
+        assert all(p.dtype == torch.float32 for network in decoder.networks.values() for p in network.parameters())
+    for name, gain in gains[torch.float32].items():
+        assert gains[torch.bfloat16][name] != gain
+        assert gains[torch.bfloat16][name] == pytest.approx(gain, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", [MLP, Conv, UNet])
 def test_bad_settings(kind):
     with pytest.raises(R2FError, match="unknown loss 'l1': choose cosine, mse"):
         kind(loss="l1")

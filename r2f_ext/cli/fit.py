@@ -29,6 +29,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
 from r2f_ext.models import load_base
 from r2f_ext.pairs import StoredPairs
+from r2f_ext.pairs.generate import PRECISIONS
 
 
 def run_fit(options: argparse.Namespace) -> dict[str, Any]:
@@ -39,13 +40,13 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
         raise R2FError(f"'{options.pairs}' holds {len(pairs)} pairs: at least 20 are needed, thousands are good.")
     kinds = _kinds_for(pairs, options.kind)
     count = len(pairs) - held_out
-    checkpoint = Checkpoint(folder, f"{pairs.fingerprint}/{count}")
+    checkpoint = Checkpoint(folder, f"{pairs.fingerprint}/{count}/{options.precision}")
     mine: StoredPairs | AgnosticPairs = pairs.only(pairs.target.names[distributed.rank() :: distributed.world_size()])
     with _tensorboard(options.log_dir, kinds) as log, drawn_stages() as stages:
         with stages.stage("fit", count) as advance:
             if pairs.own_a:
                 mine = AgnosticPairs(mine, shared_core(mine, count, checkpoint))
-            decoders = fit_together(mine, count, kinds, advance, checkpoint, log)
+            decoders = fit_together(mine, count, kinds, advance, checkpoint, log, PRECISIONS[options.precision])
         with stages.stage("held-out", len(decoders)) as advance:
             own = {}
             updates = mine.updates(count, count + held_out)

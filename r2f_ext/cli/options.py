@@ -85,12 +85,12 @@ def _proxy(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _precision(command: argparse.ArgumentParser) -> None:
+def _precision(command: argparse.ArgumentParser, of: str = "the model when pairs are made") -> None:
     command.add_argument(
         "--precision",
         default="float32",
         choices=("float32", "bfloat16"),
-        help="of the model when pairs are made; bfloat16 is faster on GPUs and CPUs with AMX (default float32)",
+        help=f"of {of}; bfloat16 is faster where the processor multiplies it (default float32)",
     )
 
 
@@ -198,6 +198,7 @@ def _fit(commands: Commands) -> None:
         choices=KINDS,
         help=f"which decoders (default {' '.join(KINDS[:3])}: closed form, seconds); the others learn for minutes",
     )
+    _precision(command, "mlp, conv and unet while they learn")
     command.add_argument("--log-dir", metavar="DIR", help="where TensorBoard finds how mlp, conv and unet learn")
 
 

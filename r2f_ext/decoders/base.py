@@ -37,6 +37,7 @@ class Decoder(ABC):
 
     kind: ClassVar[str]
     log: Log = staticmethod(unheard)
+    precision: torch.dtype = torch.float32  # float32 or bfloat16: of learning by gradient descent
 
     def fit(self, pairs: PairSource, count: int) -> None:
         """Fit to the first `count` pairs. `fit_together` fits several decoders in one walk."""
@@ -77,6 +78,7 @@ def fit_together(
     advance: Advance = lambda units: None,
     checkpoint: Checkpoint | None = None,
     log: Log = unheard,
+    precision: torch.dtype = torch.float32,
 ) -> list[Decoder]:
     """Fit one decoder of each of `kinds` (None: the closed-form default ones) to the first `count` pairs in one walk.
 
@@ -85,6 +87,7 @@ def fit_together(
     Args:
         checkpoint: takes each kind as soon as it is fitted, and gives back those that it has.
         log: is told how kinds that learn by gradient descent get on, epoch by epoch.
+        precision: float32 or bfloat16, what these kinds compute in while they learn; closed forms do not ask.
     """
     from r2f_ext.decoders import DEFAULT_KINDS, KINDS
 
@@ -95,7 +98,7 @@ def fit_together(
         decoders[kind].load_state(checkpoint.load(kind, pairs.target.base.device), pairs)
     missing = [decoder for kind, decoder in decoders.items() if kind not in there]
     for decoder in missing:
-        decoder.log = log
+        decoder.log, decoder.precision = log, precision
     _fit(missing, pairs, count, advance, checkpoint)
     return list(decoders.values())
 

@@ -1,9 +1,9 @@
 """Convolutional decoders on the 2-D gradient: a plain stack and a U-Net (Ronneberger et al. 2015).
 
 Neurons have no neighbours, so a gradient's rows and columns are first turned into principal directions (`Core`), sorted
-by weight: there, near entries behave alike. The image has two channels, the core of what the update holds exactly,
-G P_A, and that of the row-LMMSE estimate fitted to the same pairs, beside a learned image of the position; the network
-adds what they lack.
+by weight: there, near entries behave alike. The image has four channels: the core of what the update holds exactly,
+G P_A; that of the row-LMMSE estimate fitted to the same pairs; a linear image of what the sample did to all layers
+(`Context`); and a learned image of the position. The network adds to the second and third what they lack.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2f_ext.decoders.base import Updates
+from r2f_ext.decoders.context import Context
 from r2f_ext.decoders.learned import Learned
 from r2f_ext.decoders.projection import projection_map
 from r2f_ext.decoders.row_lmmse import RowLMMSE
 from r2f_ext.pairs import PairSource
 
-SIZE, WIDTH, PRIOR_PAIRS = 32, 8, 1000
+SIZE, WIDTH, CHANNELS, PRIOR_PAIRS = 32, 8, 4, 1000
 
 
 class Conv(Learned):
@@ -27,7 +28,7 @@ class Conv(Learned):
     kind = "conv"
     size = SIZE
     learning_rate = 3e-3
-    most_epochs = 4
+    most_epochs = 10
 
     def start(self, pairs: PairSource, count: int) -> None:
         super().start(pairs, count)
@@ -38,18 +39,24 @@ class Conv(Learned):
             maps = torch.stack([projection_map(layer, pairs.a[layer.name]).to(images), prior.maps[layer.name]])
             images.copy_(maps @ self.core.right[layer.name])
 
+    def prepare(self) -> None:
+        self.context = Context(self.pairs, self.seed)
+
     def network(self, name: str, shape: torch.Size) -> nn.Module:
-        return _Image(self.pairs.target.layer(name).rank, shape, self.body())
+        return _Image(self.pairs.target.layer(name).rank, shape, self.context.size, self.body())
 
     def body(self) -> nn.Module:
-        """[b, 3, 32, 32] -> [b, 1, 32, 32]."""
+        """[b, CHANNELS, 32, 32] -> [b, 1, 32, 32]."""
+        first, middle, last = ((CHANNELS, WIDTH), (WIDTH, WIDTH), (WIDTH, 1))
         return nn.Sequential(
-            _convolution(3, WIDTH, 5), nn.GELU(), _convolution(WIDTH, WIDTH, 5), nn.GELU(), _convolution(WIDTH, 1, 5)
+            _convolution(*first, 5), nn.GELU(), _convolution(*middle, 5), nn.GELU(), _convolution(*last, 5)
         )
 
     def read(self, units: Updates) -> Updates:
-        """L^T U [b, p, r]: with the maps' images that gives both channels."""
-        return {name: left.mT @ units[name] for name, left in self.core.left.items()}
+        """L^T U [b, p r], which the networks' maps make the first two channels of, and the context."""
+        context = self.context(units)
+        own = {name: (left.mT @ units[name]).flatten(1) for name, left in self.core.left.items()}
+        return {name: torch.cat([flat, context], dim=1) for name, flat in own.items()}
 
 
 class UNet(Conv):
@@ -62,29 +69,36 @@ class UNet(Conv):
 
 
 class _Image(nn.Module):
-    """Channels (G P_A, row-LMMSE estimate, position) -> row-LMMSE estimate + what `body` adds, flat [b, p q]."""
+    """Channels (G P_A, row-LMMSE estimate, context, position) -> the second + the third + `body`, flat [b, p q]."""
 
     maps: Tensor
 
-    def __init__(self, rank: int, shape: torch.Size, body: nn.Module) -> None:
+    def __init__(self, rank: int, shape: torch.Size, context: int, body: nn.Module) -> None:
         super().__init__()
-        self.shape, self.body = shape, body
+        self.shape, self.rank, self.body = shape, rank, body
+        self.context = nn.Linear(context, shape.numel())
+        nn.init.zeros_(self.context.weight)
+        nn.init.zeros_(self.context.bias)
         self.position = nn.Parameter(torch.randn(SIZE, SIZE))
         self.register_buffer("maps", torch.zeros(2, rank, shape[1]))
 
     def forward(self, seen: Tensor) -> Tensor:
         p, q = self.shape
-        images = seen[:, None] @ self.maps
+        own, context = seen.tensor_split([p * self.rank], dim=1)
+        exact, estimate = (own.unflatten(1, (p, self.rank))[:, None] @ self.maps).unbind(1)
+        linear = self.context(context).unflatten(1, self.shape)
+        images = F.pad(torch.stack([exact, estimate, linear], dim=1), (0, SIZE - q, 0, SIZE - p))
         place = self.position.expand(len(seen), 1, SIZE, SIZE)
-        added = self.body(torch.cat([F.pad(images, (0, SIZE - q, 0, SIZE - p)), place], dim=1))
-        return (images[:, 1] + added[:, 0, :p, :q]).flatten(1)
+        channels = torch.cat([images, place], dim=1).contiguous(memory_format=torch.channels_last)
+        added = self.body(channels)  # channels last: faster on a CPU, and what bfloat16 needs to be fast
+        return (estimate + linear + added[:, 0, :p, :q]).flatten(1)
 
 
 class _UNetBody(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         wide, wider = 2 * WIDTH, 4 * WIDTH
-        self.down = nn.ModuleList([_double(3, WIDTH), _double(WIDTH, wide)])
+        self.down = nn.ModuleList([_double(CHANNELS, WIDTH), _double(WIDTH, wide)])
         self.bottom = _double(wide, wider)
         self.up = nn.ModuleList([_double(wide + wider, wide), _double(WIDTH + wide, WIDTH)])
         self.last = _convolution(WIDTH, 1, 3)

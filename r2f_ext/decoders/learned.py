@@ -1,8 +1,11 @@
 """What the decoders that learn by gradient descent share: streaming, losses, early stopping.
 
 A pair is kept as what the network reads and as its gradient's core (`Core`), both over the norm of the update and in
-float16 (the network computes in float32); dense gradients are never kept. The cosine of a prediction C_hat with the
+float16; dense gradients are never kept. The cosine of a prediction C_hat with the
 whole gradient is exact from the core, since the directions are orthonormal: <C_hat, C> / (|C_hat| |G|).
+
+Networks compute in float32, or, while they train, in `precision`: with bfloat16 their products and convolutions are
+rounded to it, whereas weights, their steps and losses stay float32 (mixed precision; Micikevicius et al. 2018).
 
 All layers train in the same steps, but each has a network, a seed and an early stop of its own: what a layer learns
 does not depend on which others are there, so that processes may divide them.
@@ -93,9 +96,12 @@ class Learned(Decoder):
     def network(self, name: str, shape: torch.Size) -> nn.Module:
         """One layer's network for cores of this shape [p, q]."""
 
-    def predict(self, inputs: Updates) -> Updates:
+    def predict(self, inputs: Updates, precision: torch.dtype = torch.float32) -> Updates:
         """What the networks make of inputs [b, ...]: name -> cores [b, p q], of the layers that `inputs` has."""
-        return {name: self.networks[name](each) for name, each in inputs.items()}
+        device = self.pairs.target.base.device.type
+        with torch.autocast(device, precision, enabled=precision != torch.float32):
+            found = {name: self.networks[name](each) for name, each in inputs.items()}
+        return {name: core.float() for name, core in found.items()}
 
     @abstractmethod
     def read(self, units: Updates) -> Updates:
@@ -136,9 +142,8 @@ class Learned(Decoder):
         fitted = count - min(HELD_OUT, max(1, count // 10))
         held_out = torch.arange(fitted, count).split(BATCH)
         generator = torch.Generator().manual_seed(self.seed)
-        optimizer = torch.optim.Adam(
-            [p for network in self.networks.values() for p in network.parameters()], lr=self.learning_rate
-        )
+        weights = [p for network in self.networks.values() for p in network.parameters()]
+        optimizer = torch.optim.Adam(weights, lr=self.learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * -(-fitted // BATCH))
         best = {name: _Best(deepcopy(network.state_dict())) for name, network in self.networks.items()}
         for epoch in range(self.epochs):
@@ -176,7 +181,7 @@ class Learned(Decoder):
 
     def _losses(self, seen: _Seen, names: list[str], rows: Tensor, loss: str) -> Tensor:
         """Each layer's mean loss over some pairs [len(names)]."""
-        predicted = self.predict({name: seen.inputs[name][rows].float() for name in names})
+        predicted = self.predict({name: seen.inputs[name][rows].float() for name in names}, self.precision)
         terms = [pair_losses(c, seen.cores[n][rows].float(), seen.norms[n][rows], loss) for n, c in predicted.items()]
         return torch.stack([term.mean() for term in terms])
 

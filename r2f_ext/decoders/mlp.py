@@ -1,7 +1,7 @@
 """One multilayer perceptron a layer with a low-rank head, all in one call of the decoder operator.
 
-It reads the layer's own update (or another form of it, see `inputs`) and a fixed random projection of all layers'
-updates, and gives the coefficients of the layer's gradient in its core's directions (`Core`).
+It reads the layer's own update (or another form of it, see `inputs`) and the `Context`, and gives the coefficients of
+the layer's gradient in its core's directions (`Core`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from r2f_ext.decoders.base import Updates
+from r2f_ext.decoders.context import Context
 from r2f_ext.decoders.learned import Learned
 from r2f_ext.errors import R2FError
 from r2f_ext.ops import decode
 
-SIZE, HIDDEN, SHARED = 48, 256, 512
+SIZE, HIDDEN = 48, 256
 INPUTS = ("b", "ba")
 
 
@@ -36,32 +37,25 @@ class MLP(Learned):
 
     def prepare(self) -> None:
         self.roots = {name: _root(a.float()) for name, a in self.pairs.a.items()} if self.form == "ba" else {}
-        (batch,) = self.pairs.batches(0, 1)
-        self.widths = {name: u[0].numel() for name, u in batch.updates.items()}
-        generator = torch.Generator().manual_seed(self.seed)
-        self.shared = min(SHARED, sum(self.widths.values()))
-        self.maps = {
-            name: (torch.randn(width, self.shared, generator=generator) / len(self.widths) ** 0.5).to(u)
-            for (name, width), u in zip(self.widths.items(), batch.updates.values(), strict=True)
-        }
+        self.context = Context(self.pairs, self.seed)
 
     def network(self, name: str, shape: torch.Size) -> nn.Module:
-        width = self.widths[name] + self.shared
+        width = self.context.widths[name] + self.context.size
         return nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, shape.numel()))
 
-    def predict(self, inputs: Updates) -> Updates:
+    def predict(self, inputs: Updates, precision: torch.dtype = torch.float32) -> Updates:
         maps = [[m for m in self.networks[name].modules() if isinstance(m, nn.Linear)] for name in inputs]
-        weights = [[linear.weight for linear in each] for each in zip(*maps, strict=True)]
-        biases = [[linear.bias for linear in each] for each in zip(*maps, strict=True)]
-        return dict(zip(inputs, decode(list(inputs.values()), weights, biases), strict=True))
+        weights = [[linear.weight.to(precision) for linear in each] for each in zip(*maps, strict=True)]
+        biases = [[linear.bias.to(precision) for linear in each] for each in zip(*maps, strict=True)]
+        return dict(zip(inputs, decode([z.to(precision) for z in inputs.values()], weights, biases), strict=True))
 
     def read(self, units: Updates) -> Updates:
-        """The layer's own update, scaled to entries of about 1, and the random projection of all."""
+        """The layer's own update, scaled to entries of about 1, and the context."""
         if self.form == "ba":
             units = {name: unit @ self.roots[name] for name, unit in units.items()}
-        flat = {name: unit.flatten(1) for name, unit in units.items()}
-        shared = torch.stack([unit @ self.maps[name] for name, unit in flat.items()]).sum(0)
-        return {n: torch.cat([flat[n] * flat[n].shape[1] ** 0.5, shared], dim=1) for n in self.pairs.target.names}
+        context = self.context(units)
+        own = {name: units[name].flatten(1) for name in self.pairs.target.names}
+        return {name: torch.cat([flat * flat.shape[1] ** 0.5, context], dim=1) for name, flat in own.items()}
 
 
 def _root(a: Tensor) -> Tensor:

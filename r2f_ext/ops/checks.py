@@ -6,10 +6,13 @@ refuses its arguments this says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+ACTIVATIONS = ("gelu", "relu", "identity")
 
 
 def check_lora_grad(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, offsets: Tensor | None) -> int:
@@ -103,3 +106,50 @@ def check_lora_grad_tangent(
 def _bad_tangent(what: str, given: dict[str, Tensor]) -> ValueError:
     shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in given.items())
     return ValueError(f"lora_grad_tangent: {what}; got {shapes}")
+
+
+def check_decode(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    activation: str,
+) -> None:
+    """Of L layers, one after another: weights and biases have the same number of maps for each."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"decode: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    dtype, device = inputs[0].dtype, inputs[0].device
+    if dtype not in DTYPES:
+        raise TypeError(f"decode: inputs must be float32, float64 or bfloat16; got {dtype}")
+    maps, batch = len(weights) // len(inputs), inputs[0].shape[:1]
+    for layer, z in enumerate(inputs):
+        if z.ndim != 2 or z.shape[:1] != batch:
+            raise ValueError(f"decode: inputs must be [b, n] with one b; layer {layer} has {list(z.shape)}")
+        width, tensors = z.shape[1], [z]
+        for j in range(maps):
+            weight = weights[layer * maps + j]
+            if weight.ndim != 2 or weight.shape[1] != width:
+                raise ValueError(f"decode: weights[{j}][{layer}] must be [out, {width}]; got {list(weight.shape)}")
+            width = weight.shape[0]
+            tensors.append(weight)
+            if biases:
+                bias = biases[layer * maps + j]
+                if bias.shape != (width,):
+                    raise ValueError(f"decode: biases[{j}][{layer}] must be [{width}]; got {list(bias.shape)}")
+                tensors.append(bias)
+        if bases:
+            basis = bases[layer]
+            if basis.ndim != 2 or basis.shape[0] != width:
+                raise ValueError(f"decode: bases[{layer}] must be [{width}, m]; got {list(basis.shape)}")
+            tensors.append(basis)
+        _check_alike(layer, tensors, dtype, device)
+
+
+def _check_alike(layer: int, tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    for tensor in tensors:
+        if tensor.dtype != dtype:
+            raise TypeError(f"decode: all tensors must share one dtype; layer {layer} has {tensor.dtype}, not {dtype}")
+        if tensor.device != device:
+            raise ValueError(
+                f"decode: all tensors must be on one device; layer {layer} has {tensor.device}, not {device}"
+            )

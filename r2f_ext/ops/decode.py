@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import DTYPES
-from .decoder_reference import ACTIVATIONS, kept_size
+from .checks import check_decode
+from .decoder_reference import kept_size
+from .gradients import needs_gradient
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
@@ -47,74 +48,36 @@ def decode(
     activation: "gelu" (exact, by erf), "relu" or "identity".
 
     All share one dtype: float32, float64 or bfloat16. Sums, hidden values and results are float32 (float64 for
-    float64). Any strides. Deterministic. Differentiable once in all tensors; gradients of tensors that do not require
-    them are not computed.
+    float64). In bfloat16, batches of more than 8 and the gradients are matrix products of the library in bfloat16,
+    whose factors and results are rounded to it: fast where the processor has them, and meant for training. Any strides.
+    Deterministic. Differentiable once in all tensors; gradients of tensors that do not require them are not computed.
 
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, unknown activation, several devices.
         TypeError: dtypes that are not supported or differ from each other.
     """
-    z, count = list(inputs), len(inputs)
-    W = [list(each) for each in weights]
-    bias = [list(each) for each in biases or ()]
-    head = [] if bases is None else list(bases)
-    _check(z, W, bias, head, activation)
-    counts = (count, len(W), len(bias), len(head))
-    per_layer = [tensor for maps in (W, bias) for of_layer in zip(*maps, strict=True) for tensor in of_layer]
-    return list(_Decode.apply(counts, activation, normalize, *z, *per_layer, *head))
-
-
-def _check(
-    z: list[Tensor], W: list[list[Tensor]], bias: list[list[Tensor]], head: list[Tensor], activation: str
-) -> None:
-    """Runs on every call, so it touches each shape once."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"decode: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if not 1 <= len(W) <= MAX_HIDDEN + 1 or len(bias) not in (0, len(W)):
+    z, head, count = list(inputs), [] if bases is None else list(bases), len(inputs)
+    maps, of_maps = len(weights), len(biases or ())
+    if not 1 <= maps <= MAX_HIDDEN + 1 or of_maps not in (0, maps):
         raise ValueError(
-            f"decode: weights must have 1 to {MAX_HIDDEN + 1} maps, and biases as many; got {len(W)} and {len(bias)}"
+            f"decode: weights must have 1 to {MAX_HIDDEN + 1} maps, and biases as many; got {maps} and {of_maps}"
         )
-    count = len(z)
-    if not z or any(len(each) != count for each in (*W, *bias)) or len(head) not in (0, count):
+    if not z or any(len(each) != count for each in (*weights, *(biases or ()))) or len(head) not in (0, count):
         raise ValueError(
             "decode: inputs, each of weights and biases, and bases must have the same number of layers, at least 1: "
-            + ", ".join(str(len(each)) for each in (z, *W, *bias, *([head] if head else [])))
+            + ", ".join(str(len(each)) for each in (z, *weights, *(biases or ()), *([head] if head else [])))
         )
-    dtype, device = z[0].dtype, z[0].device
-    if dtype not in DTYPES:
-        raise TypeError(f"decode: inputs must be float32, float64 or bfloat16; got {dtype}")
-    batch = z[0].shape[:1]
-    for layer in range(count):
-        shape = z[layer].shape
-        if len(shape) != 2 or shape[:1] != batch:
-            raise ValueError(f"decode: inputs must be [b, n] with one b; layer {layer} has {list(shape)}")
-        width = shape[1]
-        tensors = [z[layer]]
-        for j, each in enumerate(W):
-            weight = each[layer]
-            if weight.ndim != 2 or weight.shape[1] != width:
-                raise ValueError(f"decode: weights[{j}][{layer}] must be [out, {width}]; got {list(weight.shape)}")
-            width = weight.shape[0]
-            tensors.append(weight)
-            if bias:
-                if bias[j][layer].shape != (width,):
-                    raise ValueError(
-                        f"decode: biases[{j}][{layer}] must be [{width}]; got {list(bias[j][layer].shape)}"
-                    )
-                tensors.append(bias[j][layer])
-        if head:
-            if head[layer].ndim != 2 or head[layer].shape[0] != width:
-                raise ValueError(f"decode: bases[{layer}] must be [{width}, m]; got {list(head[layer].shape)}")
-            tensors.append(head[layer])
-        for tensor in tensors:
-            if tensor.dtype != dtype:
-                raise TypeError(
-                    f"decode: all tensors must share one dtype; layer {layer} has {tensor.dtype}, not {dtype}"
-                )
-            if tensor.device != device:
-                raise ValueError(
-                    f"decode: all tensors must be on one device; layer {layer} has {tensor.device}, not {device}"
-                )
+    W, bias = ([t for layer in zip(*each, strict=True) for t in layer] for each in (weights, biases or ()))
+    try:
+        if needs_gradient(*z, *W, *bias, *head):
+            return list(
+                _Decode.apply((count, len(W), len(bias), len(head)), activation, normalize, *z, *W, *bias, *head)
+            )
+        outputs: list[Tensor] = torch.ops.r2f.decode.default(z, W, bias, head, activation, normalize)[0]
+    except Exception:
+        check_decode(z, W, bias, head, activation)  # says which argument is wrong and how
+        raise
+    return outputs
 
 
 class _Decode(torch.autograd.Function):
@@ -147,9 +110,8 @@ class _Decode(torch.autograd.Function):
 
 def _split(counts: tuple[int, int, int, int], flat: Sequence[Any]) -> list[list[Any]]:
     """inputs, weights, biases, bases."""
-    layers, maps, biased, heads = counts
     lists, at = [], 0
-    for size in (layers, layers * maps, layers * biased, heads):
+    for size in counts:
         lists.append(list(flat[at : at + size]))
         at += size
     return lists
@@ -164,6 +126,7 @@ def _fake(
     activation: str,
     normalize: bool,
 ) -> tuple[list[Tensor], Tensor]:
+    check_decode(inputs, weights, biases, bases, activation)
     dtype, maps = accumulation_dtype(inputs[0].dtype), len(weights) // len(inputs)
     widths = [t.shape[1] for t in bases] or [t.shape[0] for t in weights[maps - 1 :: maps]]
     outputs = [z.new_empty((z.shape[0], width), dtype=dtype) for z, width in zip(inputs, widths, strict=True)]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_decode
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
@@ -86,6 +87,7 @@ def decode(
     normalize: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """act(W h + bias) map by map, the last one without act, then c basis; normalized: |z| f(z / |z|)."""
+    check_decode(inputs, weights, biases, bases, activation)
     outputs, kept = [], []
     for layer in _layers(inputs, weights, biases, bases, normalize):
         h, norm = layer.input, None

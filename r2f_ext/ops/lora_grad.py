@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_lora_grad
+from .gradients import needs_gradient
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
@@ -62,7 +63,8 @@ def lora_grad(
         TypeError: dtypes that are not supported or differ from each other.
     """
     try:
-        grad_A, grad_B, A1, B1 = torch.ops.r2f.lora_grad.default(x, delta, A, B, scale, lr, offsets)
+        call = _LoraGrad.apply if needs_gradient(x, delta, A, B) else torch.ops.r2f.lora_grad.default
+        grad_A, grad_B, A1, B1 = call(x, delta, A, B, scale, lr, offsets)
     except Exception:
         check_lora_grad(x, delta, A, B, offsets)  # says which argument is wrong and how
         raise
@@ -94,43 +96,55 @@ def _fake(
     )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, delta, A, B, ctx.scale, ctx.lr, offsets = inputs
-    ctx.save_for_backward(x, delta, A, B, offsets)
-    ctx.set_materialize_grads(False)
+class _LoraGrad(torch.autograd.Function):
+    """A Function around the raw operator: `register_autograd` makes calls without gradients pay as well."""
 
+    @staticmethod
+    def forward(
+        x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, offsets: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor, Tensor]
+        results = torch.ops.r2f.lora_grad.default(x, delta, A, B, scale, lr, offsets)
+        return results
 
-def _backward(
-    ctx: Any, to_grad_A: Tensor | None, to_grad_B: Tensor | None, to_A1: Tensor | None, to_B1: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-    """Written in differentiable operators, so that it can be differentiated again."""
-    x, delta, A, B, offsets = ctx.saved_tensors
-    dtype = accumulation_dtype(x.dtype)
-    to_x = to_delta = to_A = to_B = None
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, delta, A, B, ctx.scale, ctx.lr, offsets = inputs
+        ctx.save_for_backward(x, delta, A, B, offsets)
+        ctx.set_materialize_grads(False)
 
-    # A1 = A - lr grad_A: its gradient goes straight to A, and times -lr to grad_A. Likewise B1.
-    if B is not None and ctx.lr is not None:
-        to_grad_A = _add(to_grad_A, _times(to_A1, -ctx.lr))
-        to_A = to_A1
-    if ctx.lr is not None:
-        to_grad_B = _add(to_grad_B, _times(to_B1, -ctx.lr))
-        to_B = to_B1 if B is not None else None
+    @staticmethod
+    def backward(
+        ctx: Any, to_grad_A: Tensor | None, to_grad_B: Tensor | None, to_A1: Tensor | None, to_B1: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        """Written in differentiable operators, so that it can be differentiated again."""
+        x, delta, A, B, offsets = ctx.saved_tensors
+        dtype = accumulation_dtype(x.dtype)
+        to_x = to_delta = to_A = to_B = None
 
-    X, D, A_ = x.to(dtype), delta.to(dtype), A.to(dtype)
-    groups = _EqualGroups() if offsets is None else _Groups(offsets, len(x))
-    if to_grad_B is not None:  # grad_B = scale D^T U with U = X A^T
-        H = ctx.scale * to_grad_B
-        to_U = groups.times(D, H)
-        to_delta = _add(to_delta, groups.times(groups.times(X, A_.mT), H.mT))
-        to_x = _add(to_x, groups.times(to_U, A_))
-        to_A = _add(to_A, groups.outer(X, to_U).mT)
-    if B is not None and to_grad_A is not None:  # grad_A = scale V^T X with V = D B
-        H, B_ = ctx.scale * to_grad_A, B.to(dtype)
-        to_V = groups.times(X, H.mT)
-        to_x = _add(to_x, groups.times(groups.times(D, B_), H))
-        to_delta = _add(to_delta, groups.times(to_V, B_.mT))
-        to_B = _add(to_B, groups.outer(D, to_V))
-    return _like(to_x, x), _like(to_delta, delta), _like(to_A, A), _like(to_B, B), None, None, None
+        # A1 = A - lr grad_A: its gradient goes straight to A, and times -lr to grad_A. Likewise B1.
+        if B is not None and ctx.lr is not None:
+            to_grad_A = _add(to_grad_A, _times(to_A1, -ctx.lr))
+            to_A = to_A1
+        if ctx.lr is not None:
+            to_grad_B = _add(to_grad_B, _times(to_B1, -ctx.lr))
+            to_B = to_B1 if B is not None else None
+
+        X, D, A_ = x.to(dtype), delta.to(dtype), A.to(dtype)
+        groups = _EqualGroups() if offsets is None else _Groups(offsets, len(x))
+        if to_grad_B is not None:  # grad_B = scale D^T U with U = X A^T
+            H = ctx.scale * to_grad_B
+            to_U = groups.times(D, H)
+            to_delta = _add(to_delta, groups.times(groups.times(X, A_.mT), H.mT))
+            to_x = _add(to_x, groups.times(to_U, A_))
+            to_A = _add(to_A, groups.outer(X, to_U).mT)
+        if B is not None and to_grad_A is not None:  # grad_A = scale V^T X with V = D B
+            H, B_ = ctx.scale * to_grad_A, B.to(dtype)
+            to_V = groups.times(X, H.mT)
+            to_x = _add(to_x, groups.times(groups.times(D, B_), H))
+            to_delta = _add(to_delta, groups.times(to_V, B_.mT))
+            to_B = _add(to_B, groups.outer(D, to_V))
+        return _like(to_x, x), _like(to_delta, delta), _like(to_A, A), _like(to_B, B), None, None, None
 
 
 class _EqualGroups:
@@ -161,7 +175,7 @@ class _Groups:
     def outer(self, wide: Tensor, narrow: Tensor) -> Tensor:
         """By the operator itself, with A = I: its sums are in a fixed order, those of index_add on a GPU are not."""
         identity = torch.eye(narrow.shape[1], dtype=narrow.dtype, device=narrow.device)
-        return torch.ops.r2f.lora_grad.default(narrow, wide, identity, None, 1.0, None, self.offsets)[1]
+        return lora_grad(narrow, wide, identity, scale=1.0, offsets=self.offsets).grad_B
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -177,6 +191,3 @@ def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
     if gradient is None or tensor is None:
         return None
     return gradient.sum_to_size(tensor.shape).to(tensor.dtype)
-
-
-torch.library.register_autograd(f"{NAMESPACE}::lora_grad", _backward, setup_context=_save_for_backward)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_lora_grad_tangent
+from .gradients import needs_gradient
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
@@ -54,7 +55,9 @@ def lora_grad_tangent(
         TypeError: dtypes that are not supported or differ from each other.
     """
     try:
-        grad_A, grad_B = torch.ops.r2f.lora_grad_tangent.default(x, delta, dx, ddelta, A, B, scale)
+        needed = needs_gradient(x, delta, dx, ddelta, A, B)
+        call = _LoraGradTangent.apply if needed else torch.ops.r2f.lora_grad_tangent.default
+        grad_A, grad_B = call(x, delta, dx, ddelta, A, B, scale)
     except Exception:
         check_lora_grad_tangent(x, delta, dx, ddelta, A, B)  # says which argument is wrong and how
         raise
@@ -71,48 +74,57 @@ def _fake(
     return grad_A, x.new_empty((*blocks, delta.shape[2], rank), dtype=dtype)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
+class _LoraGradTangent(torch.autograd.Function):
+    """A Function around the raw operator: `register_autograd` makes calls without gradients pay as well."""
 
+    @staticmethod
+    def forward(
+        x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        results: tuple[Tensor, Tensor]
+        results = torch.ops.r2f.lora_grad_tangent.default(x, delta, dx, ddelta, A, B, scale)
+        return results
 
-def _backward(ctx: Any, to_grad_A: Tensor | None, to_grad_B: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Written in ordinary differentiable PyTorch. Each of the four terms gives to two tensors and a factor."""
-    x, delta, dx, ddelta, A, B = ctx.saved_tensors
-    dtype = accumulation_dtype(x.dtype)
-    X, D, dX, dD, B_ = (None if t is None else t.to(dtype) for t in (x, delta, dx, ddelta, B))
-    A_ = A.to(dtype)
-    to: dict[str, Tensor] = {}
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
 
-    def add(name: str, gradient: Tensor) -> None:
-        to[name] = to[name] + gradient if name in to else gradient
+    @staticmethod
+    def backward(ctx: Any, to_grad_A: Tensor | None, to_grad_B: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Written in ordinary differentiable PyTorch. Each of the four terms gives to two tensors and a factor."""
+        x, delta, dx, ddelta, A, B = ctx.saved_tensors
+        dtype = accumulation_dtype(x.dtype)
+        X, D, dX, dD, B_ = (None if t is None else t.to(dtype) for t in (x, delta, dx, ddelta, B))
+        A_ = A.to(dtype)
+        to: dict[str, Tensor] = {}
 
-    if to_grad_B is not None:  # ddelta^T (x A^T) + delta^T (dx A^T)
-        H = ctx.scale * to_grad_B
-        for (a_name, a), (b_name, b) in ((("ddelta", dD), ("x", X)), (("delta", D), ("dx", dX))):
-            if a is None or b is None:
-                continue
-            to_u = a @ H
-            add(a_name, (b @ A_.mT) @ H.mT)
-            add(b_name, to_u @ A_)
-            add("A", to_u.mT @ b)
-    if B_ is not None and to_grad_A is not None:  # (ddelta B)^T x + (delta B)^T dx
-        H = ctx.scale * to_grad_A
-        for (a_name, a), (b_name, b) in ((("ddelta", dD), ("x", X)), (("delta", D), ("dx", dX))):
-            if a is None or b is None:
-                continue
-            to_v = b @ H.mT
-            add(a_name, to_v @ B_.mT)
-            add(b_name, (a @ B_) @ H)
-            add("B", a.mT @ to_v)
+        def add(name: str, gradient: Tensor) -> None:
+            to[name] = to[name] + gradient if name in to else gradient
 
-    def like(name: str, tensor: Tensor | None) -> Tensor | None:
-        """What all directions or groups share receives the sum over them; dtypes follow the input."""
-        return to[name].sum_to_size(tensor.shape).to(tensor.dtype) if tensor is not None and name in to else None
+        if to_grad_B is not None:  # ddelta^T (x A^T) + delta^T (dx A^T)
+            H = ctx.scale * to_grad_B
+            for (a_name, a), (b_name, b) in ((("ddelta", dD), ("x", X)), (("delta", D), ("dx", dX))):
+                if a is None or b is None:
+                    continue
+                to_u = a @ H
+                add(a_name, (b @ A_.mT) @ H.mT)
+                add(b_name, to_u @ A_)
+                add("A", to_u.mT @ b)
+        if B_ is not None and to_grad_A is not None:  # (ddelta B)^T x + (delta B)^T dx
+            H = ctx.scale * to_grad_A
+            for (a_name, a), (b_name, b) in ((("ddelta", dD), ("x", X)), (("delta", D), ("dx", dX))):
+                if a is None or b is None:
+                    continue
+                to_v = b @ H.mT
+                add(a_name, to_v @ B_.mT)
+                add(b_name, (a @ B_) @ H)
+                add("B", a.mT @ to_v)
 
-    named = (("x", x), ("delta", delta), ("dx", dx), ("ddelta", ddelta), ("A", A), ("B", B))
-    return (*(like(name, tensor) for name, tensor in named), None)
+        def like(name: str, tensor: Tensor | None) -> Tensor | None:
+            """What all directions or groups share receives the sum over them; dtypes follow the input."""
+            return to[name].sum_to_size(tensor.shape).to(tensor.dtype) if tensor is not None and name in to else None
 
-
-torch.library.register_autograd(f"{NAMESPACE}::lora_grad_tangent", _backward, setup_context=_save_for_backward)
+        named = (("x", x), ("delta", delta), ("dx", dx), ("ddelta", ddelta), ("A", A), ("B", B))
+        return (*(like(name, tensor) for name, tensor in named), None)

@@ -1,7 +1,7 @@
 """The operators in plain PyTorch: the formula to read, the default kernel everywhere, and the fast kernels' oracle.
 
 Each function takes exactly the arguments of its schema and is registered for `CompositeExplicitAutograd`, so a kernel
-for a particular device replaces it there. Gradients are not taken through these functions: `<op>.py` registers an
+for a particular device replaces it there. Gradients are not taken through these functions: `<op>.py` has an
 explicit backward.
 """
 
