@@ -58,7 +58,10 @@ R2F_INLINE void dot_rows(const T* weight, const Accumulation<T>* in, int64_t col
   for (; k + kLanes <= columns; k += kLanes) {
     V w[Rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) w[r] = simd::load_wide<V>(weight + r * columns + k);
+    for (int r = 0; r < Rows; ++r) {
+      w[r] = simd::load_wide<V>(weight + r * columns + k);
+      __builtin_prefetch(weight + (Rows + r) * columns + k);  // the rows that come next
+    }
 #pragma GCC unroll 8
     for (int s = 0; s < Samples; ++s) {
       const V h = simd::load<V>(in + s * columns + k);
@@ -133,7 +136,11 @@ R2F_INLINE void add_rows(const T* basis, int64_t size, const Accumulation<T>* co
   for (; k + kLanes <= width; k += kLanes) {
     V row[Rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) row[r] = simd::load_wide<V>(basis + r * size + k);
+    for (int r = 0; r < Rows; ++r) {
+      row[r] = simd::load_wide<V>(basis + r * size + k);
+      // The rows that come next. With fewer samples the hardware keeps up on its own.
+      if constexpr (Samples == kMostSamples) __builtin_prefetch(basis + (Rows + r) * size + k);
+    }
 #pragma GCC unroll 8
     for (int s = 0; s < Samples; ++s) {
       V sum = simd::load<V>(sums + s * width + k);
