@@ -25,7 +25,7 @@ using Tensors = std::vector<at::Tensor>;
 
 // The kernels on one device or the other, and the elements of a tile, which stays in the last-level cache.
 struct OnCpu {
-  static constexpr int64_t kTile = 1 << 19;
+  static constexpr int64_t kTile = 1 << 21;
   static void sums(DType dtype, const DecoderTile& tile, DecoderSums* of_pieces, const at::Device&) {
     at::parallel_for(0, decoder_pieces(tile.size) * tile.batch, 4,
                      [&](int64_t first, int64_t last) { decoder_piece_sums_cpu(dtype, tile, first, last, of_pieces); });
