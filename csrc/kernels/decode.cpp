@@ -127,8 +127,8 @@ R2F_INLINE void map_item(const DecodeMap& map, int64_t batch, Activation activat
 
 // sums [Samples, width] += coefficients [Samples, Rows] basis [Rows, width].
 template <typename T, int Bytes, int Rows, int Samples>
-R2F_INLINE void add_rows(const T* basis, int64_t size, const Accumulation<T>* coefficients, int64_t rank, int64_t width,
-                         Accumulation<T>* sums) {
+R2F_INLINE void add_rows(const T* basis, int64_t stride, const Accumulation<T>* coefficients, int64_t rank,
+                         int64_t width, Accumulation<T>* sums) {
   using Acc = Accumulation<T>;
   using V = typename VectorOf<Acc, Bytes>::type;
   constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
@@ -137,9 +137,9 @@ R2F_INLINE void add_rows(const T* basis, int64_t size, const Accumulation<T>* co
     V row[Rows];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      row[r] = simd::load_wide<V>(basis + r * size + k);
+      row[r] = simd::load_wide<V>(basis + r * stride + k);
       // The rows that come next. With fewer samples the hardware keeps up on its own.
-      if constexpr (Samples == kMostSamples) __builtin_prefetch(basis + (Rows + r) * size + k);
+      if constexpr (Samples == kMostSamples) __builtin_prefetch(basis + (Rows + r) * stride + k);
     }
 #pragma GCC unroll 8
     for (int s = 0; s < Samples; ++s) {
@@ -151,7 +151,7 @@ R2F_INLINE void add_rows(const T* basis, int64_t size, const Accumulation<T>* co
   }
   for (; k < width; ++k)
     for (int s = 0; s < Samples; ++s)
-      for (int r = 0; r < Rows; ++r) sums[s * width + k] += widen(basis[r * size + k]) * coefficients[s * rank + r];
+      for (int r = 0; r < Rows; ++r) sums[s * width + k] += widen(basis[r * stride + k]) * coefficients[s * rank + r];
 }
 
 template <typename T, int Bytes, int Samples>
@@ -164,9 +164,9 @@ R2F_INLINE void head_block(const DecodeHead& head, int64_t column, int64_t width
   const Acc* c = static_cast<const Acc*>(head.coefficients) + first * head.rank;
   int64_t r = 0;
   for (; r + kRows <= head.rank; r += kRows)
-    add_rows<T, Bytes, kRows, Samples>(basis + r * head.size, head.size, c + r, head.rank, width, sums);
+    add_rows<T, Bytes, kRows, Samples>(basis + r * head.stride, head.stride, c + r, head.rank, width, sums);
   for (; r < head.rank; ++r)
-    add_rows<T, Bytes, 1, Samples>(basis + r * head.size, head.size, c + r, head.rank, width, sums);
+    add_rows<T, Bytes, 1, Samples>(basis + r * head.stride, head.stride, c + r, head.rank, width, sums);
   for (int s = 0; s < Samples; ++s)
     std::copy(sums + s * width, sums + (s + 1) * width, static_cast<Acc*>(head.out) + (first + s) * head.size + column);
 }

@@ -142,10 +142,10 @@ __global__ void __launch_bounds__(kThreads) head_columns(Table<DecodeHead> table
       __syncthreads();
 #endif
       if (column >= head.size) continue;
-      const T* basis = static_cast<const T*>(head.basis) + chunk * head.size + column;
+      const T* basis = static_cast<const T*>(head.basis) + chunk * head.stride + column;
 #pragma unroll 4
       for (int r = 0; r < ranks; ++r) {
-        const auto row = load_pack<T, kVec>(basis + r * head.size, head.size - column, whole);
+        const auto row = load_pack<T, kVec>(basis + r * head.stride, head.size - column, whole);
 #pragma unroll
         for (int s = 0; s < Samples; ++s) {
           const Acc c = shared.of[r][s];
@@ -193,7 +193,9 @@ Entry<DecodeMap> entry(const DecodeMap& map, int64_t first) {
 }
 template <typename T>
 Entry<DecodeHead> entry(const DecodeHead& head, int64_t first) {
-  return {head, first, multiple_of_16(head.basis) && multiple_of_16(head.out) && head.size % kPack<T> == 0};
+  return {head, first,
+          multiple_of_16(head.basis) && multiple_of_16(head.out) && head.size % kPack<T> == 0 &&
+              head.stride % kPack<T> == 0};
 }
 template <typename T>
 Entry<DecodeNorm> entry(const DecodeNorm& norm, int64_t first) {

@@ -23,10 +23,10 @@ struct DecodeMap {
   const void* factor = nullptr;   // norms [batch], or null for 1
 };
 
-// The basis of one layer: out = c basis.
+// The basis of one layer, or some neighbouring columns of it: out = c basis.
 struct DecodeHead {
-  int64_t rank = 0, size = 0;
-  const void* basis = nullptr;         // [rank, size]
+  int64_t rank = 0, size = 0, stride = 0;
+  const void* basis = nullptr;         // [rank, size], rows `stride` elements apart
   const void* coefficients = nullptr;  // [batch, rank], of the accumulation type
   void* out = nullptr;                 // [batch, size], of the accumulation type
 };

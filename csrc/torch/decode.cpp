@@ -218,8 +218,8 @@ void run_small(const Call& call, const at::Tensor& kept, const Tensors& outputs)
       at += call.batch * map.rows, next += room(map.rows);
     }
     if (!call.bases.empty())
-      heads.push_back(
-          {call.bases[l].size(0), call.bases[l].size(1), data(call.bases[l]), in, outputs[l].mutable_data_ptr()});
+      heads.push_back({call.bases[l].size(0), call.bases[l].size(1), call.bases[l].size(1), data(call.bases[l]), in,
+                       outputs[l].mutable_data_ptr()});
   }
   const int64_t count = static_cast<int64_t>(call.layers());
   for (size_t j = 0; j < call.maps; ++j)
@@ -284,7 +284,8 @@ void run_large(const Call& call, const at::Tensor& kept_array, const Tensors& ou
     }
     const at::Tensor basis = call.bases[l].contiguous();
     alive.push_back(h), alive.push_back(basis);
-    heads.push_back({basis.size(0), basis.size(1), basis.const_data_ptr(), h.const_data_ptr(), out.mutable_data_ptr()});
+    heads.push_back({basis.size(0), basis.size(1), basis.size(1), basis.const_data_ptr(), h.const_data_ptr(),
+                     out.mutable_data_ptr()});
   }
   if (!heads.empty()) Device::heads(call, {heads.data(), static_cast<int64_t>(heads.size()), call.batch});
 }

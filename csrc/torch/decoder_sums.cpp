@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/decode.h"
 #include "kernels/factored_matching_loss.h"
 #include "torch/glue.h"
 
@@ -26,6 +27,19 @@ using Tensors = std::vector<at::Tensor>;
 // The kernels on one device or the other, and the elements of a tile, which stays in the last-level cache.
 struct OnCpu {
   static constexpr int64_t kTile = 1 << 21;
+  // decoded = c basis. Up to kHeadBatch samples by the decoders' kernel, which reads the basis at the speed of memory.
+  static void decode(DType dtype, const at::Tensor& c, const at::Tensor& basis, at::Tensor decoded) {
+    constexpr int64_t kHeadBatch = 64;
+    if (c.size(0) > kHeadBatch || basis.stride(1) != 1 || basis.scalar_type() != c.scalar_type()) {
+      at::mm_out(decoded, c, basis.to(c.scalar_type()));
+      return;
+    }
+    const DecodeHead head{basis.size(0),          basis.size(1),      basis.stride(0),
+                          basis.const_data_ptr(), c.const_data_ptr(), decoded.mutable_data_ptr()};
+    const DecodeStage<DecodeHead> stage{&head, 1, c.size(0)};
+    at::parallel_for(0, decode_items(dtype, stage), 1,
+                     [&](int64_t first, int64_t last) { decode_heads_cpu(dtype, stage, first, last); });
+  }
   static void sums(DType dtype, const DecoderTile& tile, DecoderSums* of_pieces, const at::Device&) {
     at::parallel_for(0, decoder_pieces(tile.size) * tile.batch, 4,
                      [&](int64_t first, int64_t last) { decoder_piece_sums_cpu(dtype, tile, first, last, of_pieces); });
@@ -42,6 +56,9 @@ struct OnCpu {
 #ifdef R2F_WITH_CUDA
 struct OnCuda {
   static constexpr int64_t kTile = 1 << 22;
+  static void decode(DType, const at::Tensor& c, const at::Tensor& basis, at::Tensor decoded) {
+    at::mm_out(decoded, c, basis.to(c.scalar_type()));
+  }
   static void sums(DType dtype, const DecoderTile& tile, DecoderSums* of_pieces, const at::Device& device) {
     glue::check_launch("decoder_sums", decoder_piece_sums_cuda(dtype, tile, of_pieces, glue::current_stream(device)));
   }
@@ -100,11 +117,12 @@ Call prepare(at::TensorList coefficients, at::TensorList bases, at::TensorList x
 }
 
 // One layer, tile by tile.
+template <typename Device>
 class Layer {
  public:
   Layer(const Call& call, size_t l, int64_t most, const at::Tensor& scratch)
       : call_(call),
-        c_(call.wide(call.coefficients[l])),
+        c_(call.wide(call.coefficients[l]).contiguous()),
         basis_(call.bases[l]),
         x_(call.wide(call.x[l])),
         delta_(at::mul(call.wide(call.delta[l]), delta_unit(call.dtype))),
@@ -113,19 +131,18 @@ class Layer {
         d_in_(x_.size(2)),
         rows_(call.rows(l, most)) {}
 
-  // work(tile, its decoded gradients, the columns of the basis that it is made of, their first column)
+  // work(tile, its decoded gradients, the first of the basis's columns that it is made of)
   template <typename Work>
   void for_tiles(const Work& work) const {
     if (call_.batch * d_in_ == 0) return;
     for (int64_t row = 0; row < d_out_; row += rows_) {
       const int64_t rows = std::min(rows_, d_out_ - row), size = rows * d_in_;
-      const at::Tensor basis = call_.wide(basis_.narrow(1, row * d_in_, size));
       at::Tensor decoded = scratch_[0].narrow(0, 0, call_.batch * size).view({call_.batch, size});
       at::Tensor truth = scratch_[1].narrow(0, 0, call_.batch * size).view({call_.batch, rows, d_in_});
-      at::mm_out(decoded, c_, basis);
+      Device::decode(call_.dtype, c_, basis_.narrow(1, row * d_in_, size), decoded);
       at::bmm_out(truth, delta_.narrow(2, row, rows).mT(), x_);
       work(DecoderTile{call_.batch, size, decoded.mutable_data_ptr(), truth.const_data_ptr(), delta_unit(call_.dtype)},
-           decoded, basis, row * d_in_);
+           decoded, row * d_in_);
     }
   }
   int64_t pieces() const {
@@ -150,11 +167,11 @@ at::Tensor forward(at::TensorList coefficients, at::TensorList bases, at::Tensor
   const at::Tensor scratch = call.scratch(Device::kTile);
   const at::Tensor sums = at::empty({static_cast<int64_t>(call.layers()), call.batch, 3}, doubles);
   for (size_t l = 0; l < call.layers(); ++l) {
-    const Layer layer(call, l, Device::kTile, scratch);
+    const Layer<Device> layer(call, l, Device::kTile, scratch);
     const int64_t pieces = call.batch == 0 ? 0 : layer.pieces();
     const at::Tensor of_pieces = at::empty({pieces, call.batch, 3}, doubles);
     DecoderSums* next = sums_of(of_pieces);
-    layer.for_tiles([&](const DecoderTile& tile, const at::Tensor&, const at::Tensor&, int64_t) {
+    layer.for_tiles([&](const DecoderTile& tile, const at::Tensor&, int64_t) {
       Device::sums(call.dtype, tile, next, call.device);
       next += decoder_pieces(tile.size) * call.batch;
     });
@@ -176,15 +193,15 @@ std::tuple<Tensors, Tensors> backward(const at::Tensor& grad_sums, at::TensorLis
   const at::Tensor grads = grad_sums.to(at::kDouble).contiguous(), scratch = call.scratch(Device::kTile);
   Tensors to_c, to_basis;
   for (size_t l = 0; l < call.layers(); ++l) {
-    const Layer layer(call, l, Device::kTile, scratch);
+    const Layer<Device> layer(call, l, Device::kTile, scratch);
     const DecoderSums* of_layer = sums_of(grads) + static_cast<int64_t>(l) * call.batch;
     to_c.push_back(at::zeros(coefficients[l].sizes(), call.result));
     const bool nothing = call.batch * x[l].size(2) == 0;  // no tile: the gradient of the basis is 0
     if (to_bases)
       to_basis.push_back(nothing ? at::zeros(bases[l].sizes(), call.result) : at::empty(bases[l].sizes(), call.result));
-    layer.for_tiles([&](const DecoderTile& tile, const at::Tensor& decoded, const at::Tensor& basis, int64_t column) {
+    layer.for_tiles([&](const DecoderTile& tile, const at::Tensor& decoded, int64_t column) {
       Device::gradient(call.dtype, tile, of_layer, call.device);
-      to_c[l].addmm_(decoded, basis.t());
+      to_c[l].addmm_(decoded, call.wide(bases[l].narrow(1, column, tile.size)).t());
       if (!to_bases) return;
       at::Tensor out = to_basis[l].narrow(1, column, tile.size);
       at::mm_out(out, layer.coefficients().t(), decoded);
