@@ -1,8 +1,8 @@
 """What the decoders that learn by gradient descent share: streaming, losses, early stopping.
 
 A pair is kept as what the network reads and as its gradient's core (`Core`), both over the norm of the update and in
-float16; dense gradients are never kept. The cosine of a prediction C_hat with the
-whole gradient is exact from the core, since the directions are orthonormal: <C_hat, C> / (|C_hat| |G|).
+float16; dense gradients are never kept. The cosine of a prediction C_hat with the whole gradient is exact from the
+core, since the directions are orthonormal: <C_hat, C> / (|C_hat| |G|).
 
 Networks compute in float32, or, while they train, in `precision`: with bfloat16 their products and convolutions are
 rounded to it, whereas weights, their steps and losses stay float32 (mixed precision; Micikevicius et al. 2018).
