@@ -66,6 +66,14 @@ def test_in_bfloat16_they_learn_nearly_the_same(kind, pairs):
         assert gains[torch.bfloat16][name] == pytest.approx(gain, abs=0.01)
 
 
+def test_a_network_of_another_version_is_refused(pairs):
+    decoder = Conv(epochs=1)
+    decoder.fit(pairs, 40)
+    state = {name: tensor for name, tensor in decoder.state().items() if "context" not in name}
+    with pytest.raises(R2FError, match=r"conv decoder of .* is not what this version makes: run r2f fit again"):
+        Conv().load_state(state, pairs)
+
+
 @pytest.mark.parametrize("kind", [MLP, Conv, UNet])
 def test_bad_settings(kind):
     with pytest.raises(R2FError, match="unknown loss 'l1': choose cosine, mse"):

@@ -127,6 +127,14 @@ def test_gradients_against_autograd_through_torch_nn(device, b, basis):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12 * max(1.0, float(want.abs().max())))
 
 
+def test_forward_mode_is_refused_and_not_dropped(device):
+    z, w = torch.randn(3, 4, device=device), torch.randn(5, 4, device=device)
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda t: decode([t], [[w]])[0], (z,), (z,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        decode([torch.autograd.forward_ad.make_dual(z, z)], [[w]])
+
+
 @pytest.mark.parametrize("which", ["inputs", "biases", "bases"])
 def test_only_what_is_wanted_gets_a_gradient(device, which):
     case = make(dtype=torch.float64, device=device)

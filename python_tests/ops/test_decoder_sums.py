@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r2f_ext.ops import backend_of, decoder_cosine_loss, decoder_reference
 
-SHAPES = [(5, 4, 7, 6), (1, 1, 2, 3), (33, 16, 17, 40), (9, 3, 130, 35), (65, 2, 200, 300)]  # N, k, d_in, d_out
+SHAPES = [(5, 4, 7, 6), (1, 1, 2, 3), (33, 16, 17, 40), (9, 3, 130, 35), (65, 2, 200, 1300)]  # N, k, d_in, d_out
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-5}
 
 
@@ -41,7 +41,7 @@ def dense(coefficients, bases, x, delta) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("b", [1, 3, 17])
+@pytest.mark.parametrize("b", [1, 3, 17, 70])
 def test_agrees_with_dense_gradients_and_the_reference(device, dtype, b):
     lists = make(b, dtype, device)
     loss, sums = decoder_cosine_loss(*lists)
@@ -134,6 +134,8 @@ def test_any_strides_and_deterministic(device):
     lists = make(4, device=device)
     strided = [[t.mT.contiguous().mT for t in tensors] for tensors in lists]
     strided[2][0] = torch.randn(141, device=device)[1:].view(4, 5, 7).copy_(lists[2][0])  # off every boundary
+    basis = lists[1][3]
+    strided[1][3] = torch.cat([basis, basis], dim=1)[:, : basis.shape[1]]  # rows further apart than they are long
     sums = torch.ops.r2f.decoder_sums(*lists)
     assert torch.equal(torch.ops.r2f.decoder_sums(*lists), sums)
     torch.testing.assert_close(torch.ops.r2f.decoder_sums(*strided), sums, rtol=1e-5, atol=1e-5)

@@ -267,6 +267,28 @@ def test_operator_rules(device, B, lr):
     torch.library.opcheck(torch.ops.r2f.lora_grad.default, (*inputs, 0.5, lr, offsets))
 
 
+def test_under_transforms(device):
+    """vmap, with and without gradients beyond it, torch.func.grad; forward mode is refused, not dropped."""
+    x, delta, A, _ = make((5, 3, 4, 6), 2, torch.float64, device)
+    xs = torch.stack([x, 2 * x]).requires_grad_()
+
+    def of(t):
+        return lora_grad(t, delta, A, scale=0.5).grad_B
+
+    expected = torch.stack([of(t) for t in xs])
+    got = torch.vmap(of)(xs)
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), xs) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(of)(xs), expected)
+    slope = torch.func.grad(lambda t: of(t).square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(slope, torch.autograd.grad(of(leaf).square().sum(), leaf)[0])
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(of, (x,), (x,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ragged", [False, True])
 def test_inside_torch_compile(device, ragged):

@@ -153,7 +153,7 @@ class Learned(Decoder):
             losses = []
             for rows in torch.randperm(fitted, generator=generator).split(BATCH):
                 optimizer.zero_grad()  # leaves None, which Adam skips, where a layer has stopped
-                loss = self._losses(seen, learning, rows, self.loss)
+                loss = self._losses(seen, learning, rows, self.loss, self.precision)
                 loss.sum().backward()
                 optimizer.step()
                 schedule.step()
@@ -179,9 +179,11 @@ class Learned(Decoder):
             else:
                 best[name].worse += 1
 
-    def _losses(self, seen: _Seen, names: list[str], rows: Tensor, loss: str) -> Tensor:
+    def _losses(
+        self, seen: _Seen, names: list[str], rows: Tensor, loss: str, precision: torch.dtype = torch.float32
+    ) -> Tensor:
         """Each layer's mean loss over some pairs [len(names)]."""
-        predicted = self.predict({name: seen.inputs[name][rows].float() for name in names}, self.precision)
+        predicted = self.predict({name: seen.inputs[name][rows].float() for name in names}, precision)
         terms = [pair_losses(c, seen.cores[n][rows].float(), seen.norms[n][rows], loss) for n, c in predicted.items()]
         return torch.stack([term.mean() for term in terms])
 
@@ -206,7 +208,13 @@ class Learned(Decoder):
         self._build(pairs, Core.of_state(state, pairs.target.names))
         for name, network in self.networks.items():
             prefix = f"network/{name}/"
-            network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            try:
+                network.load_state_dict(own)
+            except RuntimeError as error:
+                raise R2FError(
+                    f"the saved {self.kind} decoder of {name} is not what this version makes: run r2f fit again."
+                ) from error
 
 
 def _joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:

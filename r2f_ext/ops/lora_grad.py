@@ -99,6 +99,8 @@ def _fake(
 class _LoraGrad(torch.autograd.Function):
     """A Function around the raw operator: `register_autograd` makes calls without gradients pay as well."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, offsets: Tensor | None

@@ -77,6 +77,8 @@ def _fake(
 class _LoraGradTangent(torch.autograd.Function):
     """A Function around the raw operator: `register_autograd` makes calls without gradients pay as well."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None, scale: float
