@@ -33,6 +33,7 @@ from r2f_ext.decoders.core import Core
 from r2f_ext.decoders.learned import Learned
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs.generate import PRECISIONS
 from r2f_ext.types import Gradient
 
 VARIANTS: dict[str, Callable[[], Decoder]] = {
@@ -53,12 +54,10 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=ROWS)
-    parser.add_argument(
-        "--precision", default="float32", choices=("float32", "bfloat16"), help="of kinds that learn by descent"
-    )
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of kinds that learn by descent")
     parser.add_argument("--json")
     options = parser.parse_args()
-    Decoder.precision = getattr(torch, options.precision)
+    Decoder.precision = PRECISIONS[options.precision]
     pairs = make_pairs(options.proxy, options.pairs + options.held_out)
     if len(pairs) < options.pairs + options.held_out:
         parser.error(f"{options.proxy} has {len(pairs)} images")

@@ -116,7 +116,7 @@ Call prepare(at::TensorList inputs, at::TensorList weights, at::TensorList biase
 
 // The rounds of kernels, on one device or the other. `dtype` is that of the weights.
 struct OnCpu {
-  static constexpr int64_t kHeadBatch = 64;  // the same of heads: a piece of the basis stays in cache for many samples
+  static constexpr int64_t kHeadBatch = kDecodeHeadBatchCpu;
   static void norms(const Call& call, const DecodeStage<DecodeNorm>& stage) {
     at::parallel_for(0, stage.count, 1,
                      [&](int64_t first, int64_t last) { decode_norms_cpu(call.dtype, stage, first, last); });
@@ -240,21 +240,23 @@ at::Tensor activation_backward(Activation activation, const at::Tensor& grad, co
   return activation == Activation::kRelu ? at::threshold_backward(grad, before, 0) : grad;
 }
 
-// a b. Of bfloat16 as the library takes it: sums in float32, factors and the result rounded.
+// out = a b, which is returned. Of bfloat16 as the library takes it: sums in float32, factors and the result rounded.
+at::Tensor product_into(const Call& call, at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
+  if (call.dtype != DType::kBFloat16) return at::mm_out(out, a, b);
+  return out.copy_(at::mm(a.to(at::kBFloat16), b.to(at::kBFloat16)));
+}
+
 at::Tensor product(const Call& call, const at::Tensor& a, const at::Tensor& b) {
-  if (call.dtype != DType::kBFloat16) return at::mm(a, b);
-  return call.wide(at::mm(a.to(at::kBFloat16), b.to(at::kBFloat16)));
+  return product_into(call, at::empty({a.size(0), b.size(1)}, call.result), a, b);
 }
 
 // out = W h + bias, which is returned.
 at::Tensor linear(const Call& call, size_t l, size_t j, const at::Tensor& h, at::Tensor out) {
   const at::Tensor weight = call.weight(l, j).t();
   const at::Tensor* bias = call.bias(l, j);
-  if (call.dtype == DType::kBFloat16) {
-    out.copy_(product(call, h, weight));
-    return bias == nullptr ? out : out.add_(*bias);
-  }
-  return bias == nullptr ? at::mm_out(out, h, weight) : at::addmm_out(out, *bias, h, weight);
+  if (bias == nullptr) return product_into(call, out, h, weight);
+  if (call.dtype == DType::kBFloat16) return product_into(call, out, h, weight).add_(*bias);
+  return at::addmm_out(out, *bias, h, weight);
 }
 
 // 1 / |z|, and 0 for nothing.
@@ -276,10 +278,7 @@ void run_large(const Call& call, const at::Tensor& kept_array, const Tensors& ou
     }
     if (call.normalize) h = at::mul(h, kept[l].norm);
     if (call.batch > Device::kHeadBatch) {
-      if (call.dtype == DType::kBFloat16)
-        out.copy_(product(call, h, call.bases[l]));
-      else
-        at::mm_out(out, h, call.bases[l]);
+      product_into(call, out, h, call.bases[l]);
       continue;
     }
     const at::Tensor basis = call.bases[l].contiguous();

@@ -27,10 +27,9 @@ using Tensors = std::vector<at::Tensor>;
 // The kernels on one device or the other, and the elements of a tile, which stays in the last-level cache.
 struct OnCpu {
   static constexpr int64_t kTile = 1 << 21;
-  // decoded = c basis. Up to kHeadBatch samples by the decoders' kernel, which reads the basis at the speed of memory.
+  // decoded = c basis. Small batches by the decoders' kernel, which reads the basis at the speed of memory.
   static void decode(DType dtype, const at::Tensor& c, const at::Tensor& basis, at::Tensor decoded) {
-    constexpr int64_t kHeadBatch = 64;
-    if (c.size(0) > kHeadBatch || basis.stride(1) != 1 || basis.scalar_type() != c.scalar_type()) {
+    if (c.size(0) > kDecodeHeadBatchCpu || basis.stride(1) != 1 || basis.scalar_type() != c.scalar_type()) {
       at::mm_out(decoded, c, basis.to(c.scalar_type()));
       return;
     }
