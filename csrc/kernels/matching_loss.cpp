@@ -18,6 +18,8 @@ namespace {
 using simd::VectorOf;
 
 constexpr int64_t kBlock = 1024;                // elements
+constexpr int64_t kTogether = 1 << 17;          // elements of a layer that a core's cache holds with the observed ones
+constexpr int64_t kCaches = 8 << 20;            // bytes of gradients that caches may hold until they are read
 constexpr double kLeast = 1e-24, kMost = 1e36;  // a block's sums of squares in float32
 constexpr double kLeastFactor = 1e-30, kMostFactor = 1e30;
 
@@ -85,35 +87,43 @@ R2F_INLINE MatchingSums sums_of(const T* c, const T* o, int64_t size) {
   }
 }
 
-// result = p x + q y, or added to what is there; products and sums in Acc.
-template <typename T, typename Acc, int Bytes, bool Add>
+enum class Into { kCaches, kMemory, kSum };  // kMemory: past the caches; kSum: added to what is there
+
+// result = p x + q y; products and sums in Acc.
+template <typename T, typename Acc, int Bytes, Into Where>
 R2F_INLINE void combine_as(Acc p, const T* x, Acc q, const T* y, Accumulation<T>* result, int64_t size) {
   constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
   using Results = Elements<Accumulation<T>, kLanes>;
+  const auto one = [&](int64_t i) __attribute__((always_inline)) {
+    const Acc sum = static_cast<Acc>(widen(x[i])) * p + static_cast<Acc>(widen(y[i])) * q;
+    result[i] = static_cast<Accumulation<T>>(Where == Into::kSum ? result[i] + sum : sum);
+  };
   int64_t i = 0;
+  if constexpr (Where == Into::kMemory)
+    for (; i < size && !simd::is_aligned<Results>(result + i); ++i) one(i);
   for (; i + kLanes <= size; i += kLanes) {
     Elements<Acc, kLanes> sum = load_as<Acc, kLanes>(x + i) * p + load_as<Acc, kLanes>(y + i) * q;
-    if constexpr (Add) sum += load_as<Acc, kLanes>(result + i);
+    if constexpr (Where == Into::kSum) sum += load_as<Acc, kLanes>(result + i);
     const Results narrow = __builtin_convertvector(sum, Results);
-    simd::store(result + i, narrow);
+    if constexpr (Where == Into::kMemory)
+      simd::store_past_caches(result + i, narrow);
+    else
+      simd::store(result + i, narrow);
   }
-  for (; i < size; ++i) {
-    const Acc sum = static_cast<Acc>(widen(x[i])) * p + static_cast<Acc>(widen(y[i])) * q;
-    result[i] = static_cast<Accumulation<T>>(Add ? result[i] + sum : sum);
-  }
+  for (; i < size; ++i) one(i);
 }
 
-template <typename T, int Bytes, bool Add>
+template <typename T, int Bytes, Into Where>
 R2F_INLINE void combine(double p, const T* x, double q, const T* y, Accumulation<T>* result, int64_t size) {
   const auto fits = [](double factor) __attribute__((always_inline)) {
     const double size = std::fabs(factor);
     return factor == 0 || (size >= kLeastFactor && size <= kMostFactor);
   };
   if (std::is_same_v<T, double> || !fits(p) || !fits(q))  // float32 may not hold them
-    combine_as<T, double, Bytes, Add>(p, x, q, y, result, size);
+    combine_as<T, double, Bytes, Where>(p, x, q, y, result, size);
   else
-    combine_as<T, Accumulation<T>, Bytes, Add>(static_cast<Accumulation<T>>(p), x, static_cast<Accumulation<T>>(q), y,
-                                               result, size);
+    combine_as<T, Accumulation<T>, Bytes, Where>(static_cast<Accumulation<T>>(p), x, static_cast<Accumulation<T>>(q), y,
+                                                 result, size);
 }
 
 // Calls work(piece, layer number, its first element, elements) for the pieces first <= piece < last.
@@ -130,61 +140,114 @@ R2F_INLINE void for_pieces(const MatchingArgs& args, int64_t first, int64_t last
   }
 }
 
+// Where a piece of a layer's trial starts.
+template <typename T>
+struct Piece {
+  const T *candidate, *observed;
+  Accumulation<T>* grad_candidate;
+
+  R2F_INLINE Piece(const MatchingLayer& layer, int64_t t, int64_t begin)
+      : candidate(static_cast<const T*>(layer.candidate) + t * layer.size + begin),
+        observed(static_cast<const T*>(layer.observed) + (layer.observed_is_shared ? 0 : t * layer.size) + begin),
+        grad_candidate(static_cast<Accumulation<T>*>(layer.grad_candidate) + t * layer.size + begin) {}
+};
+
 template <typename T, int Bytes>
 R2F_INLINE void sum_pieces(const MatchingArgs& args, int64_t first, int64_t last, MatchingSums* of_pieces) {
   for_pieces(args, first, last,
              [&](int64_t piece, int64_t l, int64_t begin, int64_t size) __attribute__((always_inline)) {
-               const MatchingLayer& layer = args.layers[l];
-               const T* c = static_cast<const T*>(layer.candidate) + begin;
-               const T* o = static_cast<const T*>(layer.observed) + begin;
-               for (int64_t t = 0; t < args.trials; ++t)
-                 of_pieces[piece * args.trials + t] =
-                     sums_of<T, Bytes>(c + t * layer.size, o + (layer.observed_is_shared ? 0 : t * layer.size), size);
+               for (int64_t t = 0; t < args.trials; ++t) {
+                 const Piece<T> at(args.layers[l], t, begin);
+                 of_pieces[piece * args.trials + t] = sums_of<T, Bytes>(at.candidate, at.observed, size);
+               }
              });
 }
 
-template <typename T, int Bytes>
+template <typename T, int Bytes, Into Where>
 R2F_INLINE void backward_pieces(const MatchingArgs& args, const MatchingCoefficients* coefficients, int64_t first,
                                 int64_t last) {
-  using Acc = Accumulation<T>;
   for_pieces(args, first, last, [&](int64_t, int64_t l, int64_t begin, int64_t size) __attribute__((always_inline)) {
     const MatchingLayer& layer = args.layers[l];
     for (int64_t t = 0; t < args.trials; ++t) {
       const MatchingCoefficients& k = coefficients[l * args.trials + t];
-      const int64_t own = t * layer.size + begin, theirs = layer.observed_is_shared ? begin : own;
-      const T* c = static_cast<const T*>(layer.candidate) + own;
-      const T* o = static_cast<const T*>(layer.observed) + theirs;
-      combine<T, Bytes, false>(k.observed, o, k.candidate, c, static_cast<Acc*>(layer.grad_candidate) + own, size);
+      const Piece<T> at(layer, t, begin);
+      const T *c = at.candidate, *o = at.observed;
+      combine<T, Bytes, Where>(k.observed, o, k.candidate, c, at.grad_candidate, size);
       if (layer.grad_observed == nullptr) continue;
-      Acc* to_observed = static_cast<Acc*>(layer.grad_observed) + theirs;
+      auto* to_observed =
+          static_cast<Accumulation<T>*>(layer.grad_observed) + (o - static_cast<const T*>(layer.observed));
       if (layer.observed_is_shared && t > 0)
-        combine<T, Bytes, true>(k.observed, c, k.itself, o, to_observed, size);
+        combine<T, Bytes, Into::kSum>(k.observed, c, k.itself, o, to_observed, size);
       else
-        combine<T, Bytes, false>(k.observed, c, k.itself, o, to_observed, size);
+        combine<T, Bytes, Into::kCaches>(k.observed, c, k.itself, o, to_observed, size);
     }
   });
 }
 
+// The sums, and the candidate's gradients of the layers that matching_together() holds of. With kL2 piece by piece;
+// with kLayerCosine the coefficients need all sums of the layer: whoever has its first piece works off all of it.
+template <typename T, int Bytes, Into Where>
+R2F_INLINE void both_ways_pieces(const MatchingArgs& args, int64_t first, int64_t last, MatchingSums* of_pieces) {
+  for_pieces(
+      args, first, last, [&](int64_t piece, int64_t l, int64_t begin, int64_t size) __attribute__((always_inline)) {
+        const MatchingLayer& layer = args.layers[l];
+        const bool together = matching_together(args.kind, layer), all = together && args.kind != MatchingKind::kL2;
+        if (all && begin > 0) return;
+        if (all) size = layer.size;
+        for (int64_t t = 0; t < args.trials; ++t) {
+          const Piece<T> at(layer, t, begin);
+          MatchingSums total;
+          for (int64_t p = 0; p * kMatchingPiece < size; ++p) {
+            const int64_t start = p * kMatchingPiece, count = std::min(kMatchingPiece, size - start);
+            MatchingSums& sums = of_pieces[(piece + p) * args.trials + t];
+            sums = sums_of<T, Bytes>(at.candidate + start, at.observed + start, count);
+            total.add(1, sums);
+          }
+          if (!together) continue;
+          const MatchingCoefficients k = matching_coefficients(args.kind, args.weights[l], 1, total, total);
+          combine<T, Bytes, Where>(k.observed, at.observed, k.candidate, at.candidate, at.grad_candidate, size);
+        }
+      });
+}
+
 // What is wanted, in one piece: the entries below differ by instruction set only.
 struct Wanted {
-  MatchingSums* of_pieces;  // null: gradients
-  const MatchingCoefficients* coefficients;
+  MatchingSums* of_pieces;                   // null: no sums
+  const MatchingCoefficients* coefficients;  // null: no gradients, or
+  bool both_ways;                            // those that the sums just made allow
 };
 
-template <typename T, int Bytes>
+// Gradients that no cache will hold until they are read go past the caches: a store into a line that is not there reads
+// it first.
+bool beyond_caches(DType dtype, const MatchingArgs& args) {
+  int64_t numbers = 0;
+  for (int64_t l = 0; l < args.count; ++l) numbers += args.trials * args.layers[l].size;
+  return numbers * (dtype == DType::kFloat64 ? 8 : 4) > kCaches;
+}
+
+template <typename T, int Bytes, Into Where>
 R2F_INLINE void run_pieces(const MatchingArgs& args, const Wanted& wanted, int64_t first, int64_t last) {
-  if (wanted.of_pieces != nullptr)
+  if (wanted.both_ways)
+    both_ways_pieces<T, Bytes, Where>(args, first, last, wanted.of_pieces);
+  else if (wanted.of_pieces != nullptr)
     sum_pieces<T, Bytes>(args, first, last, wanted.of_pieces);
   else
-    backward_pieces<T, Bytes>(args, wanted.coefficients, first, last);
+    backward_pieces<T, Bytes, Where>(args, wanted.coefficients, first, last);
+}
+
+template <typename T, int Bytes>
+R2F_INLINE void run_where(DType dtype, const MatchingArgs& args, const Wanted& wanted, int64_t first, int64_t last) {
+  if (!beyond_caches(dtype, args)) return run_pieces<T, Bytes, Into::kCaches>(args, wanted, first, last);
+  run_pieces<T, Bytes, Into::kMemory>(args, wanted, first, last);
+  simd::finish_stores_past_caches();
 }
 
 template <int Bytes>
 R2F_INLINE void run_dtype(DType dtype, const MatchingArgs& args, const Wanted& wanted, int64_t first, int64_t last) {
   switch (dtype) {
-    case DType::kFloat32: return run_pieces<float, Bytes>(args, wanted, first, last);
-    case DType::kFloat64: return run_pieces<double, Bytes>(args, wanted, first, last);
-    case DType::kBFloat16: return run_pieces<BFloat16, Bytes>(args, wanted, first, last);
+    case DType::kFloat32: return run_where<float, Bytes>(dtype, args, wanted, first, last);
+    case DType::kFloat64: return run_where<double, Bytes>(dtype, args, wanted, first, last);
+    case DType::kBFloat16: return run_where<BFloat16, Bytes>(dtype, args, wanted, first, last);
   }
 }
 
@@ -216,7 +279,16 @@ void run(DType dtype, const MatchingArgs& args, const Wanted& wanted, int64_t fi
 
 void matching_piece_sums_cpu(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
                              MatchingSums* of_pieces) {
-  run(dtype, args, {of_pieces, nullptr}, first, last);
+  run(dtype, args, {of_pieces, nullptr, false}, first, last);
+}
+
+bool matching_together(MatchingKind kind, const MatchingLayer& layer) {
+  return kind == MatchingKind::kL2 || (kind == MatchingKind::kLayerCosine && layer.size <= kTogether);
+}
+
+void matching_piece_sums_and_gradients_cpu(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
+                                           MatchingSums* of_pieces) {
+  run(dtype, args, {of_pieces, nullptr, true}, first, last);
 }
 
 void matching_finish_cpu(const MatchingArgs& args, const MatchingSums* of_pieces, MatchingSums* sums, double* losses) {
@@ -232,7 +304,7 @@ void matching_finish_cpu(const MatchingArgs& args, const MatchingSums* of_pieces
 
 void matching_loss_backward_cpu(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,
                                 int64_t first, int64_t last) {
-  run(dtype, args, {nullptr, coefficients}, first, last);
+  run(dtype, args, {nullptr, coefficients, false}, first, last);
 }
 
 }  // namespace r2f

@@ -15,6 +15,7 @@
 #include "kernels/total_variation.h"
 #include "torch/glue.h"
 #include "torch/matching_kind.h"
+#include "torch/matching_loss.h"
 
 namespace r2f {
 namespace {
@@ -77,10 +78,12 @@ Images prepare(const char* op, const at::Tensor& images, bool isotropic) {
   return call;
 }
 
-std::optional<Images> prepare(const MatchingArgs& args, const std::optional<at::Tensor>& images, bool isotropic) {
+std::optional<Images> prepare(const Lists& lists, const std::optional<at::Tensor>& images, bool isotropic) {
   if (!images.has_value()) return std::nullopt;
   Images call = prepare("matching_loss", *images, isotropic);
-  TORCH_CHECK(call.args.trials == args.trials, "matching_loss: images must be [T, c, h, w] with the candidate's T");
+  TORCH_CHECK(call.args.trials == lists.args.trials,
+              "matching_loss: images must be [T, c, h, w] with the candidate's T");
+  TORCH_CHECK(call.pixels.device() == lists.result.device(), "matching_loss: one device");
   return call;
 }
 
@@ -131,23 +134,38 @@ void add_planes(const TotalVariationArgs& args, const std::vector<double>& of_pl
     losses[plane / args.channels] += weight * of_planes[static_cast<size_t>(plane)];
 }
 
+// The pieces of the lists and the planes of the images in one round of the thread pool. As many planes count as one as
+// are about as much work as a piece: threads get equal numbers. A pixel costs about as much as four numbers.
+template <typename OfPieces, typename OfPlanes>
+void parallel_over(const MatchingArgs& args, const std::optional<Images>& pixels, const OfPieces& of_pieces,
+                   const OfPlanes& of_planes) {
+  const int64_t pieces = matching_pieces(args), planes = pixels ? pixels->args.planes() : 0;
+  const int64_t plane = pixels ? std::max<int64_t>(pixels->args.height * pixels->args.width, 1) : 1;
+  const int64_t together = std::max<int64_t>(args.trials * kMatchingPiece / (4 * plane), 1);
+  at::parallel_for(0, pieces + (planes + together - 1) / together, 1, [&](int64_t first, int64_t last) {
+    if (first < pieces) of_pieces(first, std::min(last, pieces));
+    if (last > pieces)
+      of_planes(std::max<int64_t>(first - pieces, 0) * together, std::min((last - pieces) * together, planes));
+  });
+}
+
 std::tuple<at::Tensor, at::Tensor> forward_on_cpu(at::TensorList candidate, at::TensorList observed,
                                                   at::ArrayRef<double> weights, std::string_view kind,
                                                   const std::optional<at::Tensor>& images, double tv_weight,
                                                   bool isotropic) {
   const Lists lists = prepare(candidate, observed, weights, kind);
-  const std::optional<Images> pixels = prepare(lists.args, images, isotropic);
-  const int64_t pieces = matching_pieces(lists.args), planes = pixels ? pixels->args.planes() : 0;
-  std::vector<MatchingSums> of_pieces(static_cast<size_t>(pieces * lists.args.trials));
-  std::vector<double> of_planes(static_cast<size_t>(planes)), losses(static_cast<size_t>(lists.args.trials));
-  // One round of the thread pool for both: first the pieces, then the planes.
-  at::parallel_for(0, pieces + planes, 1, [&](int64_t first, int64_t last) {
-    if (first < pieces)
-      matching_piece_sums_cpu(lists.dtype, lists.args, first, std::min(last, pieces), of_pieces.data());
-    if (last > pieces)
-      total_variation_cpu(pixels->dtype, pixels->args, std::max(first - pieces, int64_t{0}), last - pieces,
-                          of_planes.data());
-  });
+  const std::optional<Images> pixels = prepare(lists, images, isotropic);
+  const size_t planes = pixels ? static_cast<size_t>(pixels->args.planes()) : 0;
+  std::vector<MatchingSums> of_pieces(static_cast<size_t>(matching_pieces(lists.args) * lists.args.trials));
+  std::vector<double> of_planes(planes), losses(static_cast<size_t>(lists.args.trials));
+  parallel_over(
+      lists.args, pixels,
+      [&](int64_t first, int64_t last) {
+        matching_piece_sums_cpu(lists.dtype, lists.args, first, last, of_pieces.data());
+      },
+      [&](int64_t first, int64_t last) {
+        total_variation_cpu(pixels->dtype, pixels->args, first, last, of_planes.data());
+      });
   const at::Tensor sums = sums_tensor(lists);
   matching_finish_cpu(lists.args, of_pieces.data(), sums_of(sums), losses.data());
   if (pixels) add_planes(pixels->args, of_planes, tv_weight, losses.data());
@@ -161,7 +179,7 @@ std::tuple<Tensors, Tensors, at::Tensor> backward_on_cpu(const at::Tensor& grad_
                                                          bool isotropic, bool to_observed) {
   Lists lists = prepare(candidate, observed, weights, kind);
   const MatchingArgs& args = lists.args;
-  const std::optional<Images> pixels = prepare(args, images, isotropic);
+  const std::optional<Images> pixels = prepare(lists, images, isotropic);
   const MatchingSums* given = checked_sums(lists, sums, grad_loss);
   const std::vector<double> grads = to_doubles(grad_loss);
   std::vector<MatchingCoefficients> coefficients(static_cast<size_t>(args.count * args.trials));
@@ -170,16 +188,72 @@ std::tuple<Tensors, Tensors, at::Tensor> backward_on_cpu(const at::Tensor& grad_
   if (to_observed) grad_observed = gradients_of(lists, lists.observed, &MatchingLayer::grad_observed);
   const at::Tensor grad_images =
       pixels ? at::empty(pixels->pixels.sizes(), glue::result_options(pixels->pixels)) : at::empty({0}, lists.result);
-  const int64_t pieces = matching_pieces(args), planes = pixels ? pixels->args.planes() : 0;
-  at::parallel_for(0, pieces + planes, 1, [&](int64_t first, int64_t last) {
-    if (first < pieces)
-      matching_loss_backward_cpu(lists.dtype, args, coefficients.data(), first, std::min(last, pieces));
-    if (last > pieces)
-      total_variation_backward_cpu(pixels->dtype, pixels->args, grads.data(), tv_weight, grad_images.mutable_data_ptr(),
-                                   std::max(first - pieces, int64_t{0}), last - pieces);
-  });
+  parallel_over(
+      args, pixels,
+      [&](int64_t first, int64_t last) {
+        matching_loss_backward_cpu(lists.dtype, args, coefficients.data(), first, last);
+      },
+      [&](int64_t first, int64_t last) {
+        total_variation_backward_cpu(pixels->dtype, pixels->args, grads.data(), tv_weight,
+                                     grad_images.mutable_data_ptr(), first, last);
+      });
   return {std::move(grad_candidate), std::move(grad_observed), grad_images};
 }
+
+}  // namespace
+
+MatchingBothWays matching_loss_both_ways_on_cpu(at::TensorList candidate, at::TensorList observed,
+                                                at::ArrayRef<double> weights, std::string_view kind,
+                                                const std::optional<at::Tensor>& images, double tv_weight,
+                                                bool isotropic) {
+  Lists lists = prepare(candidate, observed, weights, kind);
+  const MatchingArgs& args = lists.args;
+  const std::optional<Images> pixels = prepare(lists, images, isotropic);
+  MatchingBothWays result;
+  result.grad_candidate = gradients_of(lists, lists.candidate, &MatchingLayer::grad_candidate);
+  result.grad_images =
+      pixels ? at::empty(pixels->pixels.sizes(), glue::result_options(pixels->pixels)) : at::empty({0}, lists.result);
+  const size_t trials = static_cast<size_t>(args.trials);
+  const size_t planes = pixels ? static_cast<size_t>(pixels->args.planes()) : 0;
+  const std::vector<double> ones(trials, 1.0);
+  std::vector<MatchingSums> of_pieces(static_cast<size_t>(matching_pieces(args)) * trials);
+  std::vector<double> of_planes(planes), losses(trials);
+  parallel_over(
+      args, pixels,
+      [&](int64_t first, int64_t last) {
+        matching_piece_sums_and_gradients_cpu(lists.dtype, args, first, last, of_pieces.data());
+      },
+      [&](int64_t first, int64_t last) {
+        total_variation_cpu(pixels->dtype, pixels->args, first, last, of_planes.data());
+        total_variation_backward_cpu(pixels->dtype, pixels->args, ones.data(), tv_weight,
+                                     result.grad_images.mutable_data_ptr(), first, last);
+      });
+  result.sums = sums_tensor(lists);
+  MatchingSums* sums = sums_of(result.sums);
+  matching_finish_cpu(args, of_pieces.data(), sums, losses.data());
+  if (pixels) add_planes(pixels->args, of_planes, tv_weight, losses.data());
+  result.loss = from_doubles(losses, lists.result);
+
+  // What could not be had together.
+  std::vector<MatchingCoefficients> coefficients(static_cast<size_t>(args.count) * trials);
+  matching_coefficients(args.kind, args.weights, args.count, args.trials, sums, ones.data(), coefficients.data());
+  std::vector<MatchingLayer> layers;
+  std::vector<MatchingCoefficients> theirs;
+  for (size_t l = 0; l < lists.layers.size(); ++l) {
+    if (matching_together(args.kind, lists.layers[l])) continue;
+    layers.push_back(lists.layers[l]);
+    const auto row = coefficients.begin() + static_cast<std::ptrdiff_t>(l * trials);
+    theirs.insert(theirs.end(), row, row + static_cast<std::ptrdiff_t>(trials));
+  }
+  MatchingArgs rest = args;
+  rest.layers = layers.data(), rest.count = static_cast<int64_t>(layers.size());
+  at::parallel_for(0, matching_pieces(rest), 1, [&](int64_t first, int64_t last) {
+    matching_loss_backward_cpu(lists.dtype, rest, theirs.data(), first, last);
+  });
+  return result;
+}
+
+namespace {
 
 at::Tensor variation_on_cpu(const at::Tensor& images, bool isotropic) {
   const Images call = prepare("total_variation", images, isotropic);
@@ -241,7 +315,7 @@ std::tuple<at::Tensor, at::Tensor> forward_on_cuda(at::TensorList candidate, at:
   TORCH_CHECK(!candidate.empty(), "matching_loss: at least one candidate tensor");
   const c10::DeviceGuard guard(candidate[0].device());
   const Lists lists = prepare(candidate, observed, weights, kind);
-  const std::optional<Images> pixels = prepare(lists.args, images, isotropic);
+  const std::optional<Images> pixels = prepare(lists, images, isotropic);
   const at::Tensor values = pixels ? variation_values(*pixels) : at::Tensor();
   const at::Tensor sums = sums_tensor(lists), loss = at::empty({lists.args.trials}, lists.result);
   const at::Tensor workspace = workspace_for(lists);
@@ -260,7 +334,7 @@ std::tuple<Tensors, Tensors, at::Tensor> backward_on_cuda(const at::Tensor& grad
   TORCH_CHECK(!candidate.empty(), "matching_loss: at least one candidate tensor");
   const c10::DeviceGuard guard(candidate[0].device());
   Lists lists = prepare(candidate, observed, weights, kind);
-  const std::optional<Images> pixels = prepare(lists.args, images, isotropic);
+  const std::optional<Images> pixels = prepare(lists, images, isotropic);
   const MatchingSums* given = checked_sums(lists, sums, grad_loss);
   Tensors grad_candidate = gradients_of(lists, lists.candidate, &MatchingLayer::grad_candidate), grad_observed;
   if (to_observed) grad_observed = gradients_of(lists, lists.observed, &MatchingLayer::grad_observed);

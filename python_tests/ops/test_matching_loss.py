@@ -193,6 +193,60 @@ def test_gradients_follow_the_dtype_of_the_input(device):
     torch.testing.assert_close(images.grad, torch.autograd.grad(total_variation(images).sum(), images)[0])
 
 
+BOTH_WAYS_SHAPES = [(7, 5), (131_073,), (90_000,), (1,)]  # in one pass: all but the second (`kTogether`)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_made_with_the_loss_are_those_made_after_it(device, dtype, kind, shared):
+    """On the CPU, gradients for losses' gradients of 1 come with the forward; for others the backward makes them."""
+    candidate, observed = make(3, shared, dtype, device, BOTH_WAYS_SHAPES)
+    images = torch.rand(3, 2, 5, 6, device=device, dtype=dtype)
+    variables = [t.requires_grad_() for t in (*candidate, images)]
+    settings = {"weights": [1.0, 0.5, 2.0, 0.0], "kind": kind, "images": images, "tv_weight": 0.3}
+    expected = torch.autograd.grad((2 * matching_loss(candidate, observed, **settings)).sum(), variables)
+    got = torch.autograd.grad(matching_loss(candidate, observed, **settings).sum(), variables)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs / 2)
+
+
+def test_backward_twice_through_one_graph(device):
+    """What is done to the first gradients does not reach the second ones."""
+    candidate, observed = make(2, True, torch.float32, device)
+    for c in candidate:
+        c.requires_grad_()
+    loss = matching_loss(candidate, observed, kind="l2").sum()
+    first = torch.autograd.grad(loss, candidate, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, candidate), tuple(kept))
+
+
+@pytest.mark.parametrize("wanted", ["some candidates", "images", "observed too"])
+def test_gradients_of_a_part(device, wanted):
+    candidate, observed = make(2, True, torch.float64, device)
+    images = torch.rand(2, 1, 4, 5, device=device, dtype=torch.float64)
+    parts = {"some candidates": candidate[1:3], "images": [images], "observed too": [candidate[0], observed[2]]}
+    variables = [t.requires_grad_() for t in parts[wanted]]
+    got = torch.autograd.grad(matching_loss(candidate, observed, images=images, tv_weight=0.3).sum(), variables)
+    plain = by_definition(candidate, observed, [1.0] * 5, "layer_cosine") + 0.3 * reference.total_variation(
+        images, False
+    )
+    torch.testing.assert_close(got, torch.autograd.grad(plain.sum(), variables))
+
+
+def test_gradients_beyond_the_caches(device):
+    """Results of more than `kCaches` bytes are stored past the caches; the second trial's row is not aligned."""
+    candidate, observed = make(2, True, torch.float32, device, [((1 << 20) + 1,)])
+    candidate[0].requires_grad_()
+    for kind, factor in (("l2", 1.0), ("l2", 0.5), ("cosine", 1.0)):
+        (got,) = torch.autograd.grad(factor * matching_loss(candidate, observed, kind=kind).sum(), candidate)
+        (want,) = torch.autograd.grad(factor * by_definition(candidate, observed, [1.0], kind).sum(), candidate)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("with_images", [True, False])
 def test_operator_rules(device, with_images):
     candidate, observed = make(2, True, device=device)
@@ -203,6 +257,8 @@ def test_operator_rules(device, with_images):
     for to_observed in (True, False):
         inputs = (loss, candidate, observed, sums, *settings, to_observed)
         torch.library.opcheck(torch.ops.r2f.matching_loss_backward.default, inputs)
+    variables = [c.requires_grad_() for c in candidate]
+    torch.library.opcheck(torch.ops.r2f.matching_loss.default, (variables, observed, *settings))
 
 
 @pytest.mark.slow

@@ -153,3 +153,37 @@ def _check_alike(layer: int, tensors: list[Tensor], dtype: torch.dtype, device: 
             raise ValueError(
                 f"decode: all tensors must be on one device; layer {layer} has {tensor.device}, not {device}"
             )
+
+
+def check_matching_loss(candidate: Sequence[Tensor], observed: Sequence[Tensor], images: Tensor | None) -> None:
+    if not candidate or len(candidate) != len(observed):
+        raise ValueError(
+            "matching_loss: candidate and observed must be lists of the same length, at least 1; "
+            f"got {len(candidate)} and {len(observed)}"
+        )
+    first = candidate[0]
+    trials, dtype, device = first.shape[:1], first.dtype, first.device
+    if dtype not in DTYPES:
+        raise TypeError(f"matching_loss: candidate must be float32, float64 or bfloat16; got {dtype}")
+    for i, (c, o) in enumerate(zip(candidate, observed, strict=True)):
+        c_shape, o_shape = c.shape, o.shape
+        if (c_shape != o_shape and (c_shape[1:] != o_shape[1:] or o_shape[:1] != (1,))) or c_shape[:1] != trials:
+            raise ValueError(
+                "matching_loss: candidate must be tensors [T, ...] and observed of the same shapes or [1, ...]; "
+                f"tensor {i} is {list(c_shape)} against {list(o_shape)}, T = {list(trials)}"
+            )
+        if c.dtype != dtype or o.dtype != dtype:
+            raise TypeError(
+                f"matching_loss: candidate and observed must share one dtype; tensor {i} is {c.dtype} against {o.dtype}"
+            )
+        if c.device != device or o.device != device:
+            raise ValueError(f"matching_loss: all tensors must be on one device; tensor {i} is not on {device}")
+    if not trials:
+        raise ValueError("matching_loss: candidate must be tensors [T, ...]; the first has no dimension")
+    if images is not None:
+        if images.dim() != 4 or images.shape[:1] != trials:
+            raise ValueError(f"matching_loss: images must be [{trials[0]}, c, h, w]; got {list(images.shape)}")
+        if images.dtype not in DTYPES:
+            raise TypeError(f"matching_loss: images must be float32, float64 or bfloat16; got {images.dtype}")
+        if images.device != device:
+            raise ValueError(f"matching_loss: all tensors must be on one device; images are not on {device}")

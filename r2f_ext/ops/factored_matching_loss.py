@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .matching_loss import DTYPES, check_kind, shares
+from .checks import DTYPES
+from .matching_loss import check_kind, shares
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .checks import check_matching_loss
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 KINDS = ("layer_cosine", "cosine", "l2")
 
 
@@ -53,17 +53,14 @@ def matching_loss(
         ValueError: lists of different lengths, shapes that do not fit, unknown kind, bad weights, several devices.
         TypeError: dtypes that are not supported or differ from each other.
     """
-    _check(candidate, observed, images)
-    settings = _Settings(shares(len(candidate), weights), check_kind(kind), float(tv_weight), bool(isotropic))
-    loss: Tensor = _MatchingLoss.apply(len(candidate), settings, images, *candidate, *observed)
+    try:
+        loss: Tensor = torch.ops.r2f.matching_loss.default(
+            candidate, observed, shares(len(candidate), weights), check_kind(kind), images, tv_weight, isotropic
+        )[0]
+    except Exception:
+        check_matching_loss(candidate, observed, images)  # says which argument is wrong and how
+        raise
     return loss
-
-
-class _Settings(NamedTuple):
-    weights: list[float]
-    kind: str
-    tv_weight: float
-    isotropic: bool
 
 
 def shares(count: int, weights: Sequence[float] | None) -> list[float]:
@@ -82,73 +79,47 @@ def check_kind(kind: str) -> str:
     return kind
 
 
-def _check(candidate: Sequence[Tensor], observed: Sequence[Tensor], images: Tensor | None) -> None:
-    """Runs on every call, so it touches each shape once."""
-    if not candidate or len(candidate) != len(observed):
-        raise ValueError(
-            "matching_loss: candidate and observed must be lists of the same length, at least 1; "
-            f"got {len(candidate)} and {len(observed)}"
+# Autograd, on any device. The compiled module brings its own for CPU and CUDA, which does without Python
+# (csrc/torch/matching_loss_autograd.cpp).
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    candidate, observed, *ctx.settings, images, ctx.tv_weight, ctx.isotropic = inputs
+    ctx.count = len(candidate)
+    ctx.save_for_backward(output[1], images, *candidate, *observed)
+
+
+def _gradients(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+    sums, images, *tensors = ctx.saved_tensors
+    candidate, observed = tensors[: ctx.count], tensors[ctx.count :]
+    to_observed = any(ctx.needs_input_grad[1])
+    to_c, to_o, to_images = torch.ops.r2f.matching_loss_backward.default(
+        grad_loss, candidate, observed, sums, *ctx.settings, images, ctx.tv_weight, ctx.isotropic, to_observed
+    )
+    to_c = [g.to(c.dtype) for g, c in zip(to_c, candidate, strict=True)]
+    to_o = [g.to(o.dtype) for g, o in zip(to_o, observed, strict=True)] if to_observed else [None] * ctx.count
+    return to_c, to_o, None, None, None if images is None else to_images.to(images.dtype), None, None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::matching_loss", _gradients, setup_context=_keep)
+
+
+def _backward_again(
+    grad_loss: Tensor, candidate: list[Tensor], observed: list[Tensor], sums: Tensor, *settings: Any
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Where a graph of the gradient is wanted, it and the sums are made of operators that autograd knows."""
+    if torch.is_grad_enabled():
+        sums = reference.matching_sums(candidate, observed)
+        return reference.matching_loss_backward(grad_loss, candidate, observed, sums, *settings)
+    with torch._C._AutoDispatchBelowAutograd():
+        result: tuple[list[Tensor], list[Tensor], Tensor] = torch.ops.r2f.matching_loss_backward.default(
+            grad_loss, candidate, observed, sums, *settings
         )
-    first = candidate[0]
-    trials, dtype, device = first.shape[:1], first.dtype, first.device
-    if dtype not in DTYPES:
-        raise TypeError(f"matching_loss: candidate must be float32, float64 or bfloat16; got {dtype}")
-    for i, (c, o) in enumerate(zip(candidate, observed, strict=True)):
-        c_shape, o_shape = c.shape, o.shape
-        if (c_shape != o_shape and (c_shape[1:] != o_shape[1:] or o_shape[:1] != (1,))) or c_shape[:1] != trials:
-            raise ValueError(
-                "matching_loss: candidate must be tensors [T, ...] and observed of the same shapes or [1, ...]; "
-                f"tensor {i} is {list(c_shape)} against {list(o_shape)}, T = {list(trials)}"
-            )
-        if c.dtype != dtype or o.dtype != dtype:
-            raise TypeError(
-                f"matching_loss: candidate and observed must share one dtype; tensor {i} is {c.dtype} against {o.dtype}"
-            )
-        if c.device != device or o.device != device:
-            raise ValueError(f"matching_loss: all tensors must be on one device; tensor {i} is not on {device}")
-    if not trials:
-        raise ValueError("matching_loss: candidate must be tensors [T, ...]; the first has no dimension")
-    if images is not None:
-        if images.dim() != 4 or images.shape[:1] != trials:
-            raise ValueError(f"matching_loss: images must be [{trials[0]}, c, h, w]; got {list(images.shape)}")
-        if images.dtype not in DTYPES:
-            raise TypeError(f"matching_loss: images must be float32, float64 or bfloat16; got {images.dtype}")
-        if images.device != device:
-            raise ValueError(f"matching_loss: all tensors must be on one device; images are not on {device}")
+    return result
 
 
-class _MatchingLoss(torch.autograd.Function):
-    """A Function around the raw operators: for lists of tensors `register_autograd` costs twice the time a call."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, settings: _Settings, images: Tensor | None, *tensors: Tensor) -> Tensor:
-        ctx.count, ctx.settings = count, settings
-        loss, sums = torch.ops.r2f.matching_loss.default(
-            tensors[:count], tensors[count:], settings.weights, settings.kind, images, *settings[2:]
-        )
-        ctx.save_for_backward(sums, images, *tensors)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-        count, settings = ctx.count, ctx.settings
-        sums, images, *tensors = ctx.saved_tensors
-        candidate, observed = tensors[:count], tensors[count:]
-        to_observed = any(ctx.needs_input_grad[3 + count :])
-        # Asked for a graph of the gradient: the reference is made of operators that can be differentiated again, and so
-        # must the sums be.
-        again = torch.is_grad_enabled()
-        if again:
-            sums = reference.matching_sums(candidate, observed)
-        backward = reference.matching_loss_backward if again else torch.ops.r2f.matching_loss_backward.default
-        weights, kind, tv_weight, isotropic = settings
-        to_c, to_o, to_images = backward(
-            grad_loss, candidate, observed, sums, weights, kind, images, tv_weight, isotropic, to_observed
-        )
-        if candidate[0].dtype == torch.bfloat16:
-            to_c, to_o = ([t.to(torch.bfloat16) for t in grads] for grads in (to_c, to_o))
-        to_images = None if images is None else to_images.to(images.dtype)
-        return None, None, to_images, *to_c, *(to_o if to_observed else [None] * count)
+_AUTOGRAD = torch.library.Library(NAMESPACE, "FRAGMENT")
+_AUTOGRAD.impl("matching_loss_backward", _backward_again, "Autograd")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::matching_loss")
@@ -161,6 +132,7 @@ def _fake(
     tv_weight: float,
     isotropic: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_matching_loss(candidate, observed, images)
     first = candidate[0]
     loss = first.new_empty(first.shape[:1], dtype=accumulation_dtype(first.dtype))
     return loss, first.new_empty((len(candidate), first.shape[0], 4), dtype=torch.float64)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_lora_grad, check_lora_grad_tangent
+from .checks import check_lora_grad, check_lora_grad_tangent, check_matching_loss
 from .schemas import NAMESPACE
 
 
@@ -117,6 +117,7 @@ def matching_loss(
     isotropic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Four sums a layer and trial, and the loss from them. In float64: squares of small numbers would underflow."""
+    check_matching_loss(candidate, observed, images)
     sums = matching_sums(candidate, observed)
     loss = matching_value(sums, weights, kind).to(accumulation_dtype(candidate[0].dtype))
     return loss if images is None else loss + tv_weight * total_variation(images, isotropic).to(loss.dtype), sums

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import DTYPES
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def total_variation(images: Tensor, isotropic: bool = False) -> Tensor:

@@ -57,6 +57,35 @@ R2F_INLINE void store(Acc* p, const V& v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
+template <typename V>
+R2F_INLINE bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0;
+}
+
+// A store that leaves no line in the caches and reads none for it; `p` must be aligned. Whoever makes such stores ends
+// with finish_stores_past_caches(), before others are told that the data are there.
+template <typename V, typename Acc>
+R2F_INLINE void store_past_caches(Acc* p, const V& v) {
+#if defined(__x86_64__)  // in assembly: intrinsics cannot be called from code that is yet to get its target
+  if constexpr (sizeof(V) == 64)
+    asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "v"(v));
+  else if constexpr (sizeof(V) == 32)
+    asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "x"(v));
+  else if constexpr (sizeof(V) == 16)
+    asm volatile("movntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "x"(v));
+  else
+    store(p, v);
+#else
+  store(p, v);
+#endif
+}
+
+R2F_INLINE void finish_stores_past_caches() {
+#if defined(__x86_64__)
+  asm volatile("sfence" ::: "memory");
+#endif
+}
+
 // Elements as the vector type that is summed: as they are, or bfloat16 widened in registers.
 template <typename V, typename Acc>
 R2F_INLINE V load_wide(const Acc* p) {
