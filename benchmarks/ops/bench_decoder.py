@@ -92,7 +92,8 @@ def bench_decode(name: str, shapes: list[tuple[int, int]], batch: int, with_basi
         torch.float32,
         medians,
         device,
-        4.0 * read,
+        traffic=4.0 * read,
+        flops=2.0 * batch * read,
     )
 
 

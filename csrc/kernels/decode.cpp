@@ -37,30 +37,28 @@ int64_t count_items(DType dtype, const DecodeStage<Part>& stage) {
   return items;
 }
 
-template <typename Acc>
-R2F_INLINE Acc activate(Activation activation, Acc v) {
-  switch (activation) {
-    case Activation::kGelu: return v * Acc(0.5) * (1 + std::erf(v * Acc(0.70710678118654752440)));
-    case Activation::kRelu: return v > 0 || v != v ? v : Acc(0);  // NaN stays
-    default: return v;
-  }
-}
+// Columns that are taken at once: the inputs of eight samples stay in the first-level cache while an item's rows go by;
+// those of fewer mostly do so anyway.
+template <typename Acc, int Samples>
+constexpr int64_t kChunk = Samples < kMostSamples ? INT64_MAX : kSumBytes / static_cast<int64_t>(sizeof(Acc)) / Samples;
 
-// The dot products of Rows rows of a map with Samples inputs: sums [Rows][Samples].
-template <typename T, int Bytes, int Rows, int Samples>
-R2F_INLINE void dot_rows(const T* weight, const Accumulation<T>* in, int64_t columns,
-                         Accumulation<T> (*sums)[kMostSamples]) {
-  using Acc = Accumulation<T>;
-  using V = typename VectorOf<Acc, Bytes>::type;
-  constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
-  V sum[Rows][Samples] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= columns; k += kLanes) {
+// sums [Rows][Samples] += the products of Rows rows of a map with Samples inputs, both from their first column of the
+// chunk on. `ahead`: the weights to come, as far apart.
+template <typename T, int Bytes, int Rows, int Samples, typename V>
+R2F_INLINE void add_products(const T* weight, const Accumulation<T>* in, int64_t columns, int64_t chunk, const T* ahead,
+                             V (*sums)[Samples]) {
+  constexpr int kLanes = VectorOf<Accumulation<T>, Bytes>::kLanes;
+  V sum[Rows][Samples];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int s = 0; s < Samples; ++s) sum[r][s] = sums[r][s];
+  for (int64_t k = 0; k + kLanes <= chunk; k += kLanes) {
     V w[Rows];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       w[r] = simd::load_wide<V>(weight + r * columns + k);
-      __builtin_prefetch(weight + (Rows + r) * columns + k);  // the rows that come next
+      __builtin_prefetch(ahead + r * columns + k);
     }
 #pragma GCC unroll 8
     for (int s = 0; s < Samples; ++s) {
@@ -70,15 +68,9 @@ R2F_INLINE void dot_rows(const T* weight, const Accumulation<T>* in, int64_t col
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
+  for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int s = 0; s < Samples; ++s) {
-      Acc total = simd::sum_lanes<Acc, Bytes>(sum[r][s]);
-      for (int64_t rest = k; rest < columns; ++rest)
-        total += widen(weight[r * columns + rest]) * in[s * columns + rest];
-      sums[r][s] = total;
-    }
-  }
+    for (int s = 0; s < Samples; ++s) sums[r][s] = sum[r][s];
 }
 
 template <typename Acc>
@@ -86,43 +78,62 @@ R2F_INLINE Acc at_or_one(const void* values, int64_t index) {
   return values == nullptr ? Acc(1) : static_cast<const Acc*>(values)[index];
 }
 
-// Samples first .. first + Samples - 1 of Rows rows.
-template <typename T, int Bytes, int Rows, int Samples>
-R2F_INLINE void map_block(const DecodeMap& map, Activation activation, int64_t row, int64_t first) {
+// What becomes of a row's product with a sample.
+template <typename T>
+R2F_INLINE void finish_row(const DecodeMap& map, int64_t row, int64_t sample, Accumulation<T> sum) {
   using Acc = Accumulation<T>;
-  Acc sums[Rows][kMostSamples];
-  dot_rows<T, Bytes, Rows, Samples>(static_cast<const T*>(map.weight) + row * map.columns,
-                                    static_cast<const Acc*>(map.in) + first * map.columns, map.columns, sums);
-  for (int s = 0; s < Samples; ++s) {
-    const Acc norm = at_or_one<Acc>(map.divisor, first + s), factor = at_or_one<Acc>(map.factor, first + s);
-    const Acc one_over = norm == 0 ? Acc(0) : 1 / norm;
-    for (int r = 0; r < Rows; ++r) {
-      const Acc bias = map.bias == nullptr ? Acc(0) : widen(static_cast<const T*>(map.bias)[row + r]);
-      const Acc v = (map.divisor == nullptr ? sums[r][s] : sums[r][s] * one_over) + bias;
-      const int64_t at = (first + s) * map.rows + row + r;
-      if (map.before != nullptr) static_cast<Acc*>(map.before)[at] = v;
-      static_cast<Acc*>(map.out)[at] = activate(activation, v) * factor;
-    }
-  }
+  const Acc norm = at_or_one<Acc>(map.divisor, sample), factor = at_or_one<Acc>(map.factor, sample);
+  const Acc one_over = norm == 0 ? Acc(0) : 1 / norm;
+  const Acc bias = map.bias == nullptr ? Acc(0) : widen(static_cast<const T*>(map.bias)[row]);
+  const Acc v = (map.divisor == nullptr ? sum : sum * one_over) + bias;
+  const int64_t at = sample * map.rows + row;
+  if (map.before != nullptr) static_cast<Acc*>(map.before)[at] = v;
+  static_cast<Acc*>(map.out)[at] = v * factor;
 }
 
+// Rows row <= r < end, at most kItemRows, of samples first .. first + Samples - 1.
 template <typename T, int Bytes, int Samples>
-R2F_INLINE void map_rows(const DecodeMap& map, Activation activation, int64_t row, int64_t end, int64_t first) {
+R2F_INLINE void map_rows(const DecodeMap& map, int64_t row, int64_t end, int64_t first) {
+  using Acc = Accumulation<T>;
+  using V = typename VectorOf<Acc, Bytes>::type;
+  constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
   // With AVX-512 there are 32 registers, else 16.
   constexpr int kRows = Bytes == 64 ? (Samples <= 4 ? 4 : 2) : (Samples <= 2 ? 4 : Samples == 4 ? 2 : 1);
-  for (; row + kRows <= end; row += kRows) map_block<T, Bytes, kRows, Samples>(map, activation, row, first);
-  if constexpr (kRows > 1)
-    for (; row < end; ++row) map_block<T, Bytes, 1, Samples>(map, activation, row, first);
+  const T* weight = static_cast<const T*>(map.weight) + row * map.columns;
+  const Acc* in = static_cast<const Acc*>(map.in) + first * map.columns;
+  const int64_t rows = end - row, whole = map.columns / kLanes * kLanes;
+  V sums[kItemRows][Samples] = {};
+  for (int64_t k = 0, chunk; k < whole; k += chunk) {
+    chunk = std::min(kChunk<Acc, Samples>, whole - k);
+    // What comes next: the rows' next chunk, or the next rows.
+    const T* here = weight + k;
+    const T* ahead = k + chunk < whole ? here + chunk : weight + (k > 0 ? rows : kRows) * map.columns;
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows)
+      add_products<T, Bytes, kRows, Samples>(here + r * map.columns, in + k, map.columns, chunk,
+                                             ahead + r * map.columns, sums + r);
+    if constexpr (kRows > 1)
+      for (; r < rows; ++r)
+        add_products<T, Bytes, 1, Samples>(here + r * map.columns, in + k, map.columns, chunk, ahead + r * map.columns,
+                                           sums + r);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int s = 0; s < Samples; ++s) {
+      Acc total = simd::sum_lanes<Acc, Bytes>(sums[r][s]);
+      for (int64_t k = whole; k < map.columns; ++k)
+        total += widen(weight[r * map.columns + k]) * in[s * map.columns + k];
+      finish_row<T>(map, row + r, first + s, total);
+    }
 }
 
 template <typename T, int Bytes>
-R2F_INLINE void map_item(const DecodeMap& map, int64_t batch, Activation activation, int64_t item) {
+R2F_INLINE void map_item(const DecodeMap& map, int64_t batch, int64_t item) {
   const int64_t row = item * kItemRows, end = std::min(row + kItemRows, map.rows);
   int64_t s = 0;
-  for (; s + 8 <= batch; s += 8) map_rows<T, Bytes, 8>(map, activation, row, end, s);
-  for (; s + 4 <= batch; s += 4) map_rows<T, Bytes, 4>(map, activation, row, end, s);
-  for (; s + 2 <= batch; s += 2) map_rows<T, Bytes, 2>(map, activation, row, end, s);
-  for (; s < batch; ++s) map_rows<T, Bytes, 1>(map, activation, row, end, s);
+  for (; s + 8 <= batch; s += 8) map_rows<T, Bytes, 8>(map, row, end, s);
+  for (; s + 4 <= batch; s += 4) map_rows<T, Bytes, 4>(map, row, end, s);
+  for (; s + 2 <= batch; s += 2) map_rows<T, Bytes, 2>(map, row, end, s);
+  for (; s < batch; ++s) map_rows<T, Bytes, 1>(map, row, end, s);
 }
 
 // sums [Samples, width] += coefficients [Samples, Rows] basis [Rows, width].
@@ -202,20 +213,19 @@ R2F_INLINE void norm_item(const DecodeNorm& norm, int64_t batch) {
 }
 
 template <typename T, int Bytes>
-R2F_INLINE void run_item(DType, const DecodeMap& map, int64_t batch, Activation activation, int64_t item) {
-  map_item<T, Bytes>(map, batch, activation, item);
+R2F_INLINE void run_item(DType, const DecodeMap& map, int64_t batch, int64_t item) {
+  map_item<T, Bytes>(map, batch, item);
 }
 template <typename T, int Bytes>
-R2F_INLINE void run_item(DType dtype, const DecodeHead& head, int64_t batch, Activation, int64_t item) {
+R2F_INLINE void run_item(DType dtype, const DecodeHead& head, int64_t batch, int64_t item) {
   head_item<T, Bytes>(dtype, head, batch, item);
 }
 template <typename T, int Bytes>
-R2F_INLINE void run_item(DType, const DecodeNorm& norm, int64_t batch, Activation, int64_t) {
+R2F_INLINE void run_item(DType, const DecodeNorm& norm, int64_t batch, int64_t) {
   norm_item<Accumulation<T>, Bytes>(norm, batch);
 }
 
 struct Share {
-  Activation activation;
   int64_t first, last;
 };
 
@@ -225,7 +235,7 @@ R2F_INLINE void run_items(DType dtype, const DecodeStage<Part>& stage, const Sha
   for (int64_t p = 0; p < stage.count && begin < share.last; ++p) {
     const int64_t end = begin + items_of(dtype, stage.parts[p], stage.batch);
     for (int64_t item = std::max(begin, share.first); item < std::min(end, share.last); ++item)
-      run_item<T, Bytes>(dtype, stage.parts[p], stage.batch, share.activation, item - begin);
+      run_item<T, Bytes>(dtype, stage.parts[p], stage.batch, item - begin);
     begin = end;
   }
 }
@@ -267,15 +277,14 @@ void run(DType dtype, const DecodeStage<Part>& stage, const Share& share) {
 int64_t decode_items(const DecodeStage<DecodeMap>& stage) { return count_items(DType::kFloat32, stage); }
 int64_t decode_items(DType dtype, const DecodeStage<DecodeHead>& stage) { return count_items(dtype, stage); }
 
-void decode_maps_cpu(DType dtype, const DecodeStage<DecodeMap>& stage, Activation activation, int64_t first,
-                     int64_t last) {
-  run(dtype, stage, {activation, first, last});
+void decode_maps_cpu(DType dtype, const DecodeStage<DecodeMap>& stage, int64_t first, int64_t last) {
+  run(dtype, stage, {first, last});
 }
 void decode_heads_cpu(DType dtype, const DecodeStage<DecodeHead>& stage, int64_t first, int64_t last) {
-  run(dtype, stage, {Activation::kIdentity, first, last});
+  run(dtype, stage, {first, last});
 }
 void decode_norms_cpu(DType dtype, const DecodeStage<DecodeNorm>& stage, int64_t first, int64_t last) {
-  run(dtype, stage, {Activation::kIdentity, first, last});
+  run(dtype, stage, {first, last});
 }
 
 }  // namespace r2f

@@ -10,7 +10,8 @@ namespace r2f {
 
 enum class Activation { kGelu, kRelu, kIdentity };  // kGelu: v Phi(v), exact
 
-// One linear map of one layer: v = (W h) / norm + bias, out = act(v) norm. All arrays are row-major and contiguous; in,
+// One linear map of one layer: v = (W h) / norm + bias, out = act(v) norm; on the CPU out = v norm, and the library's
+// vectorised activations follow. All arrays are row-major and contiguous; in,
 // before, out and norms are of the accumulation type.
 struct DecodeMap {
   int64_t rows = 0, columns = 0;
@@ -49,8 +50,7 @@ struct DecodeStage {
 // the parts, and any thread may take items first <= item < last.
 int64_t decode_items(const DecodeStage<DecodeMap>& stage);
 int64_t decode_items(DType dtype, const DecodeStage<DecodeHead>& stage);
-void decode_maps_cpu(DType dtype, const DecodeStage<DecodeMap>& stage, Activation activation, int64_t first,
-                     int64_t last);
+void decode_maps_cpu(DType dtype, const DecodeStage<DecodeMap>& stage, int64_t first, int64_t last);
 void decode_heads_cpu(DType dtype, const DecodeStage<DecodeHead>& stage, int64_t first, int64_t last);
 void decode_norms_cpu(DType dtype, const DecodeStage<DecodeNorm>& stage, int64_t first, int64_t last);
 

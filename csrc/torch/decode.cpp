@@ -121,9 +121,12 @@ struct OnCpu {
     at::parallel_for(0, stage.count, 1,
                      [&](int64_t first, int64_t last) { decode_norms_cpu(call.dtype, stage, first, last); });
   }
-  static void maps(const Call& call, const DecodeStage<DecodeMap>& stage, Activation activation) {
+  // `hidden`: all that the stage's maps write, if they are hidden ones.
+  static void maps(const Call& call, const DecodeStage<DecodeMap>& stage, Activation activation, at::Tensor hidden) {
     at::parallel_for(0, decode_items(stage), 1,
-                     [&](int64_t first, int64_t last) { decode_maps_cpu(call.dtype, stage, activation, first, last); });
+                     [&](int64_t first, int64_t last) { decode_maps_cpu(call.dtype, stage, first, last); });
+    if (activation == Activation::kGelu) at::gelu_(hidden);  // by vectors; erf one by one takes as long as the maps
+    if (activation == Activation::kRelu) at::relu_(hidden);
   }
   static void heads(const Call& call, const DecodeStage<DecodeHead>& stage) {
     at::parallel_for(0, decode_items(call.dtype, stage), 1,
@@ -138,7 +141,7 @@ struct OnCuda {
   static void norms(const Call& call, const DecodeStage<DecodeNorm>& stage) {
     glue::check_launch("decode", decode_norms_cuda(call.dtype, stage, stream(call)));
   }
-  static void maps(const Call& call, const DecodeStage<DecodeMap>& stage, Activation activation) {
+  static void maps(const Call& call, const DecodeStage<DecodeMap>& stage, Activation activation, const at::Tensor&) {
     glue::check_launch("decode", decode_maps_cuda(call.dtype, stage, activation, stream(call)));
   }
   static void heads(const Call& call, const DecodeStage<DecodeHead>& stage) {
@@ -191,17 +194,21 @@ void run_small(const Call& call, const at::Tensor& kept, const Tensors& outputs)
     weights.push_back(tensor.contiguous());
     return weights.back().const_data_ptr();
   };
-  // What the next map is given. Each part starts where wide loads may.
+  // What the next maps are given, stage by stage; each layer's part starts where wide loads may.
   constexpr int64_t kStart = 8;
   const auto room = [&](int64_t width) { return (call.batch * width + kStart - 1) / kStart * kStart; };
-  int64_t size = 0;
-  for (const at::Tensor& weight : call.weights) size += room(weight.size(0));
-  const at::Tensor values = at::empty({size}, call.result);
+  std::vector<int64_t> starts(call.maps + 1);
+  for (size_t j = 0; j < call.maps; ++j) {
+    starts[j + 1] = starts[j];
+    for (size_t l = 0; call.keeps(j) && l < call.layers(); ++l) starts[j + 1] += room(call.weight(l, j).size(0));
+  }
+  const at::Tensor values = at::empty({starts.back()}, call.result);
+  std::vector<int64_t> next(starts);
   const int64_t bytes = static_cast<int64_t>(kept.element_size());
   char *before = static_cast<char*>(kept.mutable_data_ptr()), *after = static_cast<char*>(values.mutable_data_ptr());
   std::vector<std::vector<DecodeMap>> maps(call.maps, std::vector<DecodeMap>(call.layers()));
   std::vector<DecodeHead> heads;
-  int64_t at = 0, next = 0;
+  int64_t at = 0;
   for (size_t l = 0; l < call.layers(); ++l) {
     const void *in = call.inputs[l].const_data_ptr(), *norm = call.normalize ? before + at * bytes : nullptr;
     if (call.normalize) at += call.batch;
@@ -214,8 +221,8 @@ void run_small(const Call& call, const at::Tensor& kept, const Tensors& outputs)
       if (j + 1 == call.maps) map.factor = norm;
       map.out = outputs[l].mutable_data_ptr();
       if (!call.keeps(j)) continue;
-      map.before = before + at * bytes, map.out = after + next * bytes, in = map.out;
-      at += call.batch * map.rows, next += room(map.rows);
+      map.before = before + at * bytes, map.out = after + next[j] * bytes, in = map.out;
+      at += call.batch * map.rows, next[j] += room(map.rows);
     }
     if (!call.bases.empty())
       heads.push_back({call.bases[l].size(0), call.bases[l].size(1), call.bases[l].size(1), data(call.bases[l]), in,
@@ -223,8 +230,8 @@ void run_small(const Call& call, const at::Tensor& kept, const Tensors& outputs)
   }
   const int64_t count = static_cast<int64_t>(call.layers());
   for (size_t j = 0; j < call.maps; ++j)
-    Device::maps(call, {maps[j].data(), count, call.batch},
-                 j + 1 < call.maps ? call.activation : Activation::kIdentity);
+    Device::maps(call, {maps[j].data(), count, call.batch}, j + 1 < call.maps ? call.activation : Activation::kIdentity,
+                 values.narrow(0, starts[j], starts[j + 1] - starts[j]));
   if (!call.bases.empty()) Device::heads(call, {heads.data(), count, call.batch});
 }
 
