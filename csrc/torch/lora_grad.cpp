@@ -3,9 +3,11 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -68,9 +70,12 @@ Call prepare(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, 
   const auto result = [&](bool wanted, at::IntArrayRef shape) {
     return at::empty(wanted ? shape : at::IntArrayRef{0}, options);
   };
-  call.grad_A = result(with_B, {P, rank, d_in});
+  const std::array<int64_t, 3> like_A{P, rank, d_in};
+  // Without B, zero and A itself; expanded, so that they cost nothing.
+  call.grad_A = with_B ? at::empty(like_A, options) : at::zeros({}, options).expand(like_A);
   call.grad_B = result(true, {P, d_out, rank});
-  call.A1 = result(with_B && lr.has_value(), {P, rank, d_in});
+  call.A1 = with_B || !lr.has_value() ? result(lr.has_value(), like_A)
+                                      : A.to(options, /*non_blocking=*/false, /*copy=*/true).expand(like_A);
   call.B1 = result(lr.has_value(), {P, d_out, rank});
 
   LoraGradArgs& args = call.args;

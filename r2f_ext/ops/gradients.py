@@ -12,8 +12,10 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
     Under transforms (`torch.func`, forward mode) tensors do not tell: there it is assumed.
     """
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return True
-    if torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    if torch.compiler.is_dynamo_compiling():
         return False
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0

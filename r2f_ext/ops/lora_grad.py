@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import check_lora_grad
 from .gradients import needs_gradient
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, unmoved_A
 from .schemas import NAMESPACE
 
 
@@ -68,11 +68,6 @@ def lora_grad(
     except Exception:
         check_lora_grad(x, delta, A, B, offsets)  # says which argument is wrong and how
         raise
-    if B is None:
-        shape = (len(grad_B), *A.shape[-2:])
-        grad_A = grad_B.new_zeros(()).expand(shape)
-        # A copy, so that a later in-place step on the caller's A does not change a result already given.
-        A1 = A.to(grad_B.dtype, copy=True).expand(shape) if lr is not None else A1
     return LoraGrad(grad_A, grad_B, None if lr is None else A1, None if lr is None else B1)
 
 
@@ -87,13 +82,12 @@ def _fake(
     def result(wanted: bool, *shape: int) -> Tensor:
         return x.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    has_B, has_lr = B is not None, lr is not None
-    return (
-        result(has_B, groups, rank, d_in),
-        result(True, groups, d_out, rank),
-        result(has_B and has_lr, groups, rank, d_in),
-        result(has_lr, groups, d_out, rank),
-    )
+    has_lr = lr is not None
+    if B is None:
+        grad_A, A1 = unmoved_A(A, groups, lr)
+    else:
+        grad_A, A1 = result(True, groups, rank, d_in), result(has_lr, groups, rank, d_in)
+    return grad_A, result(True, groups, d_out, rank), A1, result(has_lr, groups, d_out, rank)
 
 
 class _LoraGrad(torch.autograd.Function):
@@ -125,11 +119,10 @@ class _LoraGrad(torch.autograd.Function):
         to_x = to_delta = to_A = to_B = None
 
         # A1 = A - lr grad_A: its gradient goes straight to A, and times -lr to grad_A. Likewise B1.
-        if B is not None and ctx.lr is not None:
-            to_grad_A = _add(to_grad_A, _times(to_A1, -ctx.lr))
-            to_A = to_A1
         if ctx.lr is not None:
+            to_grad_A = _add(to_grad_A, _times(to_A1, -ctx.lr))
             to_grad_B = _add(to_grad_B, _times(to_B1, -ctx.lr))
+            to_A = to_A1
             to_B = to_B1 if B is not None else None
 
         X, D, A_ = x.to(dtype), delta.to(dtype), A.to(dtype)

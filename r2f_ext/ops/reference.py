@@ -27,9 +27,12 @@ def lora_grad(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """G = delta^T x per group; grad_A = scale B^T G, grad_B = scale G A^T, without ever forming G."""
-    check_lora_grad(x, delta, A, B, offsets)
+    groups = check_lora_grad(x, delta, A, B, offsets)
     if offsets is not None:
-        return _one_by_one(x, delta, A, B, scale, lr, offsets.tolist())
+        grad_A, grad_B, A1, B1 = _one_by_one(x, delta, A, B, scale, lr, offsets.tolist())
+        if B is None:
+            grad_A, A1 = unmoved_A(A, groups, lr)
+        return grad_A, grad_B, A1, B1
     dtype = accumulation_dtype(x.dtype)
     x, delta, A = x.to(dtype), delta.to(dtype), A.to(dtype)
     nothing = x.new_empty(0)
@@ -38,8 +41,8 @@ def lora_grad(
     # (u^T delta)^T rather than delta^T u: the same numbers, about 1.7 times faster in the batched products of the CPU.
     grad_B = (u.mT @ delta).mT.contiguous().mul_(scale)
     if B is None:
-        B1 = nothing if lr is None else grad_B * -lr
-        return nothing, grad_B, nothing.clone(), B1.clone() if lr is None else B1
+        grad_A, A1 = unmoved_A(A, groups, lr)
+        return grad_A, grad_B, A1, nothing if lr is None else grad_B * -lr
 
     B = B.to(dtype)
     v = delta @ B  # [P, N, r]
@@ -47,6 +50,14 @@ def lora_grad(
     if lr is None:
         return grad_A, grad_B, nothing, nothing.clone()
     return grad_A, grad_B, A - lr * grad_A, B - lr * grad_B
+
+
+def unmoved_A(A: Tensor, groups: int, lr: float | None) -> tuple[Tensor, Tensor]:
+    """grad_A = 0 and A1 = A of every group where there is no B, expanded, so that they cost nothing."""
+    shape, dtype = (groups, *A.shape[-2:]), accumulation_dtype(A.dtype)
+    # A copy: a later step in place on the caller's A must not change a result already given.
+    A1 = A.new_empty(0, dtype=dtype) if lr is None else A.to(dtype, copy=True).expand(shape)
+    return A.new_zeros((), dtype=dtype).expand(shape), A1
 
 
 def _one_by_one(

@@ -13,8 +13,7 @@ NAMESPACE = "r2f"
 
 SCHEMAS: dict[str, str] = {
     # LoRA-factor gradients of one linear layer for many groups, and the SGD-stepped factors.
-    # What costs no arithmetic is left out, as a tensor of size 0, and the wrapper fills it in:
-    # without B, grad_A and A1; without lr, A1 and B1. With offsets, groups differ in size.
+    # Without lr, A1 and B1 are of size 0; without B, grad_A and A1 are expanded. With offsets, groups differ in size.
     "lora_grad": (
         "(Tensor x, Tensor delta, Tensor A, Tensor? B, float scale, float? lr, Tensor? offsets=None)"
         " -> (Tensor grad_A, Tensor grad_B, Tensor A1, Tensor B1)"
