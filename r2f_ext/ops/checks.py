@@ -187,3 +187,21 @@ def check_matching_loss(candidate: Sequence[Tensor], observed: Sequence[Tensor],
             raise TypeError(f"matching_loss: images must be float32, float64 or bfloat16; got {images.dtype}")
         if images.device != device:
             raise ValueError(f"matching_loss: all tensors must be on one device; images are not on {device}")
+
+
+def check_signed_adam_step(image: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    shape, dtype = image.shape, image.dtype
+    if gradient.shape != shape or exp_avg.shape != shape or exp_avg_sq.shape != shape:
+        raise ValueError(
+            "signed_adam_step_: gradient, exp_avg and exp_avg_sq must have image's shape "
+            f"{list(shape)}; got {list(gradient.shape)}, {list(exp_avg.shape)}, {list(exp_avg_sq.shape)}"
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"signed_adam_step_: image must be float32 or float64; got {dtype}")
+    if gradient.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
+        raise TypeError(
+            f"signed_adam_step_: gradient, exp_avg and exp_avg_sq must have image's dtype {dtype}; "
+            f"got {gradient.dtype}, {exp_avg.dtype}, {exp_avg_sq.dtype}"
+        )
+    if not image.device == gradient.device == exp_avg.device == exp_avg_sq.device:
+        raise ValueError("signed_adam_step_: image, gradient, exp_avg and exp_avg_sq must be on one device")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_lora_grad, check_lora_grad_tangent, check_matching_loss
+from .checks import check_lora_grad, check_lora_grad_tangent, check_matching_loss, check_signed_adam_step
 from .schemas import NAMESPACE
 
 
@@ -338,6 +338,7 @@ def signed_adam_step_(
     sign: bool,
 ) -> None:
     """Adam (Kingma and Ba, 2015, Algorithm 1) on the gradient or its sign, then the projection on [low, high]."""
+    check_signed_adam_step(image, gradient, exp_avg, exp_avg_sq)
     g = gradient.sign() if sign else gradient
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_signed_adam_step
 from .schemas import NAMESPACE
 
 
@@ -42,29 +43,18 @@ def signed_adam_step_(
         ValueError: shapes or devices that differ, a step below 1, or low > high.
         TypeError: dtypes that differ or are not supported.
     """
-    shape, dtype = image.shape, image.dtype
-    if gradient.shape != shape or exp_avg.shape != shape or exp_avg_sq.shape != shape:
-        raise ValueError(
-            "signed_adam_step_: gradient, exp_avg and exp_avg_sq must have image's shape "
-            f"{list(shape)}; got {list(gradient.shape)}, {list(exp_avg.shape)}, {list(exp_avg_sq.shape)}"
-        )
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"signed_adam_step_: image must be float32 or float64; got {dtype}")
-    if gradient.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
-        raise TypeError(
-            f"signed_adam_step_: gradient, exp_avg and exp_avg_sq must have image's dtype {dtype}; "
-            f"got {gradient.dtype}, {exp_avg.dtype}, {exp_avg_sq.dtype}"
-        )
-    if not image.device == gradient.device == exp_avg.device == exp_avg_sq.device:
-        raise ValueError("signed_adam_step_: image, gradient, exp_avg and exp_avg_sq must be on one device")
     if step < 1:
         raise ValueError(f"signed_adam_step_: step counts from 1; got {step}")
     if low is not None and high is not None and low > high:
         raise ValueError(f"signed_adam_step_: low must not be above high; got {low} and {high}")
-    with torch.no_grad():
-        torch.ops.r2f.signed_adam_step_.default(
-            image, gradient, exp_avg, exp_avg_sq, lr, *betas, eps, step, low, high, sign
-        )
+    try:
+        with torch.no_grad():
+            torch.ops.r2f.signed_adam_step_.default(
+                image, gradient, exp_avg, exp_avg_sq, lr, *betas, eps, step, low, high, sign
+            )
+    except Exception:
+        check_signed_adam_step(image, gradient, exp_avg, exp_avg_sq)  # says which argument is wrong and how
+        raise
     # Autograd counts what was written, so that a backward that needs the old values says so.
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((image, exp_avg, exp_avg_sq))
@@ -85,4 +75,4 @@ def _fake(
     high: float | None,
     sign: bool,
 ) -> None:
-    return None
+    check_signed_adam_step(image, gradient, exp_avg, exp_avg_sq)
