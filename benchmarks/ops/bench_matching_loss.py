@@ -20,6 +20,7 @@ from r2f_ext.ops import matching_loss
 
 EMBEDDED = [(384, 128), (128, 128), (256, 128), (128, 256)] * 4  # d_out, d_in of its linear layers
 VIT_B = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12  # 85 million numbers
+NUMBERS = [(1, 1)] * 16  # nothing to compute: what the call and autograd's graph cost
 TV_WEIGHT = 0.05
 
 
@@ -35,6 +36,7 @@ CASES = [
     Case("embedded", EMBEDDED, 1, (3, 32, 32), "layer_cosine"),
     Case("embedded", EMBEDDED, 1, (3, 32, 32), "cosine"),
     Case("embedded", EMBEDDED, 1, (3, 32, 32), "l2"),
+    Case("16 numbers", NUMBERS, 1, (1, 2, 2), "l2"),
     Case("embedded", EMBEDDED, 8, (3, 32, 32), "layer_cosine"),
     Case("embedded", EMBEDDED, 8, (3, 32, 32), "l2"),
     Case("ViT-B", VIT_B, 1, (3, 224, 224), "layer_cosine"),
