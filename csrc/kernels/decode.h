@@ -11,8 +11,8 @@ namespace r2f {
 enum class Activation { kGelu, kRelu, kIdentity };  // kGelu: v Phi(v), exact
 
 // One linear map of one layer: v = (W h) / norm + bias, out = act(v) norm; on the CPU out = v norm, and the library's
-// vectorised activations follow. All arrays are row-major and contiguous; in,
-// before, out and norms are of the accumulation type.
+// vectorised activations follow. All arrays are row-major and contiguous; in, before, out and norms are of the
+// accumulation type.
 struct DecodeMap {
   int64_t rows = 0, columns = 0;
   const void* weight = nullptr;   // [rows, columns]

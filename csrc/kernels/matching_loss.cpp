@@ -1,9 +1,9 @@
 // Distances between lists of gradients on the CPU. See matching_loss.h for what is computed.
 //
-// Forward and backward are one pass over candidate and observed each, piece by piece. Of float32 and bfloat16, blocks
-// of kBlock elements are summed in float32, and the blocks' sums in float64; a block whose sums leave the range in
-// which that loses nothing but roundings (gradients below 1e-13 or beyond 1e16, blocks of zeros) is summed again in
-// float64.
+// Forward and backward are one pass over candidate and observed each, piece by piece, or one together. Of float32 and
+// bfloat16, blocks of kBlock elements are summed in float32, and the blocks' sums in float64; a block whose sums leave
+// the range in which that loses nothing but roundings (gradients below 1e-13 or beyond 1e16, blocks of zeros) is summed
+// again in float64.
 #include "kernels/matching_loss.h"
 
 #include <algorithm>
@@ -119,8 +119,10 @@ R2F_INLINE void combine(double p, const T* x, double q, const T* y, Accumulation
     const double size = std::fabs(factor);
     return factor == 0 || (size >= kLeastFactor && size <= kMostFactor);
   };
-  if (std::is_same_v<T, double> || !fits(p) || !fits(q))  // float32 may not hold them
+  if constexpr (std::is_same_v<T, double>)
     combine_as<T, double, Bytes, Where>(p, x, q, y, result, size);
+  else if (!fits(p) || !fits(q))  // float32 may not hold them
+    combine_as<T, double, Bytes, Where == Into::kSum ? Into::kSum : Into::kCaches>(p, x, q, y, result, size);
   else
     combine_as<T, Accumulation<T>, Bytes, Where>(static_cast<Accumulation<T>>(p), x, static_cast<Accumulation<T>>(q), y,
                                                  result, size);

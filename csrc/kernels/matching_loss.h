@@ -15,7 +15,7 @@ struct MatchingLayer {
   const void* observed = nullptr;   // [trials, size], or [size] for all trials
   bool observed_is_shared = false;
   int64_t size = 0;
-  void* grad_candidate = nullptr;  // [trials, size], backward only
+  void* grad_candidate = nullptr;  // [trials, size], where gradients are wanted
   void* grad_observed = nullptr;   // like observed; null: not wanted
 };
 

@@ -9,7 +9,8 @@
 
 namespace r2f {
 
-// grad_candidate and grad_images: the gradients of the sum of all losses; grad_images of size 0 without images.
+// grad_candidate and grad_images: the gradients of the sum of all losses, in the accumulation type; grad_images of size
+// 0 without images.
 struct MatchingBothWays {
   at::Tensor loss, sums;
   std::vector<at::Tensor> grad_candidate;
@@ -21,5 +22,11 @@ MatchingBothWays matching_loss_both_ways_on_cpu(at::TensorList candidate, at::Te
                                                 at::ArrayRef<double> weights, std::string_view kind,
                                                 const std::optional<at::Tensor>& images, double tv_weight,
                                                 bool isotropic);
+
+// Writes the gradients for other gradients of the losses, [T], over those in `results`, which has the sums.
+void matching_loss_backward_again_on_cpu(const at::Tensor& grad_loss, at::TensorList candidate, at::TensorList observed,
+                                         at::ArrayRef<double> weights, std::string_view kind,
+                                         const std::optional<at::Tensor>& images, double tv_weight, bool isotropic,
+                                         const MatchingBothWays& results);
 
 }  // namespace r2f

@@ -237,6 +237,70 @@ def test_gradients_of_a_part(device, wanted):
     torch.testing.assert_close(got, torch.autograd.grad(plain.sum(), variables))
 
 
+def test_lazy_signs_are_seen(device):
+    """The imaginary part of a conjugate is a view with a sign that no memory has yet."""
+    lazy = [torch.randn(1, 4, dtype=torch.complex128, device=device).conj().imag for _ in range(2)]
+    upstream = torch.randn(2, dtype=torch.complex128, device=device).conj().imag
+    candidate = [torch.randn(2, 4, dtype=torch.float64, device=device).requires_grad_() for _ in range(2)]
+    for observed, to_loss in ((lazy, torch.ones_like(upstream)), ([o.resolve_neg() for o in lazy], upstream)):
+        loss = matching_loss(candidate, observed, kind="l2")
+        plain = by_definition(candidate, [o.resolve_neg() for o in observed], [1.0] * 2, "l2")
+        torch.testing.assert_close(loss, plain)
+        got, want = (torch.autograd.grad(value, candidate, to_loss) for value in (loss, plain))
+        torch.testing.assert_close(got, want)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own: operators reach the one inside through `__torch_dispatch__`."""
+
+    @staticmethod
+    def __new__(cls, inside: Tensor) -> Wrapped:
+        return torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype, device=inside.device)
+
+    def __init__(self, inside: Tensor):
+        self.inside = inside
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def unwrap(value):
+            return value.inside if isinstance(value, Wrapped) else value
+
+        return function(*torch.utils._pytree.tree_map(unwrap, args), **(kwargs or {}))
+
+
+def test_subclasses_go_through_the_dispatcher(device):
+    candidate, observed = make(2, True, device=device, shapes=[(3, 4), (5,)])
+    images = torch.rand(2, 1, 4, 5, device=device)
+    for c in candidate:
+        c.requires_grad_()
+    expected = matching_loss(candidate, observed, images=images, tv_weight=0.1)
+    for o, i in (([Wrapped(observed[0]), observed[1]], images), (observed, Wrapped(images))):
+        torch.testing.assert_close(matching_loss(candidate, o, images=i, tv_weight=0.1), expected)
+
+
+def test_without_trials_all_gradients_are_zero(device):
+    candidate, observed = torch.zeros(0, 3, device=device).requires_grad_(), torch.ones(1, 3, device=device)
+    loss = matching_loss([candidate], [observed.requires_grad_()], kind="l2")
+    to_candidate, to_observed = torch.autograd.grad(loss.sum(), [candidate, observed])
+    assert to_candidate.shape == (0, 3) and to_observed.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_a_graph_that_was_let_go_says_so(device):
+    candidate, observed = make(2, True, torch.float32, device)
+    loss = matching_loss([c.requires_grad_() for c in candidate], observed).sum()
+    torch.autograd.grad(loss, candidate)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, candidate)
+    with torch.no_grad():
+        changed = matching_loss(candidate, observed).sum()
+    loss = matching_loss(candidate, observed).sum()
+    torch.testing.assert_close(loss, changed)
+    with torch.no_grad():
+        candidate[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, candidate)
+
+
 def test_gradients_beyond_the_caches(device):
     """Results of more than `kCaches` bytes are stored past the caches; the second trial's row is not aligned."""
     candidate, observed = make(2, True, torch.float32, device, [((1 << 20) + 1,)])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_matching_loss
+from .gradients import needs_gradient
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
@@ -47,7 +48,9 @@ def matching_loss(
     1024, unless float32 cannot hold their sums) are summed in float32, scaled against underflow on CUDA, and all else
     in float64; the loss is float32 (all is float64 for float64). Any strides.
     Deterministic. Differentiable in candidate, observed and images: once in one pass of a kernel, twice through
-    ordinary PyTorch operators, which costs their memory.
+    ordinary PyTorch operators, which costs their memory; not under the transforms of `torch.func`. On the CPU, where
+    all of candidate and none of observed require gradients, these are made together with the loss, and take their
+    memory from then on.
 
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, unknown kind, bad weights, several devices.
@@ -79,47 +82,60 @@ def check_kind(kind: str) -> str:
     return kind
 
 
-# Autograd, on any device. The compiled module brings its own for CPU and CUDA, which does without Python
+# Autograd, on any device. The compiled module brings its own for matching_loss on CPU and CUDA, without Python
 # (csrc/torch/matching_loss_autograd.cpp).
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    candidate, observed, *ctx.settings, images, ctx.tv_weight, ctx.isotropic = inputs
-    ctx.count = len(candidate)
-    ctx.save_for_backward(output[1], images, *candidate, *observed)
+class _MatchingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, settings: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.count, ctx.settings = count, settings
+        candidate, observed, images = tensors[:count], tensors[count:-1], tensors[-1]
+        weights, kind, *rest = settings
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, sums = torch.ops.r2f.matching_loss.default(candidate, observed, weights, kind, images, *rest)
+        ctx.save_for_backward(sums, *tensors)
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+        (sums, *tensors, images), count = ctx.saved_tensors, ctx.count
+        candidate, observed = tensors[:count], tensors[count:]
+        weights, kind, *rest = ctx.settings
+        to_observed = any(ctx.needs_input_grad[2 + count : -1])
+        to_c, to_o, to_images = torch.ops.r2f.matching_loss_backward.default(
+            grad_loss, candidate, observed, sums, weights, kind, images, *rest, to_observed
+        )
+        gradients = [g.to(t.dtype) for g, t in zip([*to_c, *to_o], tensors, strict=False)]
+        gradients += [None] * (len(tensors) - len(gradients))
+        return None, None, *gradients, None if images is None else to_images.to(images.dtype)
 
 
-def _gradients(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
-    sums, images, *tensors = ctx.saved_tensors
-    candidate, observed = tensors[: ctx.count], tensors[ctx.count :]
-    to_observed = any(ctx.needs_input_grad[1])
-    to_c, to_o, to_images = torch.ops.r2f.matching_loss_backward.default(
-        grad_loss, candidate, observed, sums, *ctx.settings, images, ctx.tv_weight, ctx.isotropic, to_observed
-    )
-    to_c = [g.to(c.dtype) for g, c in zip(to_c, candidate, strict=True)]
-    to_o = [g.to(o.dtype) for g, o in zip(to_o, observed, strict=True)] if to_observed else [None] * ctx.count
-    return to_c, to_o, None, None, None if images is None else to_images.to(images.dtype), None, None
+def _with_gradient(
+    candidate: list[Tensor], observed: list[Tensor], weights: list[float], kind: str, images: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor]
+    result = _MatchingLoss.apply(len(candidate), (weights, kind, *rest), *candidate, *observed, images)
+    return result
 
 
-torch.library.register_autograd(f"{NAMESPACE}::matching_loss", _gradients, setup_context=_keep)
-
-
-def _backward_again(
+def _backward_with_gradient(
     grad_loss: Tensor, candidate: list[Tensor], observed: list[Tensor], sums: Tensor, *settings: Any
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Where a graph of the gradient is wanted, it and the sums are made of operators that autograd knows."""
-    if torch.is_grad_enabled():
+    if needs_gradient(grad_loss, *candidate, *observed, settings[2]):
         sums = reference.matching_sums(candidate, observed)
         return reference.matching_loss_backward(grad_loss, candidate, observed, sums, *settings)
+    result: tuple[list[Tensor], list[Tensor], Tensor]
     with torch._C._AutoDispatchBelowAutograd():
-        result: tuple[list[Tensor], list[Tensor], Tensor] = torch.ops.r2f.matching_loss_backward.default(
-            grad_loss, candidate, observed, sums, *settings
-        )
+        result = torch.ops.r2f.matching_loss_backward.default(grad_loss, candidate, observed, sums, *settings)
     return result
 
 
 _AUTOGRAD = torch.library.Library(NAMESPACE, "FRAGMENT")
-_AUTOGRAD.impl("matching_loss_backward", _backward_again, "Autograd")
+_AUTOGRAD.impl("matching_loss", _with_gradient, "Autograd")
+_AUTOGRAD.impl("matching_loss_backward", _backward_with_gradient, "Autograd")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::matching_loss")

@@ -66,7 +66,8 @@ R2F_INLINE bool is_aligned(const void* p) {
 // with finish_stores_past_caches(), before others are told that the data are there.
 template <typename V, typename Acc>
 R2F_INLINE void store_past_caches(Acc* p, const V& v) {
-#if defined(__x86_64__)  // in assembly: intrinsics cannot be called from code that is yet to get its target
+  // In assembly: intrinsics cannot be called from code that is yet to get its target. Sanitizers see ordinary stores.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
   if constexpr (sizeof(V) == 64)
     asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "v"(v));
   else if constexpr (sizeof(V) == 32)
