@@ -21,7 +21,7 @@ from r2f_ext.ops import lora_grad
 
 SHAPES = [(64, 65, 128, 384), (32, 197, 768, 768), (16, 197, 768, 3072)]  # P, N, d_in, d_out
 RANKS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-ROUNDS = 9
+ROUNDS = 15
 
 
 def plain_forms(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None) -> dict[str, Callable[[], object]]:

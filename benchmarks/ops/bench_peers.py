@@ -63,7 +63,7 @@ def objectives(model: str, device: str) -> list[dict[str, Any]]:
         def theirs(peer: Any = peer) -> Tensor:
             return peer.gradient_based_loss(candidate, observed)
 
-        rows.append(compare(f"matching_loss {kind}, {model}", candidate, ours, theirs, traffic=4 * 5 * size))
+        rows.append(compare(f"matching_loss {kind}, {model}", candidate, ours, theirs, traffic=4 * 3 * size))
     return rows
 
 

@@ -103,19 +103,15 @@ const MatchingSums* checked_sums(const Lists& lists, const at::Tensor& sums, con
   return static_cast<const MatchingSums*>(sums.const_data_ptr());
 }
 
-// Where the kernels are to write.
-void write_to(Lists& lists, const Tensors& gradients, void* MatchingLayer::* place) {
-  for (size_t l = 0; l < gradients.size(); ++l) lists.layers[l].*place = glue::data_or_null(gradients[l]);
-}
-
 Tensors gradients_of(Lists& lists, const Tensors& inputs, void* MatchingLayer::* place) {
   Tensors gradients;
   gradients.reserve(inputs.size());
   // Without trials nobody writes the gradient of what all trials share.
-  for (const at::Tensor& input : inputs)
-    gradients.push_back(lists.args.trials == 0 ? at::zeros(input.sizes(), lists.result)
-                                               : at::empty(input.sizes(), lists.result));
-  write_to(lists, gradients, place);
+  for (size_t l = 0; l < inputs.size(); ++l) {
+    gradients.push_back(lists.args.trials == 0 ? at::zeros(inputs[l].sizes(), lists.result)
+                                               : at::empty(inputs[l].sizes(), lists.result));
+    lists.layers[l].*place = glue::data_or_null(gradients[l]);
+  }
   return gradients;
 }
 
@@ -184,14 +180,21 @@ std::tuple<at::Tensor, at::Tensor> forward_on_cpu(at::TensorList candidate, at::
   return {from_doubles(losses, lists.result), sums};
 }
 
-// Into the arrays that `lists` and `grad_images` say.
-void run_backward(const Lists& lists, const std::optional<Images>& pixels, const at::Tensor& grad_loss,
-                  const at::Tensor& sums, double tv_weight, const at::Tensor& grad_images) {
+std::tuple<Tensors, Tensors, at::Tensor> backward_on_cpu(const at::Tensor& grad_loss, at::TensorList candidate,
+                                                         at::TensorList observed, const at::Tensor& sums,
+                                                         at::ArrayRef<double> weights, std::string_view kind,
+                                                         const std::optional<at::Tensor>& images, double tv_weight,
+                                                         bool isotropic, bool to_observed) {
+  Lists lists = prepare(candidate, observed, weights, kind);
   const MatchingArgs& args = lists.args;
+  const std::optional<Images> pixels = prepare(lists, images, isotropic);
   const MatchingSums* given = checked_sums(lists, sums, grad_loss);
   const std::vector<double> grads = to_doubles(grad_loss);
   std::vector<MatchingCoefficients> coefficients(static_cast<size_t>(args.count * args.trials));
   matching_coefficients(args.kind, args.weights, args.count, args.trials, given, grads.data(), coefficients.data());
+  Tensors grad_candidate = gradients_of(lists, lists.candidate, &MatchingLayer::grad_candidate), grad_observed;
+  if (to_observed) grad_observed = gradients_of(lists, lists.observed, &MatchingLayer::grad_observed);
+  const at::Tensor grad_images = gradient_of(lists, pixels);
   parallel_over(
       args, pixels,
       [&](int64_t first, int64_t last) {
@@ -201,19 +204,6 @@ void run_backward(const Lists& lists, const std::optional<Images>& pixels, const
         total_variation_backward_cpu(pixels->dtype, pixels->args, grads.data(), tv_weight,
                                      grad_images.mutable_data_ptr(), first, last);
       });
-}
-
-std::tuple<Tensors, Tensors, at::Tensor> backward_on_cpu(const at::Tensor& grad_loss, at::TensorList candidate,
-                                                         at::TensorList observed, const at::Tensor& sums,
-                                                         at::ArrayRef<double> weights, std::string_view kind,
-                                                         const std::optional<at::Tensor>& images, double tv_weight,
-                                                         bool isotropic, bool to_observed) {
-  Lists lists = prepare(candidate, observed, weights, kind);
-  const std::optional<Images> pixels = prepare(lists, images, isotropic);
-  Tensors grad_candidate = gradients_of(lists, lists.candidate, &MatchingLayer::grad_candidate), grad_observed;
-  if (to_observed) grad_observed = gradients_of(lists, lists.observed, &MatchingLayer::grad_observed);
-  const at::Tensor grad_images = gradient_of(lists, pixels);
-  run_backward(lists, pixels, grad_loss, sums, tv_weight, grad_images);
   return {std::move(grad_candidate), std::move(grad_observed), grad_images};
 }
 
@@ -267,15 +257,6 @@ MatchingBothWays matching_loss_both_ways_on_cpu(at::TensorList candidate, at::Te
     matching_loss_backward_cpu(lists.dtype, rest, theirs.data(), first, last);
   });
   return result;
-}
-
-void matching_loss_backward_again_on_cpu(const at::Tensor& grad_loss, at::TensorList candidate, at::TensorList observed,
-                                         at::ArrayRef<double> weights, std::string_view kind,
-                                         const std::optional<at::Tensor>& images, double tv_weight, bool isotropic,
-                                         const MatchingBothWays& results) {
-  Lists lists = prepare(candidate, observed, weights, kind);
-  write_to(lists, results.grad_candidate, &MatchingLayer::grad_candidate);
-  run_backward(lists, prepare(lists, images, isotropic), grad_loss, results.sums, tv_weight, results.grad_images);
 }
 
 namespace {

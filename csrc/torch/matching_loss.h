@@ -23,10 +23,4 @@ MatchingBothWays matching_loss_both_ways_on_cpu(at::TensorList candidate, at::Te
                                                 const std::optional<at::Tensor>& images, double tv_weight,
                                                 bool isotropic);
 
-// Writes the gradients for other gradients of the losses, [T], over those in `results`, which has the sums.
-void matching_loss_backward_again_on_cpu(const at::Tensor& grad_loss, at::TensorList candidate, at::TensorList observed,
-                                         at::ArrayRef<double> weights, std::string_view kind,
-                                         const std::optional<at::Tensor>& images, double tv_weight, bool isotropic,
-                                         const MatchingBothWays& results);
-
 }  // namespace r2f

@@ -1,6 +1,7 @@
 // How autograd goes through torch.ops.r2f.matching_loss where the kernels are compiled; elsewhere ops/matching_loss.py
 // says it. In C++, since for lists of tensors a Python Function costs as much as the kernels.
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -109,7 +110,7 @@ struct MatchingLoss : torch::autograd::Function<MatchingLoss> {
     const bool by_forward = saved.has_gradients() && !at::GradMode::is_enabled() && is_plain(grads[0]) &&
                             !torch::autograd::get_current_graph_task_keep_graph();
     auto [result, grad_images] =
-        by_forward ? gradients_of_forward(saved, settings, grads[0])
+        by_forward ? gradients_of_forward(saved, grads[0])
                    : gradients(saved, settings, grads[0],
                                ctx->needs_input_grad({torch::autograd::IndexRange{saved.count, 2 * saved.count}}));
     for (size_t l = 0; l < result.size(); ++l) result[l] = result[l].to(saved.inputs()[l].scalar_type());
@@ -122,16 +123,23 @@ struct MatchingLoss : torch::autograd::Function<MatchingLoss> {
  private:
   using Gradients = std::pair<Tensors, at::Tensor>;  // of candidate and perhaps observed; of the images
 
-  // The forward's are right where the losses' gradients are 1; for others the kernel runs again, into the same memory.
-  static Gradients gradients_of_forward(const Saved& saved, const Settings& settings, const at::Tensor& grad_loss) {
+  // The forward's are for losses' gradients of 1.
+  static Gradients gradients_of_forward(const Saved& saved, const at::Tensor& grad_loss) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
     MatchingBothWays results = saved.gradients();
     const at::Tensor grads = grad_loss.to(at::kDouble).contiguous();
     const double* first = grads.const_data_ptr<double>();
-    if (!std::all_of(first, first + grads.numel(), [](double grad) { return grad == 1; }))
-      matching_loss_backward_again_on_cpu(grad_loss, saved.candidate(), saved.observed(), settings.weights,
-                                          settings.kind, if_defined(saved.images()), settings.tv_weight,
-                                          settings.isotropic, results);
+    if (!std::all_of(first, first + grads.numel(), [](double grad) { return grad == 1; })) {
+      for (const at::Tensor& gradient : results.grad_candidate) multiply_trials(gradient, grads);
+      if (saved.images().defined()) multiply_trials(results.grad_images, grads);
+    }
     return {std::move(results.grad_candidate), results.grad_images};
+  }
+
+  static void multiply_trials(at::Tensor tensor, const at::Tensor& factors) {
+    std::vector<int64_t> shape(static_cast<size_t>(tensor.dim()), 1);
+    shape[0] = factors.size(0);
+    at::mul_out(tensor, tensor, factors.to(tensor.scalar_type()).view(shape));
   }
 
   static Gradients gradients(const Saved& saved, const Settings& settings, const at::Tensor& grad_loss,
