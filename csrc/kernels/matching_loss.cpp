@@ -142,28 +142,23 @@ R2F_INLINE void for_pieces(const MatchingArgs& args, int64_t first, int64_t last
   }
 }
 
-// Where a piece of a layer's trial starts.
+// A piece of a layer's trial.
 template <typename T>
 struct Piece {
-  const T *candidate, *observed;
-  Accumulation<T>* grad_candidate;
+  const MatchingLayer& layer;
+  int64_t own, theirs;  // where it starts in the candidate, in the observed
 
-  R2F_INLINE Piece(const MatchingLayer& layer, int64_t t, int64_t begin)
-      : candidate(static_cast<const T*>(layer.candidate) + t * layer.size + begin),
-        observed(static_cast<const T*>(layer.observed) + (layer.observed_is_shared ? 0 : t * layer.size) + begin),
-        grad_candidate(static_cast<Accumulation<T>*>(layer.grad_candidate) + t * layer.size + begin) {}
+  R2F_INLINE Piece(const MatchingLayer& of, int64_t t, int64_t begin)
+      : layer(of), own(t * of.size + begin), theirs(of.observed_is_shared ? begin : own) {}
+  R2F_INLINE const T* candidate() const { return static_cast<const T*>(layer.candidate) + own; }
+  R2F_INLINE const T* observed() const { return static_cast<const T*>(layer.observed) + theirs; }
+  R2F_INLINE Accumulation<T>* grad_candidate() const {
+    return static_cast<Accumulation<T>*>(layer.grad_candidate) + own;
+  }
+  R2F_INLINE Accumulation<T>* grad_observed() const {
+    return static_cast<Accumulation<T>*>(layer.grad_observed) + theirs;
+  }
 };
-
-template <typename T, int Bytes>
-R2F_INLINE void sum_pieces(const MatchingArgs& args, int64_t first, int64_t last, MatchingSums* of_pieces) {
-  for_pieces(args, first, last,
-             [&](int64_t piece, int64_t l, int64_t begin, int64_t size) __attribute__((always_inline)) {
-               for (int64_t t = 0; t < args.trials; ++t) {
-                 const Piece<T> at(args.layers[l], t, begin);
-                 of_pieces[piece * args.trials + t] = sums_of<T, Bytes>(at.candidate, at.observed, size);
-               }
-             });
-}
 
 template <typename T, int Bytes, Into Where>
 R2F_INLINE void backward_pieces(const MatchingArgs& args, const MatchingCoefficients* coefficients, int64_t first,
@@ -173,27 +168,28 @@ R2F_INLINE void backward_pieces(const MatchingArgs& args, const MatchingCoeffici
     for (int64_t t = 0; t < args.trials; ++t) {
       const MatchingCoefficients& k = coefficients[l * args.trials + t];
       const Piece<T> at(layer, t, begin);
-      const T *c = at.candidate, *o = at.observed;
-      combine<T, Bytes, Where>(k.observed, o, k.candidate, c, at.grad_candidate, size);
+      const T *c = at.candidate(), *o = at.observed();
+      combine<T, Bytes, Where>(k.observed, o, k.candidate, c, at.grad_candidate(), size);
       if (layer.grad_observed == nullptr) continue;
-      auto* to_observed =
-          static_cast<Accumulation<T>*>(layer.grad_observed) + (o - static_cast<const T*>(layer.observed));
       if (layer.observed_is_shared && t > 0)
-        combine<T, Bytes, Into::kSum>(k.observed, c, k.itself, o, to_observed, size);
+        combine<T, Bytes, Into::kSum>(k.observed, c, k.itself, o, at.grad_observed(), size);
       else
-        combine<T, Bytes, Into::kCaches>(k.observed, c, k.itself, o, to_observed, size);
+        combine<T, Bytes, Into::kCaches>(k.observed, c, k.itself, o, at.grad_observed(), size);
     }
   });
 }
 
-// The sums, and the candidate's gradients of the layers that matching_together() holds of. With kL2 piece by piece;
-// with kLayerCosine the coefficients need all sums of the layer: whoever has its first piece works off all of it.
+// The sums and, if wanted, the candidate's gradients of the layers that matching_together() holds of. With kL2 piece by
+// piece; with kLayerCosine the coefficients need all sums of the layer: whoever has its first piece works off all of
+// it. One function for both, so that the sums have the same bits with gradients and without.
 template <typename T, int Bytes, Into Where>
-R2F_INLINE void both_ways_pieces(const MatchingArgs& args, int64_t first, int64_t last, MatchingSums* of_pieces) {
+R2F_INLINE void sum_pieces(const MatchingArgs& args, bool with_gradients, int64_t first, int64_t last,
+                           MatchingSums* of_pieces) {
   for_pieces(
       args, first, last, [&](int64_t piece, int64_t l, int64_t begin, int64_t size) __attribute__((always_inline)) {
         const MatchingLayer& layer = args.layers[l];
-        const bool together = matching_together(args.kind, layer), all = together && args.kind != MatchingKind::kL2;
+        const bool together = with_gradients && matching_together(args.kind, layer);
+        const bool all = together && args.kind != MatchingKind::kL2;
         if (all && begin > 0) return;
         if (all) size = layer.size;
         for (int64_t t = 0; t < args.trials; ++t) {
@@ -202,12 +198,12 @@ R2F_INLINE void both_ways_pieces(const MatchingArgs& args, int64_t first, int64_
           for (int64_t p = 0; p * kMatchingPiece < size; ++p) {
             const int64_t start = p * kMatchingPiece, count = std::min(kMatchingPiece, size - start);
             MatchingSums& sums = of_pieces[(piece + p) * args.trials + t];
-            sums = sums_of<T, Bytes>(at.candidate + start, at.observed + start, count);
+            sums = sums_of<T, Bytes>(at.candidate() + start, at.observed() + start, count);
             total.add(1, sums);
           }
           if (!together) continue;
           const MatchingCoefficients k = matching_coefficients(args.kind, args.weights[l], 1, total, total);
-          combine<T, Bytes, Where>(k.observed, at.observed, k.candidate, at.candidate, at.grad_candidate, size);
+          combine<T, Bytes, Where>(k.observed, at.observed(), k.candidate, at.candidate(), at.grad_candidate(), size);
         }
       });
 }
@@ -229,10 +225,8 @@ bool beyond_caches(DType dtype, const MatchingArgs& args) {
 
 template <typename T, int Bytes, Into Where>
 R2F_INLINE void run_pieces(const MatchingArgs& args, const Wanted& wanted, int64_t first, int64_t last) {
-  if (wanted.both_ways)
-    both_ways_pieces<T, Bytes, Where>(args, first, last, wanted.of_pieces);
-  else if (wanted.of_pieces != nullptr)
-    sum_pieces<T, Bytes>(args, first, last, wanted.of_pieces);
+  if (wanted.of_pieces != nullptr)
+    sum_pieces<T, Bytes, Where>(args, wanted.both_ways, first, last, wanted.of_pieces);
   else
     backward_pieces<T, Bytes, Where>(args, wanted.coefficients, first, last);
 }
