@@ -46,6 +46,7 @@ R2F_INLINE MatchingSums block_sums(const T* c, const T* o, int64_t size) {
   for (; i + kRows * kLanes <= size; i += kRows * kLanes) {
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r) {
+      __builtin_prefetch(c + i + r * kLanes + 2 * kBlock);  // the hardware stops at the end of each page
       const V a = load_as<Acc, kLanes>(c + i + r * kLanes), b = load_as<Acc, kLanes>(o + i + r * kLanes), d = a - b;
       inner[r] += a * b;
       candidate[r] += a * a;
@@ -71,20 +72,20 @@ R2F_INLINE bool float32_was_enough(const MatchingSums& sums) {
   return fits(sums.candidate) && fits(sums.observed) && fits(sums.difference);
 }
 
-template <typename T, int Bytes>
-R2F_INLINE MatchingSums sums_of(const T* c, const T* o, int64_t size) {
-  if constexpr (std::is_same_v<T, double>) {
-    return block_sums<T, double, Bytes>(c, o, size);
-  } else {
-    MatchingSums total;
-    for (int64_t i = 0; i < size; i += kBlock) {
-      const int64_t count = std::min(kBlock, size - i);
-      MatchingSums sums = block_sums<T, float, Bytes>(c + i, o + i, count);
+// Block by block; after_block(first element, elements) may use what is now in the first-level cache.
+template <typename T, int Bytes, typename AfterBlock>
+R2F_INLINE MatchingSums sums_of(const T* c, const T* o, int64_t size, const AfterBlock& after_block) {
+  using Acc = Accumulation<T>;
+  MatchingSums total;
+  for (int64_t i = 0; i < size; i += kBlock) {
+    const int64_t count = std::min(kBlock, size - i);
+    MatchingSums sums = block_sums<T, Acc, Bytes>(c + i, o + i, count);
+    if constexpr (!std::is_same_v<T, double>)
       if (!float32_was_enough(sums)) sums = block_sums<T, double, Bytes>(c + i, o + i, count);
-      total.add(1, sums);
-    }
-    return total;
+    total.add(1, sums);
+    after_block(i, count);
   }
+  return total;
 }
 
 enum class Into { kCaches, kMemory, kSum };  // kMemory: past the caches; kSum: added to what is there
@@ -179,8 +180,8 @@ R2F_INLINE void backward_pieces(const MatchingArgs& args, const MatchingCoeffici
   });
 }
 
-// The sums and, if wanted, the candidate's gradients of the layers that matching_together() holds of. With kL2 piece by
-// piece; with kLayerCosine the coefficients need all sums of the layer: whoever has its first piece works off all of
+// The sums and, if wanted, the candidate's gradients of the layers that matching_together() holds of. With kL2 block by
+// block; with kLayerCosine the coefficients need all sums of the layer: whoever has its first piece works off all of
 // it. One function for both, so that the sums have the same bits with gradients and without.
 template <typename T, int Bytes, Into Where>
 R2F_INLINE void sum_pieces(const MatchingArgs& args, bool with_gradients, int64_t first, int64_t last,
@@ -192,16 +193,22 @@ R2F_INLINE void sum_pieces(const MatchingArgs& args, bool with_gradients, int64_
         const bool all = together && args.kind != MatchingKind::kL2;
         if (all && begin > 0) return;
         if (all) size = layer.size;
+        const MatchingCoefficients at_once = matching_coefficients(MatchingKind::kL2, args.weights[l], 1, {}, {});
         for (int64_t t = 0; t < args.trials; ++t) {
           const Piece<T> at(layer, t, begin);
           MatchingSums total;
           for (int64_t p = 0; p * kMatchingPiece < size; ++p) {
             const int64_t start = p * kMatchingPiece, count = std::min(kMatchingPiece, size - start);
             MatchingSums& sums = of_pieces[(piece + p) * args.trials + t];
-            sums = sums_of<T, Bytes>(at.candidate() + start, at.observed() + start, count);
+            const T *c = at.candidate() + start, *o = at.observed() + start;
+            sums = sums_of<T, Bytes>(c, o, count, [&](int64_t i, int64_t elements) __attribute__((always_inline)) {
+              if (together && !all)
+                combine<T, Bytes, Where>(at_once.observed, o + i, at_once.candidate, c + i,
+                                         at.grad_candidate() + start + i, elements);
+            });
             total.add(1, sums);
           }
-          if (!together) continue;
+          if (!all) continue;
           const MatchingCoefficients k = matching_coefficients(args.kind, args.weights[l], 1, total, total);
           combine<T, Bytes, Where>(k.observed, at.observed(), k.candidate, at.candidate(), at.grad_candidate(), size);
         }
