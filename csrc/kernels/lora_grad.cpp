@@ -13,9 +13,9 @@ using namespace tiles;
 
 // Bytes of x and delta that are read twice while they are in the second-level cache.
 constexpr int64_t kTwiceReadBytes = 1 << 20;
-// A group of more bytes of x and delta is streamed: with few ranks it is taken in runs of kStreamedRows rows, which the
-// hardware foresees, unlike columns of many long rows. With many ranks arithmetic takes longer than memory.
-constexpr int64_t kStreamedBytes = 192 << 10, kStreamedRows = 12, kStreamedRanks = 15;
+// A group of more bytes of x and delta is streamed: with few ranks it is taken in runs of so many bytes and rows, which
+// the hardware foresees, unlike columns of many long rows. With many ranks arithmetic takes longer than memory.
+constexpr int64_t kStreamedBytes = 192 << 10, kStreamedRunBytes = 384 << 10, kStreamedRows = 48, kStreamedRanks = 15;
 // Columns in an item of the sums.
 constexpr int64_t kItemColumns = 192;
 
@@ -89,7 +89,7 @@ R2F_INLINE void run(const LoraGradArgs& args, const Part& part) {
   int64_t run_rows = std::min(most_rows, kMaxRows);
   const int64_t row_bytes = (args.d_in + args.d_out) * static_cast<int64_t>(sizeof(T));
   if (rank <= kStreamedRanks && most_rows * row_bytes > kStreamedBytes) {
-    run_rows = std::min(run_rows, kStreamedRows);
+    run_rows = std::min(run_rows, std::clamp<int64_t>(kStreamedRunBytes / row_bytes / 12 * 12, 12, kStreamedRows));
   } else if (with_B || copies) {
     run_rows = std::min(run_rows, std::max<int64_t>(24, kTwiceReadBytes / (row_bytes + 1) / 24 * 24));
   }
