@@ -225,34 +225,30 @@ R2F_INLINE void run_item(DType, const DecodeNorm& norm, int64_t batch, int64_t) 
   norm_item<Accumulation<T>, Bytes>(norm, batch);
 }
 
-struct Share {
-  int64_t first, last;
-};
-
 template <typename T, int Bytes, typename Part>
-R2F_INLINE void run_items(DType dtype, const DecodeStage<Part>& stage, const Share& share) {
+R2F_INLINE void run_items(DType dtype, const DecodeStage<Part>& stage, int64_t first, int64_t last) {
   int64_t begin = 0;  // of this part's items
-  for (int64_t p = 0; p < stage.count && begin < share.last; ++p) {
+  for (int64_t p = 0; p < stage.count && begin < last; ++p) {
     const int64_t end = begin + items_of(dtype, stage.parts[p], stage.batch);
-    for (int64_t item = std::max(begin, share.first); item < std::min(end, share.last); ++item)
+    for (int64_t item = std::max(begin, first); item < std::min(end, last); ++item)
       run_item<T, Bytes>(dtype, stage.parts[p], stage.batch, item - begin);
     begin = end;
   }
 }
 
 template <int Bytes, typename Part>
-R2F_INLINE void run_dtype(DType dtype, const DecodeStage<Part>& stage, const Share& share) {
+R2F_INLINE void run_dtype(DType dtype, const DecodeStage<Part>& stage, int64_t first, int64_t last) {
   switch (dtype) {
-    case DType::kFloat32: return run_items<float, Bytes>(dtype, stage, share);
-    case DType::kFloat64: return run_items<double, Bytes>(dtype, stage, share);
-    case DType::kBFloat16: return run_items<BFloat16, Bytes>(dtype, stage, share);
+    case DType::kFloat32: return run_items<float, Bytes>(dtype, stage, first, last);
+    case DType::kFloat64: return run_items<double, Bytes>(dtype, stage, first, last);
+    case DType::kBFloat16: return run_items<BFloat16, Bytes>(dtype, stage, first, last);
   }
 }
 
-#define R2F_ENTRY(name, target, Bytes)                                                \
-  template <typename Part>                                                            \
-  target void name(DType dtype, const DecodeStage<Part>& stage, const Share& share) { \
-    run_dtype<Bytes>(dtype, stage, share);                                            \
+#define R2F_ENTRY(name, target, Bytes)                                                         \
+  template <typename Part>                                                                     \
+  target void name(DType dtype, const DecodeStage<Part>& stage, int64_t first, int64_t last) { \
+    run_dtype<Bytes>(dtype, stage, first, last);                                               \
   }
 #ifdef R2F_X86_DISPATCH
 R2F_ENTRY(run_avx512, R2F_TARGET_AVX512, 64)
@@ -262,13 +258,13 @@ R2F_ENTRY(run_baseline, , 16)
 #undef R2F_ENTRY
 
 template <typename Part>
-void run(DType dtype, const DecodeStage<Part>& stage, const Share& share) {
+void run(DType dtype, const DecodeStage<Part>& stage, int64_t first, int64_t last) {
   switch (simd::best_isa()) {
 #ifdef R2F_X86_DISPATCH
-    case simd::Isa::kAvx512: return run_avx512(dtype, stage, share);
-    case simd::Isa::kAvx2: return run_avx2(dtype, stage, share);
+    case simd::Isa::kAvx512: return run_avx512(dtype, stage, first, last);
+    case simd::Isa::kAvx2: return run_avx2(dtype, stage, first, last);
 #endif
-    default: return run_baseline(dtype, stage, share);
+    default: return run_baseline(dtype, stage, first, last);
   }
 }
 
@@ -278,13 +274,13 @@ int64_t decode_items(const DecodeStage<DecodeMap>& stage) { return count_items(D
 int64_t decode_items(DType dtype, const DecodeStage<DecodeHead>& stage) { return count_items(dtype, stage); }
 
 void decode_maps_cpu(DType dtype, const DecodeStage<DecodeMap>& stage, int64_t first, int64_t last) {
-  run(dtype, stage, {first, last});
+  run(dtype, stage, first, last);
 }
 void decode_heads_cpu(DType dtype, const DecodeStage<DecodeHead>& stage, int64_t first, int64_t last) {
-  run(dtype, stage, {first, last});
+  run(dtype, stage, first, last);
 }
 void decode_norms_cpu(DType dtype, const DecodeStage<DecodeNorm>& stage, int64_t first, int64_t last) {
-  run(dtype, stage, {first, last});
+  run(dtype, stage, first, last);
 }
 
 }  // namespace r2f

@@ -217,9 +217,9 @@ R2F_INLINE void sum_pieces(const MatchingArgs& args, bool with_gradients, int64_
 
 // What is wanted, in one piece: the entries below differ by instruction set only.
 struct Wanted {
-  MatchingSums* of_pieces;                   // null: no sums
-  const MatchingCoefficients* coefficients;  // null: no gradients, or
-  bool both_ways;                            // those that the sums just made allow
+  MatchingSums* of_pieces;                   // null: no sums but
+  const MatchingCoefficients* coefficients;  // the gradients by these
+  bool with_gradients;                       // those that the sums just made allow
 };
 
 // Gradients that no cache will hold until they are read go past the caches: a store into a line that is not there reads
@@ -233,7 +233,7 @@ bool beyond_caches(DType dtype, const MatchingArgs& args) {
 template <typename T, int Bytes, Into Where>
 R2F_INLINE void run_pieces(const MatchingArgs& args, const Wanted& wanted, int64_t first, int64_t last) {
   if (wanted.of_pieces != nullptr)
-    sum_pieces<T, Bytes, Where>(args, wanted.both_ways, first, last, wanted.of_pieces);
+    sum_pieces<T, Bytes, Where>(args, wanted.with_gradients, first, last, wanted.of_pieces);
   else
     backward_pieces<T, Bytes, Where>(args, wanted.coefficients, first, last);
 }
@@ -280,18 +280,13 @@ void run(DType dtype, const MatchingArgs& args, const Wanted& wanted, int64_t fi
 
 }  // namespace
 
-void matching_piece_sums_cpu(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
-                             MatchingSums* of_pieces) {
-  run(dtype, args, {of_pieces, nullptr, false}, first, last);
-}
-
 bool matching_together(MatchingKind kind, const MatchingLayer& layer) {
   return kind == MatchingKind::kL2 || (kind == MatchingKind::kLayerCosine && layer.size <= kTogether);
 }
 
-void matching_piece_sums_and_gradients_cpu(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
-                                           MatchingSums* of_pieces) {
-  run(dtype, args, {of_pieces, nullptr, true}, first, last);
+void matching_piece_sums_cpu(DType dtype, const MatchingArgs& args, bool with_gradients, int64_t first, int64_t last,
+                             MatchingSums* of_pieces) {
+  run(dtype, args, {of_pieces, nullptr, with_gradients}, first, last);
 }
 
 void matching_finish_cpu(const MatchingArgs& args, const MatchingSums* of_pieces, MatchingSums* sums, double* losses) {

@@ -39,14 +39,12 @@ inline int64_t matching_pieces(const MatchingArgs& args) {
 }
 
 // Forward: the pieces' sums [pieces, trials], then the layers' sums [layers, trials] and the losses [trials].
-void matching_piece_sums_cpu(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
+// `with_gradients`: of layers that matching_together() holds of, the candidate's gradient for a loss gradient of 1
+// comes with the sums: what is read from memory once serves both.
+bool matching_together(MatchingKind kind, const MatchingLayer& layer);
+void matching_piece_sums_cpu(DType dtype, const MatchingArgs& args, bool with_gradients, int64_t first, int64_t last,
                              MatchingSums* of_pieces);
 void matching_finish_cpu(const MatchingArgs& args, const MatchingSums* of_pieces, MatchingSums* sums, double* losses);
-// The same sums, and, of layers that matching_together() holds of, the candidate's gradient for a loss gradient of 1:
-// what is read from memory once serves both.
-bool matching_together(MatchingKind kind, const MatchingLayer& layer);
-void matching_piece_sums_and_gradients_cpu(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
-                                           MatchingSums* of_pieces);
 // Backward of pieces first <= piece < last: `coefficients` [layers, trials] from matching_coefficients().
 void matching_loss_backward_cpu(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,
                                 int64_t first, int64_t last);

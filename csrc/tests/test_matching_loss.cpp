@@ -41,8 +41,8 @@ void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vecto
          Doubles& losses) {
   const int64_t pieces = matching_pieces(args), half = pieces / 2;  // in two parts, as two threads would
   std::vector<MatchingSums> of_pieces(static_cast<size_t>(pieces * args.trials));
-  matching_piece_sums_cpu(dtype, args, half, pieces, of_pieces.data());
-  matching_piece_sums_cpu(dtype, args, 0, half, of_pieces.data());
+  matching_piece_sums_cpu(dtype, args, false, half, pieces, of_pieces.data());
+  matching_piece_sums_cpu(dtype, args, false, 0, half, of_pieces.data());
   matching_finish_cpu(args, of_pieces.data(), sums.data(), losses.data());
   std::vector<MatchingCoefficients> factors(static_cast<size_t>(args.count * args.trials));
   matching_coefficients(args.kind, args.weights, args.count, args.trials, sums.data(), grads.data(), factors.data());
@@ -119,12 +119,12 @@ int check_both_ways(DType dtype, const MatchingArgs& args, std::list<Layer>& lay
   const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   const int64_t pieces = matching_pieces(args), half = pieces / 2;
   std::vector<MatchingSums> alone(static_cast<size_t>(pieces * args.trials)), both(alone.size());
-  matching_piece_sums_cpu(dtype, args, 0, pieces, alone.data());
+  matching_piece_sums_cpu(dtype, args, false, 0, pieces, alone.data());
   for (Layer& layer : layers)
     for (size_t i = 0; i < layer.grad_candidate.values.size(); ++i)
       layer.grad_candidate.set(static_cast<int64_t>(i), NAN);
-  matching_piece_sums_and_gradients_cpu(dtype, args, half, pieces, both.data());
-  matching_piece_sums_and_gradients_cpu(dtype, args, 0, half, both.data());
+  matching_piece_sums_cpu(dtype, args, true, half, pieces, both.data());
+  matching_piece_sums_cpu(dtype, args, true, 0, half, both.data());
   int wrong = 0;
   for (size_t i = 0; i < alone.size(); ++i)
     if (alone[i].inner != both[i].inner || alone[i].candidate != both[i].candidate ||

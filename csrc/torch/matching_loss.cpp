@@ -157,27 +157,37 @@ void parallel_over(const MatchingArgs& args, const std::optional<Images>& pixels
   });
 }
 
+// The losses and the sums; into `grad_images` and where `lists` says, the gradients that come with them. Null: none.
+std::tuple<at::Tensor, at::Tensor> run_forward(const Lists& lists, const std::optional<Images>& pixels,
+                                               double tv_weight, const at::Tensor* grad_images) {
+  const MatchingArgs& args = lists.args;
+  const size_t trials = static_cast<size_t>(args.trials);
+  const std::vector<double> ones(trials, 1.0);
+  std::vector<MatchingSums> of_pieces(static_cast<size_t>(matching_pieces(args)) * trials);
+  std::vector<double> of_planes(pixels ? static_cast<size_t>(pixels->args.planes()) : 0), losses(trials);
+  parallel_over(
+      args, pixels,
+      [&](int64_t first, int64_t last) {
+        matching_piece_sums_cpu(lists.dtype, args, grad_images != nullptr, first, last, of_pieces.data());
+      },
+      [&](int64_t first, int64_t last) {
+        total_variation_cpu(pixels->dtype, pixels->args, first, last, of_planes.data());
+        if (grad_images != nullptr)
+          total_variation_backward_cpu(pixels->dtype, pixels->args, ones.data(), tv_weight,
+                                       grad_images->mutable_data_ptr(), first, last);
+      });
+  const at::Tensor sums = sums_tensor(lists);
+  matching_finish_cpu(args, of_pieces.data(), sums_of(sums), losses.data());
+  if (pixels) add_planes(pixels->args, of_planes, tv_weight, losses.data());
+  return {from_doubles(losses, lists.result), sums};
+}
+
 std::tuple<at::Tensor, at::Tensor> forward_on_cpu(at::TensorList candidate, at::TensorList observed,
                                                   at::ArrayRef<double> weights, std::string_view kind,
                                                   const std::optional<at::Tensor>& images, double tv_weight,
                                                   bool isotropic) {
   const Lists lists = prepare(candidate, observed, weights, kind);
-  const std::optional<Images> pixels = prepare(lists, images, isotropic);
-  const size_t planes = pixels ? static_cast<size_t>(pixels->args.planes()) : 0;
-  std::vector<MatchingSums> of_pieces(static_cast<size_t>(matching_pieces(lists.args) * lists.args.trials));
-  std::vector<double> of_planes(planes), losses(static_cast<size_t>(lists.args.trials));
-  parallel_over(
-      lists.args, pixels,
-      [&](int64_t first, int64_t last) {
-        matching_piece_sums_cpu(lists.dtype, lists.args, first, last, of_pieces.data());
-      },
-      [&](int64_t first, int64_t last) {
-        total_variation_cpu(pixels->dtype, pixels->args, first, last, of_planes.data());
-      });
-  const at::Tensor sums = sums_tensor(lists);
-  matching_finish_cpu(lists.args, of_pieces.data(), sums_of(sums), losses.data());
-  if (pixels) add_planes(pixels->args, of_planes, tv_weight, losses.data());
-  return {from_doubles(losses, lists.result), sums};
+  return run_forward(lists, prepare(lists, images, isotropic), tv_weight, nullptr);
 }
 
 std::tuple<Tensors, Tensors, at::Tensor> backward_on_cpu(const at::Tensor& grad_loss, at::TensorList candidate,
@@ -219,30 +229,14 @@ MatchingBothWays matching_loss_both_ways_on_cpu(at::TensorList candidate, at::Te
   MatchingBothWays result;
   result.grad_candidate = gradients_of(lists, lists.candidate, &MatchingLayer::grad_candidate);
   result.grad_images = gradient_of(lists, pixels);
-  const size_t trials = static_cast<size_t>(args.trials);
-  const size_t planes = pixels ? static_cast<size_t>(pixels->args.planes()) : 0;
-  const std::vector<double> ones(trials, 1.0);
-  std::vector<MatchingSums> of_pieces(static_cast<size_t>(matching_pieces(args)) * trials);
-  std::vector<double> of_planes(planes), losses(trials);
-  parallel_over(
-      args, pixels,
-      [&](int64_t first, int64_t last) {
-        matching_piece_sums_and_gradients_cpu(lists.dtype, args, first, last, of_pieces.data());
-      },
-      [&](int64_t first, int64_t last) {
-        total_variation_cpu(pixels->dtype, pixels->args, first, last, of_planes.data());
-        total_variation_backward_cpu(pixels->dtype, pixels->args, ones.data(), tv_weight,
-                                     result.grad_images.mutable_data_ptr(), first, last);
-      });
-  result.sums = sums_tensor(lists);
-  MatchingSums* sums = sums_of(result.sums);
-  matching_finish_cpu(args, of_pieces.data(), sums, losses.data());
-  if (pixels) add_planes(pixels->args, of_planes, tv_weight, losses.data());
-  result.loss = from_doubles(losses, lists.result);
+  std::tie(result.loss, result.sums) = run_forward(lists, pixels, tv_weight, &result.grad_images);
 
   // What could not be had together.
+  const size_t trials = static_cast<size_t>(args.trials);
+  const std::vector<double> ones(trials, 1.0);
   std::vector<MatchingCoefficients> coefficients(static_cast<size_t>(args.count) * trials);
-  matching_coefficients(args.kind, args.weights, args.count, args.trials, sums, ones.data(), coefficients.data());
+  matching_coefficients(args.kind, args.weights, args.count, args.trials, sums_of(result.sums), ones.data(),
+                        coefficients.data());
   std::vector<MatchingLayer> layers;
   std::vector<MatchingCoefficients> theirs;
   for (size_t l = 0; l < lists.layers.size(); ++l) {
