@@ -129,9 +129,7 @@ def test_agrees_with_autograd_of_an_adapted_linear_layer(device, start_at_zero):
         *grads, delta = torch.autograd.grad(loss, [A, B, y])
         deltas.append(delta)
         expected.append(grads)
-    found = lora_grad(
-        [x], [torch.stack(deltas)], [A.detach()], None if start_at_zero else [B.detach()], scales=[scale]
-    )
+    found = lora_grad([x], [torch.stack(deltas)], [A.detach()], None if start_at_zero else [B.detach()], scales=[scale])
     for p in range(P):
         torch.testing.assert_close(found.grad_B[0][p], expected[p][1])
         if start_at_zero:

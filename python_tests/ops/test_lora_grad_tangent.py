@@ -35,7 +35,8 @@ def make(shapes, rank, dtype=torch.float32, device="cpu", A_per_group=False) -> 
     inputs = Inputs([], [], [], [], [], [])
     for layer, (P, K, N, d_in, d_out) in enumerate(shapes):
         A = (P, rank, d_in) if A_per_group else (rank, d_in)
-        for each, shape in zip(inputs, [(P, N, d_in), (P, N, d_out), (K, P, N, d_in), (K, P, N, d_out), A], strict=False):
+        shapes_of_layer = [(P, N, d_in), (P, N, d_out), (K, P, N, d_in), (K, P, N, d_out), A]
+        for each, shape in zip(inputs[:5], shapes_of_layer, strict=True):
             each.append(torch.randn(shape).to(device, dtype))
         inputs.scales.append(0.5 + layer)
     return inputs

@@ -47,11 +47,11 @@ def lora_grad_tangent(
         ValueError: lists of different lengths; shapes that do not fit together; more than one device.
         TypeError: dtypes that are not supported or differ from each other.
     """
-    lists = [list(each) for each in (x, delta, dx, ddelta, A)]
+    arguments = (*(list(each) for each in (x, delta, dx, ddelta, A)), list(scales))
     try:
-        tangents: list[Tensor] = torch.ops.r2f.lora_grad_tangent.default(*lists, list(scales))
+        tangents: list[Tensor] = torch.ops.r2f.lora_grad_tangent.default(*arguments)
     except Exception:
-        check_lora_grad_tangent(*lists, scales)  # says which argument is wrong and how
+        check_lora_grad_tangent(x, delta, dx, ddelta, A, scales)  # says which argument is wrong and how
         raise
     return tangents
 

@@ -14,8 +14,7 @@ NAMESPACE = "r2f"
 SCHEMAS: dict[str, str] = {
     # LoRA-factor gradients of all layers for many groups. Without B (an empty list: every B is 0) grad_A is empty.
     "lora_grad": (
-        "(Tensor[] x, Tensor[] delta, Tensor[] A, Tensor[] B, float[] scales)"
-        " -> (Tensor[] grad_A, Tensor[] grad_B)"
+        "(Tensor[] x, Tensor[] delta, Tensor[] A, Tensor[] B, float[] scales) -> (Tensor[] grad_A, Tensor[] grad_B)"
     ),
     # How grad_B at B = 0 moves when x and delta do, in many directions at once.
     "lora_grad_tangent": (
