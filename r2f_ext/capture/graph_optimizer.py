@@ -1,5 +1,7 @@
-"""Optimises traced functions: removes what torch.func's transforms leave behind (derivatives of constants, copies, common
-subexpressions)."""
+"""Optimises traced functions: removes what torch.func's transforms leave behind.
+
+That is derivatives of constants, copies and common subexpressions.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """Pairs on disk: safetensors shards, and a manifest written last.
 
 manifest.json              schema, base, layers, proxy, how the pairs were made, count, shard names with their SHA-256
-start.safetensors          A of every layer that all victims started from; b/NAME where that was not B = 0
+start.safetensors          A of every layer that all victims started from; b/NAME where B was not 0
 pairs-00000.safetensors    update/NAME float32, images uint8, labels; a0/NAME where every victim has its own A;
                            a/NAME, A after the steps, where they moved it
 factors-00000.safetensors  x/NAME and delta/NAME bfloat16; or gradient/NAME bfloat16, where it was to be dense
 pairs-00000.json           only while a run is unfinished: what the manifest will say of this shard
 
-Shard i holds the pairs from i * batch_groups on, whoever makes it: several processes share the work shard by shard, and a
-run that was cut off makes only those that are missing.
+Shard i holds the pairs from i * batch_groups on, whoever makes it: several processes share the work shard by shard, and
+a run that was interrupted makes only those that are missing.
 """
 
 from __future__ import annotations

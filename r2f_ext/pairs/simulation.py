@@ -1,8 +1,9 @@
 """Many victims at once: each trains its own adapter on its own images, on one shared base model.
 
 A step of all P victims is one forward and one backward over P * b samples: hooks add each victim's own
-s * x A_p^T B_p^T to the adapted layers' outputs, and one call of `lora_grad` gives every victim's factor gradients. torch.optim then steps the stacked factors: its optimizers work element by element, so the victims stay
-independent. Step by step this equals PEFT's own training, to rounding.
+s * x A_p^T B_p^T to the adapted layers' outputs, and one call of `lora_grad` gives every victim's factor gradients.
+torch.optim then steps the stacked factors: its optimizers work element by element, so the victims stay independent.
+Step by step this equals PEFT's own training, to rounding.
 """
 
 from __future__ import annotations
@@ -252,8 +253,8 @@ class _Average:
 class SimulatedPairs:
     """Pairs of (what training did to B, average full gradient), made as they are walked through.
 
-    The update is (B_0 - B_T) / sum of the step sizes: for one step of plain SGD from PEFT's start exactly the s G A^T of
-    GeneratedPairs. Where A moves, A_T is given beside it (`PairBatch.a`).
+    The update is (B_0 - B_T) / sum of the step sizes: for one step of plain SGD from PEFT's start exactly the s G A^T
+    of GeneratedPairs. Where A moves, A_T is given beside it (`PairBatch.a`).
 
     Args:
         target: base model and adapted layers.
