@@ -1,179 +1,440 @@
-// LoRA-factor gradients on CUDA. See lora_grad.h for what is computed.
+// LoRA-factor gradients of all layers of a model in two launches. See lora_grad.h for what is computed.
 //
-// Two kernels, each used once, or twice when there is a B:
+//   project:     U = x A^T. A warp takes a few tokens of one layer; its lanes share the features.
+//   accumulate:  grad_B = scale delta^T U. A warp takes a stripe of columns of one group of one layer.
 //
-//   project:     U = X W^T (W = A, or B^T). One warp takes a few tokens; its lanes share the features and add up last.
-//
-//   accumulate:  S = U^T X (S = grad_B^T, or grad_A). One block takes a group and a stripe of columns; its warps share
-//                the tokens.
-//
-// So x and delta are each read once from memory without B, twice with it (for ranks over 16, accumulate reads once per
-// 16 ranks, mostly from L2). U goes through memory rather than staying in one block: it is small, and few groups still
-// fill a large GPU. Each sum is taken in one fixed order: results are deterministic.
+// The work is bound by memory: x and delta are each read once, by 16-byte loads that do not displace A and U from L1,
+// several in flight in each lane. The table of layers is a kernel parameter (constant memory). float32 products run on
+// the ordinary units, bfloat16 products on tensor cores. There U is kept as the sum of two bfloat16 numbers: 16
+// significant bits, where one number has 8. Each sum is taken in one fixed order: results are deterministic.
 #include "kernels/lora_grad.h"
-#include "kernels/lora_grad_device.h"
+#include "r2f/cuda.h"
 
 namespace r2f {
 namespace {
 
-using namespace tiles;  // add_rows has the barrier that R2F_PLANTED_BUG leaves out
+struct Layer {
+  const void *x, *delta, *A;
+  float *U, *grad_B;
+  int64_t tokens, d_in, d_out;
+  int64_t project_tokens;                   // of a group; in float32 groups that share A count as one group
+  int64_t A_stride;                         // elements between the groups' A
+  int64_t first_project, first_accumulate;  // numbers of the layer's first items
+  float scale;
+  int rank;
+};
 
-// Which rows belong to a group. Offsets that are no such thing (the host never saw them) are cut to rows that exist.
-struct Groups {
-  int64_t count, rows;
-  const int64_t* offsets;  // null: groups of equal size
+constexpr int kMaxLayers = 64;
 
-  __device__ int64_t first_row(int64_t p) const {
-    if (offsets == nullptr) return p * (rows / count);
-    const int64_t row = offsets[p];
-    return row < 0 ? 0 : row < rows ? row : rows;
+struct Table {
+  Layer layers[kMaxLayers];
+  int count;
+  int64_t projects, accumulates;  // items
+};
+
+// The layer of an item: the last one whose first item is not after it.
+template <int64_t Layer::* first>
+__device__ __forceinline__ const Layer& layer_of(const Table& table, int64_t item) {
+  int low = 0, high = table.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (table.layers[middle].*first <= item ? low : high) = middle;
   }
-  // The last group that starts at `row` or before it (0 if none does).
-  __device__ int64_t of_row(int64_t row) const {
-    if (offsets == nullptr) return row / (rows / count);
-    int64_t low = 0, high = count;  // the answer is in [low, high)
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      (offsets[middle] <= row ? low : high) = middle;
+  return table.layers[low];
+}
+
+// ---- float32 --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void copy(uint4 words, float (&out)[4]) { memcpy(out, &words, sizeof(words)); }
+
+constexpr int kProjectWarps = 4;
+
+template <int R>
+constexpr int kTokensOf = R == 16 ? 4 : 8;    // of a project item
+constexpr int kFloatColumns = 4 * kWarpSize;  // of an accumulate item
+
+// sum[k * R + j] += <row k, A_j> over this lane's features. Ranks beyond y.rank repeat the last one.
+template <int R>
+__device__ __forceinline__ void add_features(const Layer& y, const float* (&rows)[kTokensOf<R>], const float* A,
+                                             float (&sum)[kTokensOf<R> * R]) {
+  for (int64_t i = threadIdx.x % kWarpSize * 4; i < y.d_in; i += 4 * kWarpSize) {
+    float v[kTokensOf<R>][4];
+#pragma unroll
+    for (int k = 0; k < kTokensOf<R>; ++k) copy(load_streaming(rows[k] + i), v[k]);
+#pragma unroll
+    for (int j = 0; j < R; ++j) {
+      float w[4];
+      copy(load_cached(A + (j < y.rank ? j : y.rank - 1) * y.d_in + i), w);
+#pragma unroll
+      for (int k = 0; k < kTokensOf<R>; ++k)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[k * R + j] += v[k][c] * w[c];
     }
-    return low;
   }
-};
+}
 
-struct Shape {
-  Groups groups;
-  int64_t features, rank;
-  bool aligned;  // every row starts at a whole pack and is made of whole packs
-};
+// U [all tokens, R]
+template <int R>
+__global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_float(const __grid_constant__ Table table) {
+  constexpr int kTokens = kTokensOf<R>, kSums = kTokens * R, kEach = kSums / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kProjectWarps + threadIdx.x / kWarpSize;
+  if (item >= table.projects) return;
+  const Layer& y = layer_of<&Layer::first_project>(table, item);
+  const int64_t tiles = (y.project_tokens + kTokens - 1) / kTokens, index = item - y.first_project;
+  const int64_t p = index / tiles, first = index % tiles * kTokens, row = p * y.project_tokens + first;
+  const int64_t left = y.project_tokens - first;
 
-// u [rows, rank] = x w^T. w is [rank, features], or [features, rank] if kByFeature; w_stride between groups (0: one for
-// all).
-template <typename T, bool kByFeature>
-__global__ void __launch_bounds__(kThreads)
-    project(const T* x, const T* w, int64_t w_stride, Accumulation<T>* u, Shape shape) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps * kProjectTokens;
-  for (int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kProjectTokens; first < shape.groups.rows;
-       first += step) {
-    const int64_t last = first + kProjectTokens < shape.groups.rows ? first + kProjectTokens : shape.groups.rows;
-    int64_t next = last;
-    for (int64_t row = first; row < last; row = next) {
-      const T* weights = w;
-      if (w_stride != 0) {  // go no further than this group
-        const int64_t p = shape.groups.of_row(row),
-                      end = p + 1 < shape.groups.count ? shape.groups.first_row(p + 1) : last;
-        next = end <= row || end > last ? last : end;
-        weights += p * w_stride;
+  const float* rows[kTokens];
+#pragma unroll
+  for (int k = 0; k < kTokens; ++k)  // beyond the last token: the last one again, not written
+    rows[k] = static_cast<const float*>(y.x) + (row + (k < left ? k : left - 1)) * y.d_in;
+  const float* A = static_cast<const float*>(y.A) + p * y.A_stride;
+  float sum[kSums] = {};
+  add_features<R>(y, rows, A, sum);
+
+  // Sums over the lanes: in each round a lane gives half of its sums away, and ends with kEach finished ones.
+#pragma unroll
+  for (int other = kWarpSize / 2, kept = kSums / 2; other >= 1; other /= 2, kept /= 2) {
+    const bool upper = lane & other;
+#pragma unroll
+    for (int i = 0; i < kSums / 2; ++i) {
+      if (i >= kept) break;
+      const float given = upper ? sum[i] : sum[i + kept], own = upper ? sum[i + kept] : sum[i];
+      sum[i] = own + __shfl_xor_sync(0xffffffffu, given, other);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int place = lane * kEach + i;
+    if (place / R < left) y.U[row * R + place] = sum[i];
+  }
+}
+
+// sum[c][j] += delta[k, column + c] U[k, j] over every kSplit-th token k from `first` on.
+template <int R, int kSplit>
+__device__ __forceinline__ void add_tokens(const Layer& y, int64_t p, int64_t column, int first, float (&sum)[4][R]) {
+  constexpr int kInFlight = kSplit == 1 && R <= 8 ? 8 : 4;
+  const float* delta = static_cast<const float*>(y.delta) + p * y.tokens * y.d_out + (column < y.d_out ? column : 0);
+  const float* U = y.U + p * y.tokens * R;
+  const auto add = [&](const float (&v)[4], int64_t k) {
+#pragma unroll
+    for (int j = 0; j < R; j += 4) {
+      const float4 u = *reinterpret_cast<const float4*>(U + k * R + j);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        sum[c][j] += v[c] * u.x, sum[c][j + 1] += v[c] * u.y;
+        sum[c][j + 2] += v[c] * u.z, sum[c][j + 3] += v[c] * u.w;
       }
-      project_rows<T, kByFeature>(x + row * shape.features, next - row, weights, u + row * shape.rank, shape.features,
-                                  shape.rank, shape.aligned);
     }
+  };
+  int64_t k = first;
+  for (; k + (kInFlight - 1) * kSplit < y.tokens; k += kInFlight * kSplit) {
+    float v[kInFlight][4];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) copy(load_streaming(delta + (k + i * kSplit) * y.d_out), v[i]);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) add(v[i], k + i * kSplit);
+  }
+  for (; k < y.tokens; k += kSplit) {
+    float v[4];
+    copy(load_streaming(delta + k * y.d_out), v);
+    add(v, k);
   }
 }
 
-// Where results go. An element's place within a group: by rank first (grad_A) or by feature first (grad_B).
-template <typename T>
-struct Output {
-  Accumulation<T>* grad;
-  Accumulation<T>* stepped;  // null: no step
-  const T* factor;           // null: zero
-  int64_t factor_stride;     // between groups
-  Accumulation<T> scale, lr;
+// Four ranks of one column, times the scale.
+__device__ __forceinline__ void store_ranks(const Layer& y, int64_t p, int64_t column, int j, float4 v, bool all) {
+  if (column >= y.d_out) return;
+  float* out = y.grad_B + (p * y.d_out + column) * y.rank + j;
+  v = make_float4(y.scale * v.x, y.scale * v.y, y.scale * v.z, y.scale * v.w);
+  if (all) {
+    *reinterpret_cast<float4*>(out) = v;
+    return;
+  }
+  if (j < y.rank) out[0] = v.x;
+  if (j + 1 < y.rank) out[1] = v.y;
+  if (j + 2 < y.rank) out[2] = v.z;
+  if (j + 3 < y.rank) out[3] = v.w;
+}
+
+template <int R, int kSplit>
+struct Parts {
+  float4 sums[kSplit][R][kWarpSize];  // [R]: four columns of R / 4 vectors
 };
 
-// grad = scale u^T x for kRanks ranks (block index y) and one stripe of columns at a time.
-template <typename T, int kRanks, bool kByFeature>
-__global__ void __launch_bounds__(kThreads)
-    accumulate(const T* x, const Accumulation<T>* u, Output<T> out, Shape shape) {
-  using Acc = Accumulation<T>;
-  using Shared = AccumulateShared<T, kRanks>;
-  constexpr int kVec = kPack<T>, kColumns = Shared::kColumns;
-  R2F_DYNAMIC_SHARED(Shared, shared);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
-  const int64_t j0 = static_cast<int64_t>(blockIdx.y) * kRanks;
-  const int64_t stripes = (shape.features + kColumns - 1) / kColumns;
+// A block of kSplit warps takes one item; its warps share the tokens.
+template <int R, int kSplit>
+__global__ void __launch_bounds__(kSplit* kWarpSize) accumulate_float(const __grid_constant__ Table table) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int64_t item = blockIdx.x;
+  const Layer& y = layer_of<&Layer::first_accumulate>(table, item);
+  const int64_t stripes = (y.d_out + kFloatColumns - 1) / kFloatColumns, index = item - y.first_accumulate;
+  const int64_t p = index / stripes, column = index % stripes * kFloatColumns + lane * 4;
+  float sum[4][R] = {};
+  add_tokens<R, kSplit>(y, p, column, warp, sum);
 
-  for (int64_t item = blockIdx.x; item < shape.groups.count * stripes; item += gridDim.x) {
-    const int64_t p = item / stripes, first_column = item % stripes * kColumns, column = first_column + lane * kVec;
-    const int64_t first = shape.groups.first_row(p), tokens = shape.groups.first_row(p + 1) - first;
-    const T* rows = x + first * shape.features + column;
-    Acc sum[kRanks][kVec] = {};
-
-    add_rows<T, kRanks>(rows, shape.features, shape.features - column, shape.aligned, u + first * shape.rank + j0,
-                        shape.rank, shape.rank - j0, tokens, shared, sum);
-    add_up_warps<T, kRanks>(sum, shared);
-
-    // Write in the order of the output, so that neighbouring threads write neighbouring places.
-    const int64_t columns_left = shape.features - first_column, ranks_left = shape.rank - j0;
-    const T* factor = out.factor == nullptr ? nullptr : out.factor + p * out.factor_stride;
-    for (int i = thread; i < kColumns * kRanks; i += kThreads) {
-      const int c = kByFeature ? i / kRanks : i % kColumns, j = kByFeature ? i % kRanks : i / kColumns;
-      if (c >= columns_left || j >= ranks_left) continue;
-      const int64_t place =
-          kByFeature ? (first_column + c) * shape.rank + j0 + j : (j0 + j) * shape.features + first_column + c;
-      const int64_t index = p * shape.rank * shape.features + place;
-      const Acc grad = out.scale * shared.total[j][c];
-      out.grad[index] = grad;
-      if (out.stepped != nullptr)
-        out.stepped[index] = (factor == nullptr ? Acc(0) : Acc(widen(factor[place]))) - out.lr * grad;
+  const bool all = y.rank == R;
+  const auto part = [&](int i) {  // i: column i / (R / 4), ranks from i % (R / 4) * 4 on
+    const float* from = sum[i / (R / 4)] + i % (R / 4) * 4;
+    return make_float4(from[0], from[1], from[2], from[3]);
+  };
+  if constexpr (kSplit == 1) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) store_ranks(y, p, column + i / (R / 4), i % (R / 4) * 4, part(i), all);
+  } else {
+    using Shared = Parts<R, kSplit>;
+    R2F_DYNAMIC_SHARED(Shared, shared);
+#pragma unroll
+    for (int i = 0; i < R; ++i) shared.sums[warp][i][lane] = part(i);
+#ifndef R2F_PLANTED_BUG
+    __syncthreads();
+#endif
+    for (int i = warp; i < R; i += kSplit) {
+      float4 total = shared.sums[0][i][lane];
+#pragma unroll
+      for (int w = 1; w < kSplit; ++w) {
+        const float4 more = shared.sums[w][i][lane];
+        total = make_float4(total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w);
+      }
+      store_ranks(y, p, column + i / (R / 4), i % (R / 4) * 4, total, all);
     }
   }
 }
 
-template <typename T, bool kByFeature>
-void launch_project(const T* x, const T* w, int64_t w_stride, Accumulation<T>* u, Shape shape, cudaStream_t stream) {
-  const int64_t items = (shape.groups.rows + kProjectTokens - 1) / kProjectTokens;
-  if (items == 0 || shape.groups.count == 0) return;
-  launch(project<T, kByFeature>, grid_for((items + kWarps - 1) / kWarps), kThreads, 0, stream, x, w, w_stride, u,
-         shape);
+// ---- bfloat16 on tensor cores ---------------------------------------------------------------------------------------
+//
+// mma multiplies [16, 16] by [16, 8]. Which element of the sum's dimension is in which register does not matter as long
+// as both factors agree, so a lane's 16-byte vector is used as it is: 8 neighbouring features, or 8 columns of 4
+// tokens.
+
+constexpr int kTileTokens = 16, kHalfColumns = 64;
+
+// sums[n] += rows of 16 tokens times 8 ranks, over kSteps times 32 features from k on.
+template <int kRankTiles, int kSteps>
+__device__ __forceinline__ void add_features(const BFloat16* row0, const BFloat16* row1, const BFloat16* const* A,
+                                             int64_t k, int64_t d_in, float (&sums)[kRankTiles][4]) {
+  const auto load = [&](auto* loader, const BFloat16* row, int s) {  // zeros beyond the row; only a last step has any
+    return kSteps > 1 || k < d_in ? loader(row + k + 32 * s) : uint4{0, 0, 0, 0};
+  };
+  uint4 u[kSteps], v[kSteps];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) u[s] = load(load_streaming, row0, s), v[s] = load(load_streaming, row1, s);
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+    for (int n = 0; n < kRankTiles; ++n) {
+      const uint4 w = load(load_cached, A[n], s);
+      mma_bfloat16(sums[n], u[s].x, v[s].x, u[s].y, v[s].y, w.x, w.y);
+      mma_bfloat16(sums[n], u[s].z, v[s].z, u[s].w, v[s].w, w.z, w.w);
+    }
 }
 
-template <typename T, int kRanks, bool kByFeature>
-void launch_accumulate(const T* x, const Accumulation<T>* u, Output<T> out, Shape shape, cudaStream_t stream) {
-  using Shared = AccumulateShared<T, kRanks>;
-  const int64_t items = shape.groups.count * ((shape.features + Shared::kColumns - 1) / Shared::kColumns);
-  if (items == 0) return;
-  const dim3 grid(grid_for(items), static_cast<unsigned>((shape.rank + kRanks - 1) / kRanks));
-  launch(accumulate<T, kRanks, kByFeature>, grid, kThreads, sizeof(Shared), stream, x, u, out, shape);
+template <int kRankTiles>
+__device__ __forceinline__ void project_tile(const Layer& y, int64_t p, int64_t first, int lane,
+                                             float (&sums)[kRankTiles][4]) {
+  const auto row = [&](int64_t token) {  // beyond the last token: the last one again, replaced by zeros later
+    return static_cast<const BFloat16*>(y.x) + (p * y.tokens + (token < y.tokens ? token : y.tokens - 1)) * y.d_in;
+  };
+  const BFloat16 *row0 = row(first + lane / 4), *row1 = row(first + lane / 4 + 8), *A[kRankTiles];
+#pragma unroll
+  for (int n = 0; n < kRankTiles; ++n) {
+    const int rank = n * 8 + lane / 4;
+    A[n] = static_cast<const BFloat16*>(y.A) + p * y.A_stride + (rank < y.rank ? rank : y.rank - 1) * y.d_in;
+  }
+  const int own = lane % 4 * 8;
+  int64_t k = 0;
+  for (; k + 128 <= y.d_in; k += 128) add_features<kRankTiles, 4>(row0, row1, A, k + own, y.d_in, sums);
+  for (; k < y.d_in; k += 32) add_features<kRankTiles, 1>(row0, row1, A, k + own, y.d_in, sums);
 }
 
-template <typename T, bool kByFeature>
-void launch_accumulate(const T* x, const Accumulation<T>* u, Output<T> out, Shape shape, cudaStream_t stream) {
-  if (shape.rank <= 8) return launch_accumulate<T, 8, kByFeature>(x, u, out, shape, stream);
-  return launch_accumulate<T, 16, kByFeature>(x, u, out, shape, stream);
+// U [groups, tiles, kRankTiles, 32 lanes, 4 words]: the fragments that accumulate multiplies by. Rank j of token t is
+// in lane j * 4 + t / 4; the high parts of a pair of tokens in word t % 4 / 2 * 2, their low parts in the next.
+template <int kRankTiles>
+__global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_bfloat16(const __grid_constant__ Table table) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kProjectWarps + threadIdx.x / kWarpSize;
+  if (item >= table.projects) return;
+  const Layer& y = layer_of<&Layer::first_project>(table, item);
+  const int64_t tiles = (y.tokens + kTileTokens - 1) / kTileTokens, index = item - y.first_project;
+  const int64_t p = index / tiles, first = index % tiles * kTileTokens;
+  float sums[kRankTiles][4] = {};
+  project_tile(y, p, first, lane, sums);
+
+#pragma unroll
+  for (int n = 0; n < kRankTiles; ++n) {
+    BFloat16* U = reinterpret_cast<BFloat16*>(y.U) + (index * kRankTiles + n) * kWarpSize * 8;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int token = lane / 4 + e / 2 * 8, rank = lane % 4 * 2 + e % 2;
+      const float value = first + token < y.tokens ? sums[n][e] : 0.0f;
+      const BFloat16 high = narrow(value);
+      const int place = (rank * 4 + token / 4) * 8 + token % 4 / 2 * 4 + token % 2;
+      U[place] = high;
+      U[place + 2] = narrow(value - widen(high));
+    }
+  }
 }
 
-template <typename T>
-void run(const LoraGradArgs& args, void* workspace, cudaStream_t stream) {
-  using Acc = Accumulation<T>;
-  const T *x = static_cast<const T*>(args.x), *delta = static_cast<const T*>(args.delta);
-  const T *A = static_cast<const T*>(args.A), *B = static_cast<const T*>(args.B);
-  const int64_t A_stride = args.A_per_group ? args.rank * args.d_in : 0;
-  const int64_t B_stride = args.B_per_group ? args.d_out * args.rank : 0;
-  const Groups groups{args.groups, args.rows, args.offsets};
-  const Shape in{groups, args.d_in, args.rank, aligned<T>(x, A, args.d_in)};
-  const Shape out{groups, args.d_out, args.rank, aligned<T>(delta, nullptr, args.d_out)};
-  const Acc scale = static_cast<Acc>(args.scale), lr = static_cast<Acc>(args.lr);
-  Acc* u = static_cast<Acc*>(workspace);
+// sums[n][i] += ranks 8 n to 8 n + 7 (high and low parts are rows of one product) times columns i, i + 8, ... of 64,
+// over kTiles times 16 tokens. The lane's own 8 columns start at `delta`.
+template <int kRankTiles, int kTiles>
+__device__ __forceinline__ void add_tiles(const Layer& y, const BFloat16* delta, const float* U, int64_t tile, int lane,
+                                          float (&sums)[kRankTiles][8][4]) {
+  uint4 v[kTiles][4];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // U is zero for tokens beyond the last one
+      const int64_t token = (tile + t) * kTileTokens + lane % 4 * 4 + i;
+      v[t][i] = load_streaming(delta + (token < y.tokens ? token : y.tokens - 1) * y.d_out);
+    }
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    uint32_t pairs[8][2];  // of two neighbouring tokens, for each of the lane's 8 columns
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint4 a = v[t][2 * h], b = v[t][2 * h + 1];
+      const uint32_t one[4] = {a.x, a.y, a.z, a.w}, two[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        pairs[2 * w][h] = (one[w] & 0xffffu) | two[w] << 16;
+        pairs[2 * w + 1][h] = one[w] >> 16 | (two[w] & 0xffff0000u);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kRankTiles; ++n) {
+      const uint4 u = load_cached(U + (((tile + t) * kRankTiles + n) * kWarpSize + lane) * 4);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) mma_bfloat16(sums[n][i], u.x, u.y, u.z, u.w, pairs[i][0], pairs[i][1]);
+    }
+  }
+}
 
-  launch_project<T, false>(x, A, A_stride, u, in, stream);
-  const Output<T> grad_B{static_cast<Acc*>(args.grad_B), static_cast<Acc*>(args.B1), B, B_stride, scale, lr};
-  launch_accumulate<T, true>(delta, u, grad_B, out, stream);
-  if (B == nullptr) return;
-  Acc* v = u + args.rows * args.rank;
-  launch_project<T, true>(delta, B, B_stride, v, out, stream);
-  const Output<T> grad_A{static_cast<Acc*>(args.grad_A), static_cast<Acc*>(args.A1), A, A_stride, scale, lr};
-  launch_accumulate<T, false>(x, v, grad_A, in, stream);
+template <int kRankTiles>
+__global__ void __launch_bounds__(kWarpSize) accumulate_bfloat16(const __grid_constant__ Table table) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const int64_t item = blockIdx.x;
+  const Layer& y = layer_of<&Layer::first_accumulate>(table, item);
+  const int64_t stripes = (y.d_out + kHalfColumns - 1) / kHalfColumns, index = item - y.first_accumulate;
+  const int64_t p = index / stripes, first_column = index % stripes * kHalfColumns;
+  const int64_t tiles = (y.tokens + kTileTokens - 1) / kTileTokens, mine = first_column + lane / 4 * 8;
+  const BFloat16* delta = static_cast<const BFloat16*>(y.delta) + p * y.tokens * y.d_out + (mine < y.d_out ? mine : 0);
+  const float* U = y.U + p * tiles * kRankTiles * kWarpSize * 4;
+  float sums[kRankTiles][8][4] = {};
+  int64_t tile = 0;
+  for (; tile + 2 <= tiles; tile += 2) add_tiles<kRankTiles, 2>(y, delta, U, tile, lane, sums);
+  if (tile < tiles) add_tiles<kRankTiles, 1>(y, delta, U, tile, lane, sums);
+
+  const int64_t column = first_column + lane % 4 * 16;
+#pragma unroll
+  for (int n = 0; n < kRankTiles; ++n) {
+    const int rank = n * 8 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float sum = sums[n][i % 8][i / 8] + sums[n][i % 8][2 + i / 8];  // by the high parts, and by the low ones
+      if (rank < y.rank && column + i < y.d_out) y.grad_B[(p * y.d_out + column + i) * y.rank + rank] = y.scale * sum;
+    }
+  }
+}
+
+// ---- Launches -------------------------------------------------------------------------------------------------------
+
+// Fewer accumulate items than this leave a large GPU's memory idle: then eight warps share one (measured on an H100).
+constexpr int64_t kFewItems = 2048;
+
+template <int R>
+void launch_float(const Table& table, cudaStream_t stream) {
+  constexpr int kSplit = R == 16 ? 4 : 8;
+  if (table.projects > 0)
+    launch(project_float<R>, static_cast<unsigned>((table.projects + kProjectWarps - 1) / kProjectWarps),
+           kProjectWarps * kWarpSize, 0, stream, table);
+  if (table.accumulates == 0) return;
+  const auto blocks = static_cast<unsigned>(table.accumulates);
+  if (table.accumulates < kFewItems)
+    launch(accumulate_float<R, kSplit>, blocks, kSplit * kWarpSize, sizeof(Parts<R, kSplit>), stream, table);
+  else
+    launch(accumulate_float<R, 1>, blocks, kWarpSize, 0, stream, table);
+}
+
+template <int kRankTiles>
+void launch_bfloat16(const Table& table, cudaStream_t stream) {
+  if (table.projects > 0)
+    launch(project_bfloat16<kRankTiles>, static_cast<unsigned>((table.projects + kProjectWarps - 1) / kProjectWarps),
+           kProjectWarps * kWarpSize, 0, stream, table);
+  if (table.accumulates > 0)
+    launch(accumulate_bfloat16<kRankTiles>, static_cast<unsigned>(table.accumulates), kWarpSize, 0, stream, table);
+}
+
+// The instantiation that fits all layers, and how it divides them into items.
+struct Plan {
+  int ranks, project_tokens, columns;
+  void (*launch)(const Table&, cudaStream_t);
+};
+
+Plan plan_of(DType dtype, const LoraGradLayer* layers, int64_t count) {
+  int64_t rank = 1;
+  for (int64_t l = 0; l < count; ++l) rank = layers[l].rank > rank ? layers[l].rank : rank;
+  if (dtype == DType::kBFloat16) {
+    if (rank <= 8) return {8, kTileTokens, kHalfColumns, launch_bfloat16<1>};
+    if (rank <= 16) return {16, kTileTokens, kHalfColumns, launch_bfloat16<2>};
+    return {32, kTileTokens, kHalfColumns, launch_bfloat16<4>};
+  }
+  if (rank <= 4) return {4, kTokensOf<4>, kFloatColumns, launch_float<4>};
+  if (rank <= 8) return {8, kTokensOf<8>, kFloatColumns, launch_float<8>};
+  return {16, kTokensOf<16>, kFloatColumns, launch_float<16>};
+}
+
+// Floats of one layer's U.
+int64_t workspace_of(DType dtype, const LoraGradLayer& layer, const Plan& plan) {
+  if (dtype == DType::kFloat32) return layer.groups * layer.tokens * plan.ranks;
+  return layer.groups * ((layer.tokens + kTileTokens - 1) / kTileTokens) * kTileTokens * plan.ranks;
+}
+
+Layer layer_from(DType dtype, const LoraGradLayer& from, float* U, const Plan& plan, Table& table) {
+  const bool one_A = !from.A_per_group && dtype == DType::kFloat32;
+  Layer to{};
+  to.x = from.x, to.delta = from.delta, to.A = from.A, to.U = U, to.grad_B = from.grad_B;
+  to.tokens = from.tokens, to.d_in = from.d_in, to.d_out = from.d_out;
+  to.project_tokens = one_A ? from.groups * from.tokens : from.tokens;
+  to.A_stride = from.A_per_group ? from.rank * from.d_in : 0;
+  to.scale = static_cast<float>(from.scale), to.rank = static_cast<int>(from.rank);
+  to.first_project = table.projects, to.first_accumulate = table.accumulates;
+  table.projects += (one_A ? 1 : from.groups) * ((to.project_tokens + plan.project_tokens - 1) / plan.project_tokens);
+  table.accumulates += from.groups * ((from.d_out + plan.columns - 1) / plan.columns);
+  return to;
 }
 
 }  // namespace
 
-const char* lora_grad_cuda(DType dtype, const LoraGradArgs& args, void* workspace, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (dtype) {
-    case DType::kFloat32: run<float>(args, workspace, cuda_stream); break;
-    case DType::kFloat64: run<double>(args, workspace, cuda_stream); break;
-    case DType::kBFloat16: run<BFloat16>(args, workspace, cuda_stream); break;
+bool lora_grad_cuda_takes(DType dtype, const LoraGradLayer& layer) {
+  if (dtype == DType::kFloat64 || layer.rank > (dtype == DType::kFloat32 ? 16 : 32)) return false;
+  const int64_t vector = dtype == DType::kFloat32 ? 4 : 8;
+  const auto addresses = reinterpret_cast<uintptr_t>(layer.x) | reinterpret_cast<uintptr_t>(layer.delta) |
+                         reinterpret_cast<uintptr_t>(layer.A);
+  return layer.d_in % vector == 0 && layer.d_out % vector == 0 && addresses % 16 == 0;
+}
+
+int64_t lora_grad_cuda_workspace(DType dtype, const LoraGradLayer* layers, int64_t count) {
+  const Plan plan = plan_of(dtype, layers, count);
+  int64_t size = 0;
+  for (int64_t l = 0; l < count; ++l) size += workspace_of(dtype, layers[l], plan);
+  return size;
+}
+
+const char* lora_grad_cuda(DType dtype, const LoraGradLayer* layers, int64_t count, float* workspace, void* stream) {
+  constexpr int64_t kMaxBlocks = 0x7fffffff;
+  const Plan plan = plan_of(dtype, layers, count);
+  for (int64_t first = 0; first < count; first += kMaxLayers) {
+    Table table{};
+    table.count = static_cast<int>(count - first < kMaxLayers ? count - first : kMaxLayers);
+    for (int l = 0; l < table.count; ++l) {
+      table.layers[l] = layer_from(dtype, layers[first + l], workspace, plan, table);
+      workspace += workspace_of(dtype, layers[first + l], plan);
+    }
+    if (table.projects / kProjectWarps >= kMaxBlocks || table.accumulates > kMaxBlocks)
+      return "too many groups for one launch";
+    plan.launch(table, static_cast<cudaStream_t>(stream));
   }
   return launch_error();
 }

@@ -12,7 +12,7 @@ if(text MATCHES "[1-9][0-9]* bytes spill")
 endif()
 
 file(READ ${SOURCE} code)
-if(CUOBJDUMP AND code MATCHES "load_pack|lora_grad_device.h")
+if(CUOBJDUMP AND code MATCHES "load_pack|load_streaming")
   get_filename_component(tools ${CUOBJDUMP} DIRECTORY)  # nvdisasm lies beside it
   set(ENV{PATH} "${tools}:$ENV{PATH}")
   execute_process(COMMAND ${CUOBJDUMP} -sass ${OBJECT} RESULT_VARIABLE result OUTPUT_VARIABLE sass ERROR_VARIABLE text)

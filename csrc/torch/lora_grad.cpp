@@ -1,147 +1,174 @@
-// torch.ops.r2f.lora_grad on compiled kernels. The schema and the meaning are in r2f_ext/ops.
+// torch.ops.r2f.lora_grad and lora_grad_tangent. The schemas and the meaning are in r2f_ext/ops.
+//
+// The products are the library's, layer by layer without a return to Python; on CUDA all layers that the kernels of
+// kernels/lora_grad.cu take are done by those in two launches.
 #include "kernels/lora_grad.h"
 
-#include <ATen/Parallel.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <array>
-#include <optional>
 #include <tuple>
+#include <vector>
 
 #include "torch/glue.h"
 
 namespace r2f {
 namespace {
 
-using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Tensors = std::vector<at::Tensor>;
 
-// Contiguous inputs, the results, and the plain description of both that the kernels take.
-struct Call {
-  at::Tensor x, delta, A, B, offsets, grad_A, grad_B, A1, B1;
-  DType dtype;
-  LoraGradArgs args;
-
-  Results results() const { return {grad_A, grad_B, A1, B1}; }
-};
-
-// [P, N, d_in] and [P, N, d_out]; with offsets [P + 1], [M, d_in] and [M, d_out].
-void check_rows(const at::Tensor& x, const at::Tensor& delta, const std::optional<at::Tensor>& offsets) {
-  const int64_t dims = offsets.has_value() ? 2 : 3;
-  TORCH_CHECK(
-      x.dim() == dims && delta.dim() == dims && x.sizes().slice(0, dims - 1) == delta.sizes().slice(0, dims - 1),
-      "lora_grad: x must be [P, N, d_in] and delta [P, N, d_out], or [M, d_in] and [M, d_out] with offsets");
-  if (!offsets.has_value()) return;
-  TORCH_CHECK(offsets->dim() == 1 && offsets->size(0) >= 1 && offsets->scalar_type() == at::kLong &&
-                  offsets->device() == x.device(),
-              "lora_grad: offsets must be int64 [P + 1], on the device of x");
+void check_layer(const char* op, const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A) {
+  TORCH_CHECK(x.dim() == 3 && delta.dim() == 3 && x.sizes().slice(0, 2) == delta.sizes().slice(0, 2), op,
+              ": x must be [P, N, d_in] and delta [P, N, d_out]");
+  TORCH_CHECK((A.dim() == 2 || (A.dim() == 3 && A.size(0) == x.size(0))) && A.size(-1) == x.size(2) && A.size(-2) >= 1,
+              op, ": A must be [r, d_in] or [P, r, d_in]");
 }
 
-// On the CPU only: values on a GPU are not waited for.
-void check_values(const at::Tensor& offsets, int64_t rows) {
-  const int64_t *first = offsets.const_data_ptr<int64_t>(), *end = first + offsets.size(0);
-  TORCH_CHECK_VALUE(*first == 0 && end[-1] == rows && std::is_sorted(first, end),
-                    "lora_grad: offsets must start at 0, never decrease, and end at the ", rows, " rows of x");
+void check_alike(const char* op, const at::Tensor& first, at::TensorList tensors) {
+  for (const at::Tensor& t : tensors)
+    TORCH_CHECK(t.scalar_type() == first.scalar_type() && t.device() == first.device(), op,
+                ": one dtype and one device");
 }
 
-Call prepare(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, const std::optional<at::Tensor>& B,
-             double scale, std::optional<double> lr, const std::optional<at::Tensor>& offsets) {
-  const bool with_B = B.has_value();
-  check_rows(x, delta, offsets);
-  const int64_t P = offsets.has_value() ? offsets->size(0) - 1 : x.size(0), d_in = x.size(-1), d_out = delta.size(-1);
-  TORCH_CHECK((A.dim() == 2 || (A.dim() == 3 && A.size(0) == P)) && A.size(-1) == d_in && A.size(-2) >= 1,
-              "lora_grad: A must be [r, d_in] or [P, r, d_in]");
-  const int64_t rank = A.size(-2);
-  TORCH_CHECK(
-      !with_B || ((B->dim() == 2 || (B->dim() == 3 && B->size(0) == P)) && B->size(-2) == d_out && B->size(-1) == rank),
-      "lora_grad: B must be [d_out, r] or [P, d_out, r]");
-  for (const at::Tensor& t : {delta, A, with_B ? *B : A})
-    TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.device() == x.device(), "lora_grad: one dtype and one device");
-
-  Call call;
-  call.dtype = glue::dtype_of("lora_grad", x);
-  call.x = x.contiguous(), call.delta = delta.contiguous(), call.A = A.contiguous();
-  if (with_B) call.B = B->contiguous();
-  if (offsets.has_value()) call.offsets = offsets->contiguous();
-
-  const auto options = glue::result_options(x);
-  const auto result = [&](bool wanted, at::IntArrayRef shape) {
-    return at::empty(wanted ? shape : at::IntArrayRef{0}, options);
-  };
-  const std::array<int64_t, 3> like_A{P, rank, d_in};
-  // Without B, zero and A itself; expanded, so that they cost nothing.
-  call.grad_A = with_B ? at::empty(like_A, options) : at::zeros({}, options).expand(like_A);
-  call.grad_B = result(true, {P, d_out, rank});
-  call.A1 = with_B || !lr.has_value() ? result(lr.has_value(), like_A)
-                                      : A.to(options, /*non_blocking=*/false, /*copy=*/true).expand(like_A);
-  call.B1 = result(lr.has_value(), {P, d_out, rank});
-
-  LoraGradArgs& args = call.args;
-  args.groups = P, args.rows = offsets.has_value() ? x.size(0) : P * x.size(1), args.d_in = d_in, args.d_out = d_out,
-  args.rank = rank;
-  if (offsets.has_value()) args.offsets = call.offsets.const_data_ptr<int64_t>();
-  args.x = call.x.const_data_ptr(), args.delta = call.delta.const_data_ptr(), args.A = call.A.const_data_ptr();
-  args.A_per_group = A.dim() == 3;
-  args.scale = scale, args.lr = lr.value_or(0);
-  args.grad_B = glue::data_or_null(call.grad_B), args.B1 = glue::data_or_null(call.B1);
-  // A B without elements (d_out = 0) contributes nothing, but its address is null, which would mean "no B".
-  if (with_B) {
-    static constexpr double kNothing = 0;
-    args.B = call.B.numel() == 0 ? &kNothing : call.B.const_data_ptr();
-    args.B_per_group = B->dim() == 3;
-    args.grad_A = glue::data_or_null(call.grad_A), args.A1 = glue::data_or_null(call.A1);
+void check_lora_grad(at::TensorList x, at::TensorList delta, at::TensorList A, at::TensorList B,
+                     at::ArrayRef<double> scales) {
+  const char* op = "lora_grad";
+  TORCH_CHECK(!x.empty() && x.size() == delta.size() && x.size() == A.size() && x.size() == scales.size() &&
+                  (B.empty() || B.size() == x.size()),
+              "lora_grad: lists of one length are needed");
+  for (size_t l = 0; l < x.size(); ++l) {
+    check_layer(op, x[l], delta[l], A[l]);
+    if (B.empty()) continue;
+    TORCH_CHECK((B[l].dim() == 2 || (B[l].dim() == 3 && B[l].size(0) == x[l].size(0))) &&
+                    B[l].size(-2) == delta[l].size(2) && B[l].size(-1) == A[l].size(-2),
+                "lora_grad: B must be [d_out, r] or [P, d_out, r]");
   }
-  return call;
+  for (at::TensorList list : {x, delta, A, B}) check_alike(op, x[0], list);
 }
 
-Results lora_grad_on_cpu(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A,
-                         const std::optional<at::Tensor>& B, double scale, std::optional<double> lr,
-                         const std::optional<at::Tensor>& offsets) {
-  const Call call = prepare(x, delta, A, B, scale, lr, offsets);
-  const LoraGradArgs& args = call.args;
-  if (offsets.has_value()) check_values(call.offsets, args.rows);
-  const int64_t share = (args.rows + at::get_num_threads() - 1) / at::get_num_threads();
-  int64_t most = 0;
-  for (int64_t p = 0; p < args.groups; ++p) most = std::max(most, args.first_row(p + 1) - args.first_row(p));
-  if (args.groups % at::get_num_threads() != 0 && 4 * most > share && at::get_num_threads() > 1) {
-    // Whole groups would leave threads waiting.
-    const at::Tensor factors = at::empty({lora_grad_cpu_workspace(args)}, call.grad_B.options());
-    void* workspace = factors.mutable_data_ptr();
-    at::parallel_for(0, args.rows, 24, [&](int64_t first, int64_t last) {
-      lora_grad_cpu_factors(call.dtype, args, workspace, first, last);
-    });
-    at::parallel_for(0, lora_grad_cpu_items(args), 1, [&](int64_t first, int64_t last) {
-      lora_grad_cpu_sums(call.dtype, args, workspace, first, last);
-    });
-    return call.results();
+// In the dtype that sums are taken in.
+at::Tensor wide(const at::Tensor& tensor) { return tensor.to(glue::result_options(tensor).dtype()); }
+
+// [r, d_in] where all groups have the same A, be it by expansion.
+at::Tensor shared_or_per_group(const at::Tensor& A) {
+  return A.dim() == 3 && A.size(0) > 0 && A.stride(0) == 0 ? A.select(0, 0) : A;
+}
+
+// scale x A^T [..., N, r]
+at::Tensor project(const at::Tensor& x, const at::Tensor& A, double scale) {
+  return (A.dim() == 2 ? at::linear(x, A) : at::matmul(x, A.mT())).mul_(scale);
+}
+
+// (u^T delta)^T rather than delta^T u: the long rows of delta are then read in order.
+at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale) {
+  const at::Tensor u = project(wide(x), wide(shared_or_per_group(A)), scale);
+  return at::bmm(u.mT(), wide(delta)).mT().contiguous();
+}
+
+Tensors grad_A_of(at::TensorList x, at::TensorList delta, at::TensorList B, at::ArrayRef<double> scales) {
+  Tensors found;
+  for (size_t l = 0; l < B.size(); ++l) {
+    const at::Tensor v = at::matmul(wide(delta[l]), wide(B[l])).mul_(scales[l]);  // [P, N, r]
+    found.push_back(at::bmm(v.mT(), wide(x[l])));
   }
-  // A thread takes the groups that start in its share of the rows; the last one also those without rows at the end.
-  at::parallel_for(0, std::max<int64_t>(args.rows, 1), 1, [&](int64_t first, int64_t last) {
-    const int64_t end = last >= args.rows ? args.groups : args.first_group_from(last);
-    lora_grad_cpu(call.dtype, args, args.first_group_from(first), end);
-  });
-  return call.results();
+  return found;
+}
+
+std::tuple<Tensors, Tensors> lora_grad_on_cpu(at::TensorList x, at::TensorList delta, at::TensorList A,
+                                              at::TensorList B, at::ArrayRef<double> scales) {
+  check_lora_grad(x, delta, A, B, scales);
+  glue::dtype_of("lora_grad", x[0]);
+  Tensors grad_B;
+  for (size_t l = 0; l < x.size(); ++l) grad_B.push_back(grad_B_of(x[l], delta[l], A[l], scales[l]));
+  return {grad_A_of(x, delta, B, scales), grad_B};
+}
+
+// d(delta^T u) = ddelta^T u + delta^T du, with u = scale x A^T
+at::Tensor tangent_of(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& dx, const at::Tensor& ddelta,
+                      const at::Tensor& any_A, double scale) {
+  const at::Tensor A = wide(shared_or_per_group(any_A));
+  const int64_t P = x.size(0), K = dx.size(0), N = x.size(1), d_out = delta.size(2), rank = A.size(-2);
+  const at::Tensor u = project(wide(x), A, scale), du = project(wide(dx), A, scale);  // [P, N, r] and [K, P, N, r]
+  const at::Tensor by_ddelta = at::matmul(u.mT(), wide(ddelta));                      // [K, P, r, d_out]
+  // All directions of a group meet the same delta: one product of K r rows.
+  const at::Tensor rows = du.permute({1, 0, 3, 2}).reshape({P, K * rank, N});
+  const at::Tensor by_du = at::bmm(rows, wide(delta)).view({P, K, rank, d_out}).transpose(0, 1);
+  return (by_ddelta + by_du).mT().contiguous();
+}
+
+Tensors lora_grad_tangent(at::TensorList x, at::TensorList delta, at::TensorList dx, at::TensorList ddelta,
+                          at::TensorList A, at::ArrayRef<double> scales) {
+  const char* op = "lora_grad_tangent";
+  TORCH_CHECK(!x.empty() && x.size() == delta.size() && x.size() == dx.size() && x.size() == ddelta.size() &&
+                  x.size() == A.size() && x.size() == scales.size(),
+              "lora_grad_tangent: lists of one length are needed");
+  const c10::DeviceGuard guard(x[0].device());
+  glue::dtype_of(op, x[0]);
+  for (at::TensorList list : {x, delta, dx, ddelta, A}) check_alike(op, x[0], list);
+  Tensors found;
+  for (size_t l = 0; l < x.size(); ++l) {
+    check_layer(op, x[l], delta[l], A[l]);
+    TORCH_CHECK(dx[l].dim() == 4 && dx[l].sizes().slice(1) == x[l].sizes(), op, ": dx must be [K, P, N, d_in]");
+    TORCH_CHECK(
+        ddelta[l].dim() == 4 && ddelta[l].sizes().slice(1) == delta[l].sizes() && ddelta[l].size(0) == dx[l].size(0),
+        op, ": ddelta must be [K, P, N, d_out]");
+    found.push_back(tangent_of(x[l], delta[l], dx[l], ddelta[l], A[l], scales[l]));
+  }
+  return found;
+}
+
+TORCH_LIBRARY_IMPL(r2f, CPU, library) {
+  library.impl("lora_grad", &lora_grad_on_cpu);
+  library.impl("lora_grad_tangent", &lora_grad_tangent);
 }
 
 #ifdef R2F_WITH_CUDA
-Results lora_grad_on_cuda(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A,
-                          const std::optional<at::Tensor>& B, double scale, std::optional<double> lr,
-                          const std::optional<at::Tensor>& offsets) {
-  const c10::DeviceGuard guard(x.device());
-  const Call call = prepare(x, delta, A, B, scale, lr, offsets);
-  const at::Tensor workspace = at::empty({lora_grad_cuda_workspace(call.args)}, call.grad_B.options());
-  const char* error =
-      lora_grad_cuda(call.dtype, call.args, workspace.mutable_data_ptr(), glue::current_stream(x.device()));
-  glue::check_launch("lora_grad", error);
-  return call.results();
+LoraGradLayer describe(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale) {
+  LoraGradLayer layer;
+  layer.groups = x.size(0), layer.tokens = x.size(1), layer.d_in = x.size(2), layer.d_out = delta.size(2);
+  layer.rank = A.size(-2), layer.A_per_group = A.dim() == 3, layer.scale = scale;
+  layer.x = x.const_data_ptr(), layer.delta = delta.const_data_ptr(), layer.A = A.const_data_ptr();
+  return layer;
 }
 
-TORCH_LIBRARY_IMPL(r2f, CUDA, library) { library.impl("lora_grad", &lora_grad_on_cuda); }
-#endif
+std::tuple<Tensors, Tensors> lora_grad_on_cuda(at::TensorList x, at::TensorList delta, at::TensorList A,
+                                               at::TensorList B, at::ArrayRef<double> scales) {
+  check_lora_grad(x, delta, A, B, scales);
+  const DType dtype = glue::dtype_of("lora_grad", x[0]);
+  const c10::DeviceGuard guard(x[0].device());
+  Tensors grad_B, contiguous;  // the latter live until the kernels are queued
+  std::vector<LoraGradLayer> layers;
+  for (size_t l = 0; l < x.size(); ++l) {
+    const at::Tensor x_l = x[l].contiguous(), delta_l = delta[l].contiguous();
+    const at::Tensor A_l = shared_or_per_group(A[l]).contiguous();
+    LoraGradLayer layer = describe(x_l, delta_l, A_l, scales[l]);
+    if (!lora_grad_cuda_takes(dtype, layer)) {
+      grad_B.push_back(grad_B_of(x_l, delta_l, A_l, scales[l]));
+      continue;
+    }
+    grad_B.push_back(at::empty({layer.groups, layer.d_out, layer.rank}, glue::result_options(x_l)));
+    layer.grad_B = grad_B.back().mutable_data_ptr<float>();
+    layers.push_back(layer);
+    contiguous.insert(contiguous.end(), {x_l, delta_l, A_l});
+  }
+  if (!layers.empty()) {
+    const auto count = static_cast<int64_t>(layers.size());
+    const at::Tensor workspace =
+        at::empty({lora_grad_cuda_workspace(dtype, layers.data(), count)}, glue::result_options(x[0]));
+    glue::check_launch("lora_grad", lora_grad_cuda(dtype, layers.data(), count, workspace.mutable_data_ptr<float>(),
+                                                   glue::current_stream(x[0].device())));
+  }
+  return {grad_A_of(x, delta, B, scales), grad_B};
+}
 
-TORCH_LIBRARY_IMPL(r2f, CPU, library) { library.impl("lora_grad", &lora_grad_on_cpu); }
+TORCH_LIBRARY_IMPL(r2f, CUDA, library) {
+  library.impl("lora_grad", &lora_grad_on_cuda);
+  library.impl("lora_grad_tangent", &lora_grad_tangent);
+}
+#endif
 
 }  // namespace
 }  // namespace r2f

@@ -7,6 +7,7 @@ import torch
 from cases import target_of, tiny_base
 
 from r2f_ext.capture import Capture
+from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import gauss_newton as module
 from r2f_ext.inversion.gauss_newton import (
@@ -18,7 +19,6 @@ from r2f_ext.inversion.gauss_newton import (
     obstacle,
     search,
 )
-from r2f_ext.pairs.generate import project
 from r2f_ext.types import LoraUpdate, Reconstruction
 
 NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))

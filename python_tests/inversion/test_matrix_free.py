@@ -5,6 +5,7 @@ import torch
 from cases import target_of, tiny_base
 
 from r2f_ext.capture import Capture
+from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, UpdateMap, flat_units, search
 from r2f_ext.inversion.matrix_free import (
@@ -15,7 +16,6 @@ from r2f_ext.inversion.matrix_free import (
     krylov,
     search_matrix_free,
 )
-from r2f_ext.pairs.generate import project
 
 NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
 SHAPE = torch.Size((3, 16, 16))

@@ -9,11 +9,11 @@ from cases import LINEAR, samples, target_of, tiny_base
 from torch import nn
 
 from r2f_ext.capture import Capture
+from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig, match
 from r2f_ext.inversion.objectives import UpdateObjective
 from r2f_ext.inversion.prior import ScoreDistillation, as_noise
-from r2f_ext.pairs.generate import project
 
 diffusers = pytest.importorskip("diffusers")
 KINDS = ("epsilon", "sample", "v_prediction")

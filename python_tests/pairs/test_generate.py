@@ -17,9 +17,9 @@ from cases import (
 )
 
 from r2f_ext.capture import Capture
+from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs, generate
-from r2f_ext.pairs.generate import project
 
 LR = 0.1
 BLOCKS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -69,7 +69,7 @@ def test_victims_with_their_own_a():
     """One step of PEFT's own training from each a0."""
     base = tiny_base(torch.float32)
     target, proxy = target_of(base, LINEAR, rank=8), proxy_set(4, base)
-    (batch,) = GeneratedPairs(target, {}, proxy, group_size=2, own_a=1).batches()
+    (batch,) = GeneratedPairs(target, {}, proxy, group_size=2, per_victim_a=1).batches()
     assert batch.a is None
     for victim in range(2):
         model = peft_model(base, target_modules=list(LINEAR))

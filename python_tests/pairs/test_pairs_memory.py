@@ -34,15 +34,15 @@ def test_passes_shrink_with_the_budget(monkeypatch):
     target, proxy = target_of(base, LINEAR), proxy_set(400, base)
     a = {name: torch.randn(4, target.layer(name).d_in) for name in LINEAR}
     cost = sample_bytes(target)
-    assert GeneratedPairs(target, a, proxy).at_once == 100
+    assert GeneratedPairs(target, a, proxy).batch_groups == 100
     monkeypatch.setattr(memory, "CPU_BYTES", 12 * cost.in_pass)
-    assert GeneratedPairs(target, a, proxy).at_once == 12
-    assert GeneratedPairs(target, a, proxy, group_size=5).at_once == 2
+    assert GeneratedPairs(target, a, proxy).batch_groups == 12
+    assert GeneratedPairs(target, a, proxy, group_size=5).batch_groups == 2
     assert [len(b.labels) for b in GeneratedPairs(target, a, proxy).batches(0, 30)] == [12, 12, 6]
     kept = 12 * cost.in_pass // (cost.factors * 10)
-    assert SimulatedPairs(target, a, proxy, Training(steps=10)).at_once == min(12, kept)
+    assert SimulatedPairs(target, a, proxy, Training(steps=10)).batch_groups == min(12, kept)
     monkeypatch.setattr(memory, "CPU_BYTES", 1)
-    assert GeneratedPairs(target, a, proxy).at_once == 1  # it must go on somehow
+    assert GeneratedPairs(target, a, proxy).batch_groups == 1  # it must go on somehow
 
 
 def test_dense_averages_do_not_grow_with_the_steps():
@@ -50,5 +50,5 @@ def test_dense_averages_do_not_grow_with_the_steps():
     target, proxy = target_of(base, LINEAR), proxy_set(4, base)
     a = {name: torch.randn(4, target.layer(name).d_in) for name in LINEAR}
     long = Training(steps=10**6)
-    assert SimulatedPairs(target, a, proxy, long).at_once == 1
-    assert SimulatedPairs(target, a, proxy, long, dense=True).at_once == 100
+    assert SimulatedPairs(target, a, proxy, long).batch_groups == 1
+    assert SimulatedPairs(target, a, proxy, long, dense=True).batch_groups == 100

@@ -128,7 +128,7 @@ torch.manual_seed(0)
 base = tiny_base(torch.float32)
 target = target_of(base, LINEAR)
 a = {layer.name: torch.randn(layer.rank, layer.d_in) / 5 for layer in target.layers}
-pairs = SimulatedPairs(target, a, proxy_set(1500, base), Training(steps=3, dropout=0.1), own_a=1)
+pairs = SimulatedPairs(target, a, proxy_set(1500, base), Training(steps=3, dropout=0.1), per_victim_a=1)
 write_pairs(pairs, 1500, sys.argv[1], lambda units: print(units, flush=True))
 """
 

@@ -119,7 +119,7 @@ def test_bfloat16_victims_end_near_the_float32_ones(bound, proxy):
 def test_pairs_of_victims_with_their_own_a(bound, proxy):
     """Each pair is the victim that trains alone from its a0, and A after the steps is kept."""
     target, update = bound
-    pairs = SimulatedPairs(target, update.a, proxy.take(torch.arange(4)), Training(steps=2), own_a=7)
+    pairs = SimulatedPairs(target, update.a, proxy.take(torch.arange(4)), Training(steps=2), per_victim_a=7)
     (batch,) = pairs.batches()
     (part,) = pairs.batches(2, 4)
     for name in target.names:

@@ -172,8 +172,8 @@ def test_pairs_of_other_weights_serve_no_adapter(made, written):
 def test_victims_with_their_own_a_come_back_with_it(made, tmp_path):
     base = made.target.base
     for pairs, folder in (
-        (GeneratedPairs(made.target, made.a, made.proxy, own_a=3), tmp_path / "one"),
-        (SimulatedPairs(made.target, made.a, made.proxy, Training(steps=2), own_a=3), tmp_path / "two"),
+        (GeneratedPairs(made.target, made.a, made.proxy, per_victim_a=3), tmp_path / "one"),
+        (SimulatedPairs(made.target, made.a, made.proxy, Training(steps=2), per_victim_a=3), tmp_path / "two"),
     ):
         write_pairs(pairs, 6, folder, silent)
         (found,), (expected,) = StoredPairs(folder, base).batches(), pairs.batches(0, 6)

@@ -21,14 +21,14 @@ from r2f_ext.types import FactoredGradient, Target
 class Capture:
     """Hooks on the adapted layers of a target; use it as a context manager and call it batch by batch.
 
-    Nothing is added to the model's own passes: inputs and outputs are kept by reference, no parameter gets a gradient,
+    The model's own passes stay as they are: inputs and outputs are saved by reference, no parameter gets a gradient,
     and the backward stops at the output of the first adapted layer.
 
     Args:
         target: base model and adapted layers.
         dtype: float32 runs the model as it is; bfloat16 runs it under autocast (products of matrices in bfloat16, sums,
             softmax, norms and loss in float32) and gives factors in bfloat16. That pays where the processor multiplies
-            bfloat16 matrices faster than float32 ones: GPUs, CPUs with AMX.
+            bfloat16 matrices faster than float32 ones (GPUs, CPUs with AMX).
 
     Example:
         with Capture(target) as capture:
@@ -58,7 +58,7 @@ class Capture:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # Nothing below the first adapted layer is wanted: the backward starts at its output.
+            # Gradients below the first adapted layer are not needed: the backward stops at its output.
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             self._seen[name] = (args[0], output)
@@ -85,7 +85,7 @@ class Capture:
         with torch.enable_grad():
             with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
                 logits = self.target.base.model(self.target.base.normalize(images.flatten(0, 1)))
-            logits = logits.float() if low else logits  # a difference of probabilities: it needs the digits
+            logits = logits.float() if low else logits  # its gradient is a difference of probabilities
             loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / size
             outputs = [self._seen[name][1] for name in self.target.names]
             grads = torch.autograd.grad(loss, outputs, create_graph=create_graph)
@@ -94,7 +94,7 @@ class Capture:
             module, inputs = self._modules[name], self._seen[name][0]
             tokens = as_tokens(module, inputs if create_graph else inputs.detach())
             grad = _output_as_tokens(module, grad)
-            if low:  # what the layer multiplied: autocast rounded its input and its output's gradient alike
+            if low:  # the values that the layer multiplied: autocast rounded its input and its output's gradient alike
                 tokens, grad = tokens.bfloat16(), grad.bfloat16()
             x[name] = tokens.reshape(groups, -1, tokens.shape[-1])
             delta[name] = grad.reshape(groups, -1, grad.shape[-1])

@@ -1,4 +1,8 @@
-"""How captured inputs and output gradients move with the image: forward mode over the reverse pass, many directions."""
+"""Directional derivatives of captured inputs and output gradients with respect to the image: forward mode over the
+reverse pass, many directions at once.
+
+torch.func is applied to the model only: the operators of r2f_ext.ops, whose derivatives are registered with autograd,
+do not work under its transforms."""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
+from r2f_ext.capture.graph_optimizer import Traced
 from r2f_ext.capture.hooks import _output_as_tokens, as_tokens
-from r2f_ext.capture.simplify import Traced
 from r2f_ext.types import FactoredGradient, Target
 
 Factors = tuple[dict[str, Tensor], dict[str, Tensor]]  # x, delta
@@ -20,8 +24,8 @@ Factors = tuple[dict[str, Tensor], dict[str, Tensor]]  # x, delta
 class CaptureTangents:
     """Factors of one group's gradient, and their derivatives along K directions of its images.
 
-    One reverse pass at the images serves all directions. The derivatives are exact (no differences), so they are as
-    precise as the model's dtype. Forward mode over reverse mode is traced once for each shape and dtype (`Traced`).
+    One reverse pass at the images serves all directions. The derivatives are exact (no finite differences), so they are
+    as precise as the model's dtype. Forward mode over reverse mode is traced once for each shape and dtype (`Traced`).
 
     Args:
         target: base model and adapted layers.
@@ -96,10 +100,10 @@ class ReplacedOutputs:
 def _zeros_of_outputs(target: Target, modules: dict[str, nn.Module], images: Tensor) -> dict[str, Tensor]:
     zeros: dict[str, Tensor] = {}
 
-    def note(name: str, x: Tensor, output: Tensor) -> Tensor:
+    def record(name: str, x: Tensor, output: Tensor) -> Tensor:
         zeros[name] = torch.zeros_like(output)
         return output
 
-    with ReplacedOutputs(modules, note):
+    with ReplacedOutputs(modules, record):
         target.base.model(target.base.normalize(images))
     return zeros

@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.capture import Capture
+from r2f_ext.capture.project import project
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
 from r2f_ext.models import untouched_a
 from r2f_ext.ops import lora_grad_tangent
-from r2f_ext.pairs.generate import project
 from r2f_ext.types import LoraUpdate, Reconstruction, Target
 
 ROUTE = "gauss_newton"
@@ -133,19 +133,13 @@ class UpdateMap:
     def _tangents(self, image: Tensor, label: Tensor, directions: Tensor) -> Tensor:
         gradient, moved = self.tangents(image, label, directions)
         update = project(self.target, gradient, self.a)
-        parts = []
-        for layer in self.target.layers:
-            name = layer.name
-            tangent = lora_grad_tangent(
-                gradient.x[name],
-                gradient.delta[name],
-                moved.x[name],
-                moved.delta[name],
-                self.a[name],
-                scale=layer.scale,
-            ).grad_B
-            parts.append(unit_tangent(update[name].flatten(), tangent.flatten(1)))
-        return torch.cat(parts, dim=1)
+        per_layer = (gradient.x, gradient.delta, moved.x, moved.delta, self.a)
+        tangents = lora_grad_tangent(
+            *([each[name] for name in self.target.names] for each in per_layer),
+            scales=[layer.scale for layer in self.target.layers],
+        )
+        found = zip(update.values(), tangents, strict=True)
+        return torch.cat([unit_tangent(value.flatten(), tangent.flatten(1)) for value, tangent in found], dim=1)
 
 
 def flat_units(updates: dict[str, Tensor]) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.ops import factored_matching_loss, matching_loss
-from r2f_ext.pairs.generate import project
 from r2f_ext.types import FactoredGradient, Gradient, Target
 
 Candidate = FactoredGradient | Gradient

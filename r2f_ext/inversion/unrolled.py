@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
+from r2f_ext.capture.graph_optimizer import Traced
 from r2f_ext.capture.hooks import as_tokens
-from r2f_ext.capture.simplify import Traced
 from r2f_ext.capture.tangents import ReplacedOutputs
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.gauss_newton import Subspace, unit_tangent

@@ -6,7 +6,7 @@ from .decode import decode
 from .decoder_sums import DecoderSums, decoder_cosine_loss, decoder_sums
 from .factored_matching_loss import factored_matching_loss
 from .lora_grad import LoraGrad, lora_grad
-from .lora_grad_tangent import LoraGradTangent, lora_grad_tangent
+from .lora_grad_tangent import lora_grad_tangent
 from .matching_loss import matching_loss
 from .signed_adam_step import signed_adam_step_
 from .total_variation import total_variation
@@ -16,7 +16,6 @@ load_compiled_kernels()
 __all__ = [
     "DecoderSums",
     "LoraGrad",
-    "LoraGradTangent",
     "backend_of",
     "build_information",
     "decode",

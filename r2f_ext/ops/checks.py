@@ -15,97 +15,72 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 ACTIVATIONS = ("gelu", "relu", "identity")
 
 
-def check_lora_grad(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, offsets: Tensor | None) -> int:
-    """The number of groups."""
-    given, x_shape, delta_shape, A_shape = (
-        (x, delta, A) if B is None else (x, delta, A, B),
-        x.shape,
-        delta.shape,
-        A.shape,
-    )
-    if offsets is None:
-        if len(x_shape) != 3 or len(delta_shape) != 3 or x_shape[:2] != delta_shape[:2]:
-            raise _bad_lora_grad("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N", given)
-        groups = x_shape[0]
-    else:
-        if len(x_shape) != 2 or len(delta_shape) != 2 or x_shape[0] != delta_shape[0]:
-            raise _bad_lora_grad("with offsets, x must be [M, d_in] and delta [M, d_out] with the same M", given)
-        groups = _groups_of(offsets, x.device)
-    d_in = x_shape[-1]
-    if len(A_shape) not in (2, 3) or A_shape[-1] != d_in or (len(A_shape) == 3 and A_shape[0] != groups):
-        raise _bad_lora_grad("A must be [r, d_in] or [P, r, d_in]", given)
-    if A_shape[-2] < 1:
-        raise _bad_lora_grad("the rank must be at least 1", given)
-    if B is not None:
-        one = (delta_shape[-1], A_shape[-2])
-        if B.shape not in (one, (groups, *one)):
-            raise _bad_lora_grad("B must be [d_out, r] or [P, d_out, r]", given)
-
-    dtype, device = x.dtype, x.device
-    for tensor in given:
-        if tensor.dtype != dtype or dtype not in DTYPES:
-            raise TypeError(
-                "lora_grad: x, delta, A and B must share one dtype of float32, float64, bfloat16; got "
-                + ", ".join(str(t.dtype).removeprefix("torch.") for t in given)
-            )
-        if tensor.device != device:
-            devices = ", ".join(str(t.device) for t in given)
-            raise ValueError(f"lora_grad: all tensors must be on one device; got {devices}")
-    return groups
-
-
-def _groups_of(offsets: Tensor, device: torch.device) -> int:
-    if offsets.dtype != torch.int64:
-        raise TypeError(f"lora_grad: offsets must be int64; got {str(offsets.dtype).removeprefix('torch.')}")
-    if offsets.ndim != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"lora_grad: offsets must be [P + 1]; got {list(offsets.shape)}")
-    if offsets.device != device:
-        raise ValueError(f"lora_grad: offsets must be on the device of x, {device}; got {offsets.device}")
-    return offsets.shape[0] - 1
-
-
-def _bad_lora_grad(what: str, tensors: tuple[Tensor, ...]) -> ValueError:
-    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(("x", "delta", "A", "B"), tensors, strict=False))
-    return ValueError(f"lora_grad: {what}; got {shapes}")
+def check_lora_grad(
+    x: Sequence[Tensor], delta: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scales: Sequence[float]
+) -> None:
+    lists = {"x": x, "delta": delta, "A": A, **({"B": B} if B else {})}
+    for layer, given in enumerate(_layers("lora_grad", lists, scales)):
+        wrong = _wrong_layer(given)
+        if wrong is None and B:
+            one = (given["delta"].shape[2], given["A"].shape[-2])
+            if given["B"].shape not in (one, (given["x"].shape[0], *one)):
+                wrong = "B must be [d_out, r] or [P, d_out, r]"
+        if wrong is not None:
+            raise _bad_shapes("lora_grad", layer, wrong, given)
 
 
 def check_lora_grad_tangent(
-    x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None
-) -> int:
-    """The number of directions."""
-    named = {"x": x, "delta": delta, "dx": dx, "ddelta": ddelta, "A": A, "B": B}
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    x: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    dx: Sequence[Tensor],
+    ddelta: Sequence[Tensor],
+    A: Sequence[Tensor],
+    scales: Sequence[float],
+) -> None:
+    lists = {"x": x, "delta": delta, "dx": dx, "ddelta": ddelta, "A": A}
+    for layer, given in enumerate(_layers("lora_grad_tangent", lists, scales)):
+        wrong = _wrong_layer(given)
+        if wrong is None and given["dx"].shape[1:] != given["x"].shape:
+            wrong = "dx must be [K, P, N, d_in]"
+        if wrong is None and given["ddelta"].shape != (len(given["dx"]), *given["delta"].shape):
+            wrong = "ddelta must be [K, P, N, d_out], with the K of dx"
+        if wrong is not None:
+            raise _bad_shapes("lora_grad_tangent", layer, wrong, given)
+
+
+def _layers(op: str, lists: dict[str, Sequence[Tensor]], scales: Sequence[float]) -> list[dict[str, Tensor]]:
+    """The tensors of each layer by name, once lengths, dtypes and devices are known to agree."""
+    lengths = {**{name: len(tensors) for name, tensors in lists.items()}, "scales": len(scales)}
+    if len(set(lengths.values())) != 1 or not lengths["scales"]:
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"{op}: lists of one length, at least 1, are needed; got {said}")
+    layers = [dict(zip(lists, tensors, strict=True)) for tensors in zip(*lists.values(), strict=True)]
+    first = layers[0]["x"]
+    for layer, given in enumerate(layers):
+        if first.dtype not in DTYPES or any(t.dtype != first.dtype for t in given.values()):
+            dtypes = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in given.items())
+            raise TypeError(
+                f"{op}: all tensors must share one dtype of float32, float64, bfloat16; layer {layer} has {dtypes}"
+            )
+        if any(t.device != first.device for t in given.values()):
+            devices = ", ".join(f"{name} {t.device}" for name, t in given.items())
+            raise ValueError(f"{op}: all tensors must be on one device; layer {layer} has {devices}")
+    return layers
+
+
+def _wrong_layer(given: dict[str, Tensor]) -> str | None:
+    """What is wrong with the shapes of a layer's x, delta and A; None if nothing is."""
+    x, delta, A = given["x"], given["delta"], given["A"]
     if x.ndim != 3 or delta.ndim != 3 or x.shape[:2] != delta.shape[:2]:
-        raise _bad_tangent("x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N", given)
-    if dx is None and ddelta is None:
-        raise ValueError("lora_grad_tangent: dx or ddelta is needed")
-    if dx is not None and dx.shape[1:] != x.shape:
-        raise _bad_tangent("dx must be [K, P, N, d_in]", given)
-    if ddelta is not None and (ddelta.shape[1:] != delta.shape or (dx is not None and len(dx) != len(ddelta))):
-        raise _bad_tangent("ddelta must be [K, P, N, d_out], with the K of dx", given)
-    groups, _, d_in = x.shape
-    if A.ndim not in (2, 3) or A.shape[-1] != d_in or A.shape[:-2] not in ((), (groups,)):
-        raise _bad_tangent("A must be [r, d_in] or [P, r, d_in]", given)
-    if A.shape[-2] < 1:
-        raise _bad_tangent("the rank must be at least 1", given)
-    one = (delta.shape[2], A.shape[-2])
-    if B is not None and B.shape not in (one, (groups, *one)):
-        raise _bad_tangent("B must be [d_out, r] or [P, d_out, r]", given)
-
-    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in given.values()):
-        dtypes = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in given.items())
-        raise TypeError(
-            f"lora_grad_tangent: all tensors must share one dtype of float32, float64, bfloat16; got {dtypes}"
-        )
-    if any(t.device != x.device for t in given.values()):
-        devices = ", ".join(f"{name} {t.device}" for name, t in given.items())
-        raise ValueError(f"lora_grad_tangent: all tensors must be on one device; got {devices}")
-    return len(dx if dx is not None else given["ddelta"])
+        return "x must be [P, N, d_in] and delta [P, N, d_out] with the same P and N"
+    if A.ndim not in (2, 3) or A.shape[-1] != x.shape[2] or A.shape[:-2] not in ((), (x.shape[0],)):
+        return "A must be [r, d_in] or [P, r, d_in]"
+    return None if A.shape[-2] >= 1 else "the rank must be at least 1"
 
 
-def _bad_tangent(what: str, given: dict[str, Tensor]) -> ValueError:
+def _bad_shapes(op: str, layer: int, wrong: str, given: dict[str, Tensor]) -> ValueError:
     shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in given.items())
-    return ValueError(f"lora_grad_tangent: {what}; got {shapes}")
+    return ValueError(f"{op}: {wrong}; layer {layer} has {shapes}")
 
 
 def check_decode(

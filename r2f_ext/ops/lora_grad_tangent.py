@@ -1,132 +1,108 @@
-"""`lora_grad_tangent`: how the gradients of LoRA factors move with a layer's inputs and output gradients."""
+"""`lora_grad_tangent`: how the gradients of the LoRA factors B move with the layers' inputs and output gradients."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import check_lora_grad_tangent
-from .gradients import needs_gradient
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
 
-class LoraGradTangent(NamedTuple):
-    """Derivatives of the LoRA factors' gradients, one for each direction and group."""
-
-    grad_A: Tensor | None  # [K, P, r, d_in]
-    grad_B: Tensor  # [K, P, d_out, r]
-
-
 def lora_grad_tangent(
-    x: Tensor,
-    delta: Tensor,
-    dx: Tensor | None,
-    ddelta: Tensor | None,
-    A: Tensor,
-    B: Tensor | None = None,
+    x: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    dx: Sequence[Tensor],
+    ddelta: Sequence[Tensor],
+    A: Sequence[Tensor],
     *,
-    scale: float,
-) -> LoraGradTangent:
-    """Forward-mode derivatives of `lora_grad` in K directions at once: the hot loop of Gauss-Newton in LoRA space.
+    scales: Sequence[float],
+) -> list[Tensor]:
+    """Forward-mode derivatives of `lora_grad`'s grad_B in K directions: the inner loop of Gauss-Newton in LoRA space.
 
-    The gradients of `lora_grad` are bilinear in x and delta. Where x moves by dx and delta by ddelta, per group and
-    direction,
+    grad_B = scale * delta^T (x A^T) is bilinear in x and delta. Where x moves by dx and delta by ddelta, per group
+    and direction,
 
         grad_B moves by  scale * (ddelta^T (x A^T) + delta^T (dx A^T))
-        grad_A moves by  scale * ((ddelta B)^T x + (delta B)^T dx)
 
-    Shapes (P groups of N tokens each, K directions, rank r):
-        x       [P, N, d_in]        inputs of the layer
-        delta   [P, N, d_out]       loss gradients at its output
-        dx      [K, P, N, d_in]     or None: 0, and costs nothing
-        ddelta  [K, P, N, d_out]    or None: 0, and costs nothing
-        A       [r, d_in]           one for all groups, or [P, r, d_in]
-        B       [d_out, r]          one for all groups, or [P, d_out, r], or None: B = 0, and grad_A is None
+    Args (lists with one entry for each layer; P groups of N tokens each, K directions, rank r):
+        x: [P, N, d_in], inputs of the layer.
+        delta: [P, N, d_out], loss gradients at its output.
+        dx: [K, P, N, d_in]; ddelta: [K, P, N, d_out].
+        A: [r, d_in], one for all groups, or [P, r, d_in].
+        scales: as for `lora_grad`.
 
-    All share one dtype: float32, float64 or bfloat16. Sums are taken and results returned in float32 (float64 for
-    float64). Any strides and any rank are accepted; empty tensors give zeros of the right shape. Results are
-    deterministic. Differentiable in every tensor.
+    Returns:
+        [K, P, d_out, r] for each layer.
+
+    All tensors share one dtype: float32, float64 or bfloat16. Sums are taken and results returned in float32 (float64
+    for float64). Any strides and any rank are accepted; empty tensors give zeros of the right shape. Differentiable in
+    every tensor.
 
     Raises:
-        ValueError: shapes that do not fit together; neither dx nor ddelta.
+        ValueError: lists of different lengths; shapes that do not fit together; more than one device.
         TypeError: dtypes that are not supported or differ from each other.
     """
+    arguments = (*(list(each) for each in (x, delta, dx, ddelta, A)), list(scales))
     try:
-        needed = needs_gradient(x, delta, dx, ddelta, A, B)
-        call = _LoraGradTangent.apply if needed else torch.ops.r2f.lora_grad_tangent.default
-        grad_A, grad_B = call(x, delta, dx, ddelta, A, B, scale)
+        tangents: list[Tensor] = torch.ops.r2f.lora_grad_tangent.default(*arguments)
     except Exception:
-        check_lora_grad_tangent(x, delta, dx, ddelta, A, B)  # says which argument is wrong and how
+        check_lora_grad_tangent(x, delta, dx, ddelta, A, scales)  # says which argument is wrong and how
         raise
-    return LoraGradTangent(None if B is None else grad_A, grad_B)
+    return tangents
 
 
 @torch.library.register_fake(f"{NAMESPACE}::lora_grad_tangent")
 def _fake(
-    x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    blocks = (check_lora_grad_tangent(x, delta, dx, ddelta, A, B), x.shape[0])
-    dtype, rank = accumulation_dtype(x.dtype), A.shape[-2]
-    grad_A = x.new_empty((0,) if B is None else (*blocks, rank, x.shape[2]), dtype=dtype)
-    return grad_A, x.new_empty((*blocks, delta.shape[2], rank), dtype=dtype)
+    x: list[Tensor],
+    delta: list[Tensor],
+    dx: list[Tensor],
+    ddelta: list[Tensor],
+    A: list[Tensor],
+    scales: list[float],
+) -> list[Tensor]:
+    check_lora_grad_tangent(x, delta, dx, ddelta, A, scales)
+    return [
+        d.new_empty((*d.shape[:2], d.shape[3], A_l.shape[-2]), dtype=accumulation_dtype(d.dtype))
+        for d, A_l in zip(ddelta, A, strict=True)
+    ]
 
 
-class _LoraGradTangent(torch.autograd.Function):
-    """A Function around the raw operator: `register_autograd` makes calls without gradients pay as well."""
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *lists, ctx.scales = inputs
+    ctx.layers = len(ctx.scales)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(tensor for each in lists for tensor in each))
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(
-        x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        results: tuple[Tensor, Tensor]
-        results = torch.ops.r2f.lora_grad_tangent.default(x, delta, dx, ddelta, A, B, scale)
-        return results
+def _backward(ctx: Any, to_tangents: list[Tensor | None]) -> tuple[list[Tensor | None] | None, ...]:
+    """Written in differentiable operators, so that it can be differentiated again."""
+    saved, n = ctx.saved_tensors, ctx.layers
+    results: list[list[Tensor | None]] = [[] for _ in range(5)]
+    for layer, (scale, to_tangent) in enumerate(zip(ctx.scales, to_tangents, strict=True)):
+        tensors = saved[layer::n]
+        gradients = [None] * 5 if to_tangent is None else _backward_of_layer(tensors, scale * to_tangent)
+        for result, gradient in zip(results, gradients, strict=True):
+            result.append(gradient)
+    return (*results, None)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(ctx: Any, to_grad_A: Tensor | None, to_grad_B: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Written in ordinary differentiable PyTorch. Each of the four terms gives to two tensors and a factor."""
-        x, delta, dx, ddelta, A, B = ctx.saved_tensors
-        dtype = accumulation_dtype(x.dtype)
-        X, D, dX, dD, B_ = (None if t is None else t.to(dtype) for t in (x, delta, dx, ddelta, B))
-        A_ = A.to(dtype)
-        to: dict[str, Tensor] = {}
+def _backward_of_layer(tensors: tuple[Tensor, ...], H: Tensor) -> list[Tensor | None]:
+    """The gradients of one layer's x, delta, dx, ddelta and A; what directions or groups share gets their sum."""
+    x, delta, dx, ddelta, A = (t.to(H.dtype) for t in tensors)
+    to_u, to_du = ddelta @ H, delta @ H  # of u = x A^T and du = dx A^T
+    gradients = (
+        to_u @ A,
+        (dx @ A.mT) @ H.mT,
+        to_du @ A,
+        (x @ A.mT) @ H.mT,
+        to_u.mT @ x + to_du.mT @ dx,
+    )
+    return [g.sum_to_size(t.shape).to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
 
-        def add(name: str, gradient: Tensor) -> None:
-            to[name] = to[name] + gradient if name in to else gradient
 
-        if to_grad_B is not None:  # ddelta^T (x A^T) + delta^T (dx A^T)
-            H = ctx.scale * to_grad_B
-            for (a_name, a), (b_name, b) in ((("ddelta", dD), ("x", X)), (("delta", D), ("dx", dX))):
-                if a is None or b is None:
-                    continue
-                to_u = a @ H
-                add(a_name, (b @ A_.mT) @ H.mT)
-                add(b_name, to_u @ A_)
-                add("A", to_u.mT @ b)
-        if B_ is not None and to_grad_A is not None:  # (ddelta B)^T x + (delta B)^T dx
-            H = ctx.scale * to_grad_A
-            for (a_name, a), (b_name, b) in ((("ddelta", dD), ("x", X)), (("delta", D), ("dx", dX))):
-                if a is None or b is None:
-                    continue
-                to_v = b @ H.mT
-                add(a_name, to_v @ B_.mT)
-                add(b_name, (a @ B_) @ H)
-                add("B", a.mT @ to_v)
-
-        def like(name: str, tensor: Tensor | None) -> Tensor | None:
-            """What all directions or groups share receives the sum over them; dtypes follow the input."""
-            return to[name].sum_to_size(tensor.shape).to(tensor.dtype) if tensor is not None and name in to else None
-
-        named = (("x", x), ("delta", delta), ("dx", dx), ("ddelta", ddelta), ("A", A), ("B", B))
-        return (*(like(name, tensor) for name, tensor in named), None)
+torch.library.register_autograd(f"{NAMESPACE}::lora_grad_tangent", _backward, setup_context=_save)

@@ -8,7 +8,6 @@ explicit backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -24,90 +23,41 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def lora_grad(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, offsets: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """G = delta^T x per group; grad_A = scale B^T G, grad_B = scale G A^T, without ever forming G."""
-    groups = check_lora_grad(x, delta, A, B, offsets)
-    if offsets is not None:
-        grad_A, grad_B, A1, B1 = _one_by_one(x, delta, A, B, scale, lr, offsets.tolist())
-        if B is None:
-            grad_A, A1 = unmoved_A(A, groups, lr)
-        return grad_A, grad_B, A1, B1
-    dtype = accumulation_dtype(x.dtype)
-    x, delta, A = x.to(dtype), delta.to(dtype), A.to(dtype)
-    nothing = x.new_empty(0)
-
-    u = x @ A.mT  # [P, N, r]
-    # (u^T delta)^T rather than delta^T u: the same numbers, about 1.7 times faster in the batched products of the CPU.
-    grad_B = (u.mT @ delta).mT.contiguous().mul_(scale)
-    if B is None:
-        grad_A, A1 = unmoved_A(A, groups, lr)
-        return grad_A, grad_B, A1, nothing if lr is None else grad_B * -lr
-
-    B = B.to(dtype)
-    v = delta @ B  # [P, N, r]
-    grad_A = (v.mT @ x).mul_(scale)
-    if lr is None:
-        return grad_A, grad_B, nothing, nothing.clone()
-    return grad_A, grad_B, A - lr * grad_A, B - lr * grad_B
-
-
-def unmoved_A(A: Tensor, groups: int, lr: float | None) -> tuple[Tensor, Tensor]:
-    """grad_A = 0 and A1 = A of every group where there is no B, expanded, so that they cost nothing."""
-    shape, dtype = (groups, *A.shape[-2:]), accumulation_dtype(A.dtype)
-    # A copy: a later step in place on the caller's A must not change a result already given.
-    A1 = A.new_empty(0, dtype=dtype) if lr is None else A.to(dtype, copy=True).expand(shape)
-    return A.new_zeros((), dtype=dtype).expand(shape), A1
-
-
-def _one_by_one(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, scale: float, lr: float | None, bounds: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Groups of unequal size: group p has the rows bounds[p] <= row < bounds[p + 1]."""
-    if bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
-        raise ValueError(f"lora_grad: offsets must start at 0, never decrease, and end at the {len(x)} rows of x")
-    if len(bounds) == 1:
-        return lora_grad(x[None, :][:0], delta[None, :][:0], A, B, scale, lr)
-    results = [
-        lora_grad(
-            x[None, first:last],
-            delta[None, first:last],
-            A[p : p + 1] if A.ndim == 3 else A,
-            B[p : p + 1] if B is not None and B.ndim == 3 else B,
-            scale,
-            lr,
-        )
-        for p, (first, last) in enumerate(pairwise(bounds))
-    ]
-    grad_A, grad_B, A1, B1 = (torch.cat(parts) for parts in zip(*results, strict=True))
-    return grad_A, grad_B, A1, B1
+    x: Sequence[Tensor], delta: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scales: Sequence[float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """G = delta^T x per layer and group; grad_A = scale B^T G, grad_B = scale G A^T, without ever forming G."""
+    check_lora_grad(x, delta, A, B, scales)
+    dtype = accumulation_dtype(x[0].dtype)
+    grad_A, grad_B = [], []
+    for x_l, delta_l, A_l, scale in zip(x, delta, A, scales, strict=True):
+        u = x_l.to(dtype) @ A_l.to(dtype).mT  # [P, N, r]
+        # (u^T delta)^T rather than delta^T u: the same numbers, faster in batched products on the CPU.
+        grad_B.append((u.mT @ delta_l.to(dtype)).mT.contiguous().mul_(scale))
+    for x_l, delta_l, B_l, scale in zip(x, delta, B, scales, strict=True) if B else ():
+        v = delta_l.to(dtype) @ B_l.to(dtype)  # [P, N, r]
+        grad_A.append((v.mT @ x_l.to(dtype)).mul_(scale))
+    return grad_A, grad_B
 
 
 torch.library.impl(f"{NAMESPACE}::lora_grad", "default", lora_grad)
 
 
 def lora_grad_tangent(
-    x: Tensor, delta: Tensor, dx: Tensor | None, ddelta: Tensor | None, A: Tensor, B: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The gradients are bilinear, so each factor is moved in turn: d(delta^T u) = ddelta^T u + delta^T du."""
-    check_lora_grad_tangent(x, delta, dx, ddelta, A, B)
-    dtype = accumulation_dtype(x.dtype)
-    x, delta, A = x.to(dtype), delta.to(dtype), A.to(dtype)
-    B = None if B is None else B.to(dtype)
-    grad_A = grad_B = None
-    if ddelta is not None:
-        ddelta = ddelta.to(dtype)  # [K, P, N, d_out]
-        grad_B = (x @ A.mT).mT @ ddelta
-        grad_A = None if B is None else (ddelta @ B).mT @ x
-    if dx is not None:
-        dx = dx.to(dtype)  # [K, P, N, d_in]
-        moved_B = (dx @ A.mT).mT @ delta
-        grad_B = moved_B if grad_B is None else grad_B + moved_B
-        if B is not None:
-            moved_A = (delta @ B).mT @ dx
-            grad_A = moved_A if grad_A is None else grad_A + moved_A
-    assert grad_B is not None, "dx or ddelta is needed"
-    return x.new_empty(0) if grad_A is None else grad_A.mul_(scale), grad_B.mT.contiguous().mul_(scale)
+    x: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    dx: Sequence[Tensor],
+    ddelta: Sequence[Tensor],
+    A: Sequence[Tensor],
+    scales: Sequence[float],
+) -> list[Tensor]:
+    """grad_B is bilinear, so each factor is moved in turn: d(delta^T u) = ddelta^T u + delta^T du."""
+    check_lora_grad_tangent(x, delta, dx, ddelta, A, scales)
+    dtype = accumulation_dtype(x[0].dtype)
+    tangents = []
+    for layer in zip(x, delta, dx, ddelta, A, strict=True):
+        x_l, delta_l, dx_l, ddelta_l, A_l = (tensor.to(dtype) for tensor in layer)
+        tangents.append((x_l @ A_l.mT).mT @ ddelta_l + (dx_l @ A_l.mT).mT @ delta_l)  # [K, P, r, d_out]
+    return [tangent.mT.contiguous().mul_(scale) for tangent, scale in zip(tangents, scales, strict=True)]
 
 
 torch.library.impl(f"{NAMESPACE}::lora_grad_tangent", "default", lora_grad_tangent)

@@ -12,16 +12,13 @@ import torch
 NAMESPACE = "r2f"
 
 SCHEMAS: dict[str, str] = {
-    # LoRA-factor gradients of one linear layer for many groups, and the SGD-stepped factors.
-    # Without lr, A1 and B1 are of size 0; without B, grad_A and A1 are expanded. With offsets, groups differ in size.
+    # LoRA-factor gradients of all layers for many groups. Without B (an empty list: every B is 0) grad_A is empty.
     "lora_grad": (
-        "(Tensor x, Tensor delta, Tensor A, Tensor? B, float scale, float? lr, Tensor? offsets=None)"
-        " -> (Tensor grad_A, Tensor grad_B, Tensor A1, Tensor B1)"
+        "(Tensor[] x, Tensor[] delta, Tensor[] A, Tensor[] B, float[] scales) -> (Tensor[] grad_A, Tensor[] grad_B)"
     ),
-    # How they move when x and delta do, in many directions at once. Without B, grad_A is of size 0.
+    # How grad_B at B = 0 moves when x and delta do, in many directions at once.
     "lora_grad_tangent": (
-        "(Tensor x, Tensor delta, Tensor? dx, Tensor? ddelta, Tensor A, Tensor? B, float scale)"
-        " -> (Tensor grad_A, Tensor grad_B)"
+        "(Tensor[] x, Tensor[] delta, Tensor[] dx, Tensor[] ddelta, Tensor[] A, float[] scales) -> Tensor[]"
     ),
     # The decoders of L layers on one batch each: weights and biases layer by layer, bases and biases empty without any.
     # kept: what the backward needs, in one array (see decoder_reference.py).

@@ -1,7 +1,7 @@
 """Pairs at one start: every pair is taken at the same parameters, so one batch makes many of them.
 
-The seed's procedure (step, record, reset) gives B1 = -lr * s * G A^T, A1 = A from PEFT's start (B = 0).
-The update kept here is the descent direction s * G A^T, which is -B1 / lr: decoders normalise it anyway.
+One step of SGD from PEFT's start (B = 0) gives B1 = -lr * s * G A^T and leaves A as it is. The update of a pair is the
+descent direction s * G A^T = -B1 / lr: decoders normalise it anyway.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from r2f_ext.capture import Capture
+from r2f_ext.capture.project import project
 from r2f_ext.data import ProxyImages
 from r2f_ext.errors import R2FError
-from r2f_ext.ops import lora_grad
 from r2f_ext.pairs.memory import SampleBytes, budget, sample_bytes
 from r2f_ext.pairs.starts import random_a
-from r2f_ext.types import FactoredGradient, PairBatch, Target
+from r2f_ext.types import PairBatch, Target
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCH_GROUPS = 100  # groups of one pass at most: large enough for full GEMM speed, small enough for cache
+BATCH_GROUPS = 100  # of one pass at most: enough for the full speed of matrix products, few enough for the cache
 
 
 class PairSource(Protocol):
@@ -33,7 +33,22 @@ class PairSource(Protocol):
     """
 
     target: Target
-    a: dict[str, Tensor]
+    a: dict[str, Tensor]  # name -> A that all victims start from [r, d_in]
+
+    @property
+    def group_size(self) -> int:
+        """Samples of one victim."""
+        ...
+
+    @property
+    def one_step(self) -> bool:
+        """Whether every victim took one step of plain SGD from B = 0, so that no gradient depends on A."""
+        ...
+
+    @property
+    def per_victim_a(self) -> bool:
+        """Whether each victim started from an A of its own (`PairBatch.a0`) instead of `a`."""
+        ...
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -42,24 +57,6 @@ class PairSource(Protocol):
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         """The pairs `start` to `stop`, in batches."""
         ...
-
-
-def project(target: Target, gradient: FactoredGradient, a: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The update that each group's one step from B = 0 gives an adapter whose A is `a`: s G A^T [P, d_out, r].
-
-    a: name -> [r, d_in] for all groups, or [P, r, d_in].
-
-    At B = 0 the factors (x, delta) do not depend on A: captured once, they serve every adapter of the base.
-    """
-    return {
-        layer.name: lora_grad(
-            gradient.x[layer.name],
-            gradient.delta[layer.name],
-            a[layer.name].to(gradient.x[layer.name].dtype),
-            scale=layer.scale,
-        ).grad_B
-        for layer in target.layers
-    }
 
 
 class GeneratedPairs:
@@ -72,11 +69,14 @@ class GeneratedPairs:
         group_size: samples of one victim step (batch size b).
         precision: "float32", or "bfloat16" to run the model under autocast (see `Capture`). Updates and factors are
             float32 either way; their cosine to the float32 ones is then about 0.9999.
-        own_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
+        per_victim_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
 
     Raises:
         R2FError: the proxy has too few images for two pairs, or the precision is neither.
     """
+
+    one_step = True
+    b = None  # PEFT's start: B = 0
 
     def __init__(
         self,
@@ -85,40 +85,47 @@ class GeneratedPairs:
         proxy: ProxyImages,
         group_size: int = 1,
         precision: str = "float32",
-        own_a: int | None = None,
+        per_victim_a: int | None = None,
     ) -> None:
         need_images(proxy, group_size)
         if precision not in PRECISIONS:
             raise R2FError(f"unknown precision '{precision}': choose {' or '.join(PRECISIONS)}.")
         self.target, self.a, self.proxy, self.group_size, self.precision = target, a, proxy, group_size, precision
-        self.own_a = own_a
+        self.a_seed = per_victim_a
 
     def __len__(self) -> int:
         return len(self.proxy) // self.group_size
 
     @property
+    def per_victim_a(self) -> bool:
+        return self.a_seed is not None
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """How the pairs are made: for manifests."""
-        return {**recipe_of(self.proxy, self.group_size, self.own_a), "precision": self.precision}
+        return {**recipe_of(self.proxy, self.group_size, self.a_seed), "precision": self.precision}
 
     @cached_property
     def _sample(self) -> SampleBytes:
         return sample_bytes(self.target)
 
     @property
-    def at_once(self) -> int:
-        """Pairs of one pass, and so of a batch."""
+    def batch_groups(self) -> int:
+        """Groups of one pass, and so pairs of a batch."""
         samples = budget(self.target.base.device) // self._sample.in_pass
         return max(1, min(BATCH_GROUPS, samples // self.group_size))
 
+    def factors_file(self, shard: int) -> None:
+        """No file holds these pairs' gradients."""
+
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
-        stop, at_once = len(self) if stop is None else min(stop, len(self)), self.at_once
+        stop, step = len(self) if stop is None else min(stop, len(self)), self.batch_groups
         with Capture(self.target, PRECISIONS[self.precision]) as capture:
-            for first in range(start, stop, at_once):
-                groups = min(at_once, stop - first)
+            for first in range(start, stop, step):
+                groups = min(step, stop - first)
                 images, labels = samples_of(self.proxy, first, groups, self.group_size, self.target.base.device)
                 gradient = capture(images, labels)
-                a0 = None if self.own_a is None else random_a(self.target, self.own_a, first, groups)
+                a0 = None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
                 updates = project(self.target, gradient, self.a if a0 is None else a0)
                 if self.precision != "float32":
                     gradient = gradient.float32()
@@ -134,10 +141,10 @@ def need_images(proxy: ProxyImages, group_size: int) -> None:
         )
 
 
-def recipe_of(proxy: ProxyImages, group_size: int, own_a: int | None) -> dict[str, Any]:
-    """What all kinds of pairs say of their making."""
+def recipe_of(proxy: ProxyImages, group_size: int, a_seed: int | None) -> dict[str, Any]:
+    """What the manifests of all kinds of pairs hold: how they were made."""
     made = {"proxy": proxy.name, "proxy_sha256": proxy.fingerprint, "group_size": group_size}
-    return made if own_a is None else {**made, "own_a": own_a}
+    return made if a_seed is None else {**made, "per_victim_a": a_seed}
 
 
 def samples_of(proxy: ProxyImages, first: int, groups: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

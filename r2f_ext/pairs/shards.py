@@ -1,14 +1,14 @@
 """Pairs on disk: safetensors shards, and a manifest written last.
 
 manifest.json              schema, base, layers, proxy, how the pairs were made, count, shard names with their SHA-256
-start.safetensors          A of every layer that all victims started from; b/NAME where that was not B = 0
+start.safetensors          A of every layer that all victims started from; b/NAME where B was not 0
 pairs-00000.safetensors    update/NAME float32, images uint8, labels; a0/NAME where every victim has its own A;
                            a/NAME, A after the steps, where they moved it
 factors-00000.safetensors  x/NAME and delta/NAME bfloat16; or gradient/NAME bfloat16, where it was to be dense
 pairs-00000.json           only while a run is unfinished: what the manifest will say of this shard
 
-Shard i holds the pairs from i * at_once on, whoever makes it: several processes share the work shard by shard, and a
-run that was cut off makes only those that are missing.
+Shard i holds the pairs from i * batch_groups on, whoever makes it: several processes share the work shard by shard, and
+a run that was interrupted makes only those that are missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from r2f_ext.pairs.generate import PairSource
 from r2f_ext.progress import Advance
 from r2f_ext.types import PairBatch
 
-SCHEMA = 2
+SCHEMA = 3
 # bfloat16 keeps every exponent of float32 (deltas can be as small as 1e-8); its rounding moves G by a cosine of 1e-6.
 FACTOR_DTYPE = torch.bfloat16
 
@@ -45,8 +45,17 @@ class WritablePairs(PairSource, Protocol):
         ...
 
     @property
-    def at_once(self) -> int:
+    def batch_groups(self) -> int:
         """Pairs of a batch; batches start at its multiples."""
+        ...
+
+    @property
+    def b(self) -> dict[str, Tensor] | None:
+        """name -> B that all victims start from [d_out, r]; None for B = 0."""
+        ...
+
+    def factors_file(self, shard: int) -> Path | None:
+        """A file that already holds a shard's gradients, for pairs made from stored ones; None where there is none."""
         ...
 
 
@@ -73,12 +82,12 @@ def write_pairs(
     folder = output_folder(folder)
     plan = _plan(pairs, count, dense)
     run = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    shards = range(-(-count // pairs.at_once))
+    shards = range(-(-count // pairs.batch_groups))
     mine = shards[distributed.rank() :: distributed.world_size()]
     missing = [shard for shard in mine if _record(folder, shard, run) is None]
 
     def size(shard: int) -> int:
-        return min(pairs.at_once, count - shard * pairs.at_once)
+        return min(pairs.batch_groups, count - shard * pairs.batch_groups)
 
     each = _bytes_of_pair(pairs, folder, plan["dense"])
     tell(each * count)
@@ -87,7 +96,7 @@ def write_pairs(
         (folder / "manifest.json").unlink(missing_ok=True)
     advance(sum(map(size, mine)) - sum(map(size, missing)))
     for shard in missing:
-        (batch,) = pairs.batches(shard * pairs.at_once, shard * pairs.at_once + size(shard))
+        (batch,) = pairs.batches(shard * pairs.batch_groups, shard * pairs.batch_groups + size(shard))
         _write_shard(folder, shard, batch, pairs, run, plan["dense"])
         advance(size(shard))
     distributed.barrier()
@@ -107,7 +116,7 @@ def _plan(pairs: WritablePairs, count: int, dense: bool) -> dict[str, Any]:
         "start_sha256": sha256_of(pairs.a.values()),
         "dense": dense,
         **pairs.recipe,
-        "at_once": pairs.at_once,
+        "batch_groups": pairs.batch_groups,
         "count": count,
     }
 
@@ -132,7 +141,7 @@ def _record(folder: Path, shard: int, run: str, verify: bool = True) -> dict[str
 
 def _write_shard(folder: Path, shard: int, batch: PairBatch, pairs: WritablePairs, run: str, dense: bool) -> None:
     name, factors = (folder / part for part in shard_names(shard))
-    cached = _cached_factors(pairs, shard)
+    cached = pairs.factors_file(shard)
     if cached is None:
         write_tensors(factors, _factors(batch, dense))
     else:
@@ -144,19 +153,12 @@ def _write_shard(folder: Path, shard: int, batch: PairBatch, pairs: WritablePair
 
 def _finish(pairs: WritablePairs, folder: Path, plan: dict[str, Any], run: str, shards: range) -> None:
     start = dict(pairs.a)
-    b = getattr(pairs, "b", None)
-    start |= {f"b/{name}": tensor for name, tensor in (b or {}).items()}
+    start |= {f"b/{name}": tensor for name, tensor in (pairs.b or {}).items()}
     write_tensors(folder / "start.safetensors", start)
     records = [_record(folder, shard, run, verify=False) for shard in shards]
     write_text(folder / "manifest.json", json.dumps({**plan, "shards": records}, indent=2))
     for shard in shards:
         (folder / f"pairs-{shard:05d}.json").unlink()
-
-
-def _cached_factors(pairs: WritablePairs, shard: int) -> Path | None:
-    """The file that already holds a shard's gradients: pairs made from stored ones share it."""
-    file_of = getattr(pairs, "factors_file", None)
-    return None if file_of is None else file_of(shard)
 
 
 def _link(source: Path, to: Path) -> None:
@@ -172,7 +174,7 @@ def _bytes_of_pair(pairs: WritablePairs, folder: Path, dense: bool) -> int:
     """Bytes that one pair takes on disk, from the first one."""
     (batch,) = pairs.batches(0, 1)
     tensors = _updates(batch)
-    cached = _cached_factors(pairs, 0)
+    cached = pairs.factors_file(0)
     if cached is None or cached.stat().st_dev != folder.stat().st_dev:
         tensors |= _factors(batch, dense)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,9 +1,9 @@
 """Many victims at once: each trains its own adapter on its own images, on one shared base model.
 
 A step of all P victims is one forward and one backward over P * b samples: hooks add each victim's own
-s * x A_p^T B_p^T to the adapted layers' outputs, and one call of `lora_grad` a layer gives every victim's factor
-gradients. torch.optim then steps the stacked factors: its optimizers work element by element, so the victims stay
-independent. Step by step this equals PEFT's own training, to rounding.
+s * x A_p^T B_p^T to the adapted layers' outputs, and one call of `lora_grad` gives every victim's factor gradients.
+torch.optim then steps the stacked factors: its optimizers work element by element, so the victims stay independent.
+Step by step this equals PEFT's own training, to rounding.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from r2f_ext.pairs.memory import SampleBytes, budget, sample_bytes
 from r2f_ext.pairs.starts import random_a
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
-SAMPLES_AT_ONCE = 100  # of one forward and backward, at most
+MAX_BATCH_SAMPLES = 100  # of one forward and backward
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # done share of the training in [0, 1) -> factor of the step size
+SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of the training done, in [0, 1) -> step size factor
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
@@ -111,8 +111,8 @@ class Victims:
     Attributes:
         a: name -> A after the last step [P, r, d_in]; b: name -> B [P, d_out, r].
         gradient: the full gradients of the adapted layers' weights, averaged over the steps, as factors
-            [P, T * b * tokens, .], or written out (`FactoredGradient.of_dense`): what a decoder is to find (the seed's
-            Eq. 6).
+            [P, T * b * tokens, .], or written out (`FactoredGradient.of_dense`): what a decoder is to find (Liu et al.,
+            Recover-to-Forget, Eq. 6).
     """
 
     a: dict[str, Tensor]
@@ -196,15 +196,17 @@ def simulate(
             if precision != "float32":
                 gradient = gradient.float32()
             seen = capture.adapter_inputs if training.dropout else gradient.x
-            for layer in target.layers:
-                found = lora_grad(
-                    seen[layer.name].to(dtype),
-                    gradient.delta[layer.name],
-                    a[layer.name],
-                    None if capture.b is None else b[layer.name],
-                    scale=layer.scale,
-                )
-                a[layer.name].grad, b[layer.name].grad = found.grad_A.contiguous(), found.grad_B
+            found = lora_grad(
+                [seen[name].to(dtype) for name in target.names],
+                [gradient.delta[name] for name in target.names],
+                [a[name] for name in target.names],
+                None if capture.b is None else [b[name] for name in target.names],
+                scales=[layer.scale for layer in target.layers],
+            )
+            # At B = 0 the gradient of A is zero, but weight decay and momentum still act on A.
+            grad_A = found.grad_A or [torch.zeros_like(a[name]) for name in target.names]
+            for name, of_a, of_b in zip(target.names, grad_A, found.grad_B, strict=True):
+                a[name].grad, b[name].grad = of_a, of_b
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
@@ -219,7 +221,7 @@ class _Average:
     def __init__(self, steps: int, dense: bool) -> None:
         self.steps = steps
         self.dense: dict[str, Tensor] | None = {} if dense else None
-        self.kept: FactoredGradient | None = None
+        self.factors: FactoredGradient | None = None
 
     def add(self, step: int, gradient: FactoredGradient) -> None:
         if self.dense is not None:
@@ -229,30 +231,30 @@ class _Average:
                 total.baddbmm_(delta.mT, x, alpha=1 / self.steps)
             return
         if self.steps == 1:
-            self.kept = gradient
+            self.factors = gradient
             return
-        if self.kept is None:
-            self.kept = FactoredGradient(self._room(gradient.x), self._room(gradient.delta))
+        if self.factors is None:
+            self.factors = FactoredGradient(self._buffers(gradient.x), self._buffers(gradient.delta))
         for name, x in gradient.x.items():
             tokens = slice(step * x.shape[1], (step + 1) * x.shape[1])
-            self.kept.x[name][:, tokens] = x
-            torch.div(gradient.delta[name], self.steps, out=self.kept.delta[name][:, tokens])
+            self.factors.x[name][:, tokens] = x
+            torch.div(gradient.delta[name], self.steps, out=self.factors.delta[name][:, tokens])
 
     def result(self) -> FactoredGradient:
         if self.dense is not None:
             return FactoredGradient.of_dense(self.dense)
-        assert self.kept is not None
-        return self.kept
+        assert self.factors is not None
+        return self.factors
 
-    def _room(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _buffers(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.new_empty(len(t), self.steps * t.shape[1], t.shape[2]) for name, t in tensors.items()}
 
 
 class SimulatedPairs:
     """Pairs of (what training did to B, average full gradient), made as they are walked through.
 
-    The update kept is (B_0 - B_T) / sum of the step sizes: for one step of plain SGD from PEFT's start exactly the
-    s G A^T of GeneratedPairs. A_T is kept beside it.
+    The update is (B_0 - B_T) / sum of the step sizes: for one step of plain SGD from PEFT's start exactly the s G A^T
+    of GeneratedPairs. Where A moves, A_T is given beside it (`PairBatch.a`).
 
     Args:
         target: base model and adapted layers.
@@ -261,7 +263,7 @@ class SimulatedPairs:
         training: how each victim trains.
         seed: of the dropout.
         b: name -> the B that all start from [d_out, r]; None is PEFT's start, B = 0.
-        own_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
+        per_victim_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
         dense, precision: see `simulate`.
 
     Raises:
@@ -276,22 +278,30 @@ class SimulatedPairs:
         training: Training,
         seed: int = 0,
         b: dict[str, Tensor] | None = None,
-        own_a: int | None = None,
+        per_victim_a: int | None = None,
         dense: bool = False,
         precision: str = "float32",
     ) -> None:
         need_images(proxy, training.owned)
         self.target, self.a, self.b, self.proxy, self.training, self.seed = target, a, b, proxy, training, seed
-        self.own_a, self.dense, self.precision = own_a, dense, precision
+        self.a_seed, self.dense, self.precision = per_victim_a, dense, precision
         self.group_size = training.owned
 
     def __len__(self) -> int:
         return len(self.proxy) // self.group_size
 
     @property
+    def one_step(self) -> bool:
+        return self.training.plain_step and self.b is None
+
+    @property
+    def per_victim_a(self) -> bool:
+        return self.a_seed is not None
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """How the pairs are made: for manifests."""
-        made = recipe_of(self.proxy, self.group_size, self.own_a)
+        made = recipe_of(self.proxy, self.group_size, self.a_seed)
         if self.b is not None:
             made["b_sha256"] = sha256_of(self.b.values())
         return {**made, "training": asdict(self.training), "seed": self.seed, "precision": self.precision}
@@ -301,23 +311,26 @@ class SimulatedPairs:
         return sample_bytes(self.target)
 
     @property
-    def at_once(self) -> int:
-        """Victims that train together: of what they keep, and of what a pass needs, no more than the budget."""
-        room, batch = budget(self.target.base.device), self.training.batch
-        kept = self._sample.factors * batch * self.training.steps
+    def batch_groups(self) -> int:
+        """Victims that train together: neither one pass nor what is saved of all steps exceeds the budget."""
+        available, batch = budget(self.target.base.device), self.training.batch
+        saved = self._sample.factors * batch * self.training.steps
         if self.dense:
             size = next(self.target.base.model.parameters()).element_size()
-            kept = size * sum(layer.d_out * layer.d_in for layer in self.target.layers)
-        samples = min(SAMPLES_AT_ONCE, room // self._sample.in_pass)
-        return max(1, min(samples // batch, room // kept))
+            saved = size * sum(layer.d_out * layer.d_in for layer in self.target.layers)
+        samples = min(MAX_BATCH_SAMPLES, available // self._sample.in_pass)
+        return max(1, min(samples // batch, available // saved))
+
+    def factors_file(self, shard: int) -> None:
+        """No file holds these pairs' gradients."""
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
-        stop, at_once = len(self) if stop is None else min(stop, len(self)), self.at_once
+        stop, step = len(self) if stop is None else min(stop, len(self)), self.batch_groups
         rate = sum(self.training.rates())
-        for first in range(start, stop, at_once):
-            groups = min(at_once, stop - first)
+        for first in range(start, stop, step):
+            groups = min(step, stop - first)
             images, labels = samples_of(self.proxy, first, groups, self.group_size, self.target.base.device)
-            a0 = None if self.own_a is None else random_a(self.target, self.own_a, first, groups)
+            a0 = None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
             victims = simulate(
                 self.target,
                 self.a if a0 is None else a0,
@@ -330,5 +343,5 @@ class SimulatedPairs:
                 self.precision,
             )
             updates = {name: (b if self.b is None else b - self.b[name]) / -rate for name, b in victims.b.items()}
-            a = None if self.training.plain_step and self.b is None else victims.a
+            a = None if self.one_step else victims.a
             yield PairBatch(updates, victims.gradient, images, labels, a0, a)

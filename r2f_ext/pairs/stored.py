@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256, sha256_of
-from r2f_ext.pairs.generate import project
 from r2f_ext.pairs.shards import SCHEMA, shard_names
+from r2f_ext.pairs.simulation import Training
 from r2f_ext.pairs.starts import random_a
 from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
 
@@ -59,7 +60,8 @@ class StoredPairs:
                     zip(shard_names(shard), (record["sha256"], record["factors_sha256"]), strict=True)
                 )
             self._counts = [int(record["count"]) for record in shards]
-            self.at_once = int(self.manifest["at_once"])
+            self.batch_groups = int(self.manifest["batch_groups"])
+            self.group_size = int(self.manifest["group_size"])
             self.dense = bool(self.manifest["dense"])
         except (ValueError, KeyError, TypeError) as error:
             raise R2FError(f"{path} is damaged: run r2f pairs again.") from error
@@ -73,9 +75,15 @@ class StoredPairs:
         return sum(self._counts)
 
     @property
-    def own_a(self) -> bool:
+    def one_step(self) -> bool:
+        """Whether every victim took one step of plain SGD from B = 0."""
+        training = self.manifest.get("training")
+        return self.b is None and (training is None or Training(**training).plain_step)
+
+    @property
+    def per_victim_a(self) -> bool:
         """Whether each victim started from an A of its own."""
-        return "own_a" in self.manifest
+        return "per_victim_a" in self.manifest
 
     def only(self, names: tuple[str, ...]) -> StoredPairs:
         """The same pairs with the gradients of some layers (the others are not read), and the updates of all."""
@@ -99,7 +107,7 @@ class StoredPairs:
         Raises:
             R2FError: the pairs are of larger groups.
         """
-        if self.manifest["group_size"] != 1:
+        if self.group_size != 1:
             raise R2FError("the amortised route needs pairs of one sample each: make them with group size 1.")
         keys = ["images", "labels"]
         parts = [self._read(shard_names(shard)[0], keys, rows) for shard, rows in self._rows(0, len(self))]
@@ -110,9 +118,9 @@ class StoredPairs:
         names = self.target.names
         for shard, rows in self._rows(start, len(self) if stop is None else stop):
             pairs, factors = shard_names(shard)
-            own = [f"a0/{name}" for name in self._all_names] if self.own_a else []
+            starts = [f"a0/{name}" for name in self._all_names] if self.per_victim_a else []
             found = self._read(
-                pairs, [*(f"update/{name}" for name in self._all_names), *own, "images", "labels"], rows, ("a/",)
+                pairs, [*(f"update/{name}" for name in self._all_names), *starts, "images", "labels"], rows, ("a/",)
             )
             if self.dense:
                 dense = self._read(factors, [f"gradient/{name}" for name in names], rows)
@@ -182,15 +190,20 @@ class ReprojectedPairs:
         stored: pairs of one step of SGD, of at least these layers.
         target: base and layers of the adapter.
         a: name -> its A [r, d_in].
-        own_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
+        per_victim_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
 
     Raises:
         R2FError: the stored pairs lack a layer, were made with other weights, or their victims trained for steps (their
             gradients depend on A).
     """
 
-    def __init__(self, stored: StoredPairs, target: Target, a: dict[str, Tensor], own_a: int | None = None) -> None:
-        if "training" in stored.manifest:
+    one_step = True
+    b = None  # an adapter at PEFT's start: B = 0
+
+    def __init__(
+        self, stored: StoredPairs, target: Target, a: dict[str, Tensor], per_victim_a: int | None = None
+    ) -> None:
+        if not stored.one_step:
             raise R2FError(
                 f"the pairs in '{stored.folder}' are of victims that trained for steps: their gradients depend on A, "
                 "so they serve no other adapter; make new pairs."
@@ -203,18 +216,22 @@ class ReprojectedPairs:
                 f"the pairs in '{stored.folder}' were made with other weights of '{target.base.spec}' (a head that was "
                 "trained along?): make new pairs."
             )
-        self.stored, self.target, self.a, self.own_a = stored.only(target.names), target, a, own_a
-        self.at_once = stored.at_once
+        self.stored, self.target, self.a, self.a_seed = stored.only(target.names), target, a, per_victim_a
+        self.batch_groups, self.group_size = stored.batch_groups, stored.group_size
 
     def __len__(self) -> int:
         return len(self.stored)
 
     @property
+    def per_victim_a(self) -> bool:
+        return self.a_seed is not None
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """How the pairs are made: for manifests."""
-        kept = {key: self.stored.manifest[key] for key in ("proxy", "group_size", "dense")}
-        made = {**kept, "factors_of": self.stored.fingerprint}
-        return made if self.own_a is None else {**made, "own_a": self.own_a}
+        same = {key: self.stored.manifest[key] for key in ("proxy", "group_size", "dense")}
+        made = {**same, "factors_of": self.stored.fingerprint}
+        return made if self.a_seed is None else {**made, "per_victim_a": self.a_seed}
 
     def factors_file(self, shard: int) -> Path:
         """The file of a shard's gradients."""
@@ -224,7 +241,7 @@ class ReprojectedPairs:
         first = start
         for batch in self.stored.batches(start, stop):
             groups = len(batch.labels)
-            a0 = None if self.own_a is None else random_a(self.target, self.own_a, first, groups)
+            a0 = None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
             updates = project(self.target, batch.gradients, self.a if a0 is None else a0)
             yield PairBatch(updates, batch.gradients, batch.images, batch.labels, a0)
             first += groups

@@ -6,6 +6,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <cstring>
+
 // Declares `name`, a reference to the block's dynamic shared memory seen as one `Type`.
 #define R2F_DYNAMIC_SHARED(Type, name)                              \
   extern __shared__ __align__(16) unsigned char r2f_shared_bytes[]; \
@@ -17,6 +20,28 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+}
+
+// 16 bytes (aligned) that are read once: they do not displace others from L1.
+__device__ __forceinline__ uint4 load_streaming(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// 16 bytes (aligned) that are read again and that this kernel does not write.
+__device__ __forceinline__ uint4 load_cached(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+
+// c [16, 8] += a [16, 16] b [16, 8] by a whole warp on tensor cores (PTX: mma.m16n8k16). A register of a and b holds
+// two bfloat16 numbers.
+__device__ __forceinline__ void mma_bfloat16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                             uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // Null, or what is wrong with the launches since the last call.
@@ -41,6 +66,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   auto call = [=] { kernel(static_cast<Parameters>(arguments)...); };
   emu::run_grid(grid, block, shared_bytes, [](void* self) { (*static_cast<decltype(call)*>(self))(); }, &call);
 }
+
+// Plain twins of the loads and of the tensor cores' product.
+inline uint4 load_streaming(const void* p) { return *static_cast<const uint4*>(p); }
+inline uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
+#define mma_bfloat16(...) r2f::emu::mma_bfloat16(__LINE__, __VA_ARGS__)
 
 inline const char* launch_error() { return nullptr; }  // the emulator throws
 

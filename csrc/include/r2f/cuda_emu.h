@@ -8,8 +8,8 @@
 // barriers and a bad launch configuration are errors. Nothing is said about speed.
 //
 // Supported: threadIdx .. gridDim, dynamic shared memory (R2F_DYNAMIC_SHARED), __syncthreads, __syncwarp,
-// __shfl_xor_sync. Others are easily added on top of `exchange`. Not supported: inline PTX, wmma, cp.async, cooperative
-// groups, static shared memory, atomics. x86-64 only (the fiber switch).
+// __shfl_xor_sync, mma_bfloat16. Others are easily added on top of `exchange`. Not supported: inline PTX, wmma,
+// cp.async, cooperative groups, static shared memory, atomics. x86-64 only (the fiber switch).
 #pragma once
 
 #include <algorithm>
@@ -39,12 +39,20 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 using cudaStream_t = void*;
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace r2f::emu {
 
@@ -188,6 +196,31 @@ EMU_HIDDEN inline void syncwarp(int line, unsigned mask = 0xffffffffu) {  // ord
   EMU_TSAN(char* tag = &block->warp_tags[block->current->warp]; __tsan_release(tag);)
   exchange(mask, 0, block->current->lane, line);
   EMU_TSAN(__tsan_acquire(tag);)
+}
+
+// The product of r2f/cuda.h's mma_bfloat16. Lane 4 g + t holds rows g and g + 8 of a and column g of b, at the places
+// 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of the summed dimension, and the columns 2 t and 2 t + 1 of rows g and g + 8 of c.
+EMU_HIDDEN inline void mma_bfloat16(int line, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                    uint32_t b0, uint32_t b1) {
+  const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+  Fiber* me = block->current;
+  const Fiber* warp = &block->fibers[me->warp * kWarp];
+  const int g = me->lane / 4, t = me->lane % 4;
+  const auto registers = reinterpret_cast<uint64_t>(mine);
+  exchange(0xffffffffu, registers, me->lane, line);
+  for (int place = 0; place < 16; ++place) {  // register place / 8 of lane place % 8 / 2, its half place % 2
+    const int lane = place % 8 / 2, shift = place % 2 * 16;
+    float a[2], b[2];
+    for (int i = 0; i < 2; ++i) {
+      const auto* rows = reinterpret_cast<const uint32_t*>(warp[g * 4 + lane].value);
+      const auto* column = reinterpret_cast<const uint32_t*>(warp[(2 * t + i) * 4 + lane].value);
+      const uint32_t a_bits = rows[place / 8 * 2 + i] >> shift << 16, b_bits = column[4 + place / 8] >> shift << 16;
+      __builtin_memcpy(&a[i], &a_bits, 4);
+      __builtin_memcpy(&b[i], &b_bits, 4);
+    }
+    for (int i = 0; i < 4; ++i) c[i] += a[i / 2] * b[i % 2];
+  }
+  exchange(0xffffffffu, registers, me->lane, line);  // no lane leaves before all have read its registers
 }
 
 EMU_HIDDEN inline void fiber_main() {

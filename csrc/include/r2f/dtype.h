@@ -14,7 +14,7 @@ namespace r2f {
 
 enum class DType { kFloat32, kFloat64, kBFloat16 };
 
-// The upper half of a float32; only ever widened, so it needs no arithmetic.
+// The upper half of a float32.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -38,6 +38,14 @@ R2F_HOST_DEVICE float widen(BFloat16 v) {
   float f;
   std::memcpy(&f, &bits, sizeof(f));
   return f;
+}
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+R2F_HOST_DEVICE BFloat16 narrow(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  if (v != v) return {static_cast<uint16_t>(0x7fc0)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
 }  // namespace r2f

@@ -2,7 +2,7 @@ import torch
 from torch.func import functionalize, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from r2f_ext.capture.simplify import simplify
+from r2f_ext.capture.graph_optimizer import simplify
 
 WEIGHT = torch.randn(4, 3, dtype=torch.float64)
 

@@ -1,5 +1,7 @@
-"""Functions as flat lists of operators, without what torch.func's transforms leave behind: derivatives of constants,
-copies, and what is done twice."""
+"""Optimises traced functions: removes what torch.func's transforms leave behind.
+
+That is derivatives of constants, copies and common subexpressions.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
-_OF_ZERO_ZERO = {  # of the first argument
+_ZERO_IF_FIRST_IS = {  # operators whose result is zero where their first argument is
     *(_aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.alias.default, _aten.detach.default),
     *(_aten.transpose.int, _aten.t.default, _aten.permute.default, _aten.unsqueeze.default, _aten.squeeze.dim),
     *(_aten.select.int, _aten.slice.Tensor, _aten.clone.default, _aten._to_copy.default, _aten.neg.default),
@@ -26,10 +28,9 @@ _VIEWS = {_aten.view.default, _aten.expand.default, _aten.alias.default, _aten._
 
 
 class Traced:
-    """A function of (nested) tensors, traced and simplified once for each shape and dtype of them, and then run so.
+    """A function of (nested) tensors, traced and simplified once for each combination of shapes and dtypes.
 
-    With few numbers at a time, which stay in the cache, the interpreter of the transforms would cost more than the
-    arithmetic.
+    For small tensors the interpreter of torch.func's transforms would cost more than the arithmetic.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -40,7 +41,7 @@ class Traced:
     def __call__(self, *inputs: Any) -> Any:
         key = tuple((each.shape, each.dtype) for each in tree_leaves(inputs))
         if key not in self._graphs:
-            # make_fx wants a plain function, not a method.
+            # make_fx takes a plain function, not a method.
             plain: Any = functionalize(lambda *inputs: self._function(*inputs))
             with torch.enable_grad():
                 self._graphs[key] = simplify(make_fx(plain)(*inputs))
@@ -48,11 +49,11 @@ class Traced:
 
 
 def simplify(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same function in fewer operators, in place, of a graph traced from a functionalized function by `make_fx`.
+    """Simplify, in place, a graph that `make_fx` traced from a functionalized function.
 
-    Left out are sums with zeros and products of zeros (0 times anything counts as 0), copies and views that change
+    Removes sums with zeros and products with zeros (0 times anything counts as 0), copies and views that change
     nothing, and operators that were already applied to the same arguments. A graph with operators that write into
-    their arguments, or that draw random numbers, stays as it is.
+    their arguments or draw random numbers stays as it is.
     """
     nodes = list(graph.graph.nodes)
     if any(_has_effects(node) for node in nodes):
@@ -85,7 +86,7 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
     if node.target in _ZEROS:
         return True
     inputs = node.all_input_nodes
-    if node.target in _OF_ZERO_ZERO:
+    if node.target in _ZERO_IF_FIRST_IS:
         return node.args[0] in zeros
     if node.target in _PRODUCTS:
         return any(each in zeros for each in inputs)
