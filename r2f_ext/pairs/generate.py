@@ -35,6 +35,21 @@ class PairSource(Protocol):
     target: Target
     a: dict[str, Tensor]
 
+    @property
+    def one_step(self) -> bool:
+        """Whether the victims took one step of SGD from B = 0, so that their gradients do not depend on A."""
+        ...
+
+    @property
+    def per_victim_a(self) -> bool:
+        """Whether each victim started from an A of its own."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a victim."""
+        ...
+
     def __len__(self) -> int:
         """Number of pairs."""
         ...
@@ -92,6 +107,7 @@ class GeneratedPairs:
             raise R2FError(f"unknown precision '{precision}': choose {' or '.join(PRECISIONS)}.")
         self.target, self.a, self.proxy, self.group_size, self.precision = target, a, proxy, group_size, precision
         self.own_a = own_a
+        self.one_step, self.per_victim_a = True, own_a is not None
 
     def __len__(self) -> int:
         return len(self.proxy) // self.group_size

@@ -284,6 +284,7 @@ class SimulatedPairs:
         self.target, self.a, self.b, self.proxy, self.training, self.seed = target, a, b, proxy, training, seed
         self.own_a, self.dense, self.precision = own_a, dense, precision
         self.group_size = training.owned
+        self.one_step, self.per_victim_a = False, own_a is not None
 
     def __len__(self) -> int:
         return len(self.proxy) // self.group_size

@@ -73,9 +73,19 @@ class StoredPairs:
         return sum(self._counts)
 
     @property
-    def own_a(self) -> bool:
+    def one_step(self) -> bool:
+        """Whether the victims took one step of SGD from B = 0, so that their gradients do not depend on A."""
+        return "training" not in self.manifest
+
+    @property
+    def per_victim_a(self) -> bool:
         """Whether each victim started from an A of its own."""
         return "own_a" in self.manifest
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a victim."""
+        return int(self.manifest["group_size"])
 
     def only(self, names: tuple[str, ...]) -> StoredPairs:
         """The same pairs with the gradients of some layers (the others are not read), and the updates of all."""
@@ -110,7 +120,7 @@ class StoredPairs:
         names = self.target.names
         for shard, rows in self._rows(start, len(self) if stop is None else stop):
             pairs, factors = shard_names(shard)
-            own = [f"a0/{name}" for name in self._all_names] if self.own_a else []
+            own = [f"a0/{name}" for name in self._all_names] if self.per_victim_a else []
             found = self._read(
                 pairs, [*(f"update/{name}" for name in self._all_names), *own, "images", "labels"], rows, ("a/",)
             )
@@ -205,6 +215,7 @@ class ReprojectedPairs:
             )
         self.stored, self.target, self.a, self.own_a = stored.only(target.names), target, a, own_a
         self.at_once = stored.at_once
+        self.one_step, self.per_victim_a, self.group_size = True, own_a is not None, stored.group_size
 
     def __len__(self) -> int:
         return len(self.stored)
