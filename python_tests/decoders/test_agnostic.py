@@ -5,17 +5,17 @@ import torch
 from cases import LINEAR, cosine, proxy_set, target_of, tiny_base
 
 from r2f_ext.decoders import (
+    ANY_A,
     ANY_A_KINDS,
     KINDS,
     AgnosticPairs,
     Ridge,
+    fit_decoders,
     load_core,
     load_decoder,
     save_decoders,
     shared_core,
 )
-from r2f_ext.decoders.agnostic import ANY_A
-from r2f_ext.decoders.base import fit_together
 from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
@@ -57,7 +57,7 @@ def test_pairs_of_many_steps_or_of_one_a_are_refused(view, pairs):
     trained = SimulatedPairs(pairs.target, pairs.a, pairs.proxy, Training(steps=2), own_a=1)
     with pytest.raises(R2FError, match="their gradients depend on A"):
         AgnosticPairs(trained, view.core)
-    with pytest.raises(R2FError, match="all of one A: make them with r2f pairs --own-a"):
+    with pytest.raises(R2FError, match="all of one A: make them with r2f pairs --per-victim-a"):
         next(AgnosticPairs(pairs, view.core).batches())
 
 
@@ -72,11 +72,11 @@ def stored(tmp_path_factory):
 
 def test_layers_fitted_apart_make_the_decoders_fitted_together_and_come_back(stored, tmp_path):
     core = shared_core(stored, 30, Checkpoint(tmp_path, "whole"))
-    whole = fit_together(AgnosticPairs(stored, core), 30, ANY_A_KINDS)
+    whole = fit_decoders(AgnosticPairs(stored, core), 30, ANY_A_KINDS)
     merged = {kind: {} for kind in (ANY_A, *ANY_A_KINDS)}
     for name in LINEAR:
         merged[ANY_A] |= Core.of(stored.only((name,)), 30, 48).state()
-        for part in fit_together(AgnosticPairs(stored.only((name,)), core), 30, ANY_A_KINDS):
+        for part in fit_decoders(AgnosticPairs(stored.only((name,)), core), 30, ANY_A_KINDS):
             merged[part.kind] |= part.state()
     expected = {ANY_A: core.state(), **{decoder.kind: decoder.state() for decoder in whole}}
     for kind, state in expected.items():

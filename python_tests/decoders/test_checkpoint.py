@@ -6,8 +6,7 @@ import pytest
 import torch
 from cases import LINEAR, proxy_set, target_of, tiny_base
 
-from r2f_ext.decoders import KINDS, MLP
-from r2f_ext.decoders.base import fit_together
+from r2f_ext.decoders import KINDS, MLP, fit_decoders
 from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.decoders.learned import PATIENCE
 from r2f_ext.errors import R2FError
@@ -58,19 +57,19 @@ def test_what_is_not_whole_or_of_other_pairs_is_not_taken_over(damage, tmp_path)
 
 def test_a_fit_goes_on_from_the_kinds_that_are_finished(pairs, tmp_path, monkeypatch):
     kinds, last = [*(kind for kind in KINDS if kind != "mlp"), "mlp"], "mlp"
-    expected = {decoder.kind: decoder for decoder in fit_together(pairs, 30, kinds)}
+    expected = {decoder.kind: decoder for decoder in fit_decoders(pairs, 30, kinds)}
 
     def killed(decoder):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(KINDS[last], "finish", killed)
-        fit_together(pairs, 30, kinds, checkpoint=Checkpoint(tmp_path, "x"))
+        fit_decoders(pairs, 30, kinds, checkpoint=Checkpoint(tmp_path, "x"))
     kept = [path.stem for path in (tmp_path / "unfinished").glob("*.json")]
     assert sorted(kept) == sorted(set(kinds) - {last})
     for kind in kept:
         monkeypatch.setattr(KINDS[kind], "start", lambda *args: pytest.fail("fitted again"))
-    for decoder in fit_together(pairs, 30, kinds, checkpoint=Checkpoint(tmp_path, "x")):
+    for decoder in fit_decoders(pairs, 30, kinds, checkpoint=Checkpoint(tmp_path, "x")):
         for name, tensor in expected[decoder.kind].state().items():
             assert torch.equal(decoder.state()[name], tensor)
 
@@ -82,11 +81,11 @@ def stored(pairs, tmp_path):
 
 
 def test_layers_fitted_apart_make_the_decoders_fitted_together(stored):
-    whole = {decoder.kind: decoder for decoder in fit_together(stored, 30, list(KINDS))}
+    whole = {decoder.kind: decoder for decoder in fit_decoders(stored, 30, list(KINDS))}
     updates = stored.updates(30, 40)
     merged = {kind: {} for kind in list(KINDS)}
     for name in LINEAR:
-        for part in fit_together(stored.only((name,)), 30, list(KINDS)):
+        for part in fit_decoders(stored.only((name,)), 30, list(KINDS)):
             merged[part.kind] |= part.state()
             decoded = part.decode(updates).dense
             assert list(decoded) == [name]
@@ -95,7 +94,7 @@ def test_layers_fitted_apart_make_the_decoders_fitted_together(stored):
             )
             for key, tensor in part.state().items():
                 assert torch.equal(whole[part.kind].state()[key], tensor)
-    for none in fit_together(stored.only(()), 30, list(KINDS)):  # a process more than there are layers
+    for none in fit_decoders(stored.only(()), 30, list(KINDS)):  # a process more than there are layers
         assert not none.decode(updates).dense
     assert all(merged[kind].keys() == decoder.state().keys() for kind, decoder in whole.items())
 
@@ -114,7 +113,7 @@ def test_a_layer_stops_where_it_stops_alone(stored, monkeypatch):
 
     def learned(names):
         figures = []
-        (decoder,) = fit_together(stored.only(names), 30, ["mlp"], log=lambda *figure: figures.append(figure))
+        (decoder,) = fit_decoders(stored.only(names), 30, ["mlp"], log=lambda *figure: figures.append(figure))
         return decoder.state(), figures
 
     (state, figures), *alone = (learned(names) for names in (LINEAR, *((name,) for name in LINEAR)))

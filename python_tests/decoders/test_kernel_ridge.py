@@ -4,7 +4,7 @@ import torch
 from cases import gains_over_projection
 
 from r2f_ext.decoders import KernelRidge, kernel_ridge
-from r2f_ext.decoders.ridge import GAMMA, OWN
+from r2f_ext.decoders.kernel import GAMMA, OWN
 
 FIT, ALL = 120, 160
 

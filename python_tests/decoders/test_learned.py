@@ -70,7 +70,7 @@ def test_a_network_of_another_version_is_refused(pairs):
     decoder = Conv(epochs=1)
     decoder.fit(pairs, 40)
     state = {name: tensor for name, tensor in decoder.state().items() if "context" not in name}
-    with pytest.raises(R2FError, match=r"conv decoder of .* is not what this version makes: run r2f fit again"):
+    with pytest.raises(R2FError, match=r"conv decoder of .* does not fit this version's network: run r2f fit again"):
         Conv().load_state(state, pairs)
 
 

@@ -4,7 +4,7 @@ import torch
 from cases import LINEAR, target_of, tiny_base
 
 from r2f_ext.decoders import Projection
-from r2f_ext.decoders.projection import projection_map
+from r2f_ext.decoders.projection import projection_matrix
 from r2f_ext.types import AdaptedLayer
 
 
@@ -30,6 +30,6 @@ def test_decodes_to_the_projection_on_the_rows_of_a():
 def test_a_of_deficient_rank():
     a = torch.randn(1, 9).double().expand(3, 9)
     gradient = torch.randn(5, 9).double()
-    decoded = (gradient @ a.mT) @ projection_map(AdaptedLayer("x", 5, 9, 3, 1.0), a)
+    decoded = (gradient @ a.mT) @ projection_matrix(AdaptedLayer("x", 5, 9, 3, 1.0), a)
     unit = a[0] / a[0].norm()
     torch.testing.assert_close(decoded, (gradient @ unit)[:, None] * unit)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from cases import cosine, gains_over_projection, target_of, tiny_base
 
-from r2f_ext.decoders import KINDS, Ridge, kernel_ridge, ridge
-from r2f_ext.decoders.base import fit_together, stack_updates
+from r2f_ext.decoders import KINDS, Ridge, fit_decoders, kernel, kernel_ridge, ridge, stack_updates
 from r2f_ext.types import FactoredGradient, LoraUpdate, PairBatch
 
 LAYERS = ("blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2")
@@ -42,13 +41,13 @@ def written_out(pairs, name, asked, lam, own):
         shares += [(n, (1 - own) / 2 / len(LAYERS)) for n in LAYERS]
         return torch.cat([units[n] * share**0.5 for n, share in shares], dim=1)
 
-    def kernel(rows):
-        return (rows @ phi.mT + torch.exp(-ridge.GAMMA * torch.cdist(rows, phi).square())) / 2
+    def kernel_of(rows):
+        return (rows @ phi.mT + torch.exp(-kernel.GAMMA * torch.cdist(rows, phi).square())) / 2
 
     phi = features(pairs.updates)
     wanted = pairs.gradients[name].flatten(1) / pairs.updates[name].flatten(1).norm(dim=1, keepdim=True)
-    solution = torch.linalg.solve(kernel(phi) + lam * torch.eye(len(phi)).double(), wanted)
-    return asked[name].flatten(1).norm(dim=1, keepdim=True) * (kernel(features(asked)) @ solution)
+    solution = torch.linalg.solve(kernel_of(phi) + lam * torch.eye(len(phi)).double(), wanted)
+    return asked[name].flatten(1).norm(dim=1, keepdim=True) * (kernel_of(features(asked)) @ solution)
 
 
 @pytest.mark.parametrize(("lam", "own"), [(5e-3, 0.5), (0.3, 1.0), (1.0, 0.0)])
@@ -73,7 +72,7 @@ def test_many_pairs_are_decoded_without_kept_factors(monkeypatch):
     monkeypatch.setattr(ridge, "KEPT_PAIRS", 59)
     made_anew = Ridge(1e-2, 0.7)
     made_anew.fit(pairs, 60)
-    assert kept.factors and not made_anew.factors
+    assert kept.systems and not made_anew.systems
     for name, expected in kept.weights(asked).items():
         found = made_anew.weights(asked)[name]
         assert (found - expected).norm() < 5e-3 * expected.norm()
@@ -140,9 +139,9 @@ def test_decoders_are_homogeneous(kind, pairs, monkeypatch):
         torch.testing.assert_close(twice[name], 2 * gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_one_walk_fits_the_same_as_three(pairs):
+def test_one_pass_fits_the_same_as_three(pairs):
     (batch,) = pairs.batches(FIT, FIT + 5)
-    for together in fit_together(pairs, 60):
+    for together in fit_decoders(pairs, 60):
         alone = KINDS[together.kind]()
         alone.fit(pairs, 60)
         for name, gradient in alone.decode(batch.updates).dense.items():

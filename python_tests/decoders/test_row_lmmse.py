@@ -18,8 +18,8 @@ def test_the_map_is_least_squares_over_all_rows_of_unit_updates(pairs):
     rows = (batch.updates[name].double() / norms).flatten(0, 1)
     wanted = (batch.gradients.dense(name).double() / norms).flatten(0, 1)
     expected = torch.linalg.lstsq(rows, wanted).solution
-    assert cosine(decoder.maps[name].flatten()[None], expected.flatten()[None]) > 0.99999
-    torch.testing.assert_close(decoder.maps[name].norm().double(), expected.norm(), rtol=1e-2, atol=0)
+    assert cosine(decoder.matrices[name].flatten()[None], expected.flatten()[None]) > 0.99999
+    torch.testing.assert_close(decoder.matrices[name].norm().double(), expected.norm(), rtol=1e-2, atol=0)
 
 
 def test_an_exactly_linear_world_is_recovered(pairs):
@@ -40,7 +40,7 @@ def test_an_exactly_linear_world_is_recovered(pairs):
     decoder = RowLMMSE()
     decoder.fit(World(), 30)
     for name, expected in maps.items():
-        torch.testing.assert_close(decoder.maps[name], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(decoder.matrices[name], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_it_beats_the_projection_on_held_out_pairs(pairs):

@@ -8,8 +8,7 @@ import torch
 from cases import LINEAR, proxy_set, target_of, tiny_base
 from safetensors.torch import save_file
 
-from r2f_ext.decoders import KINDS, load_decoder, save_decoders, store
-from r2f_ext.decoders.base import fit_together
+from r2f_ext.decoders import KINDS, fit_decoders, load_decoder, save_decoders, store
 from r2f_ext.decoders.store import read_gradients
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs, StoredPairs, write_pairs
@@ -32,7 +31,7 @@ def stored(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(stored, tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoders")
-    decoders = fit_together(stored[0], 25, list(KINDS))
+    decoders = fit_decoders(stored[0], 25, list(KINDS))
     save_decoders(folder, {decoder.kind: decoder.state() for decoder in decoders}, stored[0], 25)
     return folder, {decoder.kind: decoder for decoder in decoders}
 

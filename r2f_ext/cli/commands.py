@@ -167,7 +167,7 @@ def run_decode(options: Options) -> dict[str, Any]:
     target, adapters = _adapters([options.adapter], options)
     folder, decoders = output_folder(options.out), Path(options.decoders)
     pairs, updates = StoredPairs(options.pairs, target.base), stack_updates(adapters)
-    if pairs.own_a:
+    if pairs.per_victim_a:
         if pairs.target.layers != target.layers:
             raise R2FError(f"the pairs in '{options.pairs}' are of other layers, rank or alpha: make new ones.")
         seen = AgnosticPairs(pairs, load_core(decoders, pairs))
@@ -276,7 +276,7 @@ def _gauss_newton_applies(target: Target, adapters: list[LoraUpdate]) -> bool:
 
 def _same_a(pairs: StoredPairs, adapter: LoraUpdate) -> None:
     """Raise R2FError where the pairs were not made with this adapter's A."""
-    if pairs.own_a:
+    if pairs.per_victim_a:
         raise R2FError(f"the victims of '{pairs.folder}' have each their own A: make pairs without --own-a.")
     extra = [name for name in pairs.a if name not in adapter.a]
     if extra:

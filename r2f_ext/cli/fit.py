@@ -13,16 +13,17 @@ from r2f_ext import distributed
 from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import drawn_stages, table
 from r2f_ext.decoders import (
+    ANY_A,
     ANY_A_KINDS,
     DEFAULT_KINDS,
     KINDS,
     AgnosticPairs,
+    fit_decoders,
     held_out_cosines,
     save_decoders,
     shared_core,
 )
-from r2f_ext.decoders.agnostic import ANY_A
-from r2f_ext.decoders.base import Log, fit_together, unheard
+from r2f_ext.decoders.base import Log, no_log
 from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.decoders.learned import Learned
 from r2f_ext.errors import R2FError
@@ -44,20 +45,20 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
     mine: StoredPairs | AgnosticPairs = pairs.only(pairs.target.names[distributed.rank() :: distributed.world_size()])
     with _tensorboard(options.log_dir, kinds) as log, drawn_stages() as stages:
         with stages.stage("fit", count) as advance:
-            if pairs.own_a:
+            if pairs.per_victim_a:
                 mine = AgnosticPairs(mine, shared_core(mine, count, checkpoint))
-            decoders = fit_together(mine, count, kinds, advance, checkpoint, log, PRECISIONS[options.precision])
+            decoders = fit_decoders(mine, count, kinds, advance, checkpoint, log, PRECISIONS[options.precision])
         with stages.stage("held-out", len(decoders)) as advance:
-            own = {}
+            scored = {}
             updates = mine.updates(count, count + held_out)
             for decoder in decoders:
-                own[decoder.kind] = held_out_cosines(decoder.decode(updates), mine, count, len(pairs)).summary()
+                scored[decoder.kind] = held_out_cosines(decoder.decode(updates), mine, count, len(pairs)).summary()
                 advance(1)
-    parts = distributed.gather(own)
-    found = {kind: {name: figure for part in parts for name, figure in part[kind].items()} for kind in own}
+    parts = distributed.gather(scored)
+    found = {kind: {name: figure for part in parts for name, figure in part[kind].items()} for kind in scored}
     figures = {kind: {name: found[kind][name] for name in pairs.target.names} for kind in found}
     if distributed.rank() == 0:
-        parts_on_disk = [*figures, ANY_A] if pairs.own_a else list(figures)
+        parts_on_disk = [*figures, ANY_A] if pairs.per_victim_a else list(figures)
         states = {name: checkpoint.load(name, torch.device("cpu")) for name in parts_on_disk}
         save_decoders(folder, states, pairs, count)
         checkpoint.clear()
@@ -71,31 +72,33 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _kinds_for(pairs: StoredPairs, asked: list[str] | None) -> list[str] | None:
-    """The kinds to fit; those that serve any A where the pairs are of many."""
-    if not pairs.own_a:
+    """The kinds to fit: of pairs with an A per victim, those that serve any A."""
+    if not pairs.per_victim_a:
         return asked
     for kind in asked or ():
         if kind not in ANY_A_KINDS:
             raise R2FError(
-                f"the victims of '{pairs.folder}' have each their own A, and {kind} decodes one A only: choose "
-                f"{', '.join(ANY_A_KINDS)}, or make pairs without --own-a."
+                f"each victim of '{pairs.folder}' has an A of its own, and {kind} decodes one A only: choose "
+                f"{', '.join(ANY_A_KINDS)}, or make pairs without --per-victim-a."
             )
     return asked or [kind for kind in DEFAULT_KINDS if kind in ANY_A_KINDS]
 
 
 @contextmanager
 def _tensorboard(folder: str | None, kinds: list[str] | None) -> Iterator[Log]:
-    """A log that TensorBoard shows, one file a process; none where no folder is named.
+    """A log that TensorBoard shows, one file a process; `no_log` where no folder is named.
 
     Raises:
-        R2FError: the package is missing, the folder cannot be written to, or none of `kinds` learns epoch by epoch.
+        R2FError: the package is missing, the folder cannot be written to, or no kind learns by gradient descent.
     """
     if folder is None:
-        yield unheard
+        yield no_log
         return
     learned = [name for name, kind in KINDS.items() if issubclass(kind, Learned)]
     if not set(kinds or ()) & set(learned):
-        raise R2FError(f"--log-dir shows kinds that learn: name one with --kind ({', '.join(learned)}).")
+        raise R2FError(
+            f"--log-dir shows kinds that learn by gradient descent: name one with --kind ({', '.join(learned)})."
+        )
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

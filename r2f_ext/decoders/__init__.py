@@ -1,22 +1,20 @@
 """Decoders from LoRA space to full gradients, one per layer behind one interface."""
 
-from r2f_ext.decoders.agnostic import ANY_A_KINDS, AgnosticPairs, shared_core
+from r2f_ext.decoders.agnostic import ANY_A, ANY_A_KINDS, AgnosticPairs, shared_core
 from r2f_ext.decoders.base import Decoder, Updates, stack_updates
 from r2f_ext.decoders.conv import Conv, UNet
 from r2f_ext.decoders.evaluate import HeldOut, held_out_cosines
+from r2f_ext.decoders.fit import fit_decoders
 from r2f_ext.decoders.kernel_ridge import KernelRidge
+from r2f_ext.decoders.kinds import DEFAULT_KINDS, KINDS
 from r2f_ext.decoders.mlp import MLP
 from r2f_ext.decoders.projection import Projection
 from r2f_ext.decoders.ridge import Ridge
 from r2f_ext.decoders.row_lmmse import RowLMMSE
 from r2f_ext.decoders.store import load_core, load_decoder, save_decoders
 
-KINDS: dict[str, type[Decoder]] = {
-    kind.kind: kind for kind in (Projection, RowLMMSE, Ridge, KernelRidge, MLP, Conv, UNet)
-}
-DEFAULT_KINDS = ("projection", "row_lmmse", "ridge")  # closed form, seconds to fit
-
 __all__ = [
+    "ANY_A",
     "ANY_A_KINDS",
     "DEFAULT_KINDS",
     "KINDS",
@@ -31,6 +29,7 @@ __all__ = [
     "RowLMMSE",
     "UNet",
     "Updates",
+    "fit_decoders",
     "held_out_cosines",
     "load_core",
     "load_decoder",

@@ -1,9 +1,9 @@
 """Pairs over many A's, for decoders that know no A: fitted once to a base, they serve adapters of any start.
 
-At B_0 = 0 a gradient does not depend on A, so every pair may have an A of its own at the cost of a projection. An
-unknown A cannot be an input as it is; what the update holds exactly can be, s G P_A = (s G A^T) (A A^T)^-1 A, in
-coordinates that do not depend on A: s L^T G P_A R (`Core`). `AgnosticPairs` puts it where other pairs have their
-updates, so ridge, kernel ridge and the MLP fit to it unchanged; `view` does the same to updates to be decoded.
+At B_0 = 0 a gradient does not depend on A, so every pair may have an A of its own at the cost of a projection. The
+decoders read what the update holds exactly, s G P_A = (s G A^T) (A A^T)^-1 A, in coordinates that do not depend on A:
+s L^T G P_A R (`Core`). `AgnosticPairs` puts it in the place of the updates, so ridge, kernel ridge and the MLP fit to
+it unchanged; `view` does the same to updates to be decoded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from r2f_ext.decoders.base import Updates
 from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import PairSource, SimulatedPairs, StoredPairs
+from r2f_ext.pairs import PairSource
 from r2f_ext.types import PairBatch
 
 ANY_A = "any_a"  # the name of the core beside those of decoders
@@ -30,7 +30,7 @@ class AgnosticPairs:
     """Pairs whose victims have each an A of their own, seen in coordinates that do not depend on it.
 
     Args:
-        pairs: of one step of SGD from B = 0, made with `own_a`.
+        pairs: of one step of SGD from B = 0, made with `per_victim_a`.
         core: of all layers that the pairs have updates of.
 
     Raises:
@@ -41,6 +41,7 @@ class AgnosticPairs:
         _need_one_step(pairs)
         self.pairs, self.core = pairs, core
         self.target, self.a = pairs.target, pairs.a
+        self.one_step, self.per_victim_a, self.group_size = pairs.one_step, pairs.per_victim_a, pairs.group_size
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -50,8 +51,8 @@ class AgnosticPairs:
         seen = {}
         for name, right in self.core.right.items():
             factor = a[name].to(updates[name])
-            images = torch.linalg.solve(factor @ factor.mT, factor @ right)
-            seen[name] = (self.core.left[name].mT @ updates[name]) @ images
+            coordinates = torch.linalg.solve(factor @ factor.mT, factor @ right)
+            seen[name] = (self.core.left[name].mT @ updates[name]) @ coordinates
         return seen
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
@@ -62,7 +63,7 @@ class AgnosticPairs:
         """
         for batch in self.pairs.batches(start, stop):
             if batch.a0 is None:
-                raise R2FError("the pairs are all of one A: make them with r2f pairs --own-a.")
+                raise R2FError("the pairs are all of one A: make them with r2f pairs --per-victim-a.")
             yield replace(batch, updates=self.view(batch.updates, batch.a0))
 
     def updates(self, start: int, stop: int) -> Updates:
@@ -80,7 +81,7 @@ def shared_core(pairs: PairSource, count: int, checkpoint: Checkpoint) -> Core:
 
 
 def _need_one_step(pairs: PairSource) -> None:
-    if isinstance(pairs, SimulatedPairs) or (isinstance(pairs, StoredPairs) and "training" in pairs.manifest):
+    if not pairs.one_step:
         raise R2FError(
-            "the pairs are of victims that trained for steps: their gradients depend on A; use one-step pairs."
+            "the pairs are of victims that trained for several steps: their gradients depend on A; use one-step pairs."
         )

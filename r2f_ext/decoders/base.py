@@ -1,29 +1,28 @@
-"""The interface of a decoder."""
+"""The interface of a decoder, and what the kinds share."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from r2f_ext.decoders.checkpoint import Checkpoint
+from r2f_ext.ops import add_weighted_gradients_
 from r2f_ext.pairs import PairSource
-from r2f_ext.progress import Advance
 from r2f_ext.types import Gradient, LoraUpdate, PairBatch
 
 Updates = dict[str, Tensor]
 """name -> updates s G A^T (up to one positive factor a victim) [V, d_out, r]."""
 
 Log = Callable[[str, float, int], None]
-"""Is told a figure of the training: tag, value, epoch."""
+"""Called with a figure of the training: tag, value, epoch."""
 
 
-def unheard(tag: str, value: float, epoch: int) -> None:
-    """The log of nobody."""
+def no_log(tag: str, value: float, epoch: int) -> None:
+    """A log that discards everything."""
 
 
 class Decoder(ABC):
@@ -36,12 +35,15 @@ class Decoder(ABC):
     """
 
     kind: ClassVar[str]
-    log: Log = staticmethod(unheard)
+    log: Log = staticmethod(no_log)
     precision: torch.dtype = torch.float32  # float32 or bfloat16: of learning by gradient descent
 
     def fit(self, pairs: PairSource, count: int) -> None:
-        """Fit to the first `count` pairs. `fit_together` fits several decoders in one walk."""
-        _fit([self], pairs, count)
+        """Fit to the first `count` pairs. `fit_decoders` fits several decoders in one pass over the pairs."""
+        self.start(pairs, count)
+        for batch in pairs.batches(0, count):
+            self.observe(batch)
+        self.finish()
 
     @abstractmethod
     def start(self, pairs: PairSource, count: int) -> None:
@@ -71,86 +73,58 @@ class Decoder(ABC):
         """Restore a fitted decoder for the layers of `pairs.target`; `pairs` are those that it was fitted to."""
 
 
-def fit_together(
-    pairs: PairSource,
-    count: int,
-    kinds: Sequence[str] | None = None,
-    advance: Advance = lambda units: None,
-    checkpoint: Checkpoint | None = None,
-    log: Log = unheard,
-    precision: torch.dtype = torch.float32,
-) -> list[Decoder]:
-    """Fit one decoder of each of `kinds` (None: the closed-form default ones) to the first `count` pairs in one walk.
+class MatrixDecoder(Decoder):
+    """A decoder that multiplies a layer's updates by one matrix: matrices[name] [r, d_in]."""
 
-    Kinds that learn by gradient descent walk through a few pairs before, for their bases.
+    matrices: dict[str, Tensor]
 
-    Args:
-        checkpoint: takes each kind as soon as it is fitted, and gives back those that it has.
-        log: is told how kinds that learn by gradient descent get on, epoch by epoch.
-        precision: float32 or bfloat16, what these kinds compute in while they learn; closed forms do not ask.
-    """
-    from r2f_ext.decoders import DEFAULT_KINDS, KINDS
+    def decode(self, updates: Updates) -> Gradient:
+        return Gradient({name: updates[name] @ each.to(updates[name]) for name, each in self.matrices.items()})
 
-    decoders = {kind: KINDS[kind]() for kind in kinds or DEFAULT_KINDS}
-    there = [kind for kind in decoders if checkpoint is not None and checkpoint.holds(kind)]
-    for kind in there:
-        assert checkpoint is not None
-        decoders[kind].load_state(checkpoint.load(kind, pairs.target.base.device), pairs)
-    missing = [decoder for kind, decoder in decoders.items() if kind not in there]
-    for decoder in missing:
-        decoder.log, decoder.precision = log, precision
-    _fit(missing, pairs, count, advance, checkpoint)
-    return list(decoders.values())
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.matrices)
+
+    def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
+        self.matrices = {name: state[name] for name in pairs.target.names}
 
 
-def _fit(
-    decoders: Sequence[Decoder],
-    pairs: PairSource,
-    count: int,
-    advance: Advance = lambda units: None,
-    checkpoint: Checkpoint | None = None,
-) -> None:
-    for decoder in decoders:
-        decoder.start(pairs, count)
-    for batch in pairs.batches(0, count) if decoders else ():
-        for decoder in decoders:
-            decoder.observe(batch)
-        advance(len(batch.labels))
-    for decoder in decoders:
-        decoder.finish()
-        if checkpoint is not None:
-            checkpoint.save(decoder.kind, decoder.state())
+def unit_updates(updates: Updates) -> tuple[Updates, Updates]:
+    """Updates [V, ...] divided by their norms, and the norms [V], layer by layer. Zero updates stay zero."""
+    norms = {name: u.flatten(1).norm(dim=1).clamp_min(1e-30) for name, u in updates.items()}
+    return {name: u / norms[name].view(-1, *[1] * (u.ndim - 1)) for name, u in updates.items()}, norms
 
 
 def layer_seed(seed: int, name: str) -> int:
-    """A seed for one layer, whichever others are there; torch's CPU stream reads 32 bits of it."""
+    """A seed for one layer that does not depend on the other layers; 32 bits, which torch's CPU generator reads."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
 
 
 def stack_updates(adapters: list[LoraUpdate]) -> Updates:
     """V adapters as a decoder's input: -B, [V, d_out, r] a layer, float32.
 
-    After one SGD step from PEFT's start B = -lr * s * G A^T; after T small steps it is, to first order, that of
-    the average gradient (the seed's Eq. 5-6).
+    After one SGD step from PEFT's start B = -lr * s * G A^T (docs/methods.md, section 1); after T small steps it is,
+    to first order, that of the average gradient.
     """
     return {name: -torch.stack([adapter.b[name].float() for adapter in adapters]) for name in adapters[0].b}
 
 
 def add_up(pairs: PairSource, count: int, weights: Callable[[PairBatch, slice], dict[str, Tensor]]) -> Gradient:
-    """sum_p w[v, p] G_p over the first `count` pairs, in one walk; gradients are written out a batch at a time.
+    """sum_p w[v, p] G_p over the first `count` pairs, in one pass over them; see `add_weighted_gradients_`.
 
     Args:
-        weights: of a batch and its place among the pairs: name -> w [V, pairs of the batch].
+        weights: of a batch and its place among the pairs: name -> w [V, pairs of the batch], of the target's layers.
     """
-    total: dict[str, Tensor] = {}
+    layers = pairs.target.layers
+    totals: dict[str, Tensor] = {}
     first = 0
-    for batch in pairs.batches(0, count):
+    for batch in pairs.batches(0, count) if layers else ():
         rows = slice(first, first + len(batch.labels))
-        for name, w in weights(batch, rows).items():
-            gradients = batch.gradients.dense(name).flatten(1)
-            if name not in total:
-                total[name] = w.new_zeros(len(w), gradients.shape[1])
-            total[name].addmm_(w, gradients)
+        w = weights(batch, rows)
+        if not totals:
+            totals = {
+                layer.name: w[layer.name].new_zeros(len(w[layer.name]), layer.d_out, layer.d_in) for layer in layers
+            }
+        x, delta = batch.gradients.x, batch.gradients.delta
+        add_weighted_gradients_(list(totals.values()), *([each[name] for name in totals] for each in (w, x, delta)))
         first = rows.stop
-    shapes = {layer.name: (layer.d_out, layer.d_in) for layer in pairs.target.layers}
-    return Gradient({name: gradient.unflatten(1, shapes[name]) for name, gradient in total.items()})
+    return Gradient(totals)

@@ -1,4 +1,4 @@
-"""Decoders that a fit has finished so far, kept by torch.distributed.checkpoint as safetensors.
+"""The decoders that a fit has finished so far, saved by torch.distributed.checkpoint as safetensors.
 
 unfinished/KIND/*.safetensors   one file a process, each with the layers that it fitted
 unfinished/KIND.json            what they were fitted to; written once all processes have saved
@@ -30,7 +30,7 @@ class Checkpoint:
     def __init__(self, folder: Path, fitted_to: str) -> None:
         """folder: where the decoders will be; the checkpoint lies in `unfinished` below it.
 
-        fitted_to: what decides the result: a checkpoint of anything else is not taken over.
+        fitted_to: identifies pairs and settings; a checkpoint of others is ignored.
         """
         self.folder, self.fitted_to = folder / "unfinished", fitted_to
 
@@ -42,7 +42,7 @@ class Checkpoint:
             return False
 
     def save(self, kind: str, state: dict[str, Tensor]) -> None:
-        """Keep each process's part of the decoders of one kind; all processes call it.
+        """Save each process's part of the decoders of one kind; all processes call it.
 
         Raises:
             R2FError: another process has died, or the folder cannot be written to.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from r2f_ext.decoders.base import Updates
 from r2f_ext.decoders.context import Context
 from r2f_ext.decoders.learned import Learned
-from r2f_ext.decoders.projection import projection_map
+from r2f_ext.decoders.projection import projection_matrix
 from r2f_ext.decoders.row_lmmse import RowLMMSE
 from r2f_ext.pairs import PairSource
 
@@ -35,9 +35,9 @@ class Conv(Learned):
         prior = RowLMMSE()
         prior.fit(pairs, min(PRIOR_PAIRS, count))
         for layer in pairs.target.layers:
-            (images,) = self.networks[layer.name].buffers()
-            maps = torch.stack([projection_map(layer, pairs.a[layer.name]).to(images), prior.maps[layer.name]])
-            images.copy_(maps @ self.core.right[layer.name])
+            (maps,) = self.networks[layer.name].buffers()
+            projection = projection_matrix(layer, pairs.a[layer.name]).to(maps)
+            maps.copy_(torch.stack([projection, prior.matrices[layer.name]]) @ self.core.right[layer.name])
 
     def prepare(self) -> None:
         self.context = Context(self.pairs, self.seed)
@@ -53,7 +53,7 @@ class Conv(Learned):
         )
 
     def read(self, units: Updates) -> Updates:
-        """L^T U [b, p r], which the networks' maps make the first two channels of, and the context."""
+        """L^T U [b, p r], from which a network computes its first two channels, and the context."""
         context = self.context(units)
         own = {name: (left.mT @ units[name]).flatten(1) for name, left in self.core.left.items()}
         return {name: torch.cat([flat, context], dim=1) for name, flat in own.items()}
@@ -71,7 +71,7 @@ class UNet(Conv):
 class _Image(nn.Module):
     """Channels (G P_A, row-LMMSE estimate, context, position) -> the second + the third + `body`, flat [b, p q]."""
 
-    maps: Tensor
+    maps: Tensor  # [2, r, q]: of the projection and the row-LMMSE estimate, in principal directions
 
     def __init__(self, rank: int, shape: torch.Size, context: int, body: nn.Module) -> None:
         super().__init__()
@@ -104,15 +104,15 @@ class _UNetBody(nn.Module):
         self.last = _convolution(WIDTH, 1, 3)
 
     def forward(self, image: Tensor) -> Tensor:
-        kept = []
+        skips = []
         for block in self.down:
             image = block(image)
-            kept.append(image)
+            skips.append(image)
             image = F.avg_pool2d(image, 2)
         image = self.bottom(image)
         for block in self.up:
             image = F.interpolate(image, scale_factor=2.0, mode="nearest")
-            image = block(torch.cat([kept.pop(), image], dim=1))
+            image = block(torch.cat([skips.pop(), image], dim=1))
         return self.last(image)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from r2f_ext.decoders.base import unit_updates
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import FactoredGradient
 
@@ -30,10 +31,9 @@ class Core:
         rows: dict[str, Tensor] = {}
         columns: dict[str, Tensor] = {}
         for batch in pairs.batches(0, min(SAMPLE, count)):
-            for name in pairs.target.names:
-                update = batch.updates[name]
-                norm = update.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None]
-                gradient = batch.gradients.dense(name) / norm
+            _, norms = unit_updates({name: batch.updates[name] for name in pairs.target.names})
+            for name, norm in norms.items():
+                gradient = batch.gradients.dense(name) / norm[:, None, None]
                 square_rows = torch.einsum("pij,pkj->ik", gradient, gradient)
                 square_columns = torch.einsum("pij,pik->jk", gradient, gradient)
                 rows[name] = rows[name] + square_rows if name in rows else square_rows
@@ -45,7 +45,7 @@ class Core:
 
     @classmethod
     def of_state(cls, state: dict[str, Tensor], names: Iterable[str]) -> Core:
-        """These layers' part of what `state` gave."""
+        """The part of a `state` that belongs to the layers `names`."""
         names = tuple(names)
         return cls({n: state[f"left/{n}"] for n in names}, {n: state[f"right/{n}"] for n in names})
 

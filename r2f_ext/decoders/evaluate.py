@@ -1,4 +1,4 @@
-"""How good decoders are on held-out pairs, layer by layer: direction and magnitude."""
+"""The quality of decoders on held-out pairs, layer by layer: direction and magnitude."""
 
 from __future__ import annotations
 

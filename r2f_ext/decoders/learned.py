@@ -1,6 +1,6 @@
 """What the decoders that learn by gradient descent share: streaming, losses, early stopping.
 
-A pair is kept as what the network reads and as its gradient's core (`Core`), both over the norm of the update and in
+Of a pair, the network's input and the gradient's core (`Core`) are kept, both divided by the norm of the update and in
 float16; dense gradients are never kept. The cosine of a prediction C_hat with the whole gradient is exact from the
 core, since the directions are orthonormal: <C_hat, C> / (|C_hat| |G|).
 
@@ -8,7 +8,7 @@ Networks compute in float32, or, while they train, in `precision`: with bfloat16
 rounded to it, whereas weights, their steps and losses stay float32 (mixed precision; Micikevicius et al. 2018).
 
 All layers train in the same steps, but each has a network, a seed and an early stop of its own: what a layer learns
-does not depend on which others are there, so that processes may divide them.
+does not depend on which other layers there are, so that processes may divide them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2f_ext.decoders.base import Decoder, Updates, layer_seed
+from r2f_ext.decoders.base import Decoder, Updates, layer_seed, unit_updates
 from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import PairSource
@@ -58,7 +58,7 @@ class _Seen:
 
 @dataclass
 class _Best:
-    """The weights of a layer that did best on held-out pairs, and for how many epochs none has done better."""
+    """A layer's weights with the least loss on held-out pairs, and how many epochs have passed since without gain."""
 
     state: dict[str, Any]
     loss: float = math.inf
@@ -66,7 +66,7 @@ class _Best:
 
 
 class Learned(Decoder):
-    """A decoder whose `networks`, one a layer, map what `read` makes of unit updates to cores, flat [b, k]."""
+    """A decoder whose `networks`, one a layer, map what `read` takes from unit updates to cores, flat [b, k]."""
 
     size: int  # of the core
     learning_rate: float
@@ -97,7 +97,7 @@ class Learned(Decoder):
         """One layer's network for cores of this shape [p, q]."""
 
     def predict(self, inputs: Updates, precision: torch.dtype = torch.float32) -> Updates:
-        """What the networks make of inputs [b, ...]: name -> cores [b, p q], of the layers that `inputs` has."""
+        """The networks' outputs for inputs [b, ...]: name -> cores [b, p q], of the layers in `inputs`."""
         device = self.pairs.target.base.device.type
         with torch.autocast(device, precision, enabled=precision != torch.float32):
             found = {name: self.networks[name](each) for name, each in inputs.items()}
@@ -105,9 +105,9 @@ class Learned(Decoder):
 
     @abstractmethod
     def read(self, units: Updates) -> Updates:
-        """What the network reads of unit updates [b, ...] of every layer: name -> [b, ...] of the target's layers.
+        """The networks' inputs from unit updates [b, ...] of every layer: name -> [b, ...] of the target's layers.
 
-        It is kept for every pair.
+        They are kept for every pair.
         """
 
     def start(self, pairs: PairSource, count: int) -> None:
@@ -127,7 +127,7 @@ class Learned(Decoder):
                 self.networks[name] = self.network(name, shape).to(pairs.target.base.device)
 
     def observe(self, batch: PairBatch) -> None:
-        units, norms = _units(batch.updates)
+        units, norms = unit_updates(batch.updates)
         cores = self.core(batch.gradients)
         for name, inputs in self.read(units).items():
             self.inputs[name].append(inputs.half())
@@ -152,21 +152,21 @@ class Learned(Decoder):
                 break
             losses = []
             for rows in torch.randperm(fitted, generator=generator).split(BATCH):
-                optimizer.zero_grad()  # leaves None, which Adam skips, where a layer has stopped
+                optimizer.zero_grad()  # gradients of layers that have stopped stay None, which Adam skips
                 loss = self._losses(seen, learning, rows, self.loss, self.precision)
                 loss.sum().backward()
                 optimizer.step()
                 schedule.step()
                 losses.append((len(rows), loss.detach()))
-            self._take_stock(seen, held_out, {name: best[name] for name in learning}, _mean(losses), epoch)
+            self._validate(seen, held_out, {name: best[name] for name in learning}, _mean(losses), epoch)
         for name, layer in best.items():
             self.networks[name].load_state_dict(layer.state)
 
     @torch.no_grad()
-    def _take_stock(
+    def _validate(
         self, seen: _Seen, held_out: Sequence[Tensor], best: dict[str, _Best], losses: list[float], epoch: int
     ) -> None:
-        """After an epoch: does each layer do better than before on held-out pairs?"""
+        """After an epoch: compare each layer's loss on held-out pairs with its best so far, and log the figures."""
         names = list(best)
         now = _mean((len(rows), self._losses(seen, names, rows, self.loss)) for rows in held_out)
         angles = _mean((len(rows), self._losses(seen, names, rows, "cosine")) for rows in held_out)
@@ -191,7 +191,7 @@ class Learned(Decoder):
     def decode(self, updates: Updates) -> Gradient:
         if not self.shapes:
             return Gradient({})
-        units, norms = _units(updates)
+        units, norms = unit_updates(updates)
         parts = [self.predict(each) for each in _split(self.read(units))]
         cores = {name: torch.cat([part[name] for part in parts]) for name in self.shapes}
         return Gradient(
@@ -213,12 +213,12 @@ class Learned(Decoder):
                 network.load_state_dict(own)
             except RuntimeError as error:
                 raise R2FError(
-                    f"the saved {self.kind} decoder of {name} is not what this version makes: run r2f fit again."
+                    f"the saved {self.kind} decoder of {name} does not fit this version's network: run r2f fit again."
                 ) from error
 
 
 def _joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Each layer's parts as one tensor; they are let go."""
+    """Each layer's parts as one tensor; the parts are released layer by layer."""
     return {name: torch.cat(parts.pop(name)) for name in list(parts)}
 
 
@@ -227,12 +227,6 @@ def _mean(losses: Iterable[tuple[int, Tensor]]) -> list[float]:
     counts, values = zip(*losses, strict=True)
     weighted = torch.stack([count * value for count, value in zip(counts, values, strict=True)])
     return (weighted.sum(0) / sum(counts)).tolist()
-
-
-def _units(updates: Updates) -> tuple[Updates, Updates]:
-    """Updates of norm 1, and their norms [b]."""
-    norms = {name: u.flatten(1).norm(dim=1).clamp_min(1e-30) for name, u in updates.items()}
-    return {name: u / norms[name].view(-1, *[1] * (u.ndim - 1)) for name, u in updates.items()}, norms
 
 
 def _norm(gradients: FactoredGradient, name: str) -> Tensor:

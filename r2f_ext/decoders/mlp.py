@@ -1,4 +1,4 @@
-"""One multilayer perceptron a layer with a low-rank head, all in one call of the decoder operator.
+"""One multilayer perceptron a layer with a low-rank head, all in one call of the operator `decode`.
 
 It reads the layer's own update (or another form of it, see `inputs`) and the `Context`, and gives the coefficients of
 the layer's gradient in its core's directions (`Core`).
@@ -44,10 +44,10 @@ class MLP(Learned):
         return nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, shape.numel()))
 
     def predict(self, inputs: Updates, precision: torch.dtype = torch.float32) -> Updates:
-        maps = [[m for m in self.networks[name].modules() if isinstance(m, nn.Linear)] for name in inputs]
-        weights = [[linear.weight.to(precision) for linear in each] for each in zip(*maps, strict=True)]
-        biases = [[linear.bias.to(precision) for linear in each] for each in zip(*maps, strict=True)]
-        return dict(zip(inputs, decode([z.to(precision) for z in inputs.values()], weights, biases), strict=True))
+        linear = [m for name in inputs for m in self.networks[name].modules() if isinstance(m, nn.Linear)]
+        weights, biases = [m.weight.to(precision) for m in linear], [m.bias.to(precision) for m in linear]
+        cores = decode([z.to(precision) for z in inputs.values()], weights, biases)
+        return {name: core.float() for name, core in zip(inputs, cores, strict=True)}
 
     def read(self, units: Updates) -> Updates:
         """The layer's own update, scaled to entries of about 1, and the context."""

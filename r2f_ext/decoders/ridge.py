@@ -1,32 +1,28 @@
 """Closed-form map from the updates to a layer's whole gradient, by kernel ridge in dual form; the default decoder.
 
-A layer's decoder reads its own update, those of its block and those of all layers: one sample shaped all of them, so
-they help each other (docs/pairs-and-decoders.md). With unit updates z = u / |u| the kernel of layer l is
-    k_l = (c_l + exp(2 gamma (c_l - 1))) / 2
-    c_l = own <z_l, z_l'> + (1 - own) / 2 (mean over the block of <z_m, z_m'> + mean over all layers of <z_m, z_m'>)
-half linear, half Gaussian, and ridge regression of G_p / |u_p| predicts
+With the kernel k_l of `kernel.py` ridge regression of G_p / |u_p| predicts
     w = (K_l + lam I)^-1 k_l(u),   G_hat = |u| * sum_p w_p D_p^T X_p / |u_p|
-(METHODS 1). `own` and lam are chosen layer by layer on pairs held out from the first ones. The map itself is never
-formed, and neither are the gradients of all pairs: `decode` walks through the pairs once more and adds them up, so
-memory grows with the number of updates only.
+(docs/methods.md, section 1). The share `own` of the layer's own update and lam are chosen layer by layer on pairs held
+out from the first ones. The map itself is never formed, and neither are the gradients of all pairs: `decode` reads the
+pairs once more and adds them up, so memory grows with the number of updates only.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from r2f_ext.decoders.base import Decoder, Updates, add_up
+from r2f_ext.decoders.base import Decoder, Updates, add_up, unit_updates
+from r2f_ext.decoders.kernel import OWN, half_gaussian_, kernels, mixed, mixed_others
 from r2f_ext.decoders.sketch import Sketch, mean_cosine
+from r2f_ext.kernel_solver import RidgeSystem, best_ridge
 from r2f_ext.linalg import gram, solve_in_place
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient, PairBatch
 
-GAMMA = 0.25
-OWN, RIDGE = 0.9, 2e-3  # where there are too few pairs to choose by; lambda is for a kernel of unit diagonal
+RIDGE = 2e-3  # where there are too few pairs to choose by; lambda is for a kernel of unit diagonal
 OWNS, RIDGES = (0.2, 0.5, 0.8, 0.9, 0.97), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 CHOICE_PAIRS = 1500  # the settings are chosen on a part: they hardly depend on the count
 KEPT_PAIRS = 6000  # above, Cholesky factors are not kept (4 n^2 bytes a layer) but made anew by every `decode`
@@ -65,54 +61,54 @@ class Ridge(Decoder):
 
         Rounding a unit row to float16 moves it by 3e-4 of its length, far below sqrt(lambda).
         """
-        self.norms = {name: u.norm(dim=1).clamp_min(1e-30) for name, u in updates.items()}
-        self.units = {}
+        self.units, self.norms = {}, {}
         for name in list(updates):
-            unit = updates.pop(name) / self.norms[name][:, None]
+            (unit,), (self.norms[name],) = (each.values() for each in unit_updates({name: updates.pop(name)}))
             self.units[name] = unit.half() if len(unit) > KEPT_PAIRS else unit
 
     def _choose(self, sketched: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         """name -> (own, lambda) that decode the last sixth of the first CHOICE_PAIRS pairs best from the rest."""
         default = OWN if self.own is None else self.own, RIDGE if self.ridge is None else self.ridge
-        held_out = min(CHOICE_PAIRS, self.count) // 6
+        count = min(CHOICE_PAIRS, self.count)
+        held_out = count // 6
         if held_out < 5 or not sketched:
             return dict.fromkeys(self.pairs.target.names, default)
-        fitted = min(CHOICE_PAIRS, self.count) - held_out
-        grams = {name: gram(_plain(unit[: fitted + held_out])) for name, unit in self.units.items()}
+        fit, rest = slice(0, count - held_out), slice(count - held_out, count)
+        products = {name: gram(_plain(unit[:count])) for name, unit in self.units.items()}
         chosen = {}
-        for name, rest in mixed_rest(list(grams), grams.__getitem__, self.pairs.target.names):
-            wanted = sketched[name][: fitted + held_out] / self.norms[name][: fitted + held_out, None]
-            chosen[name], best = default, -2.0
+        for name, others in mixed_others(list(products), products.__getitem__, self.pairs.target.names):
+            wanted = sketched[name][:count] / self.norms[name][:count, None]
+            chosen[name], best = default, float("-inf")
             for own in OWNS if self.own is None else (self.own,):
-                kernel = half_gaussian_(grams[name] * own + rest * (1 - own))
-                for ridge in RIDGES if self.ridge is None else (self.ridge,):
-                    damped = kernel[:fitted, :fitted].clone()
-                    damped.diagonal().add_(ridge)
-                    dual = torch.cholesky_solve(wanted[:fitted], torch.linalg.cholesky(damped))
-                    score = mean_cosine(kernel[fitted:, :fitted] @ dual, wanted[fitted:])
-                    if score > best:
-                        chosen[name], best = (own, ridge), score
+                kernel = half_gaussian_(mixed(products[name], others, own))
+                ridge, score = best_ridge(
+                    kernel[fit, fit],
+                    wanted[fit],
+                    (kernel[rest, fit], wanted[rest]),
+                    RIDGES if self.ridge is None else (self.ridge,),
+                    mean_cosine,
+                )
+                if score > best:
+                    chosen[name], best = (own, ridge), score
         return chosen
 
     def _factorise(self) -> None:
         # float32 is enough: lambda keeps the smallest eigenvalues well above its rounding.
-        self.factors: dict[str, Tensor] = {}
+        self.systems: dict[str, RidgeSystem] = {}
         if self.count <= KEPT_PAIRS:
-            for name, kernel in self._damped_kernels():
-                self.factors[name] = torch.linalg.cholesky(kernel)
+            self.systems = {name: RidgeSystem.of(kernel, self.settings[name][1]) for name, kernel in self._kernels()}
 
-    def _damped_kernels(self) -> Iterator[tuple[str, Tensor]]:
-        """K_l + lam I [count, count], one layer of the target after another."""
-        grams: dict[str, Tensor] = {}
+    def _kernels(self) -> Iterator[tuple[str, Tensor]]:
+        """K_l [count, count], one layer of the target after another."""
+        products: dict[str, Tensor] = {}
         if self.count <= KEPT_PAIRS:
-            grams = {name: self._gram(name) for name in self.units}
+            products = {name: self._gram(name) for name in self.units}
         # Otherwise three matrices at a time rather than one a layer, for thrice the products.
-        of_layer: Callable[[str], Tensor] = grams.__getitem__ if grams else self._gram
-        for name, rest in mixed_rest(list(self.units), of_layer, self.pairs.target.names):
-            own, ridge = self.settings[name]
-            kernel = half_gaussian_(of_layer(name).mul_(own).add_(rest, alpha=1 - own))
-            grams.pop(name, None)  # it is not asked for again
-            kernel.diagonal().add_(ridge)
+        of_layer: Callable[[str], Tensor] = products.__getitem__ if products else self._gram
+        for name, others in mixed_others(list(self.units), of_layer, self.pairs.target.names):
+            own = self.settings[name][0]
+            kernel = half_gaussian_(of_layer(name).mul_(own).add_(others, alpha=1 - own))
+            products.pop(name, None)  # it is not asked for again
             yield name, kernel
             del kernel  # before the next one is made
 
@@ -121,28 +117,22 @@ class Ridge(Decoder):
 
     def weights(self, updates: Updates) -> dict[str, Tensor]:
         """name -> dual weights w [V, count] of updates [V, d_out, r]: G_hat_v = sum_p w[v, p] G_p."""
-        flat = {name: update.flatten(1) for name, update in updates.items()}
-        norms = {name: u.norm(dim=1, keepdim=True).clamp_min(1e-30) for name, u in flat.items()}
-        own_kernels = {name: (flat[name] / norms[name]) @ _plain(unit).mT for name, unit in self.units.items()}
-        kernels = {}
-        for name, rest in mixed_rest(list(own_kernels), own_kernels.__getitem__, self.pairs.target.names):
-            own = self.settings[name][0]
-            kernels[name] = half_gaussian_(own_kernels[name] * own + rest * (1 - own))
-        weights = {}
-        for name, dual in self._duals(kernels):
-            weights[name] = dual.mT * norms[name] / self.norms[name]
-        return weights
+        units, norms = unit_updates({name: update.flatten(1) for name, update in updates.items()})
+        products = {name: units[name] @ _plain(unit).mT for name, unit in self.units.items()}
+        asked = dict(kernels(products, self.pairs.target.names, lambda name: self.settings[name][0]))
+        return {name: dual.mT * norms[name][:, None] / self.norms[name] for name, dual in self._duals(asked)}
 
-    def _duals(self, kernels: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(K_l + lam I)^-1 k_l [count, V]."""
-        if self.factors:
-            for name, kernel in kernels.items():
-                yield name, torch.cholesky_solve(kernel.mT, self.factors[name])
-        else:
-            for name, matrix in self._damped_kernels():
-                dual = solve_in_place(matrix, kernels[name].mT)
-                del matrix
-                yield name, dual
+    def _duals(self, asked: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(K_l + lam I)^-1 k_l [count, V] of kernels k_l [V, count] with the updates asked for."""
+        if self.systems:
+            for name, kernel in asked.items():
+                yield name, self.systems[name].solve(kernel.mT)
+            return
+        for name, matrix in self._kernels():
+            matrix.diagonal().add_(self.settings[name][1])
+            dual = solve_in_place(matrix, asked[name].mT)
+            del matrix
+            yield name, dual
 
     def decode(self, updates: Updates) -> Gradient:
         weights = self.weights(updates)
@@ -164,43 +154,6 @@ class Ridge(Decoder):
         chosen = {name: state[f"settings/{name}"].tolist() for name in pairs.target.names}
         self.settings = {name: (own, ridge) for name, (own, ridge) in chosen.items()}
         self._factorise()
-
-
-def block_of(name: str) -> str:
-    """The block that a layer belongs to: its module path up to the first number (`blocks.0` of `blocks.0.mlp.fc1`)."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found.group() if found else name
-
-
-def mixed_rest(
-    names: list[str], gram_of: Callable[[str], Tensor], wanted: Sequence[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """What a layer's kernel has beside its own part: half its block's mean, half that of all layers.
-
-    The means are over `names`, the matrices of `wanted` ones come. One is shared by the layers of a block and is
-    overwritten for the next block.
-    """
-    if not wanted:
-        return
-    shared = torch.zeros_like(gram_of(names[0]))
-    for name in names:
-        shared.add_(gram_of(name), alpha=0.5 / len(names))
-    rest = torch.empty_like(shared)
-    for block in dict.fromkeys(map(block_of, wanted)):
-        members = [name for name in names if block_of(name) == block]
-        rest.copy_(shared)
-        for name in members:
-            rest.add_(gram_of(name), alpha=0.5 / len(members))
-        for name in members:
-            if name in wanted:
-                yield name, rest
-
-
-def half_gaussian_(cosine: Tensor) -> Tensor:
-    """(c + exp(2 gamma (c - 1))) / 2 of cosines c [n, m], in place: of unit diagonal where c is."""
-    for rows in cosine.split(1000):  # a second matrix of the pairs would be the peak of memory
-        rows.add_(torch.exp((rows - 1) * (2 * GAMMA))).div_(2)
-    return cosine
 
 
 def _plain(unit: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Small random images of gradients, taken from their factors: enough to choose a decoder's settings by.
+"""Random projections of gradients to few numbers, taken from their factors: enough to choose a decoder's settings by.
 
-G = D^T X is seen through two Gaussian maps, L^T G R = (D L)^T (X R) [size, size]. Inner products and norms keep their
-expectation (Johnson and Lindenstrauss 1984, on each side), so that the cosine of a prediction and the truth, averaged
-over held-out pairs, can be estimated without one dense gradient.
+G = D^T X is multiplied by two Gaussian matrices, L^T G R = (D L)^T (X R) [size, size]. Inner products and norms keep
+their expectation (Johnson and Lindenstrauss 1984, on each side), so that the cosine of a prediction and the truth,
+averaged over held-out pairs, can be estimated without one dense gradient.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ SIZE = 24
 
 
 class Sketch:
-    """name -> two maps, L [d_out, size] and R [d_in, size], drawn from the seed; a layer's do not depend on others."""
+    """name -> L [d_out, size] and R [d_in, size], drawn from the seed; a layer's do not depend on other layers."""
 
     def __init__(self, target: Target, size: int = SIZE, seed: int = 0) -> None:
-        self.maps = {}
+        self.matrices = {}
         for layer in target.layers:
             generator = torch.Generator().manual_seed(layer_seed(seed, layer.name))
-            self.maps[layer.name] = tuple(
+            self.matrices[layer.name] = tuple(
                 (torch.randn(width, size, generator=generator) / size**0.5).to(target.base.device)
                 for width in (layer.d_out, layer.d_in)
             )
@@ -32,7 +32,7 @@ class Sketch:
     def __call__(self, gradients: FactoredGradient) -> dict[str, Tensor]:
         """P gradients -> name -> [P, size * size]."""
         seen = {}
-        for name, (left, right) in self.maps.items():
+        for name, (left, right) in self.matrices.items():
             x, delta = gradients.x[name], gradients.delta[name]
             seen[name] = ((delta @ left.to(delta.dtype)).mT @ (x @ right.to(x.dtype))).flatten(1)
         return seen

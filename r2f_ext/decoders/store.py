@@ -1,7 +1,7 @@
 """Fitted decoders on disk: decoders.json and one safetensors file a kind.
 
-A ridge decoder in dual form *is* its pairs and lambda, so its file refers to the pairs by fingerprint and
-`load_decoder` takes them again. Decoders for any A stand beside any_a.safetensors, the core that they see updates in.
+A ridge decoder in dual form consists of its pairs and lambda, so the record names the pairs by fingerprint and
+`load_decoder` takes the pairs too. Beside decoders for any A lies any_a.safetensors, the core that they see updates in.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from r2f_ext.decoders.agnostic import ANY_A
 from r2f_ext.decoders.base import Decoder
 from r2f_ext.decoders.core import Core
+from r2f_ext.decoders.kinds import KINDS
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256, write_tensors, write_text
 from r2f_ext.pairs import PairSource, StoredPairs
@@ -27,9 +28,9 @@ RECORD = "decoders.json"
 
 
 def save_decoders(folder: Path, states: dict[str, dict[str, Tensor]], pairs: StoredPairs, count: int) -> None:
-    """Write fitted decoders, kind -> `state()`; decoders.json comes last, and an older one goes first.
+    """Write fitted decoders, kind -> `state()`; an older decoders.json is removed first, the new one is written last.
 
-    states: with those of decoders for any A goes that of their core, under ANY_A.
+    states: those of decoders for any A come with that of their core, under ANY_A.
     """
     (folder / RECORD).unlink(missing_ok=True)
     for kind, state in states.items():
@@ -47,13 +48,11 @@ def save_decoders(folder: Path, states: dict[str, dict[str, Tensor]], pairs: Sto
 def load_decoder(folder: Path, kind: str, pairs: StoredPairs, seen: PairSource | None = None) -> Decoder:
     """Read one decoder back.
 
-    seen: how the pairs were seen when it was fitted, where not as they are (AgnosticPairs).
+    seen: the view of the pairs that it was fitted to, where it was one (AgnosticPairs).
 
     Raises:
         R2FError: the folder holds no such decoder, or it was fitted to other pairs.
     """
-    from r2f_ext.decoders import KINDS
-
     decoder = KINDS[kind]()
     decoder.load_state(_read(folder, kind, pairs), pairs if seen is None else seen)
     return decoder
@@ -67,6 +66,10 @@ def load_core(folder: Path, pairs: StoredPairs) -> Core:
 def _read(folder: Path, name: str, pairs: StoredPairs) -> dict[str, Tensor]:
     try:
         record = json.loads((folder / RECORD).read_text())
+        if record["schema"] != SCHEMA:
+            raise R2FError(
+                f"the decoders in '{folder}' have schema {record['schema']}, this version reads {SCHEMA}: fit again."
+            )
         path = folder / f"{name}.safetensors"
         if sha256(path) != record["sha256"][name]:
             raise ValueError(path)

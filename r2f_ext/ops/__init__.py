@@ -1,9 +1,10 @@
 """The operators. Importing this defines them all on plain PyTorch, then loads the compiled kernels if they fit."""
 
 from . import schemas  # isort: skip  (defines the operators; everything below needs them)
+from . import decoder_reference
+from .add_weighted_gradients import add_weighted_gradients_
 from .backend import backend_of, build_information, load_compiled_kernels
 from .decode import decode
-from .decoder_sums import DecoderSums, decoder_cosine_loss, decoder_sums
 from .factored_matching_loss import factored_matching_loss
 from .lora_grad import LoraGrad, lora_grad
 from .lora_grad_tangent import lora_grad_tangent
@@ -14,13 +15,12 @@ from .total_variation import total_variation
 load_compiled_kernels()
 
 __all__ = [
-    "DecoderSums",
     "LoraGrad",
+    "add_weighted_gradients_",
     "backend_of",
     "build_information",
     "decode",
-    "decoder_cosine_loss",
-    "decoder_sums",
+    "decoder_reference",
     "factored_matching_loss",
     "lora_grad",
     "lora_grad_tangent",

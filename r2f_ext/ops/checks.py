@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-ACTIVATIONS = ("gelu", "relu", "identity")
 
 
 def check_lora_grad(
@@ -83,51 +82,60 @@ def _bad_shapes(op: str, layer: int, wrong: str, given: dict[str, Tensor]) -> Va
     return ValueError(f"{op}: {wrong}; layer {layer} has {shapes}")
 
 
-def check_decode(
-    inputs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    activation: str,
-) -> None:
-    """Of L layers, one after another: weights and biases have the same number of maps for each."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"decode: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    dtype, device = inputs[0].dtype, inputs[0].device
+def check_decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    if not inputs or not weights or len(weights) % len(inputs) or len(biases) != len(weights):
+        raise ValueError(
+            "decode: every decoder needs the same number of weights and as many biases, at least 1; got "
+            f"{len(inputs)} inputs, {len(weights)} weights and {len(biases)} biases"
+        )
+    depth, dtype, device = len(weights) // len(inputs), inputs[0].dtype, inputs[0].device
     if dtype not in DTYPES:
         raise TypeError(f"decode: inputs must be float32, float64 or bfloat16; got {dtype}")
-    maps, batch = len(weights) // len(inputs), inputs[0].shape[:1]
-    for layer, z in enumerate(inputs):
-        if z.ndim != 2 or z.shape[:1] != batch:
-            raise ValueError(f"decode: inputs must be [b, n] with one b; layer {layer} has {list(z.shape)}")
-        width, tensors = z.shape[1], [z]
-        for j in range(maps):
-            weight = weights[layer * maps + j]
-            if weight.ndim != 2 or weight.shape[1] != width:
-                raise ValueError(f"decode: weights[{j}][{layer}] must be [out, {width}]; got {list(weight.shape)}")
-            width = weight.shape[0]
-            tensors.append(weight)
-            if biases:
-                bias = biases[layer * maps + j]
-                if bias.shape != (width,):
-                    raise ValueError(f"decode: biases[{j}][{layer}] must be [{width}]; got {list(bias.shape)}")
-                tensors.append(bias)
-        if bases:
-            basis = bases[layer]
-            if basis.ndim != 2 or basis.shape[0] != width:
-                raise ValueError(f"decode: bases[{layer}] must be [{width}, m]; got {list(basis.shape)}")
-            tensors.append(basis)
-        _check_alike(layer, tensors, dtype, device)
+    for i, z in enumerate(inputs):
+        if z.ndim != 2:
+            raise ValueError(f"decode: inputs must be [b, n]; inputs[{i}] is {list(z.shape)}")
+        width = z.shape[1]
+        for k in range(i * depth, (i + 1) * depth):
+            if weights[k].ndim != 2 or weights[k].shape[1] != width:
+                raise ValueError(f"decode: weights[{k}] must be [out, {width}]; got {list(weights[k].shape)}")
+            width = weights[k].shape[0]
+            if biases[k].shape != (width,):
+                raise ValueError(f"decode: biases[{k}] must be [{width}]; got {list(biases[k].shape)}")
+    _check_alike("decode", {"inputs": inputs, "weights": weights, "biases": biases}, dtype, device)
 
 
-def _check_alike(layer: int, tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
-    for tensor in tensors:
-        if tensor.dtype != dtype:
-            raise TypeError(f"decode: all tensors must share one dtype; layer {layer} has {tensor.dtype}, not {dtype}")
-        if tensor.device != device:
-            raise ValueError(
-                f"decode: all tensors must be on one device; layer {layer} has {tensor.device}, not {device}"
-            )
+def check_add_weighted_gradients(
+    totals: Sequence[Tensor], weights: Sequence[Tensor], x: Sequence[Tensor], delta: Sequence[Tensor]
+) -> None:
+    op = "add_weighted_gradients_"
+    lengths = [len(each) for each in (totals, weights, x, delta)]
+    if not totals or len(set(lengths)) > 1:
+        raise ValueError(f"{op}: all lists must have the same length, at least 1; got {lengths}")
+    dtype, device = x[0].dtype, x[0].device
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: x must be float32, float64 or bfloat16; got {dtype}")
+    for i, (total, w, x_i, d) in enumerate(zip(totals, weights, x, delta, strict=True)):
+        shapes = f"totals[{i}] {list(total.shape)}, weights {list(w.shape)}, x {list(x_i.shape)}, delta {list(d.shape)}"
+        if w.ndim != 2 or x_i.ndim != 3 or d.ndim != 3 or not w.shape[1] == len(x_i) == len(d):
+            raise ValueError(f"{op}: weights [V, P], x [P, N, d_in] and delta [P, N, d_out] are needed; got {shapes}")
+        if x_i.shape[1] != d.shape[1] or total.shape != (len(w), d.shape[2], x_i.shape[2]):
+            raise ValueError(f"{op}: x and delta must share N, and totals be [V, d_out, d_in]; got {shapes}")
+        if not total.is_contiguous():
+            raise ValueError(f"{op}: totals[{i}] must be contiguous")
+    _check_alike(op, {"x": x, "delta": delta}, dtype, device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    _check_alike(op, {"totals": totals, "weights": weights}, wide, device)
+
+
+def _check_alike(op: str, lists: dict[str, Sequence[Tensor]], dtype: torch.dtype, device: torch.device) -> None:
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype != dtype:
+                raise TypeError(f"{op}: {name}[{i}] must be {dtype}; got {tensor.dtype}")
+            if tensor.device != device:
+                raise ValueError(
+                    f"{op}: all tensors must be on one device, {device}; {name}[{i}] is on {tensor.device}"
+                )
 
 
 def check_matching_loss(candidate: Sequence[Tensor], observed: Sequence[Tensor], images: Tensor | None) -> None:

@@ -20,25 +20,16 @@ SCHEMAS: dict[str, str] = {
     "lora_grad_tangent": (
         "(Tensor[] x, Tensor[] delta, Tensor[] dx, Tensor[] ddelta, Tensor[] A, float[] scales) -> Tensor[]"
     ),
-    # The decoders of L layers on one batch each: weights and biases layer by layer, bases and biases empty without any.
-    # kept: what the backward needs, in one array (see decoder_reference.py).
-    "decode": (
-        "(Tensor[] inputs, Tensor[] weights, Tensor[] biases, Tensor[] bases, str activation, bool normalize)"
-        " -> (Tensor[] outputs, Tensor kept)"
-    ),
-    # Lists are empty unless wanted.
+    # Multilayer perceptrons. weights and biases: of the first one's linear layers, then of the second one's, and so on.
+    # saved: the pre-activations of the hidden layers, in the same order.
+    "decode": "(Tensor[] inputs, Tensor[] weights, Tensor[] biases) -> (Tensor[] outputs, Tensor[] saved)",
+    # grad_inputs is empty unless needed.
     "decode_backward": (
-        "(Tensor[] grads, Tensor[] inputs, Tensor[] weights, Tensor[] biases, Tensor[] bases, Tensor kept,"
-        " str activation, bool normalize, bool to_inputs, bool to_weights, bool to_bases)"
-        " -> (Tensor[] grad_inputs, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_bases)"
+        "(Tensor[] grads, Tensor[] inputs, Tensor[] weights, Tensor[] saved, bool needs_inputs)"
+        " -> (Tensor[] grad_inputs, Tensor[] grad_weights, Tensor[] grad_biases)"
     ),
-    # Decoded gradients c basis against factored ones delta^T x, neither written out.
-    # sums [L, b, 3], float64: <decoded, true>, |decoded|^2, |true|^2.
-    "decoder_sums": "(Tensor[] coefficients, Tensor[] bases, Tensor[] x, Tensor[] delta) -> Tensor",
-    "decoder_sums_backward": (
-        "(Tensor grad_sums, Tensor[] coefficients, Tensor[] bases, Tensor[] x, Tensor[] delta, bool to_bases)"
-        " -> (Tensor[] grad_coefficients, Tensor[] grad_bases)"
-    ),
+    # totals[l][v] += sum_p weights[l][v, p] delta[l][p]^T x[l][p] for every layer l and victim v.
+    "add_weighted_gradients_": "(Tensor(a!)[] totals, Tensor[] weights, Tensor[] x, Tensor[] delta) -> ()",
     # Distance between two lists of gradients for T trials, and the total variation of their images.
     # sums [L, T, 4], float64: <c, o>, |c|^2, |o|^2, |c - o|^2 of each layer and trial. The weights add up to 1.
     "matching_loss": (

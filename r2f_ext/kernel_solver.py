@@ -1,0 +1,109 @@
+"""Kernel ridge regression: solve (K + lambda I) w = y, leave-one-out errors, and the choice of lambda.
+
+The one solver of the decoders (`decoders/ridge.py`, `decoders/kernel_ridge.py`) and of the regressions from updates to
+images (`inversion/amortised.py`, `inversion/linearisation.py`). The kernels themselves belong to those modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r2f_ext.errors import R2FError
+
+
+@dataclass(frozen=True)
+class RidgeSystem:
+    """K + lambda I by its Cholesky factor L [n, n], lower triangular."""
+
+    factor: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, ridge: float) -> RidgeSystem:
+        """Factorise K + lambda I.
+
+        Args:
+            matrix: K [n, n], symmetric and positive semidefinite; lambda is added to it in place.
+            ridge: lambda.
+
+        Raises:
+            R2FError: K + lambda I is not positive definite to working precision.
+        """
+        matrix.diagonal().add_(ridge)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info):
+            raise R2FError(f"a system of {len(matrix)} unknowns is not positive definite: choose a larger lambda.")
+        return cls(factor)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """w [n, k] of right-hand sides y [n, k]."""
+        return torch.cholesky_solve(right, self.factor)
+
+    def leave_one_out_errors(self, dual: Tensor) -> Tensor:
+        """y_i minus what a fit to all rows but i predicts for it, [n, k], from the solution w [n, k] for y.
+
+        w_i / ((K + lambda I)^-1)_ii (Rasmussen and Williams 2006, section 5.4.2).
+        """
+        return dual / torch.cholesky_inverse(self.factor).diagonal()[:, None]
+
+
+def best_ridge(
+    matrix: Tensor,
+    right: Tensor,
+    held_out: tuple[Tensor, Tensor],
+    ridges: Sequence[float],
+    score: Callable[[Tensor, Tensor], float],
+) -> tuple[float, float]:
+    """The lambda whose solution w of (matrix + lambda I) w = right predicts held-out rows best, and its score.
+
+    Args:
+        matrix: [n, n]; right: [n, k].
+        held_out: features [m, n], predicted as features @ w, and their true values [m, k].
+        ridges: the candidates; of equal ones the first is taken.
+        score: of predictions and true values; the higher the better. NaN is never the best.
+
+    Returns:
+        (lambda, score); the last of `ridges` with -infinity where every score is NaN.
+    """
+    features, true = held_out
+    best = ridges[-1], float("-inf")
+    for ridge in ridges:
+        solution = RidgeSystem.of(matrix.clone(), ridge).solve(right)
+        if (found := score(features @ solution.to(features.dtype), true)) > best[1]:
+            best = ridge, found
+    return best
+
+
+def fit_by_leave_one_out(kernel: Tensor, wanted: Tensor, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Kernel ridge with a constant; the lambda with the least mean squared leave-one-out error is taken.
+
+    One eigendecomposition serves all lambdas.
+
+    Args:
+        kernel: [n, n], centred (rows and columns add up to 0): the least eigenvalue belongs to the constant, which is
+            fitted without damping.
+        wanted: [n, k], centred (columns add up to 0).
+        shares: the candidates for lambda, each as a share of the kernel's largest eigenvalue.
+
+    Returns:
+        (dual coefficients [n, k], leave-one-out errors [n, k]).
+
+    Raises:
+        R2FError: the errors of every candidate are NaN or infinite.
+    """
+    values, vectors = torch.linalg.eigh(kernel)
+    turned = vectors.T @ wanted
+    best, least = None, float("inf")
+    for share in shares:
+        inverse = 1 / (values.clamp_min(0) + share * values[-1])
+        inverse[0] = 0
+        dual = vectors @ (inverse[:, None] * turned)
+        errors = dual / (vectors.square() @ inverse)[:, None]
+        if (size := float(errors.square().mean())) < least:
+            best, least = (dual, errors), size
+    if best is None:
+        raise R2FError("a kernel regression has no finite leave-one-out error: its updates hold NaN or do not vary.")
+    return best
