@@ -39,14 +39,14 @@ void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vecto
 #else
 void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums,
          Doubles& losses) {
-  const int64_t pieces = matching_pieces(args), half = pieces / 2;  // in two parts, as two threads would
-  std::vector<MatchingSums> of_pieces(static_cast<size_t>(pieces * args.trials));
-  matching_piece_sums_cpu(dtype, args, false, half, pieces, of_pieces.data());
-  matching_piece_sums_cpu(dtype, args, false, 0, half, of_pieces.data());
-  matching_finish_cpu(args, of_pieces.data(), sums.data(), losses.data());
+  const int64_t chunks = matching_chunks(args), half = chunks / 2;  // in two parts, as two threads would
+  std::vector<MatchingSums> chunk_values(static_cast<size_t>(chunks * args.trials));
+  matching_chunk_sums_cpu(dtype, args, false, half, chunks, chunk_values.data());
+  matching_chunk_sums_cpu(dtype, args, false, 0, half, chunk_values.data());
+  matching_finish_cpu(args, chunk_values.data(), sums.data(), losses.data());
   std::vector<MatchingCoefficients> factors(static_cast<size_t>(args.count * args.trials));
   matching_coefficients(args.kind, args.weights, args.count, args.trials, sums.data(), grads.data(), factors.data());
-  matching_loss_backward_cpu(dtype, args, factors.data(), half, pieces);
+  matching_loss_backward_cpu(dtype, args, factors.data(), half, chunks);
   matching_loss_backward_cpu(dtype, args, factors.data(), 0, half);
 }
 #endif
@@ -117,22 +117,22 @@ Expected by_definition(const std::list<Layer>& layers, const Case& c, const Doub
 // Forward and backward together: the same sums, and the gradients of the layers that allow it, for loss gradients of 1.
 int check_both_ways(DType dtype, const MatchingArgs& args, std::list<Layer>& layers, const Expected& want) {
   const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  const int64_t pieces = matching_pieces(args), half = pieces / 2;
-  std::vector<MatchingSums> alone(static_cast<size_t>(pieces * args.trials)), both(alone.size());
-  matching_piece_sums_cpu(dtype, args, false, 0, pieces, alone.data());
+  const int64_t chunks = matching_chunks(args), half = chunks / 2;
+  std::vector<MatchingSums> alone(static_cast<size_t>(chunks * args.trials)), both(alone.size());
+  matching_chunk_sums_cpu(dtype, args, false, 0, chunks, alone.data());
   for (Layer& layer : layers)
     for (size_t i = 0; i < layer.grad_candidate.values.size(); ++i)
       layer.grad_candidate.set(static_cast<int64_t>(i), NAN);
-  matching_piece_sums_cpu(dtype, args, true, half, pieces, both.data());
-  matching_piece_sums_cpu(dtype, args, true, 0, half, both.data());
+  matching_chunk_sums_cpu(dtype, args, true, half, chunks, both.data());
+  matching_chunk_sums_cpu(dtype, args, true, 0, half, both.data());
   int wrong = 0;
   for (size_t i = 0; i < alone.size(); ++i)
     if (alone[i].inner != both[i].inner || alone[i].candidate != both[i].candidate ||
         alone[i].observed != both[i].observed || alone[i].difference != both[i].difference)
-      std::printf("WRONG sums of piece and trial %zu\n", i), ++wrong;
+      std::printf("WRONG sums of chunk and trial %zu\n", i), ++wrong;
   size_t l = 0;
   for (Layer& layer : layers) {
-    if (matching_together(args.kind, args.layers[l]))
+    if (matching_in_one_pass(args.kind, args.layers[l]))
       wrong += compare("grad_candidate, both ways", layer.grad_candidate, accumulation, want.grad_candidate[l]);
     ++l;
   }
@@ -194,7 +194,7 @@ int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
 std::vector<Case> cases(bool quick) {
   std::vector<Case> all = {{1, {1}},    {2, {1, 2, 3, 16, 17}}, {3, {33, 0, 64, 1023}}, {1, {0}}, {2, {2049, 7, 5}},
                            {0, {5, 6}}, {1, {1025, 4}}};
-  if (!quick) all.push_back({2, {kMatchingPiece + 1, 8}}), all.push_back({1, {2 * kMatchingPiece, kMatchingPiece - 1}});
+  if (!quick) all.push_back({2, {kMatchingChunk + 1, 8}}), all.push_back({1, {2 * kMatchingChunk, kMatchingChunk - 1}});
 #ifndef R2F_TEST_EMULATED
   if (!quick) all.push_back({2, {(1 << 20) + 1}});  // more than the caches are trusted with, and one row not aligned
 #endif
