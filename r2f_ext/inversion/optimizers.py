@@ -13,6 +13,7 @@ from torch import Tensor
 from r2f_ext.ops import signed_adam_step_
 
 Box = tuple[float, float] | None
+BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam (Kingma and Ba, 2015)
 MEMORY = 10  # pairs that L-BFGS stores
 SUFFICIENT = 1e-4  # fraction of the predicted decrease that L-BFGS requires (Armijo)
 SMALLEST = 2.0**-10  # step length below which L-BFGS restarts from the slope
@@ -41,8 +42,19 @@ class Adam:
 
     def step(self, images: Tensor, loss: Tensor, slope: Tensor, size: float, count: int) -> None:
         low, high = (None, None) if self.box is None else self.box
-        average, square = self.state["exp_avg"], self.state["exp_avg_sq"]
-        signed_adam_step_(images, slope, average, square, lr=size, step=count, low=low, high=high, sign=self.sign)
+        signed_adam_step_(
+            images,
+            slope,
+            self.state["exp_avg"],
+            self.state["exp_avg_sq"],
+            lr=size,
+            step=count,
+            betas=BETAS,
+            eps=EPS,
+            low=low,
+            high=high,
+            sign=self.sign,
+        )
 
 
 class LBFGS:
