@@ -13,9 +13,9 @@ static Isa detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     isa = Isa::kAvx512;
 #endif
-  const char* wanted = std::getenv("R2F_CPU_ISA");
-  if (wanted != nullptr && std::strcmp(wanted, "baseline") == 0) isa = Isa::kBaseline;
-  if (wanted != nullptr && std::strcmp(wanted, "avx2") == 0 && isa == Isa::kAvx512) isa = Isa::kAvx2;
+  const char* requested = std::getenv("R2F_CPU_ISA");
+  if (requested != nullptr && std::strcmp(requested, "baseline") == 0) isa = Isa::kBaseline;
+  if (requested != nullptr && std::strcmp(requested, "avx2") == 0 && isa == Isa::kAvx512) isa = Isa::kAvx2;
   return isa;
 }
 

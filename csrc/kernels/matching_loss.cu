@@ -1,13 +1,13 @@
-// Distances between lists of gradients on CUDA. See matching_loss.h for what is computed.
+// Distances between lists of gradients on CUDA. See matching_loss.h for the interface.
 //
-//   piece_sums   one block takes a piece of a layer for one trial: four sums to the workspace
-//   layer_sums   one block takes a layer and trial: adds up its pieces
-//   trial_losses one warp takes a trial: its layers to the loss
-//   trial_coefficients  one warp takes a trial: sums and the loss's gradient to the factors of every layer
-//   backward     one block takes a piece, for all trials if their observed gradient is shared: one pass, written once
+//   chunk_sums   one block takes a chunk of a layer for one trial: four sums, to the workspace
+//   layer_sums   one block takes a layer and trial: sums its chunks
+//   trial_losses one warp takes a trial: from the sums of its layers to the loss
+//   trial_coefficients  one warp takes a trial: from sums and the loss's gradient to the coefficients of every layer
+//   backward     one block takes a chunk, for all trials: one pass
 //
-// Layers are described by value, in tables that fit a kernel's parameters; longer lists take several launches. Each sum
-// is taken in one fixed order: results are deterministic.
+// Layers are described by tables passed by value as kernel parameters; longer lists take several launches. Each sum is
+// computed in a fixed order: results are deterministic.
 #include "kernels/matching_loss.h"
 #include "r2f/cuda.h"
 
@@ -23,19 +23,19 @@ constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 
 struct Entry {
   const void *candidate, *observed;
-  void *grad_candidate, *grad_observed;
-  int64_t size, first_piece;  // first_piece: counted from the table's first
+  void* grad_candidate;
+  int64_t size, first_chunk;  // first_chunk: relative to the table's first
   bool observed_is_shared, aligned;
 };
 
 struct Table {
   Entry entries[kTable];
   int count;
-  int64_t pieces;
-  // The layer of a piece.
-  R2F_HOST_DEVICE int find(int64_t piece) const {
+  int64_t chunks;
+  // The layer of a chunk.
+  R2F_HOST_DEVICE int find(int64_t chunk) const {
     int layer = 0;
-    while (layer + 1 < count && entries[layer + 1].first_piece <= piece) ++layer;
+    while (layer + 1 < count && entries[layer + 1].first_chunk <= chunk) ++layer;
     return layer;
   }
 };
@@ -46,8 +46,8 @@ struct WeightTable {
   int count;
 };
 
-// Squares of float32 numbers are taken of numbers this much larger (exactly: it is a power of two), so that gradients
-// from 1e-28 to 1e9 keep their digits, and the sums are divided by its square in float64.
+// float32 gradients are multiplied by this power of two (exact) before they are squared, so that gradients from 1e-28
+// to 1e9 neither underflow nor overflow; the sums are divided by its square in float64.
 template <typename T>
 constexpr Accumulation<T> kUnit = sizeof(T) == 8 ? Accumulation<T>(1) : Accumulation<T>(4294967296.0);
 
@@ -67,9 +67,9 @@ __device__ __forceinline__ MatchingSums warp_total(const MatchingSums& s) {
 __device__ __forceinline__ MatchingSums block_total(const MatchingSums& mine, BlockSums& shared) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const MatchingSums sum = warp_total(mine);
-  __syncthreads();  // all have read the block's last sums
+  __syncthreads();  // the previous sums have been read by all threads
   if (lane == 0) shared.of_warp[warp] = sum;
-#ifndef R2F_PLANTED_BUG  // the tests leave this barrier out and must notice
+#ifndef R2F_PLANTED_BUG  // the tests remove this barrier and must fail
   __syncthreads();
 #endif
   MatchingSums total;
@@ -79,15 +79,15 @@ __device__ __forceinline__ MatchingSums block_total(const MatchingSums& mine, Bl
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) piece_sums(Table table, int64_t trials, MatchingSums* of_pieces) {
+__global__ void __launch_bounds__(kThreads) chunk_sums(Table table, int64_t trials, MatchingSums* partial_sums) {
   using Acc = Accumulation<T>;
   constexpr int kVec = kPack<T>;
   R2F_DYNAMIC_SHARED(BlockSums, shared);
-  for (int64_t item = blockIdx.x; item < table.pieces * trials; item += gridDim.x) {
-    const int64_t piece = item / trials, t = item % trials;
-    const Entry& layer = table.entries[table.find(piece)];
-    const int64_t begin = (piece - layer.first_piece) * kMatchingPiece;
-    const int64_t left = layer.size - begin, size = left < kMatchingPiece ? left : kMatchingPiece;
+  for (int64_t item = blockIdx.x; item < table.chunks * trials; item += gridDim.x) {
+    const int64_t chunk = item / trials, t = item % trials;
+    const Entry& layer = table.entries[table.find(chunk)];
+    const int64_t begin = (chunk - layer.first_chunk) * kMatchingChunk;
+    const int64_t left = layer.size - begin, size = left < kMatchingChunk ? left : kMatchingChunk;
     const T* c = static_cast<const T*>(layer.candidate) + t * layer.size + begin;
     const T* o = static_cast<const T*>(layer.observed) + (layer.observed_is_shared ? 0 : t * layer.size) + begin;
     Acc inner = 0, candidate = 0, observed = 0, difference = 0;
@@ -103,20 +103,20 @@ __global__ void __launch_bounds__(kThreads) piece_sums(Table table, int64_t tria
     const double by_unit = 1.0 / (static_cast<double>(kUnit<T>) * static_cast<double>(kUnit<T>));
     const MatchingSums total =
         block_total({inner * by_unit, candidate * by_unit, observed * by_unit, difference * by_unit}, shared);
-    if (threadIdx.x == 0) of_pieces[piece * trials + t] = total;
+    if (threadIdx.x == 0) partial_sums[chunk * trials + t] = total;
   }
 }
 
-// of_pieces and sums of the table's layers only.
+// partial_sums and sums of the table's layers only.
 __global__ void __launch_bounds__(kThreads)
-    layer_sums(Table table, int64_t trials, const MatchingSums* of_pieces, MatchingSums* sums) {
+    layer_sums(Table table, int64_t trials, const MatchingSums* partial_sums, MatchingSums* sums) {
   R2F_DYNAMIC_SHARED(BlockSums, shared);
   for (int64_t item = blockIdx.x; item < table.count * trials; item += gridDim.x) {
     const int64_t l = item / trials, t = item % trials;
-    const int64_t last = l + 1 < table.count ? table.entries[l + 1].first_piece : table.pieces;
+    const int64_t last = l + 1 < table.count ? table.entries[l + 1].first_chunk : table.chunks;
     MatchingSums mine;
-    for (int64_t piece = table.entries[l].first_piece + threadIdx.x; piece < last; piece += kThreads)
-      mine.add(1, of_pieces[piece * trials + t]);
+    for (int64_t chunk = table.entries[l].first_chunk + threadIdx.x; chunk < last; chunk += kThreads)
+      mine.add(1, partial_sums[chunk * trials + t]);
     const MatchingSums total = block_total(mine, shared);
     if (threadIdx.x == 0) sums[l * trials + t] = total;
   }
@@ -160,7 +160,7 @@ __global__ void trial_coefficients(Shape shape, const double* weights, const Mat
   }
 }
 
-// p x + q y without overflow of p, q or the products on the way.
+// p x + q y in float64, so that neither the factors nor the products overflow.
 template <typename Acc>
 __device__ __forceinline__ Acc combine(double p, Acc x, double q, Acc y) {
   return static_cast<Acc>(p * x + q * y);
@@ -171,64 +171,54 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) backward(Table table, int64_t trials, const MatchingCoefficients* factors) {
   using Acc = Accumulation<T>;
   constexpr int kVec = 16 / static_cast<int>(sizeof(Acc));
-  for (int64_t piece = blockIdx.x; piece < table.pieces; piece += gridDim.x) {
-    const int l = table.find(piece);
+  for (int64_t chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
+    const int l = table.find(chunk);
     const Entry& layer = table.entries[l];
-    const int64_t begin = (piece - layer.first_piece) * kMatchingPiece;
-    const int64_t end = begin + kMatchingPiece < layer.size ? begin + kMatchingPiece : layer.size;
+    const int64_t begin = (chunk - layer.first_chunk) * kMatchingChunk;
+    const int64_t end = begin + kMatchingChunk < layer.size ? begin + kMatchingChunk : layer.size;
     for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) * kVec; i < end; i += kThreads * kVec) {
       const bool whole = layer.aligned && i + kVec <= end;
-      Pack<Acc, kVec> to_shared{};
       for (int64_t t = 0; t < trials; ++t) {
         const MatchingCoefficients k = factors[l * trials + t];
         const int64_t own = t * layer.size + i, theirs = layer.observed_is_shared ? i : own;
         const auto c = load_pack<T, kVec>(static_cast<const T*>(layer.candidate) + own, end - i, whole);
         const auto o = load_pack<T, kVec>(static_cast<const T*>(layer.observed) + theirs, end - i, whole);
-        Pack<Acc, kVec> to_candidate, to_observed;
+        Pack<Acc, kVec> gradient;
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) {
-          const Acc x = widen(c.element[e]), y = widen(o.element[e]);
-          to_candidate.element[e] = combine(k.observed, y, k.candidate, x);
-          to_observed.element[e] = combine(k.observed, x, k.itself, y);
-          to_shared.element[e] += to_observed.element[e];
-        }
-        store_pack(static_cast<Acc*>(layer.grad_candidate) + own, to_candidate, end - i, whole);
-        if (layer.grad_observed != nullptr && !layer.observed_is_shared)
-          store_pack(static_cast<Acc*>(layer.grad_observed) + own, to_observed, end - i, whole);
+        for (int e = 0; e < kVec; ++e)
+          gradient.element[e] = combine(k.observed, widen(o.element[e]), k.candidate, widen(c.element[e]));
+        store_pack(static_cast<Acc*>(layer.grad_candidate) + own, gradient, end - i, whole);
       }
-      if (layer.grad_observed != nullptr && layer.observed_is_shared)
-        store_pack(static_cast<Acc*>(layer.grad_observed) + i, to_shared, end - i, whole);
     }
   }
 }
 
 template <typename T>
-Entry entry(const MatchingLayer& layer, int64_t trials, int64_t first_piece) {
+Entry entry(const MatchingLayer& layer, int64_t trials, int64_t first_chunk) {
   const auto bits = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  const uintptr_t all =
-      bits(layer.candidate) | bits(layer.observed) | bits(layer.grad_candidate) | bits(layer.grad_observed);
+  const uintptr_t all = bits(layer.candidate) | bits(layer.observed) | bits(layer.grad_candidate);
   const bool aligned = all % 16 == 0 && (trials == 1 || layer.size % kPack<T> == 0);
-  return {layer.candidate, layer.observed, layer.grad_candidate,     layer.grad_observed,
-          layer.size,      first_piece,    layer.observed_is_shared, aligned};
+  return {layer.candidate, layer.observed,           layer.grad_candidate, layer.size,
+          first_chunk,     layer.observed_is_shared, aligned};
 }
 
-// Calls work(table, its first layer, its first piece) for one table after another.
+// Calls work(table, its first layer, its first chunk) for each table in turn.
 template <typename T, typename Work>
 void for_tables(const MatchingArgs& args, const Work& work) {
-  int64_t pieces = 0;
+  int64_t chunks = 0;
   for (int64_t first = 0; first < args.count; first += kTable) {
     Table table{};
     table.count = static_cast<int>(args.count - first < kTable ? args.count - first : kTable);
     for (int l = 0; l < table.count; ++l) {
-      table.entries[l] = entry<T>(args.layers[first + l], args.trials, table.pieces);
-      table.pieces += matching_pieces(args.layers[first + l]);
+      table.entries[l] = entry<T>(args.layers[first + l], args.trials, table.chunks);
+      table.chunks += matching_chunks(args.layers[first + l]);
     }
-    work(table, first, pieces);
-    pieces += table.pieces;
+    work(table, first, chunks);
+    chunks += table.chunks;
   }
 }
 
-// The workspace: weights [layers], then the pieces' sums [pieces, trials], or the coefficients [layers, trials].
+// The workspace: weights [layers], then the chunks' sums [chunks, trials], or the coefficients [layers, trials].
 struct Workspace {
   double* weights;
   double* rest;
@@ -249,12 +239,12 @@ template <typename T>
 void forward(const MatchingArgs& args, MatchingSums* sums, void* memory, cudaStream_t stream) {
   const int64_t trials = args.trials;
   const Workspace workspace(args, memory);
-  MatchingSums* of_pieces = reinterpret_cast<MatchingSums*>(workspace.rest);
-  for_tables<T>(args, [&](const Table& table, int64_t first, int64_t piece) {
-    const unsigned pieces = grid_for(table.pieces * trials), layers = grid_for(table.count * trials);
-    MatchingSums* of_table = of_pieces + piece * trials;
-    if (pieces > 0) launch(piece_sums<T>, pieces, kThreads, sizeof(BlockSums), stream, table, trials, of_table);
-    launch(layer_sums, layers, kThreads, sizeof(BlockSums), stream, table, trials, of_table, sums + first * trials);
+  MatchingSums* partial_sums = reinterpret_cast<MatchingSums*>(workspace.rest);
+  for_tables<T>(args, [&](const Table& table, int64_t first, int64_t chunk) {
+    const unsigned chunks = grid_for(table.chunks * trials), layers = grid_for(table.count * trials);
+    MatchingSums* table_sums = partial_sums + chunk * trials;
+    if (chunks > 0) launch(chunk_sums<T>, chunks, kThreads, sizeof(BlockSums), stream, table, trials, table_sums);
+    launch(layer_sums, layers, kThreads, sizeof(BlockSums), stream, table, trials, table_sums, sums + first * trials);
   });
 }
 
@@ -262,8 +252,8 @@ template <typename T>
 void gradients(const MatchingArgs& args, void* memory, cudaStream_t stream) {
   const MatchingCoefficients* factors = reinterpret_cast<MatchingCoefficients*>(Workspace(args, memory).rest);
   for_tables<T>(args, [&](const Table& table, int64_t first, int64_t) {
-    if (table.pieces > 0)
-      launch(backward<T>, grid_for(table.pieces), kThreads, 0, stream, table, args.trials,
+    if (table.chunks > 0)
+      launch(backward<T>, grid_for(table.chunks), kThreads, 0, stream, table, args.trials,
              factors + first * args.trials);
   });
 }
@@ -271,9 +261,9 @@ void gradients(const MatchingArgs& args, void* memory, cudaStream_t stream) {
 }  // namespace
 
 int64_t matching_loss_cuda_workspace(const MatchingArgs& args) {
-  const int64_t pieces = matching_pieces(args) * static_cast<int64_t>(sizeof(MatchingSums));
+  const int64_t chunks = matching_chunks(args) * static_cast<int64_t>(sizeof(MatchingSums));
   const int64_t factors = args.count * static_cast<int64_t>(sizeof(MatchingCoefficients));
-  return args.count * static_cast<int64_t>(sizeof(double)) + args.trials * (pieces > factors ? pieces : factors);
+  return args.count * static_cast<int64_t>(sizeof(double)) + args.trials * (chunks > factors ? chunks : factors);
 }
 
 const char* matching_losses_cuda(DType dtype, MatchingKind kind, const double* weights, int64_t layers, int64_t trials,

@@ -1,5 +1,5 @@
-// What a distance between gradients is made of, shared by matching_loss and factored_matching_loss, CPU and CUDA: four
-// sums for each layer and trial in, the loss and its derivatives out. No torch and no CUDA here.
+// The distance between gradients as a function of four sums for each layer and trial, and its derivatives. Shared by
+// matching_loss and factored_matching_loss, CPU and CUDA. No torch and no CUDA here.
 #pragma once
 
 #include <cmath>
@@ -9,13 +9,14 @@
 
 namespace r2f {
 
-// For a layer's candidate gradient c, observed gradient o and weight w (the weights add up to 1):
+// For a layer's candidate gradient c, observed gradient o and weight w (the weights sum to 1):
 //   kLayerCosine   sum over layers of w (1 - <c, o> / |c| |o|)
 //   kCosine        1 - (sum w <c, o>) / sqrt(sum w |c|^2  sum w |o|^2)
 //   kL2            sum over layers of w |c - o|^2
 enum class MatchingKind { kLayerCosine, kCosine, kL2 };
 
-// Of one layer and trial. In float64: squares of small float32 numbers would underflow. Also sums of such sums.
+// Sums over the elements of one layer and trial, or a weighted total of such sums. In float64, because squares of small
+// float32 numbers underflow.
 struct MatchingSums {
   double inner = 0, candidate = 0, observed = 0, difference = 0;  // <c, o>, |c|^2, |o|^2, |c - o|^2
 
@@ -27,33 +28,33 @@ struct MatchingSums {
   }
 };
 
-// The gradient of the loss is (observed o + candidate c) w.r.t. c, and (observed c + itself o) w.r.t. o.
+// The gradient of the loss with respect to c is (observed o + candidate c).
 struct MatchingCoefficients {
-  double observed, candidate, itself;
+  double observed, candidate;
 };
 
-// The direction of nothing: its inner products are 0, or NaN with NaN, and so is its cosine; it has no gradient.
+// A gradient of norm 0 has cosine 0 with any other (NaN with NaN), and its derivative is taken as 0.
 R2F_HOST_DEVICE bool has_no_cosine(const MatchingSums& sums) { return sums.candidate == 0 || sums.observed == 0; }
 
 R2F_HOST_DEVICE double cosine(const MatchingSums& sums) {
   return has_no_cosine(sums) ? sums.inner : sums.inner / sqrt(sums.candidate) / sqrt(sums.observed);
 }
 
-// One layer's share of the loss; with kCosine there is none, and the loss is 1 - cosine(weighted sums of all layers).
+// One layer's term of the loss. 0 for kCosine, whose loss is 1 - cosine(weighted sums of all layers).
 R2F_HOST_DEVICE double layer_distance(MatchingKind kind, double weight, const MatchingSums& sums) {
   if (kind == MatchingKind::kCosine) return 0;
   return weight * (kind == MatchingKind::kL2 ? sums.difference : 1 - cosine(sums));
 }
 
-// `total`: the weighted sums of all layers, read with kCosine only. `grad`: of the trial's loss.
+// `total`: the weighted sums of all layers, read for kCosine only. `grad`: the gradient of the trial's loss.
 R2F_HOST_DEVICE MatchingCoefficients matching_coefficients(MatchingKind kind, double weight, double grad,
                                                            const MatchingSums& layer, const MatchingSums& total) {
   const double factor = grad * weight;
-  if (kind == MatchingKind::kL2) return {-2 * factor, 2 * factor, 2 * factor};
+  if (kind == MatchingKind::kL2) return {-2 * factor, 2 * factor};
   const MatchingSums& s = kind == MatchingKind::kCosine ? total : layer;
-  if (has_no_cosine(s)) return {0, 0, 0};
+  if (has_no_cosine(s)) return {0, 0};
   const double by_norms = factor / sqrt(s.candidate) / sqrt(s.observed);
-  return {-by_norms, by_norms * s.inner / s.candidate, by_norms * s.inner / s.observed};
+  return {-by_norms, by_norms * s.inner / s.candidate};
 }
 
 // Host: losses [trials] from the sums [layers, trials].

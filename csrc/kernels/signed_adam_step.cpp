@@ -20,7 +20,7 @@ R2F_INLINE void step_vector(const SignedAdamScalars<Acc>& k, Acc* image, const A
     const V one = V{} + 1, not_below = g > 0 ? one : V{};
     g = g < 0 ? -one : not_below;
   }
-  const V before = simd::load<V>(exp_avg), m = before + (g - before) * k.toward_g;
+  const V average = simd::load<V>(exp_avg), m = average + (g - average) * k.toward_g;
   const V v = simd::load<V>(exp_avg_sq) * k.beta2 + g * g * k.one_minus_beta2;
   const V size = simd::square_root<Acc, Bytes>(v) * k.one_over_root + k.eps;
   const V stepped = simd::load<V>(image) - m / size * k.step_size;
@@ -43,7 +43,7 @@ R2F_INLINE void step_range(const SignedAdamArgs& args, int64_t first, int64_t la
     step_vector<Acc, Bytes, Sign>(k, arrays[0] + i, gradient + i, arrays[1] + i, arrays[2] + i);
   if (i == last) return;
 
-  // The rest as one vector of its own, so that an element's result does not depend on where it lies.
+  // The remainder goes through a padded vector, so that the result of an element does not depend on its position.
   Acc rest[4][kLanes] = {};
   const size_t bytes = static_cast<size_t>(last - i) * sizeof(Acc);
   for (int a = 0; a < 3; ++a) std::memcpy(rest[a], arrays[a] + i, bytes);
@@ -61,28 +61,10 @@ R2F_INLINE void run(DType dtype, const SignedAdamArgs& args, int64_t first, int6
     args.sign ? step_range<float, Bytes, true>(args, first, last) : step_range<float, Bytes, false>(args, first, last);
 }
 
-#ifdef R2F_X86_DISPATCH
-R2F_TARGET_AVX512 void run_avx512(DType dtype, const SignedAdamArgs& args, int64_t first, int64_t last) {
-  run<64>(dtype, args, first, last);
-}
-R2F_TARGET_AVX2 void run_avx2(DType dtype, const SignedAdamArgs& args, int64_t first, int64_t last) {
-  run<32>(dtype, args, first, last);
-}
-#endif
-void run_baseline(DType dtype, const SignedAdamArgs& args, int64_t first, int64_t last) {
-  run<16>(dtype, args, first, last);
-}
-
 }  // namespace
 
 void signed_adam_step_cpu(DType dtype, const SignedAdamArgs& args, int64_t first, int64_t last) {
-  switch (simd::best_isa()) {
-#ifdef R2F_X86_DISPATCH
-    case simd::Isa::kAvx512: return run_avx512(dtype, args, first, last);
-    case simd::Isa::kAvx2: return run_avx2(dtype, args, first, last);
-#endif
-    default: return run_baseline(dtype, args, first, last);
-  }
+  simd::dispatch_isa([&]<int Bytes>() R2F_INLINE_LAMBDA { run<Bytes>(dtype, args, first, last); });
 }
 
 }  // namespace r2f

@@ -1,5 +1,5 @@
-// One step of (signed) Adam on pixels and the projection on their box, in place: what the kernels are asked. No torch
-// and no CUDA here; csrc/torch/signed_adam_step.cpp fills it in.
+// One step of (signed) Adam on pixels and the projection onto their box, in place: the arguments of the kernels. No
+// torch and no CUDA here; csrc/torch/signed_adam_step.cpp fills them in.
 #pragma once
 
 #include <cmath>
@@ -20,8 +20,8 @@ struct SignedAdamArgs {
   void* exp_avg_sq = nullptr;  // v
   int64_t size = 0;
   double lr = 0, beta1 = 0, beta2 = 0, eps = 0;
-  int64_t step = 1;                                       // this step's number, from 1
-  double low = -std::numeric_limits<double>::infinity();  // no box: infinities
+  int64_t step = 1;                                       // the number of this step, from 1
+  double low = -std::numeric_limits<double>::infinity();  // infinite: no bound
   double high = std::numeric_limits<double>::infinity();
   bool sign = true;
 };
@@ -44,7 +44,7 @@ struct SignedAdamScalars {
 // Elements first <= i < last, on the calling thread. float32 or float64.
 void signed_adam_step_cpu(DType dtype, const SignedAdamArgs& args, int64_t first, int64_t last);
 
-// All elements, queued on `stream` (a cudaStream_t). Returns null, or what CUDA said went wrong.
+// All elements, queued on `stream` (a cudaStream_t). Returns null, or CUDA's error message.
 const char* signed_adam_step_cuda(DType dtype, const SignedAdamArgs& args, void* stream);
 
 }  // namespace r2f

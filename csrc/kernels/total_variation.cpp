@@ -1,7 +1,7 @@
-// Total variation on the CPU. See total_variation.h for what is computed.
+// Total variation on the CPU. See total_variation.h for the formulas.
 //
-// Forward: each row with the one below, summed in float64 row by row. Backward: each pixel gathers what its pairs (its
-// neighbors', too, if isotropic) say, so every result is written once.
+// Forward: differences between each row and the next, summed in float64 row by row. Backward: each pixel gathers the
+// derivatives of the differences that it is part of, so every result is written once.
 #include "kernels/total_variation.h"
 
 #include <algorithm>
@@ -15,18 +15,18 @@ namespace {
 
 using simd::VectorOf;
 
-// One plane in the accumulation type; read in place unless it must be widened.
+// The pixels of a plane in the accumulation type: in place, or widened into `buffer`.
 template <typename T>
 R2F_INLINE const Accumulation<T>* plane_of(const TotalVariationArgs& args, int64_t plane,
-                                           std::vector<Accumulation<T>>& room) {
+                                           std::vector<Accumulation<T>>& buffer) {
   const int64_t size = args.height * args.width;
   const T* pixels = static_cast<const T*>(args.images) + plane * size;
   if constexpr (std::is_same_v<T, Accumulation<T>>) {
     return pixels;
   } else {
-    room.resize(static_cast<size_t>(size));
-    for (int64_t i = 0; i < size; ++i) room[static_cast<size_t>(i)] = widen(pixels[i]);
-    return room.data();
+    buffer.resize(static_cast<size_t>(size));
+    for (int64_t i = 0; i < size; ++i) buffer[static_cast<size_t>(i)] = widen(pixels[i]);
+    return buffer.data();
   }
 }
 
@@ -63,8 +63,8 @@ struct Lanes {
   }
 };
 
-// Calls step<bytes of a vector>(j, done) for the vectors that cover from <= j < size: whole ones, then one that ends at
-// `size` and begins where `done` of its lanes were covered before. Rows shorter than a vector take shorter vectors.
+// Calls step<bytes of a vector>(j, done) for vectors that cover from <= j < size: whole vectors, then one that ends at
+// `size`, whose first `done` lanes overlap the one before. Rows shorter than a vector take narrower vectors.
 template <typename Acc, int Bytes, typename Step>
 R2F_INLINE void for_vectors(int64_t from, int64_t size, const Step& step) {
   constexpr int kCount = Lanes<Acc, Bytes>::kCount;
@@ -79,20 +79,20 @@ R2F_INLINE void for_vectors(int64_t from, int64_t size, const Step& step) {
   }
 }
 
-// Adds up what term<bytes of a vector>(j) gives for from <= j < size.
+// The sum of term<bytes of a vector>(j) over from <= j < size.
 template <typename Acc, int Bytes, typename Term>
 R2F_INLINE double sum_of(int64_t from, int64_t size, const Term& term) {
   typename Lanes<Acc, Bytes>::V sum{};
-  double of_shorter = 0;
+  double short_sum = 0;
   for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t done) __attribute__((always_inline)) {
     const auto values = term.template operator()<B>(j);
     const auto fresh = done == 0 ? values : Lanes<Acc, B>::without_first(values, done);
     if constexpr (B == Bytes)
       sum += fresh;
     else
-      of_shorter += Lanes<Acc, B>::total(fresh);
+      short_sum += Lanes<Acc, B>::total(fresh);
   });
-  return of_shorter + Lanes<Acc, Bytes>::total(sum);
+  return short_sum + Lanes<Acc, Bytes>::total(sum);
 }
 
 template <typename Acc, int Bytes>
@@ -104,7 +104,7 @@ R2F_INLINE double sum_of_differences(const Acc* a, const Acc* b, int64_t size) {
   });
 }
 
-// The length of (right - row, below - row), lane by lane. right = row + 1, or row where a pixel has no neighbor there;
+// The length of (right - row, below - row), lane by lane. right = row + 1, or row where a pixel has no right neighbor;
 // below likewise.
 template <typename Acc, int Bytes>
 struct Slope {
@@ -146,7 +146,7 @@ R2F_INLINE double plane_value(const TotalVariationArgs& args, const Accumulation
   return args.isotropic ? unit.pixel * lengths : unit.row * rows + unit.column * columns;
 }
 
-// The rows around one row; a neighbor that is not there is the pixel itself: no difference, no gradient.
+// The rows around a row. A missing neighbor is replaced by the pixel itself: difference 0, gradient 0.
 template <typename Acc>
 struct Neighbors {
   const Acc *row, *above, *below, *left, *right;
@@ -200,8 +200,8 @@ template <typename Acc, int Bytes>
 R2F_INLINE void isotropic_gradient(const TotalVariationArgs& args, const Acc* pixels, double factor, Acc* grad) {
   const Acc by_pixel = static_cast<Acc>(factor * total_variation_units(args).pixel);
   const int64_t h = args.height, w = args.width;
-  std::vector<Acc> room(static_cast<size_t>(3 * w + 1), Acc(0));
-  Acc *u = room.data() + 1, *v = u + w, *v_above = v + w;  // u[-1] = 0: nothing is left of a row
+  std::vector<Acc> buffer(static_cast<size_t>(3 * w + 1), Acc(0));
+  Acc *u = buffer.data() + 1, *v = u + w, *v_above = v + w;  // u[-1] = 0: nothing is left of a row
   for (int64_t i = 0; i < h; ++i) {
     const Acc* row = pixels + i * w;
     const Acc* below = i + 1 < h ? row + w : row;
@@ -219,19 +219,19 @@ R2F_INLINE void isotropic_gradient(const TotalVariationArgs& args, const Acc* pi
 }
 
 template <typename T, int Bytes>
-R2F_INLINE void values(const TotalVariationArgs& args, int64_t first, int64_t last, double* of_planes) {
-  std::vector<Accumulation<T>> room;
+R2F_INLINE void values(const TotalVariationArgs& args, int64_t first, int64_t last, double* plane_values) {
+  std::vector<Accumulation<T>> buffer;
   for (int64_t plane = first; plane < last; ++plane)
-    of_planes[plane] = plane_value<T, Bytes>(args, plane_of<T>(args, plane, room));
+    plane_values[plane] = plane_value<T, Bytes>(args, plane_of<T>(args, plane, buffer));
 }
 
 template <typename T, int Bytes>
 R2F_INLINE void gradients(const TotalVariationArgs& args, const double* grads, double weight, void* grad_images,
                           int64_t first, int64_t last) {
   using Acc = Accumulation<T>;
-  std::vector<Acc> room;
+  std::vector<Acc> buffer;
   for (int64_t plane = first; plane < last; ++plane) {
-    const Acc* pixels = plane_of<T>(args, plane, room);
+    const Acc* pixels = plane_of<T>(args, plane, buffer);
     const double factor = weight * grads[plane / args.channels];
     Acc* grad = static_cast<Acc*>(grad_images) + plane * args.height * args.width;
     if (args.isotropic)
@@ -241,64 +241,41 @@ R2F_INLINE void gradients(const TotalVariationArgs& args, const double* grads, d
   }
 }
 
-// What is wanted, in one piece: the entries below differ by instruction set only.
-struct Wanted {
-  double* of_planes;  // null: gradients
+// Either values or gradients are computed.
+struct Mode {
+  double* plane_values;  // null: compute gradients
   const double* grads;
   double weight;
   void* grad_images;
 };
 
 template <typename T, int Bytes>
-R2F_INLINE void run_planes(const TotalVariationArgs& args, const Wanted& wanted, int64_t first, int64_t last) {
+R2F_INLINE void run_planes(const TotalVariationArgs& args, const Mode& mode, int64_t first, int64_t last) {
   if (args.height == 0 || args.width == 0) {
-    if (wanted.of_planes != nullptr) std::fill(wanted.of_planes + first, wanted.of_planes + last, 0.0);
+    if (mode.plane_values != nullptr) std::fill(mode.plane_values + first, mode.plane_values + last, 0.0);
     return;
   }
-  if (wanted.of_planes != nullptr)
-    values<T, Bytes>(args, first, last, wanted.of_planes);
+  if (mode.plane_values != nullptr)
+    values<T, Bytes>(args, first, last, mode.plane_values);
   else
-    gradients<T, Bytes>(args, wanted.grads, wanted.weight, wanted.grad_images, first, last);
+    gradients<T, Bytes>(args, mode.grads, mode.weight, mode.grad_images, first, last);
 }
 
-template <int Bytes>
-R2F_INLINE void run_dtype(DType dtype, const TotalVariationArgs& args, const Wanted& wanted, int64_t first,
-                          int64_t last) {
-  switch (dtype) {
-    case DType::kFloat32: return run_planes<float, Bytes>(args, wanted, first, last);
-    case DType::kFloat64: return run_planes<double, Bytes>(args, wanted, first, last);
-    case DType::kBFloat16: return run_planes<BFloat16, Bytes>(args, wanted, first, last);
-  }
-}
-
-#ifdef R2F_X86_DISPATCH
-R2F_TARGET_AVX512 void run_avx512(DType dtype, const TotalVariationArgs& args, const Wanted& wanted, int64_t first,
-                                  int64_t last) {
-  run_dtype<64>(dtype, args, wanted, first, last);
-}
-R2F_TARGET_AVX2 void run_avx2(DType dtype, const TotalVariationArgs& args, const Wanted& wanted, int64_t first,
-                              int64_t last) {
-  run_dtype<32>(dtype, args, wanted, first, last);
-}
-#endif
-void run_baseline(DType dtype, const TotalVariationArgs& args, const Wanted& wanted, int64_t first, int64_t last) {
-  run_dtype<16>(dtype, args, wanted, first, last);
-}
-
-void run(DType dtype, const TotalVariationArgs& args, const Wanted& wanted, int64_t first, int64_t last) {
-  switch (simd::best_isa()) {
-#ifdef R2F_X86_DISPATCH
-    case simd::Isa::kAvx512: return run_avx512(dtype, args, wanted, first, last);
-    case simd::Isa::kAvx2: return run_avx2(dtype, args, wanted, first, last);
-#endif
-    default: return run_baseline(dtype, args, wanted, first, last);
-  }
+void run(DType dtype, const TotalVariationArgs& args, const Mode& mode, int64_t first, int64_t last) {
+  simd::dispatch_isa([&]<int Bytes>() R2F_INLINE_LAMBDA {
+    switch (dtype) {
+      case DType::kFloat32: return run_planes<float, Bytes>(args, mode, first, last);
+      case DType::kFloat64: return run_planes<double, Bytes>(args, mode, first, last);
+      case DType::kBFloat16: return run_planes<BFloat16, Bytes>(args, mode, first, last);
+    }
+  });
 }
 
 }  // namespace
 
-void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t first, int64_t last, double* of_planes) {
-  run(dtype, args, {of_planes, nullptr, 0, nullptr}, first, last);
+void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t first, int64_t last,
+                         double* plane_values) {
+  run(dtype, args, {plane_values, nullptr, 0, nullptr}, first, last);
 }
 
 void total_variation_backward_cpu(DType dtype, const TotalVariationArgs& args, const double* grads, double weight,

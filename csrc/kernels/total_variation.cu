@@ -1,8 +1,8 @@
-// Total variation on CUDA. See total_variation.h for what is computed.
+// Total variation on CUDA. See total_variation.h for the formulas.
 //
-//   piece_values    one block takes a run of a trial's pixels: each pixel's differences to the right and below
-//   trial_values    one block takes a trial: adds up its pieces
-//   gradient        one thread takes a pixel: gathers from the differences that it is part of, written once
+//   chunk_values    one block takes a chunk of a trial's pixels: differences to the right and below
+//   trial_values    one block takes a trial: sums its chunks
+//   gradient        one thread takes a pixel: gathers from the differences that it is part of
 //
 // Each sum is taken in one fixed order: results are deterministic.
 #include "kernels/total_variation.h"
@@ -12,7 +12,7 @@ namespace r2f {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-constexpr int64_t kPiece = 4096;  // pixels of a block
+constexpr int64_t kChunk = 4096;  // pixels of a block
 
 struct Shape {
   int64_t trials, pixels, height, width;  // pixels: of a trial
@@ -23,7 +23,7 @@ Shape shape_of(const TotalVariationArgs& args) {
   return {args.trials, args.channels * args.height * args.width, args.height, args.width, total_variation_units(args)};
 }
 
-int64_t pieces_of(const Shape& shape) { return (shape.pixels + kPiece - 1) / kPiece; }
+int64_t chunks_of(const Shape& shape) { return (shape.pixels + kChunk - 1) / kChunk; }
 
 struct BlockSum {
   double of_warp[kWarps];
@@ -33,9 +33,9 @@ struct BlockSum {
 __device__ __forceinline__ double block_total(double mine, BlockSum& shared) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const double sum = warp_sum(mine);
-  __syncthreads();  // all have read the block's last sums
+  __syncthreads();  // the previous sums have been read by all threads
   if (lane == 0) shared.of_warp[warp] = sum;
-#ifndef R2F_PLANTED_BUG  // the tests leave this barrier out and must notice
+#ifndef R2F_PLANTED_BUG  // the tests remove this barrier and must fail
   __syncthreads();
 #endif
   double total = 0;
@@ -44,7 +44,7 @@ __device__ __forceinline__ double block_total(double mine, BlockSum& shared) {
   return total;
 }
 
-// The differences of pixel i of an image to its neighbors; 0 where there is none.
+// Differences between pixel i of an image and its neighbors; 0 where there is no neighbor.
 template <typename Acc>
 struct Differences {
   Acc dx, dy;
@@ -73,11 +73,11 @@ __device__ __forceinline__ Acc sign(Acc v) {
 }
 
 template <typename T, bool kIsotropic>
-__global__ void __launch_bounds__(kThreads) piece_values(const T* images, Shape shape, int64_t pieces, double* values) {
+__global__ void __launch_bounds__(kThreads) chunk_values(const T* images, Shape shape, int64_t chunks, double* values) {
   R2F_DYNAMIC_SHARED(BlockSum, shared);
-  for (int64_t item = blockIdx.x; item < shape.trials * pieces; item += gridDim.x) {
-    const T* image = images + item / pieces * shape.pixels;
-    const int64_t begin = item % pieces * kPiece, end = begin + kPiece < shape.pixels ? begin + kPiece : shape.pixels;
+  for (int64_t item = blockIdx.x; item < shape.trials * chunks; item += gridDim.x) {
+    const T* image = images + item / chunks * shape.pixels;
+    const int64_t begin = item % chunks * kChunk, end = begin + kChunk < shape.pixels ? begin + kChunk : shape.pixels;
     double sum = 0;
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
       const auto d = differences(image, i, shape);
@@ -92,11 +92,11 @@ __global__ void __launch_bounds__(kThreads) piece_values(const T* images, Shape 
 }
 
 __global__ void __launch_bounds__(kThreads)
-    trial_values(const double* of_pieces, int64_t trials, int64_t pieces, double* values) {
+    trial_values(const double* chunk_sums, int64_t trials, int64_t chunks, double* values) {
   R2F_DYNAMIC_SHARED(BlockSum, shared);
   for (int64_t t = blockIdx.x; t < trials; t += gridDim.x) {
     double sum = 0;
-    for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads) sum += of_pieces[t * pieces + piece];
+    for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kThreads) sum += chunk_sums[t * chunks + chunk];
     const double total = block_total(sum, shared);
     if (threadIdx.x == 0) values[t] = total;
   }
@@ -130,11 +130,11 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, bool kIsotropic>
 void run_values(const TotalVariationArgs& args, double* values, double* workspace, cudaStream_t stream) {
   const Shape shape = shape_of(args);
-  const int64_t pieces = pieces_of(shape);
-  if (pieces > 0)
-    launch(piece_values<T, kIsotropic>, grid_for(args.trials * pieces), kThreads, sizeof(BlockSum), stream,
-           static_cast<const T*>(args.images), shape, pieces, workspace);
-  launch(trial_values, grid_for(args.trials), kThreads, sizeof(BlockSum), stream, workspace, args.trials, pieces,
+  const int64_t chunks = chunks_of(shape);
+  if (chunks > 0)
+    launch(chunk_values<T, kIsotropic>, grid_for(args.trials * chunks), kThreads, sizeof(BlockSum), stream,
+           static_cast<const T*>(args.images), shape, chunks, workspace);
+  launch(trial_values, grid_for(args.trials), kThreads, sizeof(BlockSum), stream, workspace, args.trials, chunks,
          values);
 }
 
@@ -163,7 +163,7 @@ void run_gradient(const TotalVariationArgs& args, const void* grads, double weig
 }  // namespace
 
 int64_t total_variation_cuda_workspace(const TotalVariationArgs& args) {
-  return args.trials * pieces_of(shape_of(args));
+  return args.trials * chunks_of(shape_of(args));
 }
 
 const char* total_variation_cuda(DType dtype, const TotalVariationArgs& args, double* values, double* workspace,

@@ -1,4 +1,4 @@
-// Total variation of images: what the kernels are asked. No torch and no CUDA here.
+// Total variation of images, one term of the matching losses: the arguments of the kernels. No torch and no CUDA here.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@
 
 namespace r2f {
 
-// Differences of neighbours, dy = x[i + 1][j] - x[i][j] and dx = x[i][j + 1] - x[i][j], of each trial's image:
-//   anisotropic   mean |dy| + mean |dx|, each over the pairs that there are
-//   isotropic     mean over the pixels of sqrt(dx^2 + dy^2 + kTotalVariationEps), with differences of 0 at the far
-//   border
+// Differences of neighbors, dy = x[i + 1][j] - x[i][j] and dx = x[i][j + 1] - x[i][j], of each trial's image:
+//   anisotropic   mean |dy| + mean |dx|, each over the pairs of neighbors
+//   isotropic     mean over pixels of sqrt(dx^2 + dy^2 + kTotalVariationEps), dx = 0 in the last column and dy = 0 in
+//                 the last row
 struct TotalVariationArgs {
   const void* images = nullptr;  // [trials, channels, height, width], contiguous
   int64_t trials = 0, channels = 0, height = 0, width = 0;
@@ -19,9 +19,9 @@ struct TotalVariationArgs {
   int64_t planes() const { return trials * channels; }
 };
 
-constexpr double kTotalVariationEps = 1e-12;  // a flat image has a gradient: 0
+constexpr double kTotalVariationEps = 1e-12;  // keeps the gradient of a flat image finite (it is 0)
 
-// What the sums of a plane are divided by; 0 pairs add up to 0 whatever they are divided by.
+// The factors that turn sums into means; 0 where there are no pairs.
 struct TotalVariationUnits {
   double row, column, pixel;
 };
@@ -32,12 +32,12 @@ inline TotalVariationUnits total_variation_units(const TotalVariationArgs& args)
 }
 
 // Planes first <= plane < last (a plane: one channel of one trial). A trial's value is the sum over its planes.
-void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t first, int64_t last, double* of_planes);
-// grads: [trials], times `weight`; grad_images: of the accumulation type.
+void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t first, int64_t last, double* plane_values);
+// grad_images, of the accumulation type: the gradient of sum_t weight grads[t] value[t].
 void total_variation_backward_cpu(DType dtype, const TotalVariationArgs& args, const double* grads, double weight,
                                   void* grad_images, int64_t first, int64_t last);
 
-// Queued on `stream` (a cudaStream_t); both return null, or what CUDA said went wrong. Device memory: `values`
+// Queued on `stream` (a cudaStream_t); both return null, or CUDA's error message. Device memory: `values`
 // [trials]; `workspace` total_variation_cuda_workspace(args) elements; `grads` [trials] of the accumulation type.
 const char* total_variation_cuda(DType dtype, const TotalVariationArgs& args, double* values, double* workspace,
                                  void* stream);

@@ -39,35 +39,33 @@ void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vecto
 #else
 void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums,
          Doubles& losses) {
-  const int64_t pieces = matching_pieces(args), half = pieces / 2;  // in two parts, as two threads would
-  std::vector<MatchingSums> of_pieces(static_cast<size_t>(pieces * args.trials));
-  matching_piece_sums_cpu(dtype, args, false, half, pieces, of_pieces.data());
-  matching_piece_sums_cpu(dtype, args, false, 0, half, of_pieces.data());
-  matching_finish_cpu(args, of_pieces.data(), sums.data(), losses.data());
+  const int64_t chunks = matching_chunks(args), half = chunks / 2;  // in two parts, as two threads would
+  std::vector<MatchingSums> chunk_sums(static_cast<size_t>(chunks * args.trials));
+  matching_chunk_sums_cpu(dtype, args, false, half, chunks, chunk_sums.data());
+  matching_chunk_sums_cpu(dtype, args, false, 0, half, chunk_sums.data());
+  matching_layer_sums_cpu(args, chunk_sums.data(), sums.data());
+  matching_losses(args.kind, args.weights, args.count, args.trials, sums.data(), losses.data());
   std::vector<MatchingCoefficients> factors(static_cast<size_t>(args.count * args.trials));
   matching_coefficients(args.kind, args.weights, args.count, args.trials, sums.data(), grads.data(), factors.data());
-  matching_loss_backward_cpu(dtype, args, factors.data(), half, pieces);
+  matching_loss_backward_cpu(dtype, args, factors.data(), half, chunks);
   matching_loss_backward_cpu(dtype, args, factors.data(), 0, half);
 }
 #endif
 
 struct Layer {
-  Array candidate, observed, grad_candidate, grad_observed;
+  Array candidate, observed, grad_candidate;
 };
 
 struct Expected {
   Doubles losses;
-  std::vector<Doubles> grad_candidate, grad_observed;
+  std::vector<Doubles> grad_candidate;
 };
 
 Expected by_definition(const std::list<Layer>& layers, const Case& c, const Doubles& weights, MatchingKind kind,
                        bool shared, const Doubles& grads) {
   Expected want;
   std::vector<MatchingSums> sums;
-  for (const Layer& layer : layers) {
-    want.grad_candidate.emplace_back(layer.candidate.values.size());
-    want.grad_observed.emplace_back(layer.observed.values.size());
-  }
+  for (const Layer& layer : layers) want.grad_candidate.emplace_back(layer.candidate.values.size());
   for (int64_t t = 0; t < c.trials; ++t) {
     std::vector<MatchingSums> of;
     MatchingSums total;
@@ -98,14 +96,9 @@ Expected by_definition(const std::list<Layer>& layers, const Case& c, const Doub
         const size_t theirs = shared ? static_cast<size_t>(i) : own;
         const double x = layer.candidate.values[own], y = layer.observed.values[theirs];
         const double factor = grads[static_cast<size_t>(t)] * weights[l];
-        double to_x = 0, to_y = 0;
-        if (kind == MatchingKind::kL2) to_x = 2 * factor * (x - y), to_y = -to_x;
-        if (kind != MatchingKind::kL2 && product > 0) {
-          to_x = factor / product * (s.inner / s.candidate * x - y);
-          to_y = factor / product * (s.inner / s.observed * y - x);
-        }
-        want.grad_candidate[l][own] = to_x;
-        want.grad_observed[l][theirs] += to_y;
+        double& gradient = want.grad_candidate[l][own];
+        if (kind == MatchingKind::kL2) gradient = 2 * factor * (x - y);
+        if (kind != MatchingKind::kL2 && product > 0) gradient = factor / product * (s.inner / s.candidate * x - y);
       }
       ++l;
     }
@@ -114,26 +107,26 @@ Expected by_definition(const std::list<Layer>& layers, const Case& c, const Doub
 }
 
 #ifndef R2F_TEST_EMULATED
-// Forward and backward together: the same sums, and the gradients of the layers that allow it, for loss gradients of 1.
-int check_both_ways(DType dtype, const MatchingArgs& args, std::list<Layer>& layers, const Expected& want) {
+// Sums and gradients in one pass: the same sums, and for the layers that allow it the gradients for loss gradients of 1.
+int check_one_pass(DType dtype, const MatchingArgs& args, std::list<Layer>& layers, const Expected& want) {
   const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  const int64_t pieces = matching_pieces(args), half = pieces / 2;
-  std::vector<MatchingSums> alone(static_cast<size_t>(pieces * args.trials)), both(alone.size());
-  matching_piece_sums_cpu(dtype, args, false, 0, pieces, alone.data());
+  const int64_t chunks = matching_chunks(args), half = chunks / 2;
+  std::vector<MatchingSums> alone(static_cast<size_t>(chunks * args.trials)), both(alone.size());
+  matching_chunk_sums_cpu(dtype, args, false, 0, chunks, alone.data());
   for (Layer& layer : layers)
     for (size_t i = 0; i < layer.grad_candidate.values.size(); ++i)
       layer.grad_candidate.set(static_cast<int64_t>(i), NAN);
-  matching_piece_sums_cpu(dtype, args, true, half, pieces, both.data());
-  matching_piece_sums_cpu(dtype, args, true, 0, half, both.data());
+  matching_chunk_sums_cpu(dtype, args, true, half, chunks, both.data());
+  matching_chunk_sums_cpu(dtype, args, true, 0, half, both.data());
   int wrong = 0;
   for (size_t i = 0; i < alone.size(); ++i)
     if (alone[i].inner != both[i].inner || alone[i].candidate != both[i].candidate ||
         alone[i].observed != both[i].observed || alone[i].difference != both[i].difference)
-      std::printf("WRONG sums of piece and trial %zu\n", i), ++wrong;
+      std::printf("WRONG sums of chunk and trial %zu\n", i), ++wrong;
   size_t l = 0;
   for (Layer& layer : layers) {
-    if (matching_together(args.kind, args.layers[l]))
-      wrong += compare("grad_candidate, both ways", layer.grad_candidate, accumulation, want.grad_candidate[l]);
+    if (matching_in_one_pass(args.kind, args.layers[l]))
+      wrong += compare("grad_candidate, one pass", layer.grad_candidate, accumulation, want.grad_candidate[l]);
     ++l;
   }
   return wrong;
@@ -149,10 +142,10 @@ int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
   for (size_t l = 0; l < c.sizes.size(); ++l) {
     const int64_t size = c.sizes[l], theirs = shared ? size : c.trials * size;
     layers.push_back({Array(dtype, c.trials * size, random), Array(dtype, theirs, random),
-                      Array(accumulation, c.trials * size, random, false), Array(accumulation, theirs, random, false)});
+                      Array(accumulation, c.trials * size, random, false)});
     Layer& layer = layers.back();
-    described.push_back({layer.candidate.data(), layer.observed.data(), shared, size, layer.grad_candidate.data(),
-                         layer.grad_observed.data()});
+    described.push_back(
+        {layer.candidate.data(), layer.observed.data(), shared, size, layer.grad_candidate.data()});
     weights.push_back(static_cast<double>(l % 3 + 1) / static_cast<double>(2 * c.sizes.size()));
   }
   for (int64_t t = 0; t < c.trials; ++t) grads.push_back(0.5 - static_cast<double>(t));
@@ -172,13 +165,11 @@ int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
     size_t l = 0;
     for (Layer& layer : layers) {
       wrong += compare("grad_candidate", layer.grad_candidate, accumulation, want.grad_candidate[l]);
-      // Shared and without a trial nobody writes it: the operator has no result to give then.
-      if (c.trials > 0) wrong += compare("grad_observed", layer.grad_observed, accumulation, want.grad_observed[l]);
       ++l;
     }
 #ifndef R2F_TEST_EMULATED
     const Expected of_ones = by_definition(layers, c, weights, kind, shared, Doubles(grads.size(), 1.0));
-    wrong += check_both_ways(dtype, args, layers, of_ones);
+    wrong += check_one_pass(dtype, args, layers, of_ones);
 #endif
   } catch (const std::exception& error) {
     std::printf("WRONG %s\n", error.what());
@@ -194,9 +185,9 @@ int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
 std::vector<Case> cases(bool quick) {
   std::vector<Case> all = {{1, {1}},    {2, {1, 2, 3, 16, 17}}, {3, {33, 0, 64, 1023}}, {1, {0}}, {2, {2049, 7, 5}},
                            {0, {5, 6}}, {1, {1025, 4}}};
-  if (!quick) all.push_back({2, {kMatchingPiece + 1, 8}}), all.push_back({1, {2 * kMatchingPiece, kMatchingPiece - 1}});
+  if (!quick) all.push_back({2, {kMatchingChunk + 1, 8}}), all.push_back({1, {2 * kMatchingChunk, kMatchingChunk - 1}});
 #ifndef R2F_TEST_EMULATED
-  if (!quick) all.push_back({2, {(1 << 20) + 1}});  // more than the caches are trusted with, and one row not aligned
+  if (!quick) all.push_back({2, {(1 << 20) + 1}});  // non-temporal stores, with one row that is not aligned
 #endif
   Case many{2, {}};  // more than one table of layers and, unless quick, of weights
   for (int64_t l = 0; l < (quick ? 70 : 260); ++l) many.sizes.push_back(l % 7 + 1);

@@ -1,48 +1,51 @@
-// torch.ops.r2f.factored_matching_loss and its backward on compiled kernels. The schemas and the meaning are in
-// r2f_ext/ops. Products with a dense observed gradient are the library's.
-#include "kernels/factored_matching_loss.h"
-
-#include <ATen/Parallel.h>
+// torch.ops.r2f.factored_matching_loss and its backward, on CPU and CUDA. Products are the library's. For the schemas
+// and their meaning see r2f_ext/ops.
+//
+// With G = delta^T x, D = delta delta^T and X = x x^T of a layer and trial, and G* the observed gradient:
+//   |G|^2 = sum D o X     <G, G*> = sum (delta G*) o x,   or sum (delta delta*^T) o (x x*^T) for G* = delta*^T x*
+// and for a gradient dL/dG = a G* + b G of the loss
+//   dL/dx = a (delta G*) + b D x,      dL/ddelta = a (x G*^T) + b X delta.
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
+#include <ATen/ops/stack.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <string_view>
 #include <tuple>
-#include <vector>
+#include <utility>
 
 #include "kernels/matching_loss.h"
-#include "torch/glue.h"
-#include "torch/matching_kind.h"
+#include "torch/matching.h"
 
 namespace r2f {
 namespace {
 
-using Tensors = std::vector<at::Tensor>;
+using namespace glue;
 
-// One layer's inputs as the kernels take them: contiguous, of the accumulation type, deltas in units.
-struct Factors {
-  at::Tensor x, delta, observed, observed_x, observed_delta;
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // loss, sums, saved
+using Backward = std::tuple<Tensors, Tensors, at::Tensor>;       // grad_x, grad_delta, grad_images
+
+// Deltas are loss gradients, tiny in float32. They are multiplied by this power of two (exact), so that squares of
+// deltas from 1e-28 to 1e9 neither underflow nor overflow. float64 needs no scaling.
+double delta_unit(DType dtype) { return dtype == DType::kFloat64 ? 1.0 : 4294967296.0; }
+
+// The inputs of one layer: contiguous, of the accumulation type, deltas in units.
+struct Layer {
+  at::Tensor x, delta;                  // [T, N, d_in], [T, N, d_out]
+  at::Tensor observed, observed_delta;  // [T, d_out, d_in], undefined; or [T, M, d_in], [T, M, d_out]; or 1 for T
+  // Views of the saved tensor: D and X [T, N, N]; delta G* [T, N, d_in] and x itself, or delta delta*^T and x x*^T.
+  at::Tensor delta_gram, x_gram, cross_delta, cross_x;
 };
 
 struct Call {
-  std::vector<Factors> factors;
-  std::vector<FactoredLayer> layers;
+  std::vector<Layer> layers;
   DType dtype;
   MatchingKind kind;
+  bool dense = true;  // the observed gradients are dense
   int64_t count = 0, trials = 0;
+  double unit = 1;
   at::TensorOptions result;
-
-  // a b [T, N, .] for a [T, N, .] and b [T, ., .] or [1, ., .]
-  static at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
-    if (b.size(0) == a.size(0)) return at::bmm(a, b);
-    const int64_t trials = a.size(0), tokens = a.size(1);
-    return at::mm(a.view({trials * tokens, a.size(2)}), b.squeeze(0)).view({trials, tokens, b.size(2)});
-  }
-  bool dense() const { return factors[0].observed.defined(); }
+  Images images;
 };
 
 void check_layer(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& observed, const at::Tensor& first) {
@@ -57,248 +60,269 @@ void check_layer(const at::Tensor& x, const at::Tensor& delta, const at::Tensor&
 }
 
 Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at::TensorList observed_delta,
-             at::ArrayRef<double> weights, std::string_view kind) {
+             at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, bool isotropic) {
   const size_t count = x.size();
   TORCH_CHECK(count > 0 && delta.size() == count && observed.size() == count && weights.size() == count &&
                   (observed_delta.empty() || observed_delta.size() == count),
               "factored_matching_loss: as many x as delta, observed and weights, and at least one");
   Call call;
-  call.dtype = glue::dtype_of("factored_matching_loss", x[0]);
-  call.kind = glue::matching_kind("factored_matching_loss", kind);
+  call.dtype = dtype_of("factored_matching_loss", x[0]);
+  call.kind = matching_kind("factored_matching_loss", kind);
+  call.dense = observed_delta.empty();
   call.count = static_cast<int64_t>(count), call.trials = x[0].size(0);
-  call.result = glue::result_options(x[0]);
+  call.unit = delta_unit(call.dtype);
+  call.result = result_options(x[0]);
   const at::ScalarType type = call.result.dtype().toScalarType();
   const auto wide = [&](const at::Tensor& t) { return t.to(type).contiguous(); };
-  const auto in_units = [&](const at::Tensor& t) {
-    return call.dtype == DType::kFloat64 ? wide(t) : at::mul(wide(t), delta_unit(call.dtype));
-  };
+  const auto in_units = [&](const at::Tensor& t) { return call.unit == 1 ? wide(t) : wide(t).mul(call.unit); };
   for (size_t l = 0; l < count; ++l) {
     check_layer(x[l], delta[l], observed[l], x[0]);
-    FactoredLayer layer;
-    layer.tokens = x[l].size(1), layer.d_in = x[l].size(2), layer.d_out = delta[l].size(2);
-    layer.observed_is_shared = observed[l].size(0) == 1;
-    Factors f{wide(x[l]), in_units(delta[l]), {}, {}, {}};
-    if (observed_delta.empty()) {
-      TORCH_CHECK(observed[l].size(1) == layer.d_out && observed[l].size(2) == layer.d_in,
+    const int64_t d_in = x[l].size(2), d_out = delta[l].size(2);
+    Layer layer;
+    layer.x = wide(x[l]), layer.delta = in_units(delta[l]), layer.observed = wide(observed[l]);
+    if (call.dense) {
+      TORCH_CHECK(observed[l].size(1) == d_out && observed[l].size(2) == d_in,
                   "factored_matching_loss: observed must be tensors [T, d_out, d_in] or [1, d_out, d_in]");
-      f.observed = wide(observed[l]);
     } else {
       const at::Tensor &o = observed[l], &d = observed_delta[l];
-      TORCH_CHECK(d.dim() == 3 && d.size(0) == o.size(0) && d.size(1) == o.size(1) && d.size(2) == layer.d_out &&
-                      o.size(2) == layer.d_in,
+      TORCH_CHECK(d.dim() == 3 && d.size(0) == o.size(0) && d.size(1) == o.size(1) && d.size(2) == d_out &&
+                      o.size(2) == d_in && d.scalar_type() == o.scalar_type() && d.device() == o.device(),
                   "factored_matching_loss: observed must be [T, M, d_in] and observed_delta [T, M, d_out], T or 1");
-      layer.observed_tokens = o.size(1);
-      f.observed_x = wide(o), f.observed_delta = in_units(d);
-      layer.observed_x = f.observed_x.const_data_ptr(), layer.observed_delta = f.observed_delta.const_data_ptr();
+      layer.observed_delta = in_units(d);
     }
-    layer.x = f.x.const_data_ptr(), layer.delta = f.delta.const_data_ptr();
-    call.factors.push_back(std::move(f)), call.layers.push_back(layer);
+    call.layers.push_back(std::move(layer));
   }
+  call.images = prepare_images("factored_matching_loss", images, call.trials, x[0].device(), isotropic);
   return call;
 }
 
-// A dense gradient without elements has a null address, which would mean "factored".
-const void* observed_data(const at::Tensor& observed) {
-  static constexpr double kNothing = 0;
-  return observed.numel() == 0 ? &kNothing : observed.const_data_ptr();
+// Numbers that a layer keeps in the saved tensor, for each trial.
+int64_t saved_size(const Call& call, const Layer& layer) {
+  const int64_t n = layer.x.size(1), m = layer.observed.size(1);
+  return 2 * n * n + (call.dense ? n * layer.x.size(2) : 2 * n * m);
 }
 
-// The products with dense observed gradients, made, or taken from the forward.
-void set_products(Call& call, const Tensors& products) {
-  for (size_t l = 0; l < products.size(); ++l) {
-    TORCH_CHECK(products[l].is_contiguous() && products[l].sizes() == call.factors[l].x.sizes() &&
-                    products[l].scalar_type() == call.factors[l].x.scalar_type(),
-                "factored_matching_loss: products must be what the forward returned");
-    call.layers[l].observed = observed_data(call.factors[l].observed);
-    call.layers[l].product = products[l].const_data_ptr();
+int64_t saved_size(const Call& call) {
+  int64_t size = 0;
+  for (const Layer& layer : call.layers) size += call.trials * saved_size(call, layer);
+  return size;
+}
+
+// Points the layers' Gram matrices and cross products at parts of `saved`.
+void set_views(Call& call, const at::Tensor& saved) {
+  int64_t offset = 0;
+  const auto next = [&](int64_t rows, int64_t columns) {
+    const int64_t size = call.trials * rows * columns;
+    offset += size;
+    return saved.narrow(0, offset - size, size).view({call.trials, rows, columns});
+  };
+  for (Layer& layer : call.layers) {
+    const int64_t n = layer.x.size(1), m = layer.observed.size(1);
+    layer.delta_gram = next(n, n), layer.x_gram = next(n, n);
+    layer.cross_delta = call.dense ? next(n, layer.x.size(2)) : next(n, m);
+    layer.cross_x = call.dense ? layer.x : next(n, m);
   }
 }
 
-Tensors make_products(const Call& call) {
-  Tensors products;
-  if (!call.dense()) return products;
-  for (const Factors& f : call.factors) products.push_back(Call::product(f.delta, f.observed));
-  return products;
+// out = a b for a [T, N, J], contiguous, and b [T, J, K] or [1, J, K].
+void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out) {
+  if (b.size(0) == a.size(0)) {
+    at::bmm_out(out, a, b);
+    return;
+  }
+  const int64_t rows = a.size(0) * a.size(1);
+  at::Tensor flat = out.view({rows, b.size(2)});
+  at::mm_out(flat, a.view({rows, a.size(2)}), b.squeeze(0));
 }
 
-const MatchingSums* checked_sums(const Call& call, const at::Tensor& sums, const at::Tensor& grad_loss) {
-  TORCH_CHECK(sums.is_contiguous() && sums.scalar_type() == at::kDouble && sums.device() == call.result.device() &&
-                  sums.sizes() == at::IntArrayRef({call.count, call.trials, 4}),
-              "factored_matching_loss: sums must be what the forward returned");
-  TORCH_CHECK(grad_loss.sizes() == at::IntArrayRef({call.trials}) && grad_loss.device() == sums.device(),
-              "factored_matching_loss: grad_loss must be [T]");
-  return static_cast<const MatchingSums*>(sums.const_data_ptr());
+at::Tensor multiply(const at::Tensor& a, const at::Tensor& b) {
+  at::Tensor out = at::empty({a.size(0), a.size(1), b.size(2)}, a.options());
+  multiply(a, b, out);
+  return out;
 }
 
-at::Tensor losses_tensor(const Call& call, const std::vector<double>& losses) {
-  const at::Tensor loss = at::empty({call.trials}, call.result);
-  if (call.dtype == DType::kFloat64)
-    std::copy(losses.begin(), losses.end(), static_cast<double*>(loss.mutable_data_ptr()));
-  else
-    std::copy(losses.begin(), losses.end(), static_cast<float*>(loss.mutable_data_ptr()));
-  return loss;
-}
+using Pairs = std::vector<std::pair<at::Tensor, at::Tensor>>;  // contiguous, [T, ...] with one T
 
-std::tuple<at::Tensor, at::Tensor, Tensors> forward_on_cpu(at::TensorList x, at::TensorList delta,
-                                                           at::TensorList observed, at::TensorList observed_delta,
-                                                           at::ArrayRef<double> weights, std::string_view kind) {
-  Call call = prepare(x, delta, observed, observed_delta, weights, kind);
-  Tensors products = make_products(call);
-  set_products(call, products);
-  const at::Tensor sums = at::empty({call.count, call.trials, 4}, call.result.dtype(at::kDouble));
-  MatchingSums* of = static_cast<MatchingSums*>(sums.mutable_data_ptr());
-  at::parallel_for(0, call.count * call.trials, 1, [&](int64_t first, int64_t last) {
-    factored_sums_cpu(call.dtype, call.layers.data(), call.trials, first, last, of);
+// The sum over the elements of a o b for each pair and trial: [pairs, T], float64.
+at::Tensor inner_products(const Pairs& pairs, DType dtype) {
+  const at::Tensor& first = pairs[0].first;
+  const int64_t trials = first.size(0), count = static_cast<int64_t>(pairs.size());
+  if (!first.is_cpu()) {
+    Tensors products;
+    for (const auto& [a, b] : pairs) products.push_back(a.to(at::kDouble).mul(b).flatten(1).sum(1));
+    return at::stack(products);
+  }
+  std::vector<MatchingLayer> layers;
+  for (const auto& [a, b] : pairs) {
+    MatchingLayer layer;
+    layer.candidate = a.const_data_ptr(), layer.observed = b.const_data_ptr();
+    layer.size = trials == 0 ? 0 : a.numel() / trials;
+    layers.push_back(layer);
+  }
+  MatchingArgs args;
+  args.layers = layers.data(), args.count = count, args.trials = trials;
+  std::vector<MatchingSums> chunk_sums(static_cast<size_t>(matching_chunks(args) * trials));
+  at::parallel_for(0, matching_chunks(args), 1, [&](int64_t begin, int64_t end) {
+    matching_chunk_sums_cpu(dtype, args, false, begin, end, chunk_sums.data());
   });
-  std::vector<double> losses(static_cast<size_t>(call.trials));
-  matching_losses(call.kind, weights.data(), call.count, call.trials, of, losses.data());
-  return {losses_tensor(call, losses), sums, std::move(products)};
-}
-
-std::tuple<Tensors, Tensors> backward_on_cpu(const at::Tensor& grad_loss, at::TensorList x, at::TensorList delta,
-                                             at::TensorList observed, at::TensorList observed_delta,
-                                             const at::Tensor& sums, at::TensorList products,
-                                             at::ArrayRef<double> weights, std::string_view kind) {
-  Call call = prepare(x, delta, observed, observed_delta, weights, kind);
-  set_products(call, products.vec());
-  const MatchingSums* given = checked_sums(call, sums, grad_loss);
-  const at::Tensor grads = grad_loss.to(at::kDouble).contiguous();
-  std::vector<MatchingCoefficients> coefficients(static_cast<size_t>(call.count * call.trials));
-  matching_coefficients(call.kind, weights.data(), call.count, call.trials, given,
-                        static_cast<const double*>(grads.const_data_ptr()), coefficients.data());
-  Tensors grad_x, grad_delta;
-  for (size_t l = 0; l < call.factors.size(); ++l) {
-    const Factors& f = call.factors[l];
-    grad_x.push_back(at::empty(f.x.sizes(), call.result));
-    grad_delta.push_back(call.dense() ? Call::product(f.x, f.observed.mT()) : at::empty(f.delta.sizes(), call.result));
-    call.layers[l].grad_x = grad_x[l].mutable_data_ptr(), call.layers[l].grad_delta = grad_delta[l].mutable_data_ptr();
-  }
-  at::parallel_for(0, call.count * call.trials, 1, [&](int64_t first, int64_t last) {
-    factored_backward_cpu(call.dtype, call.layers.data(), call.trials, coefficients.data(), first, last);
-  });
-  return {std::move(grad_x), std::move(grad_delta)};
-}
-
-#ifdef R2F_WITH_CUDA
-at::Tensor gram(const at::Tensor& a, const at::Tensor& b) { return Call::product(a, b.mT()); }
-
-// Device memory for the weights and what the kernels of one layer or of all need, in float64.
-at::Tensor workspace_of(const Call& call, int64_t doubles) {
-  return at::empty({doubles}, call.result.dtype(at::kDouble));
-}
-
-double* doubles(const at::Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
-
-// What the three sums of a layer are made of, and the tensors that hold it.
-struct LayerPairs {
-  Tensors kept;
-  FactoredPair pairs[3];
-
-  void set(int which, const at::Tensor& a, const at::Tensor& b, int64_t trials, double factor) {
-    kept.push_back(a), kept.push_back(b);
-    const int64_t size = a.size(0) == 0 ? 0 : a.numel() / a.size(0);
-    pairs[which] = {a.const_data_ptr(), b.const_data_ptr(), size, a.size(0) == 1 && trials > 1, factor};
-  }
-};
-
-LayerPairs pairs_of(const Call& call, const Factors& f, const at::Tensor* product) {
-  LayerPairs result;
-  const double one = 1 / delta_unit(call.dtype);
-  result.set(0, gram(f.delta, f.delta), gram(f.x, f.x), call.trials, one * one);
-  if (product != nullptr) {
-    result.set(1, *product, f.x, call.trials, one);
-    result.set(2, f.observed, f.observed, call.trials, 1);
-  } else {
-    result.set(1, gram(f.delta, f.observed_delta), gram(f.x, f.observed_x), call.trials, one * one);
-    result.set(2, gram(f.observed_delta, f.observed_delta), gram(f.observed_x, f.observed_x), call.trials, one * one);
-  }
+  std::vector<MatchingSums> sums(static_cast<size_t>(count * trials));
+  matching_layer_sums_cpu(args, chunk_sums.data(), sums.data());
+  const at::Tensor result = at::empty({count, trials}, first.options().dtype(at::kDouble));
+  double* data = static_cast<double*>(result.mutable_data_ptr());
+  for (size_t i = 0; i < sums.size(); ++i) data[i] = sums[i].inner;
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor, Tensors> forward_on_cuda(at::TensorList x, at::TensorList delta,
-                                                            at::TensorList observed, at::TensorList observed_delta,
-                                                            at::ArrayRef<double> weights, std::string_view kind) {
-  TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
-  const c10::DeviceGuard guard(x[0].device());
-  void* stream = glue::current_stream(x[0].device());
-  const Call call = prepare(x, delta, observed, observed_delta, weights, kind);
-  Tensors products = make_products(call);
-  const at::Tensor sums = at::empty({call.count, call.trials, 4}, call.result.dtype(at::kDouble));
-  MatchingSums* of = static_cast<MatchingSums*>(sums.mutable_data_ptr());
-  for (size_t l = 0; l < call.factors.size(); ++l) {
-    const LayerPairs pairs = pairs_of(call, call.factors[l], call.dense() ? &products[l] : nullptr);
-    const at::Tensor workspace = workspace_of(call, factored_sums_cuda_workspace(pairs.pairs, call.trials));
-    glue::check_launch("factored_matching_loss",
-                       factored_sums_cuda(call.dtype, pairs.pairs, call.trials,
-                                          of + static_cast<int64_t>(l) * call.trials, doubles(workspace), stream));
+at::Tensor gram(const at::Tensor& a) { return at::bmm(a, a.mT()); }
+
+// |G*|^2 of each layer and trial: [layers, T].
+at::Tensor observed_squares(const Call& call) {
+  Tensors squares;
+  for (const Layer& layer : call.layers) {
+    const at::Tensor& o = layer.observed;
+    const at::Tensor square = call.dense
+                                  ? inner_products({{o, o}}, call.dtype)
+                                  : inner_products({{gram(layer.observed_delta), gram(o)}}, call.dtype).clamp_min(0);
+    squares.push_back(square.select(0, 0).expand({call.trials}));
   }
-  const at::Tensor loss = at::empty({call.trials}, call.result), workspace = workspace_of(call, call.count);
-  const char* error = matching_losses_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, of, nullptr,
-                                           0, loss.mutable_data_ptr(), doubles(workspace), stream);
-  glue::check_launch("factored_matching_loss", error);
-  return {loss, sums, std::move(products)};
+  return at::stack(squares);
 }
 
-// Per trial: a tensor times a coefficient.
-struct Scale {
-  const Call& call;
-  const MatchingCoefficients* coefficients;  // of one layer
-  void* stream;
-
-  at::Tensor operator()(const at::Tensor& in, bool observed, double factor) const {
-    const at::Tensor out = at::empty(in.sizes(), in.options());
-    const int64_t size = call.trials == 0 ? 0 : in.numel() / call.trials;
-    glue::check_launch("factored_matching_loss",
-                       factored_scale_cuda(call.dtype, in.const_data_ptr(), out.mutable_data_ptr(), size, call.trials,
-                                           coefficients, observed, factor, stream));
-    return out;
+// The sums [layers, T, 4], in the order of MatchingSums, and what `saved` keeps for the backward.
+at::Tensor make_sums(Call& call, const at::Tensor& saved) {
+  set_views(call, saved);
+  Pairs candidate, inner;
+  for (const Layer& layer : call.layers) {
+    multiply(layer.delta, layer.delta.mT(), layer.delta_gram);
+    multiply(layer.x, layer.x.mT(), layer.x_gram);
+    multiply(layer.delta, call.dense ? layer.observed : layer.observed_delta.mT(), layer.cross_delta);
+    if (!call.dense) multiply(layer.x, layer.observed.mT(), layer.cross_x);
+    candidate.emplace_back(layer.delta_gram, layer.x_gram);
+    inner.emplace_back(layer.cross_delta, layer.cross_x);
   }
-};
-
-std::tuple<Tensors, Tensors> backward_on_cuda(const at::Tensor& grad_loss, at::TensorList x, at::TensorList delta,
-                                              at::TensorList observed, at::TensorList observed_delta,
-                                              const at::Tensor& sums, at::TensorList products,
-                                              at::ArrayRef<double> weights, std::string_view kind) {
-  TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
-  const c10::DeviceGuard guard(x[0].device());
-  void* stream = glue::current_stream(x[0].device());
-  Call call = prepare(x, delta, observed, observed_delta, weights, kind);
-  set_products(call, products.vec());
-  const MatchingSums* given = checked_sums(call, sums, grad_loss);
-  const at::Tensor grads = grad_loss.to(call.result).contiguous();
-  const at::Tensor workspace = workspace_of(call, call.count), all = workspace_of(call, call.count * call.trials * 3);
-  MatchingCoefficients* coefficients = reinterpret_cast<MatchingCoefficients*>(doubles(all));
-  const char* error = matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, given,
-                                                 grads.const_data_ptr(), coefficients, doubles(workspace), stream);
-  glue::check_launch("factored_matching_loss", error);
-  Tensors grad_x, grad_delta;
-  const double one = 1 / delta_unit(call.dtype);
-  for (size_t l = 0; l < call.factors.size(); ++l) {
-    const Factors& f = call.factors[l];
-    const Scale scale{call, coefficients + static_cast<int64_t>(l) * call.trials, stream};
-    if (call.dense()) {
-      grad_x.push_back(scale(products[l], true, one));
-      grad_delta.push_back(scale(Call::product(f.x, f.observed.mT()), true, 1));
-    } else {
-      grad_x.push_back(Call::product(scale(gram(f.delta, f.observed_delta), true, one * one), f.observed_x));
-      grad_delta.push_back(Call::product(scale(gram(f.x, f.observed_x), true, one), f.observed_delta));
-    }
-    grad_x[l].baddbmm_(scale(gram(f.delta, f.delta), false, one * one), f.x);
-    grad_delta[l].baddbmm_(scale(gram(f.x, f.x), false, one), f.delta);
-  }
-  return {std::move(grad_x), std::move(grad_delta)};
+  const double one = 1 / call.unit;
+  const at::Tensor c = inner_products(candidate, call.dtype).mul(one * one).clamp_min(0);  // NaN stays NaN
+  const at::Tensor i = inner_products(inner, call.dtype).mul(call.dense ? one : one * one);
+  const at::Tensor o = call.dense ? observed_squares(call) : observed_squares(call).mul(one * one);
+  return at::stack({i, c, o, c.sub(i, 2).add(o).clamp_min(0)}, -1);
 }
 
-TORCH_LIBRARY_IMPL(r2f, CUDA, library) {
-  library.impl("factored_matching_loss", &forward_on_cuda);
-  library.impl("factored_matching_loss_backward", &backward_on_cuda);
-}
+// Losses [T] from the sums and the images.
+at::Tensor losses_of(const Call& call, const at::Tensor& sums, at::ArrayRef<double> weights, double tv_weight) {
+  const MatchingSums* data = static_cast<const MatchingSums*>(sums.const_data_ptr());
+#ifdef R2F_WITH_CUDA
+  if (sums.is_cuda()) {
+    const at::Tensor loss = at::empty({call.trials}, call.result), values = image_values_on_cuda(call.images);
+    const at::Tensor workspace = doubles_on(sums.device(), call.count);
+    const char* error =
+        matching_losses_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data, doubles(values),
+                             tv_weight, loss.mutable_data_ptr(), doubles(workspace), current_stream(sums.device()));
+    check_launch("factored_matching_loss", error);
+    return loss;
+  }
 #endif
+  Doubles losses(static_cast<size_t>(call.trials)), planes(static_cast<size_t>(call.images.args.planes()));
+  matching_losses(call.kind, weights.data(), call.count, call.trials, data, losses.data());
+  at::parallel_for(0, call.images.args.planes(), 1, [&](int64_t first, int64_t last) {
+    total_variation_cpu(call.images.dtype, call.images.args, first, last, planes.data());
+  });
+  add_planes(call.images.args, planes, tv_weight, losses.data());
+  return from_doubles(losses, call.result);
+}
+
+// [layers, T, 2], float64: a and b of dL/dG = a G* + b G.
+at::Tensor coefficients_of(const Call& call, const at::Tensor& grad_loss, const at::Tensor& sums,
+                           at::ArrayRef<double> weights) {
+  const MatchingSums* data = checked_sums("factored_matching_loss", sums, grad_loss, call.count, call.trials,
+                                          call.result.device());
+  const at::Tensor result = at::empty({call.count, call.trials, 2}, sums.options());
+  MatchingCoefficients* coefficients = static_cast<MatchingCoefficients*>(result.mutable_data_ptr());
+#ifdef R2F_WITH_CUDA
+  if (sums.is_cuda()) {
+    const at::Tensor grads = grad_loss.to(call.result).contiguous(), workspace = doubles_on(sums.device(), call.count);
+    const char* error =
+        matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data,
+                                   grads.const_data_ptr(), coefficients, doubles(workspace),
+                                   current_stream(sums.device()));
+    check_launch("factored_matching_loss", error);
+    return result;
+  }
+#endif
+  const Doubles grads = to_doubles(grad_loss);
+  matching_coefficients(call.kind, weights.data(), call.count, call.trials, data, grads.data(), coefficients);
+  return result;
+}
+
+at::Tensor image_gradient(const Call& call, const at::Tensor& grad_loss, double tv_weight) {
+#ifdef R2F_WITH_CUDA
+  if (grad_loss.is_cuda()) return image_gradient_on_cuda(call.images, grad_loss, tv_weight);
+#endif
+  const at::Tensor result = empty_gradient(call.images);
+  const Doubles grads = to_doubles(grad_loss);
+  at::parallel_for(0, call.images.args.planes(), 1, [&](int64_t first, int64_t last) {
+    total_variation_backward_cpu(call.images.dtype, call.images.args, grads.data(), tv_weight,
+                                 result.mutable_data_ptr(), first, last);
+  });
+  return result;
+}
+
+Forward forward(at::TensorList x, at::TensorList delta, at::TensorList observed, at::TensorList observed_delta,
+                at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, double tv_weight,
+                bool isotropic) {
+  TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
+  const c10::OptionalDeviceGuard guard(x[0].device());
+  Call call = prepare(x, delta, observed, observed_delta, weights, kind, images, isotropic);
+  at::Tensor saved = at::empty({saved_size(call)}, call.result);
+  at::Tensor sums = make_sums(call, saved);
+  return {losses_of(call, sums, weights, tv_weight), std::move(sums), std::move(saved)};
+}
+
+Backward backward(const at::Tensor& grad_loss, at::TensorList x, at::TensorList delta, at::TensorList observed,
+                  at::TensorList observed_delta, const at::Tensor& sums, const at::Tensor& saved,
+                  at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, double tv_weight,
+                  bool isotropic) {
+  TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
+  const c10::OptionalDeviceGuard guard(x[0].device());
+  Call call = prepare(x, delta, observed, observed_delta, weights, kind, images, isotropic);
+  TORCH_CHECK(saved.is_contiguous() && saved.sizes() == at::IntArrayRef({saved_size(call)}) &&
+                  saved.dtype() == call.result.dtype() && saved.device() == call.result.device(),
+              "factored_matching_loss: saved must be what the forward returned");
+  set_views(call, saved);
+  const at::Tensor coefficients = coefficients_of(call, grad_loss, sums, weights);
+  const at::Tensor a = coefficients.select(-1, 0), b = coefficients.select(-1, 1);
+  const double one = 1 / call.unit;
+  const at::Tensor factors =  // [4, layers, T, 1, 1]
+      at::stack({a.mul(call.dense ? one : one * one), b.mul(one * one), a.mul(call.dense ? 1 : one), b.mul(one)})
+          .to(call.result.dtype().toScalarType())
+          .view({4, call.count, call.trials, 1, 1});
+  Tensors grad_x, grad_delta;
+  for (size_t l = 0; l < call.layers.size(); ++l) {
+    const Layer& layer = call.layers[l];
+    const Tensors f = factors.select(1, static_cast<int64_t>(l)).unbind(0);
+    if (call.dense) {
+      grad_x.push_back(layer.cross_delta.mul(f[0]));
+      grad_delta.push_back(multiply(layer.x, layer.observed.mT()).mul_(f[2]));
+    } else {
+      grad_x.push_back(multiply(layer.cross_delta.mul(f[0]), layer.observed));
+      grad_delta.push_back(multiply(layer.cross_x.mul(f[2]), layer.observed_delta));
+    }
+    grad_x[l].baddbmm_(layer.delta_gram.mul(f[1]), layer.x);
+    grad_delta[l].baddbmm_(layer.x_gram.mul(f[3]), layer.delta);
+  }
+  return {std::move(grad_x), std::move(grad_delta), image_gradient(call, grad_loss, tv_weight)};
+}
 
 TORCH_LIBRARY_IMPL(r2f, CPU, library) {
-  library.impl("factored_matching_loss", &forward_on_cpu);
-  library.impl("factored_matching_loss_backward", &backward_on_cpu);
+  library.impl("factored_matching_loss", &forward);
+  library.impl("factored_matching_loss_backward", &backward);
 }
+
+#ifdef R2F_WITH_CUDA
+TORCH_LIBRARY_IMPL(r2f, CUDA, library) {
+  library.impl("factored_matching_loss", &forward);
+  library.impl("factored_matching_loss_backward", &backward);
+}
+#endif
 
 }  // namespace
 }  // namespace r2f

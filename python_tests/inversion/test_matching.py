@@ -1,4 +1,4 @@
-"""Matching goes down, keeps the best image of every trial, repeats itself, goes on where it was cut off."""
+"""Matching lowers the loss, returns the best image of every trial, is reproducible and resumes an interrupted search."""
 
 from dataclasses import replace
 
@@ -15,7 +15,6 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import SCHEDULES, MatchingConfig, match
 from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
 from r2f_ext.inversion.phase0 import exact_gradients
-from r2f_ext.ops import total_variation
 from r2f_ext.pairs.simulation import Training, simulate
 from r2f_ext.types import BaseModel, FactoredGradient, Gradient, Reconstruction
 
@@ -71,7 +70,8 @@ def losses(world, images):
     target, observed, _, labels = world
     with Capture(target) as capture:
         factors = capture(images[:, None], labels[:, None])
-    return GradientObjective(observed)(factors) + CONFIG.tv_weight * total_variation(images)
+    weights = [1.0] * len(LINEAR)
+    return GradientObjective(observed)(factors, CONFIG.loss, weights, images, CONFIG.tv_weight, CONFIG.isotropic)
 
 
 def test_it_goes_down_and_says_so(world):
@@ -347,7 +347,7 @@ def test_an_observed_nan_is_one_error(world):
         run(world)
 
 
-def test_a_converged_model_is_said_to_be_one(world):
+def test_a_converged_model_is_reported(world):
     for gradient in world[1].dense.values():
         gradient[2] = 0
     with pytest.raises(R2FError, match=r"victim 2 is zero.*converged"):

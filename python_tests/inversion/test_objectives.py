@@ -7,7 +7,7 @@ from cases import CONV, LINEAR, samples, target_of, tiny_base
 
 from r2f_ext.capture import Capture
 from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
-from r2f_ext.ops import total_variation
+from r2f_ext.ops import reference
 from r2f_ext.types import Gradient
 
 NAMES = (CONV, *LINEAR)
@@ -24,6 +24,14 @@ def dense_by_autograd(base, image, label):
 
 def one_minus_cosine(x, y):
     return 1 - (x * y).sum() / x.norm() / y.norm()
+
+
+def distance(objective, candidate, kind="layer_cosine", weights=None):
+    """The objective for images without any variation."""
+    gradients = candidate.dense if isinstance(candidate, Gradient) else candidate.x
+    trials = len(next(iter(gradients.values())))
+    weights = [1.0] * len(objective.shapes) if weights is None else weights
+    return objective(candidate, kind, weights, torch.zeros(trials, 3, 4, 4), 0.0, False)
 
 
 @pytest.fixture
@@ -43,7 +51,7 @@ def candidate(target, images, labels, create_graph=False):
 
 def test_gradient_cosine(world):
     target, images, labels, observed, _ = world
-    found = GradientObjective(Gradient(observed))(candidate(target, images, labels))
+    found = distance(GradientObjective(Gradient(observed)), candidate(target, images, labels))
     for v in range(3):
         dense = dense_by_autograd(target.base, images[v], labels[v])
         expected = torch.stack([one_minus_cosine(dense[n], observed[n][v]) for n in NAMES]).mean()
@@ -53,7 +61,7 @@ def test_gradient_cosine(world):
 def test_update_cosine(world):
     target, images, labels, observed, a = world
     updates = {name: g @ a[name].mT for name, g in observed.items()}
-    found = UpdateObjective(target, a, updates)(candidate(target, images, labels))
+    found = distance(UpdateObjective(target, a, updates), candidate(target, images, labels))
     for v in range(3):
         dense = dense_by_autograd(target.base, images[v], labels[v])
         expected = torch.stack([one_minus_cosine(dense[n] @ a[n].mT, updates[n][v]) for n in NAMES]).mean()
@@ -67,11 +75,11 @@ def test_dense_and_factored_forms_agree(world, kind):
     factors, seen = candidate(target, images, labels), candidate(target, images.flip(0), labels)
     dense, seen_dense = (Gradient({n: f.dense(n) for n in NAMES}) for f in (factors, seen))
     weights = [1.0, 2.0, 0.5]
-    found = [GradientObjective(o)(c, kind, weights) for o in (seen, seen_dense) for c in (factors, dense)]
+    found = [distance(GradientObjective(o), c, kind, weights) for o in (seen, seen_dense) for c in (factors, dense)]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-7, atol=1e-12)
     objective = UpdateObjective(target, a, {n: g @ a[n].mT for n, g in seen_dense.dense.items()})
-    torch.testing.assert_close(objective(dense, kind, weights), objective(factors, kind, weights))
+    torch.testing.assert_close(distance(objective, dense, kind, weights), distance(objective, factors, kind, weights))
 
 
 def test_repeat_gives_each_trial_its_victim(world):
@@ -84,7 +92,7 @@ def test_repeat_gives_each_trial_its_victim(world):
         UpdateObjective(target, a, {n: g @ a[n].mT for n, g in observed.items()}),
     ]
     for objective in objectives:
-        torch.testing.assert_close(objective.repeat(2)(twice), objective(factors)[index])
+        torch.testing.assert_close(distance(objective.repeat(2), twice), distance(objective, factors)[index])
         assert objective.norms().shape == (3, len(NAMES))
         assert objective.shapes == {layer.name: (layer.d_out, layer.d_in) for layer in target.layers}
     one = GradientObjective(Gradient({n: g[:1] for n, g in observed.items()}))
@@ -95,10 +103,13 @@ def test_the_truth_scores_zero_at_any_positive_scale(world):
     target, images, labels, _, a = world
     factors = candidate(target, images, labels)
     exact = {name: 7e-4 * factors.dense(name) for name in NAMES}
-    assert GradientObjective(Gradient(exact))(factors).abs().max() < 1e-9
-    assert UpdateObjective(target, a, {n: g @ a[n].mT for n, g in exact.items()})(factors).abs().max() < 1e-9
+    assert distance(GradientObjective(Gradient(exact)), factors).abs().max() < 1e-9
+    update = UpdateObjective(target, a, {n: g @ a[n].mT for n, g in exact.items()})
+    assert distance(update, factors).abs().max() < 1e-9
     opposite = {name: -gradient for name, gradient in exact.items()}
-    torch.testing.assert_close(GradientObjective(Gradient(opposite))(factors), torch.full((3,), 2.0).double())
+    torch.testing.assert_close(
+        distance(GradientObjective(Gradient(opposite)), factors), torch.full((3,), 2.0).double()
+    )
 
 
 @pytest.mark.parametrize("kind", ["gradient", "update"])
@@ -111,7 +122,7 @@ def test_gradcheck(world, kind):
     def loss(pixels):
         image = images[:1].clone()
         image[:, :, 5:7, 3:6] = pixels
-        return objective(candidate(target, image, labels[:1], create_graph=True))
+        return distance(objective, candidate(target, image, labels[:1], create_graph=True))
 
     assert torch.autograd.gradcheck(loss, [images[:1, :, 5:7, 3:6].clone().requires_grad_()], atol=1e-7)
 
@@ -122,11 +133,23 @@ def test_tiny_gradients_do_not_underflow(world):
     small = {name: (1e-22 * factors.delta[name]).float() for name in NAMES}
     x = {name: factors.x[name].float() for name in NAMES}
     observed = {name: factors.dense(name).float() for name in NAMES}
-    loss = GradientObjective(Gradient(observed))(type(factors)(x, small))
+    loss = distance(GradientObjective(Gradient(observed)), type(factors)(x, small))
     assert loss.abs().max() < 1e-4
 
 
-def test_total_variation_by_hand():
-    image = torch.tensor([[[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]]])
-    # rows: |2-0|, |2-1|, |2-3| -> mean 4/3; columns: 1, 2, 0, 0 -> mean 3/4
-    assert total_variation(torch.stack([image, torch.ones(1, 2, 3)])).tolist() == pytest.approx([4 / 3 + 3 / 4, 0.0])
+@pytest.mark.parametrize("kind", ["dense", "factored", "update"])
+def test_total_variation_is_part_of_every_objective(world, kind):
+    target, images, labels, observed, a = world
+    found = candidate(target, images, labels)
+    objective = GradientObjective(Gradient(observed))
+    if kind == "update":
+        objective = UpdateObjective(target, a, {n: g @ a[n].mT for n, g in observed.items()})
+    if kind == "dense":
+        found = Gradient({n: found.dense(n) for n in NAMES})
+    pixels = images.clone().requires_grad_()
+    for isotropic in (False, True):
+        loss = objective(found, "layer_cosine", [1.0, 1.0, 1.0], pixels, 0.3, isotropic)
+        plain = distance(objective, found) + 0.3 * reference.total_variation(pixels, isotropic)
+        torch.testing.assert_close(loss, plain)
+        got, expected = (torch.autograd.grad(value.sum(), pixels) for value in (loss, plain))
+        torch.testing.assert_close(got, expected)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2f_ext.ops import backend_of, build_information, matching_loss, reference, total_variation
+from r2f_ext.ops import backend_of, build_information, reference
+from r2f_ext.ops import matching_loss as matching_loss_of
 from r2f_ext.ops.matching_loss import KINDS
 
-SHAPES = [(7, 5), (33,), (2, 3, 17), (1,), (130, 129)]  # the last: more than one piece
+SHAPES = [(7, 5), (33,), (2, 3, 17), (1,), (130, 129)]  # the last: more than one chunk
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-6}
 WEIGHTS = [0.5, 2.0, 0.0, 1.0, 3.0]
 
@@ -22,6 +23,20 @@ def make(trials, shared, dtype=torch.float32, device="cpu", shapes=SHAPES) -> tu
     candidate = [torch.randn(trials, *shape).to(device, dtype) for shape in shapes]
     observed = [torch.randn(1 if shared else trials, *shape).to(device, dtype) for shape in shapes]
     return candidate, observed
+
+
+def matching_loss(candidate, observed, images=None, **settings) -> Tensor:
+    """The operator, with images without any variation unless given."""
+    if images is None:
+        trials = candidate[0].shape[:1] if candidate else (0,)
+        images = torch.zeros(*trials, 1, 1, 1, device=candidate[0].device if candidate else None)
+    return matching_loss_of(candidate, observed, images=images, **settings)
+
+
+def total_variation(images: Tensor, isotropic: bool = False) -> Tensor:
+    """Through the operator: the distance of equal gradients is 0 for `l2`."""
+    same = [images.new_ones(len(images), 2)]
+    return matching_loss_of(same, same, images=images, kind="l2", tv_weight=1.0, isotropic=isotropic)
 
 
 def cosine_of(x: Tensor, y: Tensor) -> Tensor:
@@ -55,18 +70,25 @@ def test_agrees_with_the_definition_and_the_reference(device, dtype, kind, trial
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == (trials,)
     expected = by_definition(candidate, observed, WEIGHTS, kind)
     torch.testing.assert_close(loss.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    images = torch.rand(trials, 2, 3, 4, device=device).to(dtype)
     for weights in (WEIGHTS, None):
-        shares = [w / sum(weights) for w in weights] if weights else [1 / len(SHAPES)] * len(SHAPES)
-        settings = (shares, kind, None, 0.0, False)
-        loss, sums = torch.ops.r2f.matching_loss(candidate, observed, *settings)
-        expected, expected_sums = reference.matching_loss(candidate, observed, *settings)
+        normalized = [w / sum(weights) for w in weights] if weights else [1 / len(SHAPES)] * len(SHAPES)
+        settings = (normalized, kind, images, 0.3, False)
+        loss, sums, grads, grad_images = torch.ops.r2f.matching_loss(candidate, observed, *settings, True)
+        expected, expected_sums, expected_grads, expected_images = reference.matching_loss(
+            candidate, observed, *settings, True
+        )
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(sums, expected_sums, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+        pairs = list(zip([*grads, grad_images], [*expected_grads, expected_images], strict=True))
         grad = torch.rand(trials, device=device, dtype=loss.dtype)
-        got = torch.ops.r2f.matching_loss_backward(grad, candidate, observed, sums, *settings, True)
-        want = reference.matching_loss_backward(grad, candidate, observed, sums, *settings, True)
-        for ours, theirs in zip(got[0] + got[1], want[0] + want[1], strict=True):
+        got, got_images = torch.ops.r2f.matching_loss_backward(grad, candidate, observed, sums, *settings)
+        want, want_images = reference.matching_loss_backward(grad, candidate, observed, sums, *settings)
+        for ours, theirs in pairs + list(zip([*got, got_images], [*want, want_images], strict=True)):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+        alone, sums_alone, none, empty = torch.ops.r2f.matching_loss(candidate, observed, *settings, False)
+        torch.testing.assert_close(alone, loss)
+        assert torch.equal(sums_alone, sums) and none == [] and empty.numel() == 0
 
 
 @pytest.mark.parametrize("isotropic", [False, True])
@@ -75,7 +97,7 @@ def test_agrees_with_the_definition_and_the_reference(device, dtype, kind, trial
 def test_gradients_against_autograd_of_the_formula(device, kind, shared, isotropic):
     candidate, observed = make(2, shared, torch.float64, device)
     images = torch.rand(2, 3, 6, 5, dtype=torch.float64, device=device)
-    variables = [t.requires_grad_() for t in (*candidate, *observed, images)]
+    variables = [t.requires_grad_() for t in (*candidate, images)]
     factor = torch.tensor([0.3, 2.0], dtype=torch.float64, device=device)
 
     def gradients(loss: Tensor) -> tuple[Tensor, ...]:
@@ -95,11 +117,11 @@ def test_gradients_against_autograd_of_the_formula(device, kind, shared, isotrop
 def test_first_and_second_derivatives(device, kind, shared):
     candidate, observed = make(2, shared, torch.float64, device, [(3, 2), (4,)])
     images = torch.rand(2, 1, 3, 4, dtype=torch.float64, device=device)
-    variables = [t.requires_grad_() for t in (*candidate, *observed, images)]
+    variables = [t.requires_grad_() for t in (*candidate, images)]
 
     def function(*tensors: Tensor) -> Tensor:
         settings = {"weights": [1.0, 2.0], "kind": kind, "tv_weight": 0.5, "isotropic": True}
-        return matching_loss(tensors[:2], tensors[2:4], images=tensors[4], **settings)
+        return matching_loss(tensors[:2], observed, images=tensors[2], **settings)
 
     assert torch.autograd.gradcheck(function, variables)
     assert torch.autograd.gradgradcheck(function, variables)
@@ -138,7 +160,7 @@ def test_sizes_that_float32_sums_cannot_hold():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_direction_of_nothing(device, kind):
+def test_gradients_of_norm_zero(device, kind):
     candidate, observed = make(2, False, torch.float64, device, [(3,), (4,)])
     candidate = [torch.zeros_like(c).requires_grad_() for c in candidate]
     loss = matching_loss(candidate, observed, kind=kind)
@@ -187,21 +209,21 @@ def test_deterministic_and_independent_of_the_other_trials(device):
 def test_gradients_follow_the_dtype_of_the_input(device):
     candidate, observed = make(2, True, torch.bfloat16, device)
     images = torch.rand(2, 3, 4, 5, device=device).requires_grad_()
-    variables = [t.requires_grad_() for t in (*candidate, *observed)]
+    variables = [t.requires_grad_() for t in candidate]
     matching_loss(candidate, observed, images=images, tv_weight=1.0).sum().backward()
     assert all(t.grad.dtype == torch.bfloat16 and t.grad.shape == t.shape for t in variables)
     torch.testing.assert_close(images.grad, torch.autograd.grad(total_variation(images).sum(), images)[0])
 
 
-BOTH_WAYS_SHAPES = [(7, 5), (131_073,), (90_000,), (1,)]  # in one pass: all but the second (`kTogether`)
+ONE_PASS_SHAPES = [(7, 5), (131_073,), (90_000,), (1,)]  # in one pass: all but the second (`kOnePass`)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared", [True, False])
-def test_gradients_made_with_the_loss_are_those_made_after_it(device, dtype, kind, shared):
-    """On the CPU, gradients for losses' gradients of 1 come with the forward; for others the backward makes them."""
-    candidate, observed = make(3, shared, dtype, device, BOTH_WAYS_SHAPES)
+def test_gradients_from_the_forward_equal_those_from_the_backward(device, dtype, kind, shared):
+    """On the CPU, the forward computes the gradients; the backward returns them if all losses have gradient 1."""
+    candidate, observed = make(3, shared, dtype, device, ONE_PASS_SHAPES)
     images = torch.rand(3, 2, 5, 6, device=device, dtype=dtype)
     variables = [t.requires_grad_() for t in (*candidate, images)]
     settings = {"weights": [1.0, 0.5, 2.0, 0.0], "kind": kind, "images": images, "tv_weight": 0.3}
@@ -212,29 +234,48 @@ def test_gradients_made_with_the_loss_are_those_made_after_it(device, dtype, kin
 
 
 def test_backward_twice_through_one_graph(device):
-    """What is done to the first gradients does not reach the second ones."""
+    """A change of the first gradients in place does not change the second ones."""
     candidate, observed = make(2, True, torch.float32, device)
     for c in candidate:
         c.requires_grad_()
     loss = matching_loss(candidate, observed, kind="l2").sum()
     first = torch.autograd.grad(loss, candidate, retain_graph=True)
-    kept = [g.clone() for g in first]
+    copies = [g.clone() for g in first]
     for g in first:
         g.zero_()
-    torch.testing.assert_close(torch.autograd.grad(loss, candidate), tuple(kept))
+    torch.testing.assert_close(torch.autograd.grad(loss, candidate), tuple(copies))
 
 
-@pytest.mark.parametrize("wanted", ["some candidates", "images", "observed too"])
-def test_gradients_of_a_part(device, wanted):
+@pytest.mark.parametrize("part", ["some candidates", "images"])
+def test_gradients_of_a_part(device, part):
     candidate, observed = make(2, True, torch.float64, device)
     images = torch.rand(2, 1, 4, 5, device=device, dtype=torch.float64)
-    parts = {"some candidates": candidate[1:3], "images": [images], "observed too": [candidate[0], observed[2]]}
-    variables = [t.requires_grad_() for t in parts[wanted]]
+    parts = {"some candidates": candidate[1:3], "images": [images]}
+    variables = [t.requires_grad_() for t in parts[part]]
     got = torch.autograd.grad(matching_loss(candidate, observed, images=images, tv_weight=0.3).sum(), variables)
     plain = by_definition(candidate, observed, [1.0] * 5, "layer_cosine") + 0.3 * reference.total_variation(
         images, False
     )
     torch.testing.assert_close(got, torch.autograd.grad(plain.sum(), variables))
+
+
+def test_the_raw_operator_differentiates(device):
+    candidate, observed = make(2, True, torch.float64, device)
+    images = torch.rand(2, 1, 4, 5, device=device, dtype=torch.float64)
+    variables = [t.requires_grad_() for t in (*candidate, images)]
+    expected = torch.autograd.grad(matching_loss(candidate, observed, images=images, tv_weight=0.3).sum(), variables)
+    for with_gradients in (False, True):
+        settings = ([0.2] * 5, "layer_cosine", images, 0.3, False, with_gradients)
+        loss, sums, grads, grad_images = torch.ops.r2f.matching_loss(candidate, observed, *settings)
+        assert loss.requires_grad and not any(t.requires_grad for t in (sums, *grads, grad_images))
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), variables), expected)
+
+
+def test_observed_is_a_constant(device):
+    candidate, observed = make(2, True, torch.float32, device)
+    loss = matching_loss([c.requires_grad_() for c in candidate], [o.requires_grad_() for o in observed])
+    with pytest.raises(ValueError, match="observed is a constant"):
+        loss.sum().backward()
 
 
 def test_lazy_signs_are_seen(device):
@@ -278,14 +319,13 @@ def test_subclasses_go_through_the_dispatcher(device):
         torch.testing.assert_close(matching_loss(candidate, o, images=i, tv_weight=0.1), expected)
 
 
-def test_without_trials_all_gradients_are_zero(device):
-    candidate, observed = torch.zeros(0, 3, device=device).requires_grad_(), torch.ones(1, 3, device=device)
-    loss = matching_loss([candidate], [observed.requires_grad_()], kind="l2")
-    to_candidate, to_observed = torch.autograd.grad(loss.sum(), [candidate, observed])
-    assert to_candidate.shape == (0, 3) and to_observed.tolist() == [[0.0, 0.0, 0.0]]
+def test_no_trials(device):
+    candidate = torch.zeros(0, 3, device=device).requires_grad_()
+    loss = matching_loss([candidate], [torch.ones(1, 3, device=device)], kind="l2")
+    assert torch.autograd.grad(loss.sum(), candidate)[0].shape == (0, 3)
 
 
-def test_a_graph_that_was_let_go_says_so(device):
+def test_a_freed_graph_is_an_error(device):
     candidate, observed = make(2, True, torch.float32, device)
     loss = matching_loss([c.requires_grad_() for c in candidate], observed).sum()
     torch.autograd.grad(loss, candidate)
@@ -302,7 +342,7 @@ def test_a_graph_that_was_let_go_says_so(device):
 
 
 def test_gradients_beyond_the_caches(device):
-    """Results of more than `kCaches` bytes are stored past the caches; the second trial's row is not aligned."""
+    """Results of more than `kCaches` bytes go through non-temporal stores; the second trial's row is not aligned."""
     candidate, observed = make(2, True, torch.float32, device, [((1 << 20) + 1,)])
     candidate[0].requires_grad_()
     for kind, factor in (("l2", 1.0), ("l2", 0.5), ("cosine", 1.0)):
@@ -311,18 +351,19 @@ def test_gradients_beyond_the_caches(device):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("with_images", [True, False])
-def test_operator_rules(device, with_images):
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_operator_rules(device, with_gradients):
     candidate, observed = make(2, True, device=device)
-    images = torch.rand(2, 1, 4, 5, device=device) if with_images else None
+    images = torch.rand(2, 1, 4, 5, device=device)
     settings = ([0.2] * 5, "cosine", images, 0.5, False)
-    torch.library.opcheck(torch.ops.r2f.matching_loss.default, (candidate, observed, *settings))
-    loss, sums = torch.ops.r2f.matching_loss(candidate, observed, *settings)
-    for to_observed in (True, False):
-        inputs = (loss, candidate, observed, sums, *settings, to_observed)
-        torch.library.opcheck(torch.ops.r2f.matching_loss_backward.default, inputs)
-    variables = [c.requires_grad_() for c in candidate]
-    torch.library.opcheck(torch.ops.r2f.matching_loss.default, (variables, observed, *settings))
+    op = torch.ops.r2f.matching_loss.default
+    torch.library.opcheck(op, (candidate, observed, *settings, with_gradients))
+    loss, sums, *_ = op(candidate, observed, *settings, False)
+    torch.library.opcheck(
+        torch.ops.r2f.matching_loss_backward.default, (loss, candidate, observed, sums, *settings)
+    )
+    images.requires_grad_()
+    torch.library.opcheck(op, ([c.requires_grad_() for c in candidate], observed, *settings, with_gradients))
 
 
 @pytest.mark.slow
@@ -396,11 +437,91 @@ def test_narrower_instruction_sets_agree(isa):
         "import torch; from r2f_ext.ops import reference; torch.manual_seed(0); op = torch.ops.r2f;"
         "c = [torch.randn(2, n) for n in (1, 37, 16390)]; o = [torch.randn(1, n) for n in (1, 37, 16390)];"
         "s = ([1 / 3] * 3, 'layer_cosine', torch.rand(2, 3, 5, 37), .5, True);"
-        "got = op.matching_loss(c, o, *s); want = reference.matching_loss(c, o, *s); g = torch.ones(2);"
-        "a = op.matching_loss_backward(g, c, o, want[1], *s, True);"
-        "b = reference.matching_loss_backward(g, c, o, want[1], *s, True);"
-        "pairs = [*zip(got, want), *zip(a[0] + a[1] + [a[2]], b[0] + b[1] + [b[2]])];"
+        "got = op.matching_loss(c, o, *s, True); want = reference.matching_loss(c, o, *s, True); g = torch.ones(2);"
+        "a = op.matching_loss_backward(g, c, o, want[1], *s);"
+        "b = reference.matching_loss_backward(g, c, o, want[1], *s);"
+        "flat = lambda *r: [t for x in r for t in (x if isinstance(x, list) else [x])];"
+        "pairs = zip(flat(*got, *a), flat(*want, *b), strict=True);"
         "print(all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in pairs))"
     )
     command, environment = [sys.executable, "-c", code], {**os.environ, "R2F_CPU_ISA": isa}
     assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip() == "True"
+
+
+# ---- The total variation of the images ------------------------------------------------------------------------------
+
+IMAGE_SHAPES = [(2, 3, 6, 5), (1, 1, 1, 1), (3, 1, 1, 7), (2, 2, 9, 1), (2, 1, 34, 67), (0, 3, 4, 4), (2, 0, 4, 4)]
+IMAGE_SHAPES += [(2, 3, 0, 4), (2, 3, 4, 0), (1, 2, 2, 2), (2, 2, 5, 16), (2, 1, 4, 31)]
+IMAGE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}
+
+
+def variation_by_definition(images: Tensor, isotropic: bool) -> Tensor:
+    """Pixel by pixel."""
+    values = []
+    for image in images.double():
+        c, h, w = image.shape
+        dy = [[[image[k, i + 1, j] - image[k, i, j] for j in range(w)] for i in range(h - 1)] for k in range(c)]
+        dx = [[[image[k, i, j + 1] - image[k, i, j] for j in range(w - 1)] for i in range(h)] for k in range(c)]
+        if isotropic:
+            total = sum(
+                ((dx[k][i][j] if j < w - 1 else 0) ** 2 + (dy[k][i][j] if i < h - 1 else 0) ** 2 + 1e-12) ** 0.5
+                for k in range(c)
+                for i in range(h)
+                for j in range(w)
+            )
+            values.append(float(total / max(c * h * w, 1)))
+        else:
+            rows, columns = sum(abs(d) for p in dy for r in p for d in r), sum(abs(d) for p in dx for r in p for d in r)
+            values.append(float(rows / max(c * (h - 1) * w, 1)) + float(columns / max(c * h * (w - 1), 1)))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("isotropic", [False, True])
+@pytest.mark.parametrize("shape", IMAGE_SHAPES, ids=str)
+def test_variation_agrees_with_the_definition_and_the_reference(device, shape, isotropic):
+    for dtype, tolerance in IMAGE_TOLERANCE.items():
+        images = torch.randn(shape).to(device, dtype).requires_grad_()
+        value = total_variation(images, isotropic)
+        assert value.shape == shape[:1]
+        if images[0:1].numel() < 100:
+            torch.testing.assert_close(
+                value.detach().double().cpu(), variation_by_definition(images.detach(), isotropic), rtol=tolerance, atol=tolerance
+            )
+        plain = reference.total_variation(images, isotropic)
+        torch.testing.assert_close(value, plain.to(value.dtype), rtol=tolerance, atol=tolerance)
+        factors = torch.rand(shape[0], device=device)
+        (got,) = torch.autograd.grad((value * factors).sum(), images)
+        expected = reference.total_variation_backward(factors, images.detach(), isotropic).to(dtype)
+        rtol = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=max(tolerance, 1e-7))
+
+
+def test_variation_by_hand(device):
+    image = torch.tensor([[[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]]], device=device)
+    # rows: |2-0|, |2-1|, |2-3| -> mean 4/3; columns: 1, 2, 0, 0 -> mean 3/4
+    images = torch.stack([image, torch.ones(1, 2, 3, device=device)])
+    assert total_variation(images).tolist() == pytest.approx([4 / 3 + 3 / 4, 0.0])
+
+
+@pytest.mark.parametrize("isotropic", [False, True])
+@pytest.mark.parametrize("shape", [(2, 2, 4, 5), (1, 1, 1, 1), (1, 2, 1, 4), (1, 1, 3, 1)], ids=str)
+def test_variation_first_and_second_derivatives(device, shape, isotropic):
+    images = torch.rand(shape, dtype=torch.float64, device=device).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: total_variation(x, isotropic), images)
+    assert torch.autograd.gradgradcheck(lambda x: total_variation(x, isotropic), images)
+
+
+def test_flat_images_have_no_gradient(device):
+    images = torch.full((2, 3, 7, 9), 0.4, device=device).requires_grad_()
+    for isotropic in (False, True):
+        value = total_variation(images, isotropic)
+        assert value.abs().max() < 2e-6
+        assert not torch.autograd.grad(value.sum(), images)[0].any()
+
+
+def test_images_of_any_strides_and_dtypes(device):
+    images = torch.rand(2, 3, 20, 21, device=device)
+    strided = images.to(memory_format=torch.channels_last).requires_grad_()
+    torch.testing.assert_close(total_variation(strided), total_variation(images))
+    half = images.bfloat16().requires_grad_()
+    assert torch.autograd.grad(total_variation(half).sum(), half)[0].dtype == torch.bfloat16

@@ -1,7 +1,7 @@
-"""How candidates' gradients are taken: every trial's at once, and their derivative with respect to the images.
+"""Gradients of candidate images, for all trials at once, and their derivative with respect to the images.
 
-Two ways, one interface: factors of the linear layers of a `Target` (transformers), and dense gradients of any
-parameters of any classifier (convolutional nets). A trial is a group of b images whose gradients are averaged.
+Two implementations of one interface: factors of the linear layers of a `Target` (transformers), and dense gradients of
+any parameters of any classifier (convolutional nets). A trial is a group of b images whose gradients are averaged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.objectives import Candidate, Shape
 from r2f_ext.types import BaseModel, FactoredGradient, Gradient, Target
 
-# How far weights are moved, as a share of their norm, for a central difference: rounding grows as they move less.
+# Relative size of the weight perturbation in a central difference. Smaller ones increase the rounding error.
 RELATIVE_MOVE = {torch.float32: 1e-3, torch.float64: 1e-5}
 
 
@@ -33,15 +33,15 @@ class Candidates(Protocol):
     shapes: dict[str, Shape]
 
     def __call__(self, images: Tensor, labels: Tensor, create_graph: bool = False) -> Candidate:
-        """The gradients; with a graph they can be differentiated w.r.t. `images`."""
+        """The gradients. With `create_graph` they can be differentiated with respect to `images`."""
         ...
 
     def slope_along(self, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
-        """d/d images of <direction_t, g_t(images)> for every trial, directions [T, *shape] held fixed.
+        """d/d images of <direction_t, g_t(images)> for every trial, with the directions [T, *shape] held fixed.
 
-        By a central difference of two first-order passes at the weights moved along the direction, both in one batch
-        (METHODS 8): no second derivative of any layer is needed. Its error is of second order in the move; where the
-        gradient jumps (ReLU) it is the slope of a smoothed function.
+        A central difference of two first-order passes at weights perturbed along the direction, both in one batch: no
+        layer needs a second derivative. The error is of second order in the perturbation. Where the gradient is
+        discontinuous (ReLU), the result is the slope of a smoothed function.
         """
         ...
 
@@ -64,7 +64,7 @@ class LayerGradients:
         absent = [name for name in names if name not in target.names]
         if absent:
             raise R2FError(
-                f"something was observed of {absent[0]}, which is no layer of the target: pass its own base."
+                f"{absent[0]} was observed, but is no layer of the target: pass its own base."
             )
         self.target = Target(target.base, tuple(layer for layer in target.layers if layer.name in names))
         self.shapes: dict[str, Shape] = {layer.name: (layer.d_out, layer.d_in) for layer in self.target.layers}
@@ -90,7 +90,7 @@ class LayerGradients:
 
 
 def _moved(change: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds what each trial's own change of the weights, [T, d_out, d_in], does to a layer's output."""
+    """A hook that adds the effect of each trial's change of the weights [T, d_out, d_in] to a layer's output."""
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         tokens = as_tokens(module, args[0])
@@ -105,8 +105,8 @@ def _moved(change: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], 
 class ParameterGradients:
     """Dense gradients of the parameters `names` of any classifier in eval mode.
 
-    Each trial gets its own copy of the parameters, so one backward gives every trial's gradient: `vmap` turns T
-    convolutions into one grouped convolution, T linear layers into one batched product.
+    Each trial has its own copy of the parameters, so that one backward gives every trial's gradient: `vmap` turns T
+    convolutions into one grouped convolution and T linear layers into one batched product.
     """
 
     def __init__(self, base: BaseModel, names: list[str]) -> None:
@@ -147,12 +147,12 @@ class ParameterGradients:
 
 
 def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, averaged over a trial's images, summed over trials (which have nothing in common)."""
+    """Cross-entropy, averaged over a trial's images and summed over the (independent) trials."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum") / labels.shape[1]
 
 
 def _difference(model: Callable[[Tensor], Tensor], base: BaseModel, images: Tensor, labels: Tensor) -> Tensor:
-    """d loss / d images of the first half of the trials in the model less that of the second half."""
+    """d loss / d images at the first half of the model's trials minus that at the second half."""
     both = torch.cat([images, images]).detach().requires_grad_()
     twice = torch.cat([labels, labels])
     with torch.enable_grad():
@@ -163,7 +163,7 @@ def _difference(model: Callable[[Tensor], Tensor], base: BaseModel, images: Tens
 
 
 def _move(direction: dict[str, Tensor], weights: list[Tensor]) -> Tensor:
-    """[T]: how far each trial moves along its direction."""
+    """[T]: the length of each trial's perturbation along its direction."""
     size = torch.stack([w.detach().double().square().sum() for w in weights]).sum().sqrt()
     length = torch.stack([d.double().flatten(1).square().sum(1) for d in direction.values()]).sum(0).sqrt()
     move = RELATIVE_MOVE[weights[0].dtype] * size / length.clamp_min(torch.finfo(torch.float32).tiny)

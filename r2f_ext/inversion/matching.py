@@ -1,6 +1,7 @@
-"""Gradient matching (Zhu et al. 2019, Geiping et al. 2020): images whose gradient is the observed one.
+"""Gradient matching (Zhu et al., 2019; Geiping et al., 2020): searches for images whose gradient is the observed one.
 
-All trials of all victims go through the model as one batch; a trial is one start of one victim's group of images.
+A trial is one start of the search for one victim's group of images. All trials of all victims go through the model as
+one batch.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from r2f_ext.files import sha256_of, write_tensors
 from r2f_ext.inversion.candidates import Candidates, candidates_of
 from r2f_ext.inversion.objectives import Candidate, Objective
 from r2f_ext.inversion.optimizers import LBFGS, Adam, Box, Optimizer
-from r2f_ext.ops import total_variation
 from r2f_ext.ops.matching_loss import KINDS
 from r2f_ext.types import BaseModel, Gradient, Reconstruction, Target
 
-SCHEDULES: dict[str, Callable[[int, int], float]] = {  # (step, steps) -> factor of the step size
+SCHEDULES: dict[str, Callable[[int, int], float]] = {  # (step, steps) -> factor on the step size
     "constant": lambda step, steps: 1.0,
     "step": lambda step, steps: 0.1 ** sum(step >= steps * k // 8 for k in (3, 5, 7)),
     "linear": lambda step, steps: 1 - step / steps,
@@ -37,34 +37,37 @@ OPTIMIZERS: dict[str, Callable[[Tensor, Box], Optimizer]] = {
     "lbfgs": LBFGS,
 }
 SECOND_ORDERS = ("auto", "double_backward", "central_differences")
-SAME_SLOPE = 0.9  # cosine of the slopes by double backward and by central differences, where either will do
-CHECK_EVERY = 10  # steps between looks at the losses, which make a GPU wait
+SAME_SLOPE = 0.9  # cosine between the slopes by double backward and by central differences above which they agree
+CHECK_EVERY = 10  # steps between checks of the losses on the host, which synchronise a GPU
 
-Prior = Callable[[Tensor, int], Tensor]  # images [n, c, h, w] and step -> a gradient on them
+Prior = Callable[[Tensor, int], Tensor]  # (images [n, c, h, w], step) -> a gradient of the images' shape
 
 
 @dataclass(frozen=True)
 class MatchingConfig:
-    """How images are searched for.
+    """Settings of the search.
 
     Attributes:
-        steps: at most, each one evaluation of loss and slope; one more says how good the last images are.
-        step_size: in pixels of [0, 1].
-        schedule: of it, "constant", "step" (a tenth after 3/8, 5/8 and 7/8), "linear" or "cosine".
-        tv_weight: of the total variation; isotropic: which of the two kinds.
+        steps: the largest number of steps, each one evaluation of loss and slope. One more evaluation gives the loss of
+            the last images.
+        step_size: in the unit of pixels in [0, 1].
+        schedule: of the step size: "constant", "step" (divided by 10 after 3/8, 5/8 and 7/8), "linear" or "cosine".
+        tv_weight: the weight of the total variation.
+        isotropic: isotropic or anisotropic total variation (see `ops.matching_loss`).
         loss: "layer_cosine", "cosine" or "l2" (see `ops.matching_loss`).
-        layer_weights: layer -> weight >= 0, 1 for those not named.
+        layer_weights: layer -> weight >= 0; 1 for layers that are not named.
         optimizer: "signed_adam", "adam" or "lbfgs".
-        low, high: the box of pixels; None: no such bound (both or neither).
-        restarts: trials of every victim. The first begins at the start, another at start + spread * (u - start) with
-            u uniform in [0, 1] by the seed.
-        second_order: "double_backward", "central_differences" of first-order passes, or "auto": double backward where
-            the model has one and both give the same slope at the start; fused attention has none, ReLU nets differ.
-        patience: stop when for so many steps (looked at every tenth) no trial got better by `tolerance`, a share of its
-            loss; None: never.
+        low, high: bounds of the pixels; both or neither may be None, for no bounds.
+        restarts: trials for each victim. The first begins at the start, the others at start + spread * (u - start)
+            with u uniform in [0, 1], drawn from `seed`.
+        second_order: "double_backward", "central_differences" of first-order passes, or "auto": double backward if the
+            model supports it and both give the same slope at the start. Fused attention does not support it; for ReLU
+            networks the slopes differ.
+        patience: stop when in this many steps (checked every tenth step) no trial's loss fell by the fraction
+            `tolerance`; None: never.
 
     Raises:
-        R2FError: a value that makes no sense; the sentence names it.
+        R2FError: an invalid value, named in the message.
     """
 
     steps: int = 120
@@ -123,28 +126,29 @@ def match(
 ) -> Reconstruction:
     """Minimise objective + total variation over the images of V victims at once.
 
-    Every trial keeps its best images, every victim the best of its trials.
+    The result holds, for each victim, the best images of its best trial.
 
     Args:
-        model: a target, whose layers' gradients are kept as factors; or a base model of any kind, for an objective on
-            dense gradients of its parameters.
-        objective: what was observed of V victims. An average of T steps' gradients (the brief's Eq. 6) is matched by
-            groups of all images of those steps, at the start's weights.
-        start: [V, c, h, w] in [0, 1], or groups [V, b, c, h, w] whose gradients are averaged, or what another route
-            found.
-        labels: [V] or [V, b] int64, taken as known: see `inversion.labels`.
+        model: a target, for factored gradients of its layers; or any base model, for an objective on dense gradients of
+            its parameters.
+        objective: what was observed of V victims. A gradient averaged over several training steps is matched by groups
+            of all images of those steps, at the initial weights.
+        start: [V, c, h, w] in [0, 1], or groups [V, b, c, h, w] whose gradients are averaged, or the reconstruction of
+            another route.
+        labels: [V] or [V, b] int64, assumed known: see `inversion.labels`.
         on_step: called after each step, for progress bars.
-        state: a file that the search is saved to now and then, and goes on from, to the same bits.
-        watch: called after each step with the victims' best images so far [V, b, c, h, w].
-        prior: what adds to the slope at the images of all trials (see `ScoreDistillation.gradient`).
+        state: a file to which the search is saved every CHECK_EVERY steps. If it exists, the search resumes from it and
+            gives the same bits as an uninterrupted one.
+        watch: called after each step with the best images so far [V, b, c, h, w].
+        prior: a gradient that is added to the slope at the images of all trials (see `ScoreDistillation.gradient`).
 
     Returns:
-        images of the start's shape; details: steps taken, loss_start and loss_end (means over victims, of the best
+        images of the start's shape; details: steps taken, loss_start and loss_end (means over the victims' best
         trials), restarts, central_differences (0 or 1).
 
     Raises:
-        R2FError: the observation is not finite, zero, or does not fit the model, the start or the labels; a state file
-            of another search.
+        R2FError: the observation is not finite, zero, or does not fit the model, the start or the labels; the state file
+            belongs to another search.
     """
     began = time.perf_counter()
     images = start.images if isinstance(start, Reconstruction) else start
@@ -174,7 +178,7 @@ def match(
 
 
 class _Search:
-    """The images of T trials on their way, and all that a later step depends on."""
+    """The state of T trials: the images and everything else that later steps depend on."""
 
     def __init__(
         self,
@@ -193,31 +197,31 @@ class _Search:
         self.best, self.best_loss = images.clone(), images.new_full((len(images),), math.inf)
         self.first_loss = self.best_loss.clone()
         self.mark, self.marked_at, self.step = self.best_loss.clone(), 0, 0
-        # A prior is known by what it says of the start: that depends on its weights, strength and seed.
-        said = [] if prior is None else [prior(images.flatten(0, 1), 0)]
-        self.fingerprint = sha256_of([images, self.labels, *objective.tensors(), *said])
+        # The prior's gradient at the start identifies it: it depends on the prior's weights, strength and seed.
+        prior_gradient = [] if prior is None else [prior(images.flatten(0, 1), 0)]
+        self.fingerprint = sha256_of([images, self.labels, *objective.tensors(), *prior_gradient])
         self.fingerprint += repr((config, objective.shapes))
         self.central = config.second_order == "central_differences"
 
     def run(self, state: Path | None) -> Iterator[int]:
-        """Steps until the last one or until patience ends, each announced; then one look at where that led."""
+        """Yields the step number after each step, up to the last or until patience ends; then evaluates the result."""
         steps = self.config.steps
         if self.config.second_order == "auto" and self.step == 0 and steps > 0:
-            self.central = not self._double_backward_will_do()
-        while self.step < steps and not self._tired():
+            self.central = not self._double_backward_works()
+        while self.step < steps and not self._stalled():
             loss, slope = self._evaluate()
             if self.prior is not None:
                 slope = slope + self.prior(self.images.flatten(0, 1), self.step).view_as(slope)
-            self._keep(loss)
+            self._record(loss)
             size = self.config.step_size * SCHEDULES[self.config.schedule](self.step, steps)
             self.optimizer.step(self.images, loss, slope, size, self.step + 1)
             self.step += 1
             if state is not None and self.step % CHECK_EVERY == 0:
                 self.save(state)
             yield self.step
-        self._keep(self._loss(self.candidates(self.images, self.labels), self.images).detach())
+        self._record(self._loss(self.candidates(self.images, self.labels), self.images).detach())
 
-    def _keep(self, loss: Tensor) -> None:
+    def _record(self, loss: Tensor) -> None:
         if self.step == 0:
             self.first_loss = loss
             if not torch.isfinite(loss).all():
@@ -226,7 +230,7 @@ class _Search:
         self.best = torch.where(_column(better, self.images), self.images, self.best)
         self.best_loss = torch.where(better, loss, self.best_loss)
 
-    def _tired(self) -> bool:
+    def _stalled(self) -> bool:
         if self.config.patience is None or self.step % CHECK_EVERY:
             return False
         if bool((self.best_loss < self.mark * (1 - self.config.tolerance)).any()):
@@ -243,22 +247,24 @@ class _Search:
         dense = _dense(self.candidates(self.images, self.labels))
         leaves = [gradient.requires_grad_() for gradient in dense.dense.values()]
         loss = self._loss(dense, images)
-        *direction, rough = torch.autograd.grad(loss.sum(), [*leaves, images])
+        *direction, variation_slope = torch.autograd.grad(loss.sum(), [*leaves, images])
         along = dict(zip(dense.dense, direction, strict=True))
-        return loss.detach(), rough + self.candidates.slope_along(self.images, self.labels, along)
+        return loss.detach(), variation_slope + self.candidates.slope_along(self.images, self.labels, along)
 
     def _loss(self, gradient: Candidate, images: Tensor) -> Tensor:
-        rough = total_variation(images.flatten(1, 2), self.config.isotropic)
-        return self.objective(gradient, self.config.loss, self.weights) + self.config.tv_weight * rough
+        config = self.config
+        return self.objective(
+            gradient, config.loss, self.weights, images.flatten(1, 2), config.tv_weight, config.isotropic
+        )
 
-    def _double_backward_will_do(self) -> bool:
-        """The model has one (fused attention does not), and its slope at the start is that of central differences.
+    def _double_backward_works(self) -> bool:
+        """Whether the model supports double backward and its slope at the start agrees with central differences.
 
-        A network of ReLU and max-pooling has a gradient that jumps, which second derivatives do not see, and most of
-        the slope may be in the jumps (docs/inversion.md, Gradient matching).
+        The gradient of a network of ReLU and max-pooling is discontinuous. Second derivatives do not see the jumps,
+        which may hold most of the slope (docs/inversion.md, Gradient matching).
         """
         self.central = True
-        moved = self._evaluate()[1].flatten(1)
+        by_differences = self._evaluate()[1].flatten(1)
         self.central = False
         try:
             exact = self._evaluate()[1].flatten(1)
@@ -266,7 +272,7 @@ class _Search:
             if "not implemented" not in str(error):
                 raise
             return False
-        return bool(F.cosine_similarity(exact, moved).median() > SAME_SLOPE)
+        return bool(F.cosine_similarity(exact, by_differences).quantile(0.5) > SAME_SLOPE)
 
     def best_of_victims(self, victims: int) -> tuple[Tensor, Tensor]:
         """Images [V, b, c, h, w] and loss [V] of each victim's best trial."""
@@ -284,7 +290,7 @@ class _Search:
         write_tensors(path, self._tensors(), {**numbers, "search": self.fingerprint})
 
     def resume(self, path: Path) -> None:
-        """Go on from `path` where there is one."""
+        """Load the state in `path`, if the file exists."""
         if not path.is_file():
             return
         try:
@@ -316,7 +322,7 @@ def _column(which: Tensor, like: Tensor) -> Tensor:
 
 
 def _starts(groups: Tensor, config: MatchingConfig) -> Tensor:
-    """[V, b, c, h, w] -> all trials [V * restarts, b, c, h, w]."""
+    """[V, b, c, h, w] -> the starts of all trials [V * restarts, b, c, h, w]."""
     if config.restarts == 1:
         return groups.clone(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(config.seed)
@@ -326,7 +332,7 @@ def _starts(groups: Tensor, config: MatchingConfig) -> Tensor:
 
 
 def _groups(base: BaseModel, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and labels as groups [V, b, c, h, w] and [V, b]."""
+    """The start and the labels as groups [V, b, c, h, w] and [V, b], checked."""
     groups = images[:, None] if images.ndim == 4 else images
     labels = labels[:, None] if labels.ndim == 1 else labels
     if groups.ndim != 5 or tuple(groups.shape[2:]) != tuple(base.input_shape) or groups.shape[:2] != labels.shape:
@@ -349,15 +355,15 @@ def _check_observed(objective: Objective, candidates: Candidates, victims: int) 
     for name, shape in objective.shapes.items():
         if candidates.shapes[name] != shape:
             raise R2FError(
-                f"what was observed of {name} is of a layer {list(shape)}, and the model's is "
+                f"the observation of {name} fits a layer {list(shape)}, but the model's is "
                 f"{list(candidates.shapes[name])}: pass its own base."
             )
     norms = objective.norms()
     if len(norms) not in (1, victims):
-        raise R2FError(f"gradients of {len(norms)} victims were observed, and the start has {victims}.")
+        raise R2FError(f"gradients of {len(norms)} victims were observed, but the start has {victims}.")
     for name, norm in zip(objective.shapes, norms.unbind(1), strict=True):
         if not torch.isfinite(norm).all():
-            raise R2FError(f"what was observed of {name} is not finite: it holds NaN or infinity.")
+            raise R2FError(f"the observation of {name} is not finite: it holds NaN or infinity.")
     zero = (norms == 0).all(1).nonzero()
     if len(zero):
         raise R2FError(
@@ -369,7 +375,7 @@ def _check_observed(objective: Objective, candidates: Candidates, victims: int) 
 def _weights(objective: Objective, config: MatchingConfig) -> list[float]:
     absent = [name for name in config.layer_weights if name not in objective.shapes]
     if absent:
-        raise R2FError(f"layer_weights names {absent[0]}, of which nothing was observed.")
+        raise R2FError(f"layer_weights names {absent[0]}, which was not observed.")
     weights = [config.layer_weights.get(name, 1.0) for name in objective.shapes]
     if not sum(weights) > 0:
         raise R2FError("layer_weights are all zero: nothing would be matched.")

@@ -1,4 +1,6 @@
-"""What a candidate is judged by: the distance of its gradient, or of its LoRA update, from the observed one."""
+"""Objectives of gradient matching: the distance of a candidate's gradient, or of its LoRA update, from the observed one,
+plus the total variation of its images.
+"""
 
 from __future__ import annotations
 
@@ -18,42 +20,50 @@ Shape = tuple[int, ...]
 
 
 class Objective(Protocol):
-    """A distance per trial, differentiable w.r.t. the candidate's gradient.
+    """A loss for each trial, differentiable with respect to the candidate's gradient and its images.
 
     Attributes:
-        shapes: layer (or parameter) -> shape of the gradient that the observation speaks of. A candidate needs these
-            layers and may have more.
+        shapes: layer (or parameter) -> shape of the gradient that was observed. A candidate must have these layers and
+            may have more.
     """
 
     shapes: dict[str, Shape]
 
-    def __call__(self, candidate: Candidate, kind: str, weights: Sequence[float] | None) -> Tensor:
-        """Gradients of T trials -> distance [T], for T observations or one for all.
+    def __call__(
+        self,
+        candidate: Candidate,
+        kind: str,
+        weights: Sequence[float],
+        images: Tensor,
+        tv_weight: float,
+        isotropic: bool,
+    ) -> Tensor:
+        """Gradients of T trials and the images [T, c, h, w] that they come from -> loss [T].
 
         Args:
-            kind, weights: see `ops.matching_loss`; the weights are in the order of `shapes`.
+            kind, weights, tv_weight, isotropic: see `ops.matching_loss`; the weights are in the order of `shapes`.
         """
         ...
 
     def norms(self) -> Tensor:
-        """[V, L]: of what was observed of V victims in each layer."""
+        """[V, L]: the norm of what was observed of V victims in each layer."""
         ...
 
     def repeat(self, restarts: int) -> Self:
-        """For trials of V victims, `restarts` trials of a victim in a row."""
+        """The objective for trials of V victims, with `restarts` consecutive trials for each victim."""
         ...
 
     def tensors(self) -> list[Tensor]:
-        """All that was observed: for a fingerprint."""
+        """All observed tensors, for a fingerprint."""
         ...
 
 
 class GradientObjective:
-    """Distance between full gradients. A candidate given as factors is never written out (METHODS 8).
+    """Distance between full gradients. The gradient of a candidate given as factors is never formed.
 
     Args:
         observed: dense[name] [V, d_out, d_in] by layer, or factors; or, to match gradients of any parameters of a whole
-            classifier, dense[name] [V, *shape] by parameter name. Cosines take them at any positive scale.
+            classifier, dense[name] [V, *shape] by parameter name. For cosines at any positive scale.
     """
 
     def __init__(self, observed: Candidate) -> None:
@@ -62,19 +72,43 @@ class GradientObjective:
         self.shapes = {name: tuple(self._dense(name).shape[1:]) for name in first}
 
     def __call__(
-        self, candidate: Candidate, kind: str = "layer_cosine", weights: Sequence[float] | None = None
+        self,
+        candidate: Candidate,
+        kind: str,
+        weights: Sequence[float],
+        images: Tensor,
+        tv_weight: float,
+        isotropic: bool,
     ) -> Tensor:
         names, seen = list(self.shapes), self.observed
         if isinstance(candidate, Gradient):
             dense = [candidate.dense[name] for name in names]
-            return matching_loss(dense, [self._dense(n).to(dense[0].dtype) for n in names], weights=weights, kind=kind)
+            return matching_loss(
+                dense,
+                [self._dense(name).to(dense[0].dtype) for name in names],
+                images=images,
+                weights=weights,
+                kind=kind,
+                tv_weight=tv_weight,
+                isotropic=isotropic,
+            )
         x, delta = [candidate.x[name] for name in names], [candidate.delta[name] for name in names]
         if isinstance(seen, Gradient):
             observed, observed_delta = [seen.dense[name].to(x[0].dtype) for name in names], None
         else:
             observed = [seen.x[name].to(x[0].dtype) for name in names]
             observed_delta = [seen.delta[name].to(x[0].dtype) for name in names]
-        return factored_matching_loss(x, delta, observed, observed_delta, weights=weights, kind=kind)
+        return factored_matching_loss(
+            x,
+            delta,
+            observed,
+            observed_delta,
+            images=images,
+            weights=weights,
+            kind=kind,
+            tv_weight=tv_weight,
+            isotropic=isotropic,
+        )
 
     def _dense(self, name: str) -> Tensor:
         return self.observed.dense[name] if isinstance(self.observed, Gradient) else self.observed.dense(name)
@@ -97,8 +131,9 @@ class UpdateObjective:
     """Distance between LoRA updates s G A^T: matching in the space that was observed.
 
     Args:
-        a: name -> A [r, d_in]; observed: name -> [V, d_out, r], cosines take it at any positive scale. Layers of the
-            target that are not observed are left out.
+        a: name -> A [r, d_in].
+        observed: name -> [V, d_out, r], for cosines at any positive scale. Layers of the target that are not in
+            `observed` are ignored.
 
     Raises:
         R2FError: A and the observed update of a layer do not fit.
@@ -115,7 +150,13 @@ class UpdateObjective:
             self.shapes[name] = (update.shape[1], a[name].shape[1])
 
     def __call__(
-        self, candidate: Candidate, kind: str = "layer_cosine", weights: Sequence[float] | None = None
+        self,
+        candidate: Candidate,
+        kind: str,
+        weights: Sequence[float],
+        images: Tensor,
+        tv_weight: float,
+        isotropic: bool,
     ) -> Tensor:
         if isinstance(candidate, Gradient):
             found = {}
@@ -126,7 +167,15 @@ class UpdateObjective:
             found = project(self.target, candidate, self.a)
         updates = [found[name] for name in self.shapes]
         observed = [self.observed[name].to(updates[0].dtype) for name in self.shapes]
-        return matching_loss(updates, observed, weights=weights, kind=kind)
+        return matching_loss(
+            updates,
+            observed,
+            images=images,
+            weights=weights,
+            kind=kind,
+            tv_weight=tv_weight,
+            isotropic=isotropic,
+        )
 
     def norms(self) -> Tensor:
         return torch.stack([update.flatten(1).double().norm(dim=1) for update in self.observed.values()], dim=1)
@@ -139,5 +188,5 @@ class UpdateObjective:
 
 
 def _repeat(observed: dict[str, Tensor], restarts: int) -> dict[str, Tensor]:
-    """[V, ...] -> [V * restarts, ...]; what one victim showed stays one, for all trials."""
+    """[V, ...] -> [V * restarts, ...]; [1, ...] stays as it is and serves all trials."""
     return {name: t if len(t) == 1 else t.repeat_interleave(restarts, dim=0) for name, t in observed.items()}

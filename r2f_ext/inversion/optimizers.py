@@ -1,6 +1,6 @@
-"""Optimizers on pixels, a batch of independent trials each: Adam on the gradient or its sign, and L-BFGS.
+"""Optimizers on pixels for a batch of independent trials: Adam on the gradient or its sign, and L-BFGS.
 
-Each `step` gets the loss and slope at `images` and moves `images` in place to where they are wanted next.
+Each `step` is given the loss and slope at `images` and moves `images` in place to the next point of evaluation.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ from torch import Tensor
 from r2f_ext.ops import signed_adam_step_
 
 Box = tuple[float, float] | None
-MEMORY = 10  # pairs that L-BFGS remembers
-SUFFICIENT = 1e-4  # share of the promised decrease that L-BFGS must see (Armijo)
-SMALLEST = 2.0**-10  # shorter steps mean that the direction is no good
+BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam (Kingma and Ba, 2015)
+MEMORY = 10  # pairs that L-BFGS stores
+SUFFICIENT = 1e-4  # fraction of the predicted decrease that L-BFGS requires (Armijo)
+SMALLEST = 2.0**-10  # step length below which L-BFGS restarts from the slope
 
 
 class Optimizer(Protocol):
     """Moves images step by step.
 
     Attributes:
-        state: tensors that, with `images`, hold all that a later step depends on.
+        state: tensors that, together with `images`, determine all later steps.
     """
 
     state: dict[str, Tensor]
 
     def step(self, images: Tensor, loss: Tensor, slope: Tensor, size: float, count: int) -> None:
-        """Move images [T, ...], given loss [T] and slope [T, ...] there; count is 1 at the first step."""
+        """Move images [T, ...], given the loss [T] and slope [T, ...] there; `count` numbers steps from 1."""
         ...
 
 
 class Adam:
-    """`ops.signed_adam_step_`: Adam, on the slope's sign where asked (Geiping et al. 2020), then the box."""
+    """`ops.signed_adam_step_`: Adam on the slope or its sign (Geiping et al., 2020), then projection onto the box."""
 
     def __init__(self, images: Tensor, box: Box, sign: bool) -> None:
         self.box, self.sign = box, sign
@@ -41,24 +42,35 @@ class Adam:
 
     def step(self, images: Tensor, loss: Tensor, slope: Tensor, size: float, count: int) -> None:
         low, high = (None, None) if self.box is None else self.box
-        average, square = self.state["exp_avg"], self.state["exp_avg_sq"]
-        signed_adam_step_(images, slope, average, square, lr=size, step=count, low=low, high=high, sign=self.sign)
+        signed_adam_step_(
+            images,
+            slope,
+            self.state["exp_avg"],
+            self.state["exp_avg_sq"],
+            lr=size,
+            step=count,
+            betas=BETAS,
+            eps=EPS,
+            low=low,
+            high=high,
+            sign=self.sign,
+        )
 
 
 class LBFGS:
-    """Limited-memory BFGS (Nocedal and Wright, 2006, Algorithm 7.4), every trial with its own memory and line search.
+    """Limited-memory BFGS (Nocedal and Wright, 2006, Algorithm 7.4); every trial has its own memory and line search.
 
-    One evaluation a step serves all trials: a trial whose loss fell enough (Armijo) goes on from there, another halves
-    its step from where it was. The box is a projection; `size` is the largest change of a pixel in a trial's first
-    step, later ones have length 1 in BFGS's own scale, no pixel more than ten times `size`.
+    Each step uses one evaluation for all trials: a trial whose loss fell enough (Armijo) continues from the new point,
+    another halves its step from the old one. Points are projected onto the box. `size` is the largest change of a pixel
+    in a trial's first step; later steps have length 1 in the scale of BFGS, and change no pixel by more than 10 `size`.
     """
 
     def __init__(self, images: Tensor, box: Box) -> None:
         self.box = box
         trials, pixels = len(images), images[0].numel()
-        room, memory = images.new_zeros(trials, pixels), images.new_zeros(MEMORY, trials, pixels)
+        zeros, memory = images.new_zeros(trials, pixels), images.new_zeros(MEMORY, trials, pixels)
         self.state = {
-            "base": room, "slope": room.clone(), "direction": room.clone(),
+            "base": zeros, "slope": zeros.clone(), "direction": zeros.clone(),
             "loss": images.new_full((trials,), float("inf")), "length": images.new_ones(trials),
             "moves": memory, "changes": memory.clone(), "curvature": images.new_zeros(MEMORY, trials),
         }  # fmt: skip
@@ -67,23 +79,23 @@ class LBFGS:
         s = self.state
         point, slope = images.flatten(1), slope.flatten(1)
         move = point - s["base"]
-        promised = torch.zeros_like(loss) if count == 1 else (s["slope"] * move).sum(1)
-        accepted = (loss <= s["loss"] + SUFFICIENT * promised).to(slope.dtype)  # NaN is not
+        predicted = torch.zeros_like(loss) if count == 1 else (s["slope"] * move).sum(1)
+        accepted = (loss <= s["loss"] + SUFFICIENT * predicted).to(slope.dtype)  # False for NaN
         go = accepted.bool()[:, None]
         if count > 1:
             self._remember(move, slope - s["slope"], go)
         s["base"], s["slope"] = torch.where(go, point, s["base"]), torch.where(go, slope, s["slope"])
         s["loss"] = torch.where(go[:, 0], loss, s["loss"])
         s["length"] = torch.where(go[:, 0], 1.0, s["length"] / 2)
-        lost = (s["length"] < SMALLEST)[:, None]
-        s["curvature"] = torch.where(lost.mT, 0.0, s["curvature"])
-        s["length"] = torch.where(lost[:, 0], 1.0, s["length"])
-        s["direction"] = torch.where(go | lost, self._direction(size), s["direction"])
+        failed = (s["length"] < SMALLEST)[:, None]
+        s["curvature"] = torch.where(failed.mT, 0.0, s["curvature"])
+        s["length"] = torch.where(failed[:, 0], 1.0, s["length"])
+        s["direction"] = torch.where(go | failed, self._direction(size), s["direction"])
         target = s["base"] + s["length"][:, None] * s["direction"]
         images.copy_((target if self.box is None else target.clamp(*self.box)).view_as(images))
 
     def _remember(self, move: Tensor, change: Tensor, go: Tensor) -> None:
-        """Newest first; pairs without positive curvature are left out."""
+        """Store the newest pair first; pairs without positive curvature are skipped."""
         s = self.state
         product = (move * change).sum(1)
         keep = go[:, 0] & (product > 1e-10 * move.norm(dim=1) * change.norm(dim=1))
@@ -92,7 +104,7 @@ class LBFGS:
             s[name] = torch.where(keep.view(1, -1, *[1] * (new.ndim - 1)), pushed, s[name])
 
     def _direction(self, size: float) -> Tensor:
-        """The two-loop recursion; curvature 0 marks an empty place. Without memory: the slope, `size` at most."""
+        """The two-loop recursion. Curvature 0 marks an empty slot; without any pair, the slope scaled to `size`."""
         s = self.state
         q, alphas = s["slope"].clone(), []
         for move, change, curvature in zip(s["moves"], s["changes"], s["curvature"], strict=True):

@@ -1,7 +1,7 @@
-"""Generative prior (METHODS 3e): score distillation from a frozen diffusion model, as a gradient on the image.
+"""Generative prior: score distillation from a frozen diffusion model, as a gradient on the image.
 
-Poole et al., DreamFusion, 2022, Eq. 3: at a random time t the image x is noised to x_t = a x + s eps, and
-w(t) (eps_hat(x_t, t) - eps) pushes x towards what the model thinks likely; the model itself is not differentiated.
+Poole et al., "DreamFusion", 2022, Eq. 3: at a random time t the image x is noised to x_t = a x + s eps. Descending
+w(t) (eps_hat(x_t, t) - eps) moves x towards images that are likely under the model. The model is not differentiated.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 from r2f_ext.errors import R2FError
 
 UNET, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
-TIMES = (0.02, 0.5)  # share of the noise steps that t is drawn from: later ones know nothing of the image
+TIMES = (0.02, 0.5)  # t is drawn from this range of the noise steps; later x_t hold no information on the image
 
 
 class ScoreDistillation:
-    """A diffusion model's opinion of images, for `match(..., prior=distillation.gradient)`.
+    """The gradient of a diffusion prior on images, for `match(..., prior=distillation.gradient)`.
 
     Args:
-        unet: unconditional `diffusers.UNet2DModel` of 1 or 3 channels, trained on pixels scaled to [-1, 1]. One of 1
-            channel reads the mean of an image's channels.
+        unet: unconditional `diffusers.UNet2DModel` of 1 or 3 channels, trained on pixels scaled to [-1, 1]. With 1
+            channel, the input is the mean over an image's channels.
         scheduler: its `diffusers.DDPMScheduler`; `prediction_type` may be epsilon, sample or v_prediction.
-        weight: of the gradient against the matching loss's.
-        seed: of times and noise. Those of a step depend on seed and step alone.
+        weight: factor on the gradient, relative to the matching loss.
+        seed: of times and noise, which depend only on the seed and the step. The global generator is not used.
 
     Raises:
         R2FError: another prediction type or number of channels.
@@ -45,9 +45,9 @@ class ScoreDistillation:
 
     @classmethod
     def from_folder(cls, folder: str | Path, weight: float = 1e-3, seed: int = 0) -> Self:
-        """From a local pipeline folder as diffusers saves it (`unet/` and `scheduler/`, or both in one).
+        """From a local folder in the format of diffusers (`unet/` and `scheduler/`, or both in one folder).
 
-        Only safetensors are read, nothing is fetched and no class is taken from the files.
+        Only safetensors are read, nothing is downloaded, and the files do not choose the class that is loaded.
 
         Raises:
             R2FError: diffusers is not installed, or the folder lacks a file or holds another kind of model.
@@ -70,21 +70,21 @@ class ScoreDistillation:
             )
         except R2FError:
             raise
-        except Exception as error:  # diffusers passes on what json, safetensors and its constructors raise
+        except Exception as error:  # of json, safetensors or the constructors
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise R2FError(f"'{folder}' cannot be read as a diffusion model: {reason}") from error
 
     @torch.no_grad()
     def gradient(self, images: Tensor, step: int) -> Tensor:
-        """weight * w(t) (eps_hat - eps) for images [n, c, h, w] in [0, 1]: a tensor of that shape, to be descended.
+        """weight * w(t) (eps_hat - eps) for images [n, c, h, w] in [0, 1]: a gradient of that shape, to descend.
 
-        w(t) = 1 - alpha_bar(t). One time and one noise an image, from the seed and `step`.
+        w(t) = 1 - alpha_bar(t). Each image has its own time and noise, drawn from the seed and `step`.
 
         Raises:
             R2FError: the images do not have the size or channels that the model was trained on.
         """
         self._check(images)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)  # it reads 32 bits
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)  # 32 bits are used
         pixels = images.float() if images.shape[1] == self.channels else images.float().mean(1, keepdim=True)
         low, high = (int(share * len(self.alpha_bar)) for share in TIMES)
         times = torch.randint(low, max(high, low + 1), (len(images),), generator=generator).to(images.device)
@@ -93,24 +93,24 @@ class ScoreDistillation:
         noisy = (1 - variance).sqrt() * (2 * pixels - 1) + variance.sqrt() * noise
         predicted = self.unet.to(images.device)(noisy, times).sample
         pull = variance * (as_noise(predicted, noisy, variance, self.kind) - noise)
-        # A mean over channels hands each of them its share.
+        # The derivative of the mean over channels is 1 / channels for each of them.
         return (self.weight * self.channels / images.shape[1] * pull).expand_as(images).to(images.dtype)
 
     def _check(self, images: Tensor) -> None:
         size = self.unet.config["sample_size"]
-        wanted = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        if size is not None and tuple(images.shape[-2:]) != wanted:
+        expected = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        if size is not None and tuple(images.shape[-2:]) != expected:
             raise R2FError(
-                f"the prior knows images of {wanted}, not of {tuple(images.shape[-2:])}: train one for them."
+                f"the prior was trained on images of {expected}, not of {tuple(images.shape[-2:])}: train one for them."
             )
         if self.channels not in (1, images.shape[1]):
             raise R2FError(f"the prior reads {self.channels} channels, the images have {images.shape[1]}.")
 
 
 def as_noise(predicted: Tensor, noisy: Tensor, variance: Tensor, kind: str) -> Tensor:
-    """eps_hat from what the model predicts at x_t = a x + s eps, a^2 = 1 - variance, s^2 = variance.
+    """eps_hat from the model's prediction at x_t = a x + s eps, with a^2 = 1 - variance and s^2 = variance.
 
-    epsilon: eps itself; sample: x (Ho et al. 2020); v_prediction: a eps - s x (Salimans & Ho 2022).
+    epsilon: eps itself; sample: x (Ho et al., 2020); v_prediction: a eps - s x (Salimans and Ho, 2022).
     """
     if kind == "epsilon":
         return predicted
@@ -119,7 +119,7 @@ def as_noise(predicted: Tensor, noisy: Tensor, variance: Tensor, kind: str) -> T
 
 
 def _find(folder: Path, part: str, name: str) -> Path:
-    """The folder, `folder/part` or `folder`, that holds the file `name`."""
+    """`folder/part` or `folder`, whichever holds the file `name`."""
     for place in (folder / part, folder):
         if (place / name).is_file():
             return place

@@ -10,7 +10,6 @@ from .lora_grad import LoraGrad, lora_grad
 from .lora_grad_tangent import lora_grad_tangent
 from .matching_loss import matching_loss
 from .signed_adam_step import signed_adam_step_
-from .total_variation import total_variation
 
 load_compiled_kernels()
 
@@ -27,5 +26,4 @@ __all__ = [
     "matching_loss",
     "schemas",
     "signed_adam_step_",
-    "total_variation",
 ]

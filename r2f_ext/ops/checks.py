@@ -138,7 +138,7 @@ def _check_alike(op: str, lists: dict[str, Sequence[Tensor]], dtype: torch.dtype
                 )
 
 
-def check_matching_loss(candidate: Sequence[Tensor], observed: Sequence[Tensor], images: Tensor | None) -> None:
+def check_matching_loss(candidate: Sequence[Tensor], observed: Sequence[Tensor], images: Tensor) -> None:
     if not candidate or len(candidate) != len(observed):
         raise ValueError(
             "matching_loss: candidate and observed must be lists of the same length, at least 1; "
@@ -163,13 +163,61 @@ def check_matching_loss(candidate: Sequence[Tensor], observed: Sequence[Tensor],
             raise ValueError(f"matching_loss: all tensors must be on one device; tensor {i} is not on {device}")
     if not trials:
         raise ValueError("matching_loss: candidate must be tensors [T, ...]; the first has no dimension")
-    if images is not None:
-        if images.dim() != 4 or images.shape[:1] != trials:
-            raise ValueError(f"matching_loss: images must be [{trials[0]}, c, h, w]; got {list(images.shape)}")
-        if images.dtype not in DTYPES:
-            raise TypeError(f"matching_loss: images must be float32, float64 or bfloat16; got {images.dtype}")
-        if images.device != device:
-            raise ValueError(f"matching_loss: all tensors must be on one device; images are not on {device}")
+    _check_images("matching_loss", images, trials[0], device)
+
+
+def _check_images(op: str, images: Tensor, trials: int, device: torch.device) -> None:
+    if images.dim() != 4 or images.shape[0] != trials:
+        raise ValueError(f"{op}: images must be [{trials}, c, h, w]; got {list(images.shape)}")
+    if images.dtype not in DTYPES:
+        raise TypeError(f"{op}: images must be float32, float64 or bfloat16; got {images.dtype}")
+    if images.device != device:
+        raise ValueError(f"{op}: all tensors must be on one device; images are not on {device}")
+
+
+def check_factored_matching_loss(
+    x: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    observed: Sequence[Tensor],
+    observed_delta: Sequence[Tensor],
+    images: Tensor,
+) -> None:
+    op, count = "factored_matching_loss", len(x)
+    if not x or len(delta) != count or len(observed) != count or len(observed_delta) not in (0, count):
+        raise ValueError(
+            f"{op}: x, delta, observed and observed_delta must be lists of the same length, at least 1; "
+            f"got {count}, {len(delta)}, {len(observed)} and {len(observed_delta)}"
+        )
+    dtype, device = x[0].dtype, x[0].device
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: x must be float32, float64 or bfloat16; got {dtype}")
+    trials = x[0].shape[:1]
+    for i in range(count):
+        x_shape, d_shape, o_shape = x[i].shape, delta[i].shape, observed[i].shape
+        if len(x_shape) != 3 or x_shape[:1] != trials or len(d_shape) != 3 or d_shape[:2] != x_shape[:2]:
+            raise ValueError(
+                f"{op}: x must be tensors [T, N, d_in] and delta [T, N, d_out]; "
+                f"tensor {i} is {list(x_shape)} and {list(d_shape)}, T = {list(trials)}"
+            )
+        given = [x[i], delta[i], observed[i]]
+        if not observed_delta:
+            fits, words = o_shape[1:] == (d_shape[2], x_shape[2]), "observed must be tensors [T, d_out, d_in]"
+        else:
+            star = observed_delta[i]
+            given.append(star)
+            fits = len(o_shape) == 3 and o_shape[2] == x_shape[2] and star.shape == (*o_shape[:2], d_shape[2])
+            words = "observed must be tensors [T, M, d_in] and observed_delta [T, M, d_out]"
+        if not fits or (o_shape[:1] != trials and o_shape[0] != 1):
+            raise ValueError(f"{op}: {words}, or 1 for T; tensor {i} is {list(o_shape)}")
+        for tensor in given:
+            if tensor.dtype != dtype:
+                raise TypeError(
+                    f"{op}: x, delta, observed and observed_delta must share one dtype; "
+                    f"layer {i} has {tensor.dtype} and x {dtype}"
+                )
+            if tensor.device != device:
+                raise ValueError(f"{op}: all tensors must be on one device; layer {i} is not on {device}")
+    _check_images(op, images, trials[0], device)
 
 
 def check_signed_adam_step(image: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:

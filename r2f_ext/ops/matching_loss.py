@@ -1,4 +1,4 @@
-"""`matching_loss`: how far T trials' gradients are from the observed ones, and how rough their images, in one call."""
+"""`matching_loss`: the distance of T trials' gradients from observed ones plus their images' total variation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import reference
 from .checks import check_matching_loss
-from .gradients import needs_gradient
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
@@ -21,44 +21,64 @@ def matching_loss(
     candidate: Sequence[Tensor],
     observed: Sequence[Tensor],
     *,
+    images: Tensor,
     weights: Sequence[float] | None = None,
     kind: str = "layer_cosine",
-    images: Tensor | None = None,
     tv_weight: float = 0.0,
     isotropic: bool = False,
 ) -> Tensor:
-    """Distance between lists of gradients, trial by trial, plus `tv_weight` times the images' total variation: [T].
+    """Distance between lists of gradients plus `tv_weight` times the images' total variation, trial by trial: [T].
 
-    With c_l, o_l the candidate and observed gradient of layer l, and w_l its weight, divided by the weights' sum:
+    With c_l, o_l the candidate and observed gradient of layer l, and w_l its weight divided by the sum of the weights,
+    the distance is one of
 
         layer_cosine   sum_l w_l (1 - <c_l, o_l> / (|c_l| |o_l|))
         cosine         1 - sum_l w_l <c_l, o_l> / sqrt(sum_l w_l |c_l|^2  sum_l w_l |o_l|^2)
         l2             sum_l w_l |c_l - o_l|^2
 
     `cosine` with equal weights is Geiping et al., "Inverting Gradients", NeurIPS 2020, Eq. 4. A gradient of norm zero
-    has cosine 0 with everything, and no derivative. For total variation see `total_variation`.
+    has cosine 0 with any other, and derivative 0. With dy = x[i+1, j] - x[i, j] and dx = x[i, j+1] - x[i, j], the total
+    variation (Rudin, Osher and Fatemi, 1992) of an image is
+
+        anisotropic (default)   mean |dy| + mean |dx|, each over the pairs of neighbors; 0 if there are none
+        isotropic               mean over channels and pixels of sqrt(dx^2 + dy^2 + 1e-12), with dx = 0 in the last
+                                column and dy = 0 in the last row
 
     Shapes (L layers):
         candidate  L tensors [T, ...]
         observed   L tensors of the same shapes, or [1, ...] for all trials
+        images     [T, c, h, w]
         weights    L numbers >= 0, not all zero; None: all equal
-        images     [T, c, h, w], or None
 
-    Gradients share one dtype: float32, float64 or bfloat16; images have any of them. Neighbouring elements (on the CPU
-    1024, unless float32 cannot hold their sums) are summed in float32, scaled against underflow on CUDA, and all else
-    in float64; the loss is float32 (all is float64 for float64). Any strides.
-    Deterministic. Differentiable in candidate, observed and images: once in one pass of a kernel, twice through
-    ordinary PyTorch operators, which costs their memory; not under the transforms of `torch.func`. On the CPU, where
-    all of candidate and none of observed require gradients, these are made together with the loss, and take their
-    memory from then on.
+    Gradients share one dtype: float32, float64 or bfloat16; images have any of these. Blocks of elements are summed in
+    float32 (guarded against underflow and overflow), everything else in float64; the loss is float32 (for float64
+    inputs all is float64). Any strides. Deterministic.
+
+    Differentiable in candidate and images; observed is a constant. The second derivative goes through ordinary PyTorch
+    operators, which takes their memory. Not under the transforms of `torch.func`. On the CPU, if every candidate
+    requires a gradient, the gradients are computed together with the loss, in one pass over memory.
 
     Raises:
-        ValueError: lists of different lengths, shapes that do not fit, unknown kind, bad weights, several devices.
+        ValueError: lists of different lengths, shapes that do not fit, unknown kind, bad weights, several devices; in
+            the backward, if observed requires a gradient.
         TypeError: dtypes that are not supported or differ from each other.
     """
     try:
+        with_gradients = (
+            candidate[0].is_cpu
+            and torch.is_grad_enabled()
+            and all(c.requires_grad for c in candidate)
+            and not torch.compiler.is_compiling()
+        )
         loss: Tensor = torch.ops.r2f.matching_loss.default(
-            candidate, observed, shares(len(candidate), weights), check_kind(kind), images, tv_weight, isotropic
+            candidate,
+            observed,
+            normalized_weights(len(candidate), weights),
+            check_kind(kind),
+            images,
+            tv_weight,
+            isotropic,
+            with_gradients,
         )[0]
     except Exception:
         check_matching_loss(candidate, observed, images)  # says which argument is wrong and how
@@ -66,7 +86,7 @@ def matching_loss(
     return loss
 
 
-def shares(count: int, weights: Sequence[float] | None) -> list[float]:
+def normalized_weights(count: int, weights: Sequence[float] | None) -> list[float]:
     """The weights of `count` layers, divided by their sum."""
     if weights is None:
         return [1.0 / count] * count
@@ -82,60 +102,62 @@ def check_kind(kind: str) -> str:
     return kind
 
 
-# Autograd, on any device. The compiled module brings its own for matching_loss on CPU and CUDA, without Python
-# (csrc/torch/matching_loss_autograd.cpp).
+def check_constant(op: str, needs_gradient: Sequence[bool]) -> None:
+    """Refuses a backward that would have to reach `observed`."""
+    if any(needs_gradient):
+        raise ValueError(f"{op}: observed is a constant, but requires a gradient: pass observed.detach()")
 
 
-class _MatchingLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, count: int, settings: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.count, ctx.settings = count, settings
-        candidate, observed, images = tensors[:count], tensors[count:-1], tensors[-1]
-        weights, kind, *rest = settings
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, sums = torch.ops.r2f.matching_loss.default(candidate, observed, weights, kind, images, *rest)
-        ctx.save_for_backward(sums, *tensors)
-        ctx.mark_non_differentiable(sums)
-        return loss, sums
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
-        (sums, *tensors, images), count = ctx.saved_tensors, ctx.count
-        candidate, observed = tensors[:count], tensors[count:]
-        weights, kind, *rest = ctx.settings
-        to_observed = any(ctx.needs_input_grad[2 + count : -1])
-        to_c, to_o, to_images = torch.ops.r2f.matching_loss_backward.default(
-            grad_loss, candidate, observed, sums, weights, kind, images, *rest, to_observed
-        )
-        gradients = [g.to(t.dtype) for g, t in zip([*to_c, *to_o], tensors, strict=False)]
-        gradients += [None] * (len(tensors) - len(gradients))
-        return None, None, *gradients, None if images is None else to_images.to(images.dtype)
+def cast_like(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in the dtypes of the inputs (bfloat16 inputs have float32 gradients)."""
+    return [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)]
 
 
-def _with_gradient(
-    candidate: list[Tensor], observed: list[Tensor], weights: list[float], kind: str, images: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor]
-    result = _MatchingLoss.apply(len(candidate), (weights, kind, *rest), *candidate, *observed, images)
-    return result
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    candidate, observed, weights, kind, images, *settings, _ = inputs
+    _, sums, *gradients = output
+    flat_gradients = (*gradients[0], gradients[1])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(sums, *flat_gradients)
+    ctx.save_for_backward(*candidate, *observed, images, sums, *flat_gradients)
+    ctx.count, ctx.weights, ctx.kind, ctx.settings = len(candidate), weights, kind, settings
 
 
-def _backward_with_gradient(
-    grad_loss: Tensor, candidate: list[Tensor], observed: list[Tensor], sums: Tensor, *settings: Any
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Where a graph of the gradient is wanted, it and the sums are made of operators that autograd knows."""
-    if needs_gradient(grad_loss, *candidate, *observed, settings[2]):
-        sums = reference.matching_sums(candidate, observed)
-        return reference.matching_loss_backward(grad_loss, candidate, observed, sums, *settings)
-    result: tuple[list[Tensor], list[Tensor], Tensor]
-    with torch._C._AutoDispatchBelowAutograd():
-        result = torch.ops.r2f.matching_loss_backward.default(grad_loss, candidate, observed, sums, *settings)
-    return result
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    count = ctx.count
+    to_candidate: list[Tensor | None] = [None] * count
+    to_images = None
+    check_constant("matching_loss", ctx.needs_input_grad[1])
+    if grad_loss is not None:
+        candidate, observed = ctx.saved_tensors[:count], ctx.saved_tensors[count : 2 * count]
+        images, sums, *gradients, grad_images = ctx.saved_tensors[2 * count :]
+        if torch.is_grad_enabled() or not gradients or not _can_reuse(grad_loss):
+            if torch.is_grad_enabled():  # differentiable operators, so that the gradient has a graph
+                backward, sums = reference.matching_loss_backward, reference.matching_sums(candidate, observed)
+            else:
+                backward = torch.ops.r2f.matching_loss_backward.default
+            gradients, grad_images = backward(
+                grad_loss, candidate, observed, sums, ctx.weights, ctx.kind, images, *ctx.settings
+            )
+        to_candidate = list(cast_like(gradients, candidate))
+        to_images = grad_images.to(images.dtype) if ctx.needs_input_grad[4] else None
+    return to_candidate, [None] * count, None, None, to_images, None, None, None
 
 
-_AUTOGRAD = torch.library.Library(NAMESPACE, "FRAGMENT")
-_AUTOGRAD.impl("matching_loss", _with_gradient, "Autograd")
-_AUTOGRAD.impl("matching_loss_backward", _backward_with_gradient, "Autograd")
+def _can_reuse(grad_loss: Tensor) -> bool:
+    """Whether the gradients that the forward computed are the result: every loss has gradient 1, and the graph is freed
+    after this backward, so nothing else refers to them.
+    """
+    return (
+        type(grad_loss) is Tensor
+        and grad_loss.is_cpu
+        and _get_current_dispatch_mode() is None  # while tracing, values cannot be read
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and bool((grad_loss == 1).all())
+    )
+
+
+torch.library.register_autograd(f"{NAMESPACE}::matching_loss", _backward, setup_context=_setup_context)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::matching_loss")
@@ -144,14 +166,18 @@ def _fake(
     observed: list[Tensor],
     weights: list[float],
     kind: str,
-    images: Tensor | None,
+    images: Tensor,
     tv_weight: float,
     isotropic: bool,
-) -> tuple[Tensor, Tensor]:
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     check_matching_loss(candidate, observed, images)
     first = candidate[0]
     loss = first.new_empty(first.shape[:1], dtype=accumulation_dtype(first.dtype))
-    return loss, first.new_empty((len(candidate), first.shape[0], 4), dtype=torch.float64)
+    sums = first.new_empty((len(candidate), first.shape[0], 4), dtype=torch.float64)
+    if with_gradients:
+        return loss, sums, empty_gradients(candidate), *empty_gradients([images])
+    return loss, sums, [], images.new_empty(0, dtype=accumulation_dtype(images.dtype))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::matching_loss_backward")
@@ -162,14 +188,13 @@ def _fake_backward(
     sums: Tensor,
     weights: list[float],
     kind: str,
-    images: Tensor | None,
+    images: Tensor,
     tv_weight: float,
     isotropic: bool,
-    to_observed: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    dtype = accumulation_dtype(candidate[0].dtype)
-    to_candidate, to_o = ([t.new_empty(t.shape, dtype=dtype) for t in tensors] for tensors in (candidate, observed))
-    if images is None:
-        return to_candidate, to_o if to_observed else [], candidate[0].new_empty(0, dtype=dtype)
-    to_images = images.new_empty(images.shape, dtype=accumulation_dtype(images.dtype))
-    return to_candidate, to_o if to_observed else [], to_images
+) -> tuple[list[Tensor], Tensor]:
+    return empty_gradients(candidate), *empty_gradients([images])
+
+
+def empty_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Uninitialized gradients, contiguous and in the accumulation type."""
+    return [t.new_empty(t.shape, dtype=accumulation_dtype(t.dtype)) for t in tensors]

@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_lora_grad, check_lora_grad_tangent, check_matching_loss, check_signed_adam_step
+from .checks import (
+    check_factored_matching_loss,
+    check_lora_grad,
+    check_lora_grad_tangent,
+    check_matching_loss,
+    check_signed_adam_step,
+)
 from .schemas import NAMESPACE
 
 
@@ -73,19 +79,27 @@ def matching_loss(
     observed: Sequence[Tensor],
     weights: Sequence[float],
     kind: str,
-    images: Tensor | None,
+    images: Tensor,
     tv_weight: float,
     isotropic: bool,
-) -> tuple[Tensor, Tensor]:
-    """Four sums a layer and trial, and the loss from them. In float64: squares of small numbers would underflow."""
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """Four sums for each layer and trial, and the loss as a function of them."""
     check_matching_loss(candidate, observed, images)
     sums = matching_sums(candidate, observed)
-    loss = matching_value(sums, weights, kind).to(accumulation_dtype(candidate[0].dtype))
-    return loss if images is None else loss + tv_weight * total_variation(images, isotropic).to(loss.dtype), sums
+    settings = (weights, kind, images, tv_weight, isotropic)
+    loss = _with_variation(matching_value(sums, weights, kind), candidate[0].dtype, images, tv_weight, isotropic)
+    if with_gradients:
+        return loss, sums, *matching_loss_backward(torch.ones_like(loss), candidate, observed, sums, *settings)
+    return loss, sums, [], images.new_empty(0, dtype=accumulation_dtype(images.dtype))
+
+
+def _with_variation(value: Tensor, dtype: torch.dtype, images: Tensor, tv_weight: float, isotropic: bool) -> Tensor:
+    return (value + tv_weight * total_variation(images, isotropic)).to(accumulation_dtype(dtype))
 
 
 def matching_sums(candidate: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
-    """[L, T, 4]: <c, o>, |c|^2, |o|^2, |c - o|^2."""
+    """[L, T, 4]: <c, o>, |c|^2, |o|^2, |c - o|^2. In float64, because squares of small float32 numbers underflow."""
     layers = []
     for c, o in zip(candidate, observed, strict=True):
         c, o = _as_rows(c).double(), _as_rows(o).double()
@@ -100,7 +114,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def matching_value(sums: Tensor, weights: Sequence[float], kind: str) -> Tensor:
-    """[L, T, 4] -> [T]; the weights add up to 1."""
+    """[L, T, 4] -> [T]; the weights sum to 1."""
     weight = sums.new_tensor(weights)[:, None]
     inner, candidate, observed, difference = sums.unbind(-1)
     if kind == "l2":
@@ -112,25 +126,24 @@ def matching_value(sums: Tensor, weights: Sequence[float], kind: str) -> Tensor:
 
 
 def _one_over_norms(candidate: Tensor, observed: Tensor) -> Tensor:
-    """1 / (|c| |o|), and 0 where one of them is zero: the direction of nothing has cosine 0 and no gradient."""
+    """1 / (|c| |o|), and 0 where one of them is zero, so that the cosine is 0 and has derivative 0."""
     zero = (candidate == 0) | (observed == 0)
     norms = torch.where(zero, 1.0, candidate).sqrt() * torch.where(zero, 1.0, observed).sqrt()
     return torch.where(zero, 0.0, 1 / norms)
 
 
-def matching_coefficients(sums: Tensor, weights: Sequence[float], kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b, b_o [L, T]: the loss's gradient is a o + b c with respect to c, and a c + b_o o with respect to o."""
+def matching_coefficients(sums: Tensor, weights: Sequence[float], kind: str) -> tuple[Tensor, Tensor]:
+    """a, b [L, T]: the gradient of the loss with respect to c is a o + b c."""
     weight = sums.new_tensor(weights)[:, None]
     if kind == "l2":
         twice = (2 * weight).expand(sums.shape[:2])
-        return -twice, twice, twice
+        return -twice, twice
     if kind == "cosine":
         sums = (weight[..., None] * sums).sum(0, keepdim=True)
     inner, candidate, observed, _ = sums.unbind(-1)
     zero = (candidate == 0) | (observed == 0)
     by_norms = weight * _one_over_norms(candidate, observed)
-    to_candidate, to_observed = (by_norms * inner / torch.where(zero, 1.0, square) for square in (candidate, observed))
-    return -by_norms, to_candidate, to_observed
+    return -by_norms, by_norms * inner / torch.where(zero, 1.0, candidate)
 
 
 def matching_loss_backward(
@@ -140,28 +153,21 @@ def matching_loss_backward(
     sums: Tensor,
     weights: Sequence[float],
     kind: str,
-    images: Tensor | None,
+    images: Tensor,
     tv_weight: float,
     isotropic: bool,
-    to_observed: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Of ordinary differentiable operators: with sums that depend on the inputs, it can be differentiated again."""
+) -> tuple[list[Tensor], Tensor]:
+    """Written in differentiable operators: with sums that depend on the inputs, it can be differentiated again."""
     dtype = accumulation_dtype(candidate[0].dtype)
-    grads_c, grads_o = [], []
+    gradients = []
     terms = [grad_loss.double() * k for k in matching_coefficients(sums, weights, kind)]
-    for c, o, a, b, b_o in zip(candidate, observed, *terms, strict=True):
-        rows_c, rows_o, a = _as_rows(c).double(), _as_rows(o).double(), a[:, None]
-        grads_c.append((a * rows_o + b[:, None] * rows_c).to(dtype).reshape(c.shape))
-        if to_observed:
-            to_rows = (a * rows_c + b_o[:, None] * rows_o).sum_to_size(rows_o.shape)
-            grads_o.append(to_rows.to(dtype).reshape(o.shape))
-    if images is None:
-        return grads_c, grads_o, candidate[0].new_empty(0, dtype=dtype)
-    grad = grad_loss.to(accumulation_dtype(images.dtype))
-    return grads_c, grads_o, total_variation_backward(tv_weight * grad, images, isotropic)
+    for c, o, a, b in zip(candidate, observed, *terms, strict=True):
+        rows = a[:, None] * _as_rows(o).double() + b[:, None] * _as_rows(c).double()
+        gradients.append(rows.to(dtype).reshape(c.shape))
+    return gradients, total_variation_backward(tv_weight * grad_loss, images, isotropic)
 
 
-# Deltas are tiny: products that are kept in float32 are kept times this.
+# float32 products of deltas are stored times this power of two, because deltas are tiny.
 DELTA_UNIT = {torch.float32: 2.0**32, torch.float64: 1.0}
 
 
@@ -172,20 +178,27 @@ def factored_matching_loss(
     observed_delta: Sequence[Tensor],
     weights: Sequence[float],
     kind: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The sums of gradients delta^T x that are never written out, and the loss from them."""
+    images: Tensor,
+    tv_weight: float,
+    isotropic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of gradients delta^T x that are never formed, the loss, and the products for the compiled backward."""
+    check_factored_matching_loss(x, delta, observed, observed_delta, images)
     dtype = accumulation_dtype(x[0].dtype)
     sums = factored_sums(x, delta, observed, observed_delta)
-    products = []
-    if not observed_delta:
-        products = [(d.to(dtype) * DELTA_UNIT[dtype]) @ o.to(dtype) for d, o in zip(delta, observed, strict=True)]
-    return matching_value(sums, weights, kind).to(dtype), sums, products
+    loss = _with_variation(matching_value(sums, weights, kind), dtype, images, tv_weight, isotropic)
+    saved = []
+    for x_l, d, o, o_d in zip(x, delta, observed, _or_none(observed_delta, len(x)), strict=True):
+        x_l, o, d = x_l.to(dtype), o.to(dtype), d.to(dtype) * DELTA_UNIT[dtype]
+        saved += [d @ d.mT, x_l @ x_l.mT]
+        saved += [d @ o] if o_d is None else [d @ (o_d.to(dtype) * DELTA_UNIT[dtype]).mT, x_l @ o.mT]
+    return loss, sums, torch.cat([product.flatten() for product in saved])
 
 
 def factored_sums(
     x: Sequence[Tensor], delta: Sequence[Tensor], observed: Sequence[Tensor], observed_delta: Sequence[Tensor]
 ) -> Tensor:
-    """[L, T, 4]: <delta^T x, G*> = sum_n delta_n^T G* x_n, or by Gram matrices, as are the squares."""
+    """[L, T, 4]: <delta^T x, G*> = sum_n delta_n^T G* x_n, or by Gram matrices, like the squares."""
     layers = []
     for x_l, d, o, o_d in zip(x, delta, observed, _or_none(observed_delta, len(x)), strict=True):
         x_l, d, o = x_l.double(), d.double(), o.double()
@@ -215,14 +228,17 @@ def factored_matching_loss_backward(
     observed: Sequence[Tensor],
     observed_delta: Sequence[Tensor],
     sums: Tensor,
-    products: Sequence[Tensor],
+    saved: Tensor,
     weights: Sequence[float],
     kind: str,
-) -> tuple[list[Tensor], list[Tensor]]:
+    images: Tensor,
+    tv_weight: float,
+    isotropic: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """With dL/dG = a G* + b G: dL/dx = delta dL/dG and dL/ddelta = x dL/dG^T. See matching_loss_backward."""
     dtype = accumulation_dtype(x[0].dtype)
     grads_x, grads_d = [], []
-    terms = [(grad_loss.double() * k)[..., None, None] for k in matching_coefficients(sums, weights, kind)[:2]]
+    terms = [(grad_loss.double() * k)[..., None, None] for k in matching_coefficients(sums, weights, kind)]
     for x_l, d, o, o_d, a, b in zip(x, delta, observed, _or_none(observed_delta, len(x)), *terms, strict=True):
         x_l, d, o = x_l.double(), d.double(), o.double()
         if o_d is None:
@@ -232,11 +248,11 @@ def factored_matching_loss_backward(
             to_x, to_d = (d @ o_d.mT) @ o, (x_l @ o.mT) @ o_d
         grads_x.append((a * to_x + b * ((d @ d.mT) @ x_l)).to(dtype))
         grads_d.append((a * to_d + b * ((x_l @ x_l.mT) @ d)).to(dtype))
-    return grads_x, grads_d
+    return grads_x, grads_d, total_variation_backward(tv_weight * grad_loss, images, isotropic)
 
 
 def total_variation(images: Tensor, isotropic: bool) -> Tensor:
-    """Mean absolute difference of neighbors, rows plus columns; or mean length of (dx, dy), 0 beyond the far border."""
+    """Of images [T, c, h, w]: [T]. The formulas are in `ops.matching_loss`."""
     images = images.to(accumulation_dtype(images.dtype))
     if images.numel() == 0:
         return images.new_zeros(len(images))
@@ -255,8 +271,8 @@ def total_variation_backward(grad: Tensor, images: Tensor, isotropic: bool) -> T
     grad = grad.to(images.dtype)[:, None, None, None]
     if isotropic:
         length, dy, dx = _lengths(rows, columns)
-        share = grad / max(images.shape[1:].numel(), 1) / length
-        to_rows, to_columns = (share * dy)[:, :, :-1], (share * dx)[..., :-1]
+        factor = grad / max(images.shape[1:].numel(), 1) / length
+        to_rows, to_columns = (factor * dy)[:, :, :-1], (factor * dx)[..., :-1]
     else:
         to_rows, to_columns = (grad * d.sign() / max(d.shape[1:].numel(), 1) for d in (rows, columns))
     return (
@@ -268,7 +284,7 @@ def total_variation_backward(grad: Tensor, images: Tensor, isotropic: bool) -> T
 
 
 def _lengths(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sqrt(dx^2 + dy^2 + eps), dy and dx, all as large as the images."""
+    """sqrt(dx^2 + dy^2 + eps), dy and dx, all with the shape of the images."""
     dy, dx = F.pad(rows, (0, 0, 0, 1)), F.pad(columns, (0, 1))
     return (dx.square() + dy.square() + TOTAL_VARIATION_EPS).sqrt(), dy, dx
 
@@ -287,7 +303,7 @@ def signed_adam_step_(
     high: float | None,
     sign: bool,
 ) -> None:
-    """Adam (Kingma and Ba, 2015, Algorithm 1) on the gradient or its sign, then the projection on [low, high]."""
+    """Adam (Kingma and Ba, 2015, Algorithm 1) on the gradient or its sign, then the projection onto [low, high]."""
     check_signed_adam_step(image, gradient, exp_avg, exp_avg_sq)
     g = gradient.sign() if sign else gradient
     exp_avg.lerp_(g, 1 - beta1)
@@ -303,8 +319,6 @@ for _function in (
     matching_loss_backward,
     factored_matching_loss,
     factored_matching_loss_backward,
-    total_variation,
-    total_variation_backward,
     signed_adam_step_,
 ):
     torch.library.impl(f"{NAMESPACE}::{_function.__name__}", "default", _function)

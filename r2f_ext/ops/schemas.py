@@ -30,32 +30,30 @@ SCHEMAS: dict[str, str] = {
     ),
     # totals[l][v] += sum_p weights[l][v, p] delta[l][p]^T x[l][p] for every layer l and victim v.
     "add_weighted_gradients_": "(Tensor(a!)[] totals, Tensor[] weights, Tensor[] x, Tensor[] delta) -> ()",
-    # Distance between two lists of gradients for T trials, and the total variation of their images.
-    # sums [L, T, 4], float64: <c, o>, |c|^2, |o|^2, |c - o|^2 of each layer and trial. The weights add up to 1.
+    # Distance between two lists of gradients for T trials, plus the total variation of their images.
+    # sums [L, T, 4], float64: <c, o>, |c|^2, |o|^2, |c - o|^2 of each layer and trial. The weights sum to 1.
+    # with_gradients: grad_candidate and grad_images of the sum of all losses; without, they are [] and of size 0.
     "matching_loss": (
-        "(Tensor[] candidate, Tensor[] observed, float[] weights, str kind, Tensor? images, float tv_weight,"
-        " bool isotropic) -> (Tensor loss, Tensor sums)"
+        "(Tensor[] candidate, Tensor[] observed, float[] weights, str kind, Tensor images, float tv_weight,"
+        " bool isotropic, bool with_gradients)"
+        " -> (Tensor loss, Tensor sums, Tensor[] grad_candidate, Tensor grad_images)"
     ),
-    # grad_observed is empty unless wanted; grad_images is a tensor of size 0 without images.
     "matching_loss_backward": (
         "(Tensor grad_loss, Tensor[] candidate, Tensor[] observed, Tensor sums, float[] weights, str kind,"
-        " Tensor? images, float tv_weight, bool isotropic, bool to_observed)"
-        " -> (Tensor[] grad_candidate, Tensor[] grad_observed, Tensor grad_images)"
+        " Tensor images, float tv_weight, bool isotropic) -> (Tensor[] grad_candidate, Tensor grad_images)"
     ),
-    # The same for factored gradients G = delta^T x. observed_delta is empty if the observed gradients are dense.
-    # products, if dense: delta G* of each layer, times a power of two, kept for the backward.
+    # The same for factored gradients G = delta^T x. observed_delta is [] if the observed gradients are dense.
+    # saved: Gram matrices and products of all layers, for the backward; its layout is the kernel's own.
     "factored_matching_loss": (
-        "(Tensor[] x, Tensor[] delta, Tensor[] observed, Tensor[] observed_delta, float[] weights, str kind)"
-        " -> (Tensor loss, Tensor sums, Tensor[] products)"
+        "(Tensor[] x, Tensor[] delta, Tensor[] observed, Tensor[] observed_delta, float[] weights, str kind,"
+        " Tensor images, float tv_weight, bool isotropic) -> (Tensor loss, Tensor sums, Tensor saved)"
     ),
     "factored_matching_loss_backward": (
         "(Tensor grad_loss, Tensor[] x, Tensor[] delta, Tensor[] observed, Tensor[] observed_delta, Tensor sums,"
-        " Tensor[] products, float[] weights, str kind) -> (Tensor[] grad_x, Tensor[] grad_delta)"
+        " Tensor saved, float[] weights, str kind, Tensor images, float tv_weight, bool isotropic)"
+        " -> (Tensor[] grad_x, Tensor[] grad_delta, Tensor grad_images)"
     ),
-    # Total variation of T images.
-    "total_variation": "(Tensor images, bool isotropic) -> Tensor",
-    "total_variation_backward": "(Tensor grad, Tensor images, bool isotropic) -> Tensor",
-    # One step of (signed) Adam and the projection on a box, in place.
+    # One step of (signed) Adam and the projection onto a box, in place.
     "signed_adam_step_": (
         "(Tensor(a!) image, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, float lr, float beta1,"
         " float beta2, float eps, int step, float? low, float? high, bool sign) -> ()"

@@ -1,4 +1,4 @@
-"""`signed_adam_step_`: one step of Adam on a gradient's sign, and the projection on the box of pixels, in place."""
+"""`signed_adam_step_`: one step of Adam on a gradient's sign, and the projection onto the box of pixels, in place."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def signed_adam_step_(
 
     Shapes: image, gradient, exp_avg and exp_avg_sq have one shape, dtype (float32 or float64) and device; the last two
     start as zeros. `step` counts from 1. `low` or `high` None: no such bound. Any strides; contiguous ones are fastest.
-    No gradient flows through, and image may be a leaf that requires one.
+    Not differentiable; image may be a leaf that requires a gradient.
 
-    A CUDA graph keeps `lr` and `step` as they were when it was captured.
+    A CUDA graph keeps the `lr` and `step` of its capture.
 
     Raises:
         ValueError: shapes or devices that differ, a step below 1, or low > high.
@@ -55,7 +55,7 @@ def signed_adam_step_(
     except Exception:
         check_signed_adam_step(image, gradient, exp_avg, exp_avg_sq)  # says which argument is wrong and how
         raise
-    # Autograd counts what was written, so that a backward that needs the old values says so.
+    # Autograd's version counters, so that a backward that needs the old values raises an error.
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((image, exp_avg, exp_avg_sq))
 

@@ -1,10 +1,10 @@
-// Fixed-size vectors for CPU kernels, on the vector extensions that GCC and Clang share, and the run-time choice of
-// instruction set.
+// Fixed-size vectors for CPU kernels, on the vector extensions that GCC and Clang share, and the choice of instruction
+// set at run time.
 //
-// A kernel is written once, as templates over the vector's size in bytes, every function marked R2F_INLINE. For each
-// instruction set one entry function carries a target attribute and the templates are inlined into it, so the whole
-// package needs no -march flag and runs on any machine. On other processors than x86-64 the 16-byte baseline is all
-// there is (NEON, say).
+// A kernel is written once, as function templates over the vector's size in bytes, every function marked R2F_INLINE.
+// dispatch_isa() instantiates it for each instruction set inside a function with the matching target attribute, so the
+// package needs no -march flag and runs on any x86-64 processor. On other architectures only the 16-byte baseline is
+// compiled (for example NEON).
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,7 @@
 #define R2F_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #endif
 
-// GCC warns that vectors wider than the baseline's registers are passed differently per target; here nothing is passed,
-// all is inlined.
+// GCC warns that the calling convention for wide vectors depends on the target; here every call is inlined.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
@@ -32,12 +31,48 @@ namespace r2f::simd {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The widest instruction set of this processor; R2F_CPU_ISA=baseline|avx2 lowers it (for tests and comparisons).
-#ifdef R2F_FIXED_ISA  // one chosen when compiling: the sanitizers' builds leave out the code that they would not run
+#ifdef R2F_FIXED_ISA  // chosen at compile time: sanitizer builds compile only the code that they run
 constexpr Isa best_isa() { return Isa::R2F_FIXED_ISA; }
 #else
+// The widest instruction set of this processor. R2F_CPU_ISA=baseline|avx2 selects a narrower one, for tests.
 Isa best_isa();
 #endif
+
+#ifdef R2F_X86_DISPATCH
+template <typename Kernel>
+R2F_TARGET_AVX512 void run_avx512(const Kernel& kernel) {
+  kernel.template operator()<64>();
+}
+template <typename Kernel>
+R2F_TARGET_AVX2 void run_avx2(const Kernel& kernel) {
+  kernel.template operator()<32>();
+}
+#endif
+
+// Calls kernel.operator()<Bytes>() with the vector size of best_isa(), compiled for that instruction set. `kernel` is a
+// lambda `[&]<int Bytes>() R2F_INLINE_LAMBDA { ... }` that calls functions marked R2F_INLINE.
+#define R2F_INLINE_LAMBDA __attribute__((always_inline))
+template <typename Kernel>
+void dispatch_isa(const Kernel& kernel) {
+#if defined(R2F_FIXED_ISA)
+  if constexpr (best_isa() == Isa::kBaseline)
+    kernel.template operator()<16>();
+#if defined(R2F_X86_DISPATCH)
+  else if constexpr (best_isa() == Isa::kAvx2)
+    run_avx2(kernel);
+  else
+    run_avx512(kernel);
+#endif
+#else
+  switch (best_isa()) {
+#if defined(R2F_X86_DISPATCH)
+    case Isa::kAvx512: return run_avx512(kernel);
+    case Isa::kAvx2: return run_avx2(kernel);
+#endif
+    default: return kernel.template operator()<16>();
+  }
+#endif
+}
 
 template <typename Acc, int Bytes>
 struct VectorOf {
@@ -62,11 +97,11 @@ R2F_INLINE bool is_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0;
 }
 
-// A store that leaves no line in the caches and reads none for it; `p` must be aligned. Whoever makes such stores ends
-// with finish_stores_past_caches(), before others are told that the data are there.
+// A non-temporal store: it bypasses the caches. `p` must be aligned. Call fence_nontemporal_stores() before another
+// thread reads the data.
 template <typename V, typename Acc>
-R2F_INLINE void store_past_caches(Acc* p, const V& v) {
-  // In assembly: intrinsics cannot be called from code that is yet to get its target. Sanitizers see ordinary stores.
+R2F_INLINE void store_nontemporal(Acc* p, const V& v) {
+  // Assembly, because intrinsics need a target attribute on this function. Sanitizers see ordinary stores.
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
   if constexpr (sizeof(V) == 64)
     asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "v"(v));
@@ -81,13 +116,13 @@ R2F_INLINE void store_past_caches(Acc* p, const V& v) {
 #endif
 }
 
-R2F_INLINE void finish_stores_past_caches() {
+R2F_INLINE void fence_nontemporal_stores() {
 #if defined(__x86_64__)
   asm volatile("sfence" ::: "memory");
 #endif
 }
 
-// Elements as the vector type that is summed: as they are, or bfloat16 widened in registers.
+// Loads elements in the accumulation type: as they are, or bfloat16 widened in registers.
 template <typename V, typename Acc>
 R2F_INLINE V load_wide(const Acc* p) {
   return load<V>(p);
@@ -104,7 +139,7 @@ R2F_INLINE V load_wide(const BFloat16* p) {
   return v;
 }
 
-// The lanes of a, then of b, numbered through: those that `Index` picks.
+// Lanes picked from the concatenation of a and b: lane i of the result is lane Index::at(i).
 template <typename Index, typename V, size_t... I>
 R2F_INLINE V shuffle(const V& a, const V& b, std::index_sequence<I...>) {
 #if defined(__clang__)
@@ -120,20 +155,20 @@ R2F_INLINE V shuffle(const V& a, const V& b) {
   return shuffle<Index>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>());
 }
 
-// Lanes 0 .. n - 1 are segments of `Length`; the low (or high) half of each, all of a's before b's.
+// Lanes are split into segments of `Length`; picks the low (or high) half of each segment, those of a before those of b.
 template <int Lanes, int Length, bool High>
 struct HalfSegments {
   static constexpr int at(int lane) { return lane / (Length / 2) * Length + lane % (Length / 2) + High * Length / 2; }
 };
-// a0 b0 a1 b1 ..: of the lower (or upper) half of the lanes.
+// a0 b0 a1 b1 ...: interleaves the lower (or upper) halves of a and b.
 template <int Lanes, bool Upper>
 struct Interleaved {
   static constexpr int at(int lane) { return lane / 2 + Upper * Lanes / 2 + lane % 2 * Lanes; }
 };
 
-// The sums over the lanes of v[0 .. Count), Count a power of 2: `out` takes max(Count, lanes) elements, of which the
-// first Count are meant. Halves are added to halves, so a sum does not depend on what else is summed. (Length: lanes
-// that still are to be added up.)
+// The sums over the lanes of each of v[0 .. Count), Count a power of 2. `out` needs space for max(Count, lanes)
+// elements, of which the first Count are the result. Lanes are added by halving, so a sum does not depend on the other
+// vectors. (Length: lanes still to be added.)
 template <typename Acc, int Bytes, int Count, int Length = VectorOf<Acc, Bytes>::kLanes>
 R2F_INLINE void sum_lanes(const typename VectorOf<Acc, Bytes>::type* v, Acc* out) {
   using V = typename VectorOf<Acc, Bytes>::type;
