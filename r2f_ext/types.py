@@ -147,13 +147,14 @@ class Reconstruction:
     """What one route made of V victims.
 
     Attributes:
-        route: one of r2f_ext.inversion.identifiability.ROUTES.
+        route: its name in the registry (r2f_ext.inversion.routes).
         images: [V, c, h, w] in [0, 1].
         labels: [V], the label the route used or found; None where it needs none.
         why: one sentence on why this route was taken or what limits it.
         seconds: wall time for all V.
-        details: figures of the route (spectra, residuals, ...), plain numbers.
-        usual_errors: label -> [n, c * h * w], what a statistical route gets wrong on proxies of that label.
+        details: figures of the route over all victims, plain numbers.
+        per_victim: figures of the route for each victim (spectra, residuals, ...), float64 [V] each.
+        loo_errors: label -> [n, c * h * w], leave-one-out errors of a statistical route on proxies of that label.
     """
 
     route: str
@@ -162,4 +163,5 @@ class Reconstruction:
     why: str
     seconds: float
     details: dict[str, float] = field(default_factory=dict)
-    usual_errors: dict[int, Tensor] = field(default_factory=dict)
+    per_victim: dict[str, Tensor] = field(default_factory=dict)
+    loo_errors: dict[int, Tensor] = field(default_factory=dict)

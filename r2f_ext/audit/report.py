@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.env import environment
 from r2f_ext.files import write_text
-from r2f_ext.inversion.identifiability import RouteVerdict, vit_geometry
+from r2f_ext.inversion.geometry import vit_geometry
+from r2f_ext.inversion.route import Verdict
 from r2f_ext.ops.schemas import SCHEMAS
 from r2f_ext.types import Reconstruction, Target
 
@@ -76,8 +77,11 @@ def set_report(
 ) -> SetReport:
     """Take the victims `rows` out of an audit and put them beside their originals (in the same order)."""
     parts = [
-        Reconstruction(
-            r.route, r.images[rows], None if r.labels is None else r.labels[rows], r.why, r.seconds, r.details
+        replace(
+            r,
+            images=r.images[rows],
+            labels=None if r.labels is None else r.labels[rows],
+            per_victim={name: values[rows] for name, values in r.per_victim.items()},
         )
         for r in result.reconstructions
     ]
@@ -101,7 +105,7 @@ def _proxy_warning(far: Tensor) -> tuple[str, ...]:
 
 def build_report(
     target: Target,
-    verdicts: dict[str, RouteVerdict],
+    verdicts: dict[str, Verdict],
     results: dict[str, AuditResult],
     sets: list[SetReport],
     phase0: list[dict[str, Any]],
@@ -141,7 +145,7 @@ def build_report(
     }
 
 
-def target_figures(target: Target, verdicts: dict[str, RouteVerdict]) -> dict[str, Any]:
+def target_figures(target: Target, verdicts: dict[str, Verdict]) -> dict[str, Any]:
     """What was found in the adapter and which routes can work."""
     return {
         "base": target.base.spec,

@@ -122,7 +122,7 @@ class AmortisedInverter:
         )
         details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
         found = images.clamp(0, 1).unflatten(1, self.shape)
-        return Reconstruction("amortised", found, labels, why, time.perf_counter() - began, details, errors)
+        return Reconstruction("amortised", found, labels, why, time.perf_counter() - began, details, loo_errors=errors)
 
     def far_from_proxy(self, updates: dict[str, Tensor]) -> Tensor:
         """Bool [V]: whose update is less like any proxy update than 19 in 20 of those are like their nearest.
@@ -217,13 +217,15 @@ def invert_by_label(
         part = {name: update[victims] for name, update in observed.items()}
         found = inverter.invert(part)
         images[victims], far[victims] = found.images, inverter.far_from_proxy(part)
-        errors |= found.usual_errors
+        errors |= found.loo_errors
         share = float(victims.float().mean())
         pairs += share * found.details["pairs_a_victim"]
         held_out += share * found.details["held_out_psnr_db"]
     why = f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs of the victim's label"
     details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
-    reconstruction = Reconstruction("amortised", images, labels, why, time.perf_counter() - began, details, errors)
+    reconstruction = Reconstruction(
+        "amortised", images, labels, why, time.perf_counter() - began, details, loo_errors=errors
+    )
     return Amortised(reconstruction, far)
 
 

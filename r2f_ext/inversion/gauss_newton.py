@@ -20,7 +20,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +29,9 @@ from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
-from r2f_ext.models import untouched_a
 from r2f_ext.ops import lora_grad_tangent
 from r2f_ext.pairs.generate import project
-from r2f_ext.types import LoraUpdate, Reconstruction, Target
+from r2f_ext.types import Reconstruction, Target
 
 ROUTE = "gauss_newton"
 DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # shares of J^T J's largest eigenvalue
@@ -86,7 +84,7 @@ class Subspace:
             R2FError: the proxies are all alike, or an image has more than MAX_PIXELS numbers.
         """
         if images[0].numel() > MAX_PIXELS:
-            raise R2FError(f"gauss_newton is refused: {_too_large(images[0].numel())}.")
+            raise R2FError(f"gauss_newton is refused: {too_large(images[0].numel())}.")
         variance, axes = torch.linalg.eigh(torch.cov(images[:SUBSPACE_IMAGES].flatten(1).double().T))
         kept = variance > tolerance
         if not kept.any():
@@ -94,17 +92,8 @@ class Subspace:
         return Subspace((axes[:, kept] * variance[kept].sqrt()).to(images.dtype))
 
 
-def obstacle(target: Target, adapters: list[LoraUpdate]) -> str | None:
-    """What keeps the route from these adapters, in half a sentence; None where nothing does."""
-    pixels = prod(target.base.input_shape)
-    if pixels > MAX_PIXELS:
-        return _too_large(pixels)
-    if not all(untouched_a(adapter) for adapter in adapters):
-        return "A has left PEFT's initial range, so more than one step was taken, and the search models one"
-    return None
-
-
-def _too_large(pixels: int) -> str:
+def too_large(pixels: int) -> str:
+    """Why the dense search does not take images of so many numbers, half a sentence."""
     return f"an image has {pixels} numbers, and the search, which is dense, takes up to {MAX_PIXELS}"
 
 
@@ -195,15 +184,15 @@ def search(
     label: Tensor,
     subspace: Subspace,
     config: GaussNewtonConfig,
-    usual_errors: Tensor | None = None,
+    loo_errors: Tensor | None = None,
 ) -> Search:
     """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
 
     Far from it by statistical linearisation, near it by Gauss-Newton; from the start again, with other clouds, after
     several passes that got nowhere. The point of least residual is returned.
-    usual_errors [n, c * h * w]: what the start's route gets wrong on proxies, the first cloud's shape.
+    loo_errors [n, c * h * w]: what the start's route gets wrong on proxies, the first cloud's shape.
     """
-    axes, generator = Axes.of(subspace.basis, usual_errors), torch.Generator().manual_seed(config.seed)
+    axes, generator = Axes.of(subspace.basis, loo_errors), torch.Generator().manual_seed(config.seed)
     scale = len(updates.target.layers) ** 0.5
     beginning = start[None], updates(start[None], label), Cloud(axes.covariance)
 
@@ -292,14 +281,13 @@ def gauss_newton(
         a: name -> A [r, d_in], as the adapters have it.
         observed: name -> updates [V, d_out, r], of any positive scale a layer.
         start: images [V, c, h, w] in [0, 1] and labels [V] of another route; label and neighbourhood must be right.
-            Its `usual_errors`, if any, shape the first cloud of a victim.
+            Its `loo_errors`, if any, shape the first cloud of a victim.
         subspace: where to search, from proxies.
         advance: called after each victim, for progress bars.
 
     Returns:
         images [V, c, h, w]: the search's where it ended exactly or far below the start's residual, else the start's.
-        `details` hold, for victim i, `residual_i`, `start_residual_i`, `exact_i` (1 or 0) and `passes_i`, and how many
-        were exact.
+        See `reconstruction_of`.
 
     Raises:
         R2FError: an update that is zero or not finite, or a start without labels.
@@ -313,23 +301,35 @@ def gauss_newton(
             raise R2FError(f"the update of {name} is zero or not finite: the adapter is untrained or damaged.")
     updates = UpdateMap(target, a, start.images.shape[1:], config.directions)
     wanted = flat_units({layer.name: observed[layer.name] for layer in target.layers})
-    images: list[Tensor] = []
-    details: dict[str, float] = {}
+    searches: list[Search] = []
     for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
-        errors = start.usual_errors.get(int(label))
-        found = search(updates, wanted[victim], image.flatten(), label[None], subspace, config, errors)
-        images.append(found.image.view_as(image) if found.followed else image)
-        details |= {
-            f"residual_{victim}": found.residual,
-            f"start_residual_{victim}": found.start_residual,
-            f"exact_{victim}": float(found.exact),
-            f"passes_{victim}": float(found.passes),
-        }
+        errors = start.loo_errors.get(int(label))
+        searches.append(search(updates, wanted[victim], image.flatten(), label[None], subspace, config, errors))
         advance(1)
-    exact = int(sum(details[f"exact_{victim}"] for victim in range(len(images))))
+    return reconstruction_of(ROUTE, searches, start, began)
+
+
+def reconstruction_of(route: str, searches: list[Search], start: Reconstruction, began: float) -> Reconstruction:
+    """One search per victim -> images: the search's where it ended exactly or far below the start, else the start's.
+
+    Args:
+        start: images and labels that the searches began from.
+        began: `time.perf_counter()` before the first search.
+
+    Returns:
+        `per_victim` holds `residual`, `start_residual`, `exact` (1 or 0) and `passes`; `details` how many are exact.
+    """
+    images = [
+        one.image.view_as(image) if one.followed else image for one, image in zip(searches, start.images, strict=True)
+    ]
+    per_victim = {
+        key: torch.tensor([float(getattr(one, key)) for one in searches], dtype=torch.float64)
+        for key in ("residual", "start_residual", "exact", "passes")
+    }
+    exact = int(per_victim["exact"].sum())
     why = (
         f"Gauss-Newton on the update itself: {exact} of {len(images)} images reproduce their update to "
         f"{EXACT:g} and are exact"
     )
-    details["exact"] = float(exact)
-    return Reconstruction(ROUTE, torch.stack(images), start.labels, why, time.perf_counter() - began, details)
+    seconds, details = time.perf_counter() - began, {"exact": float(exact)}
+    return Reconstruction(route, torch.stack(images), start.labels, why, seconds, details, per_victim)
