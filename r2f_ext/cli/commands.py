@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from r2f_ext.audit.demo import Finished, demo, finish
 from r2f_ext.audit.report import set_report, target_figures
 from r2f_ext.audit.run import run_audit_stages
 from r2f_ext.cli.device import chosen_device
-from r2f_ext.cli.display import console, drawn_stages, print_phase0, print_report, print_target, print_verdicts, table
+from r2f_ext.cli.display import console, drawn_stages, print_report, print_target, table
 from r2f_ext.cli.fit import run_fit
 from r2f_ext.cli.inputs import images_of, read_adapters
 from r2f_ext.cli.invert import check_same_a, chosen_routes, run_invert
 from r2f_ext.cli.phase0 import run_identifiability, run_phase0_command
 from r2f_ext.config import AuditConfig
-from r2f_ext.data import ImageSet, ProceduralStream, ProxyImages, drop_private, load_images
+from r2f_ext.data import ImageSet, ProceduralStream, ProxyImages, drop_private
 from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updates
 from r2f_ext.env import environment
 from r2f_ext.errors import R2FError
@@ -39,7 +39,7 @@ from r2f_ext.pairs import (
     WritablePairs,
     write_pairs,
 )
-from r2f_ext.types import BaseModel, LoraUpdate, Reconstruction, Target
+from r2f_ext.types import BaseModel, Target
 
 Options = argparse.Namespace
 

@@ -89,7 +89,7 @@ def linearised_step(
     found, errors = _regress(update_of(images), (images - point) @ axes.directions, observed)
     trials = (point + torch.tensor(SHORTER).to(found)[:, None] * (found @ axes.directions.T)).clamp(0, 1)
     points, values = torch.cat([point, trials]), torch.cat([value, update_of(trials)])
-    best = int((values - observed).norm(dim=1).argmin())
+    best = int((values - observed).norm(dim=1).nan_to_num(nan=torch.inf).argmin())
     return points[best, None], values[best, None], Cloud(_mixed(axes.covariance, torch.cov(errors.T), USUAL), size)
 
 
@@ -97,7 +97,7 @@ def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shif
     """The factor at which the median misfit of images shifted by `shifts` [n, p] from the point is the point's own."""
     below, reached_below = 0.0, 0.0
     for size in SIZES:
-        reached = float((update_of((point + size * shifts).clamp(0, 1)) - value).norm(dim=1).median())
+        reached = float((update_of((point + size * shifts).clamp(0, 1)) - value).norm(dim=1).quantile(0.5))
         if reached > misfit:
             if below == 0:
                 break
