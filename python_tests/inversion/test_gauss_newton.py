@@ -147,7 +147,7 @@ def test_no_curvature_is_negative_in_float32(problem):
     class Blind(UpdateMap):
         def jacobian(self, point, label, basis):
             seen = super().jacobian(point, label, basis).float()
-            return torch.cat([seen, seen @ torch.diag(torch.linspace(0.5, 1.5, seen.shape[1]))])
+            return torch.cat([seen, seen])
 
     local = DenseLocal(Blind(target, a, SHAPE, 32), images[0].flatten(), labels[:1], subspace)
     assert local.curvature.dtype == torch.float64 and local.curvature.min() >= 0

@@ -73,9 +73,10 @@ def check_same_a(pairs: StoredPairs, adapter: LoraUpdate) -> None:
         )
 
 
-def _training(pairs: StoredPairs) -> Training:
-    """The recipe of the stored victims: one plain step where the manifest names none."""
-    return Training(**pairs.manifest.get("training", {}))
+def _training(pairs: StoredPairs) -> Training | None:
+    """The recipe of the stored victims, where they were simulated with one."""
+    recipe = pairs.manifest.get("training")
+    return None if recipe is None else Training(**recipe)
 
 
 def _written(folder: Path, problem: Problem, found: list[Reconstruction], not_run: dict[str, str]) -> dict[str, Any]:

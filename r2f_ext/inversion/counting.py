@@ -55,6 +55,18 @@ def _observed_numbers(problem: Problem) -> tuple[int, str]:
     return sum(module.weight.numel() for module in linear), "of the exact gradients of the linear layers"
 
 
+def several_steps(problem: Problem) -> str | None:
+    """What keeps a search that models one plain step from these adapters, half a sentence; None: nothing."""
+    if problem.training is not None and not problem.training.plain_step:
+        return "the victims did not take one plain SGD step, which the search models; gauss_newton_unrolled models more"
+    if (problem.steps or 1) > 1 or (problem.adapters and problem.steps is None):
+        return (
+            "A has left PEFT's initial range, so more than one step was taken, and the search models one; "
+            "gauss_newton_unrolled models several"
+        )
+    return None
+
+
 def not_shared(shared: Collection[str] | None, *names: str) -> str | None:
     """What keeps a route from an observer who lacks the gradients of `names`."""
     lacking = [] if shared is None else [name for name in names if name not in shared]

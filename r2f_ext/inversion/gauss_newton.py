@@ -11,7 +11,6 @@ What makes it converge from a start of about 20 dB, besides what `newton` descri
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,7 +23,7 @@ from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
-from r2f_ext.inversion.newton import DAMPINGS, EXACT, SOLVED, STALLED, Search, descend, run_search
+from r2f_ext.inversion.newton import DAMPINGS, SOLVED, STALLED, Search, descend, run_search, search_each
 from r2f_ext.linalg import sum_in_place
 from r2f_ext.ops import lora_grad_tangent
 from r2f_ext.pairs.generate import project
@@ -94,11 +93,11 @@ class DenseMap(Protocol):
 
     target: Target
 
-    def __call__(self, points: Tensor, label: Tensor) -> Tensor:
+    def __call__(self, points: Tensor, label: Tensor, /) -> Tensor:
         """Points [n, p] in [0, 1], all of one label [1] -> [n, R]."""
         ...
 
-    def jacobian(self, point: Tensor, label: Tensor, basis: Tensor) -> Tensor:
+    def jacobian(self, point: Tensor, label: Tensor, basis: Tensor, /) -> Tensor:
         """dz along the columns of basis [p, q] at point [p]: [q, R]."""
         ...
 
@@ -276,49 +275,20 @@ def gauss_newton(
 
     Returns:
         images [V, c, h, w]: the search's where it ended exactly or far below the start's residual, else the start's.
-        See `reconstruction_of`.
+        See `search_each`.
 
     Raises:
         R2FError: an update that is zero or not finite, or a start without labels.
     """
-    began = time.perf_counter()
     config = config or GaussNewtonConfig()
-    if start.labels is None:
-        raise R2FError("gauss_newton needs labels: start it from a route that finds them.")
     for name, update in observed.items():
         if not torch.isfinite(update).all() or not update.flatten(1).any(dim=1).all():
             raise R2FError(f"the update of {name} is zero or not finite: the adapter is untrained or damaged.")
     updates = UpdateMap(target, a, start.images.shape[1:], config.directions)
     wanted = flat_units({layer.name: observed[layer.name] for layer in target.layers})
-    searches: list[Search] = []
-    for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
+
+    def find(victim: int, image: Tensor, label: Tensor) -> Search:
         errors = start.loo_errors.get(int(label))
-        searches.append(search(updates, wanted[victim], image.flatten(), label[None], subspace, config, errors))
-        advance(1)
-    return reconstruction_of(ROUTE, searches, start, began)
+        return search(updates, wanted[victim], image, label, subspace, config, errors)
 
-
-def reconstruction_of(route: str, searches: list[Search], start: Reconstruction, began: float) -> Reconstruction:
-    """One search per victim -> images: the search's where it ended exactly or far below the start, else the start's.
-
-    Args:
-        start: images and labels that the searches began from.
-        began: `time.perf_counter()` before the first search.
-
-    Returns:
-        `per_victim` holds `residual`, `start_residual`, `exact` (1 or 0) and `passes`; `details` how many are exact.
-    """
-    images = [
-        one.image.view_as(image) if one.followed else image for one, image in zip(searches, start.images, strict=True)
-    ]
-    per_victim = {
-        key: torch.tensor([float(getattr(one, key)) for one in searches], dtype=torch.float64)
-        for key in ("residual", "start_residual", "exact", "passes")
-    }
-    exact = int(per_victim["exact"].sum())
-    why = (
-        f"Gauss-Newton on the update itself: {exact} of {len(images)} images reproduce their update to "
-        f"{EXACT:g} and are exact"
-    )
-    seconds, details = time.perf_counter() - began, {"exact": float(exact)}
-    return Reconstruction(route, torch.stack(images), start.labels, why, seconds, details, per_victim)
+    return search_each(ROUTE, start, find, advance)

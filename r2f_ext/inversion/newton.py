@@ -9,12 +9,17 @@ a thousand times what a step does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from r2f_ext.errors import R2FError
+from r2f_ext.progress import Advance
+from r2f_ext.types import Reconstruction
 
 DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # shares of J^T J's largest eigenvalue
 SOLVED = 1e-5  # relative residual below which float32 holds no more information
@@ -182,3 +187,41 @@ def descend(
         if float((value - observed).norm()) < solved:
             break
     return point, value
+
+
+def search_each(
+    route: str, start: Reconstruction, find: Callable[[int, Tensor, Tensor], Search], advance: Advance
+) -> Reconstruction:
+    """One search per victim -> images: the search's where it ended exactly or far below the start, else the start's.
+
+    Args:
+        start: images [V, c, h, w] in [0, 1] and labels [V] that the searches begin from.
+        find: (victim, start point [c * h * w], label [1]) -> Search.
+        advance: called with 1 after each victim.
+
+    Returns:
+        `per_victim` holds `residual`, `start_residual`, `exact` (1 or 0) and `passes`; `details` how many are exact.
+
+    Raises:
+        R2FError: the start has no labels.
+    """
+    began = time.perf_counter()
+    if start.labels is None:
+        raise R2FError(f"{route} needs labels: start it from a route that finds them.")
+    images, searches = [], []
+    for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
+        found = find(victim, image.flatten(), label[None])
+        searches.append(found)
+        images.append(found.image.view_as(image) if found.followed else image)
+        advance(1)
+    per_victim = {
+        key: torch.tensor([float(getattr(one, key)) for one in searches], dtype=torch.float64)
+        for key in ("residual", "start_residual", "exact", "passes")
+    }
+    exact = int(per_victim["exact"].sum())
+    why = (
+        f"Gauss-Newton on the update itself: {exact} of {len(images)} images reproduce their update to "
+        f"{EXACT:g} and are exact"
+    )
+    seconds, details = time.perf_counter() - began, {"exact": float(exact)}
+    return Reconstruction(route, torch.stack(images), start.labels, why, seconds, details, per_victim)

@@ -118,11 +118,11 @@ class UNetInverter:
         if height % 4 or width % 4:
             raise R2FError(f"the U-Net needs sides that are multiples of 4, got {height}x{width}: use kernel ridge.")
         self.ridge, self.config = ridge, config or UNetConfig()
-        self.whitening = Whitening(ridge.units, self.config.components)
-        features = self._features(ridge.units, ridge.labels)
         estimates = ridge.leave_one_out().clamp(0, 1).unflatten(1, ridge.shape)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
+            self.whitening = Whitening(ridge.units, self.config.components)  # its sketch is random
+            features = self._features(ridge.units, ridge.labels)
             net = RefiningUNet(channels, features.shape[1], self.config.width).to(features)
             self.net, self.held_out_psnr_db, self.ridge_psnr_db = _train(
                 net, estimates, features, ridge.images.unflatten(1, ridge.shape), self.config, advance

@@ -35,6 +35,7 @@ from r2f_ext.types import Target
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which `Training` keeps
 ROUNDINGS = 2.0  # of AdamW's own arithmetic, in units of the dtype's eps
+PEAK = 2.5  # times their root mean square: the largest of a layer's gradient entries is at least that
 AIM = 1e-3  # what the errors of a weighted gradient are held to, in units of its typical entry
 TRUSTED_ROUNDINGS = 10.0
 SQUARE_OF_NOTHING = 1e-36  # far below EPS squared: keeps the derivative of a root at zero finite
@@ -270,7 +271,8 @@ def first_adamw_step(b: dict[str, Tensor], training: Training, aim: float = AIM)
     """Read the gradient out of B after AdamW's first step from B = 0, from how far each entry is from +-lr.
 
     With u = -B / lr = g / (|g| + eps): g = eps u / (1 - |u|), known to (|g| + eps)^2 / eps times the error of u, which
-    is a few roundings of B's dtype.
+    is a few roundings of B's dtype. The largest |B| is the learning rate but for a share of eps / |g|. A rate that is
+    too large, by a share of c, gives all entries above eps / c the size eps / c, so that no entry stands out.
 
     Args:
         b: name -> B [d_out, r], in the dtype that it was trained in.
@@ -278,16 +280,16 @@ def first_adamw_step(b: dict[str, Tensor], training: Training, aim: float = AIM)
         aim: see `FirstAdamWStep.weights`.
 
     Raises:
-        R2FError: another recipe, or a B that no learning rate like this one can have made.
+        R2FError: another recipe, or a learning rate that did not make this B; the sentence names the one that did.
     """
     if training.optimizer != "adamw" or training.steps != 1:
         raise R2FError("only the first step of AdamW can be read: later ones mix several gradients.")
+    rate = training.rates()[0]
+    _check_rate(b, rate)
     gradient, weights = {}, {}
     for name, each in b.items():
         rounding = ROUNDINGS * torch.finfo(each.dtype).eps
-        u = -each.double() / training.rates()[0]
-        if float(u.abs().max()) > 1 + 1e-3:
-            raise R2FError(f"B of {name} exceeds the learning rate {training.rates()[0]:g}: pass the victim's own.")
+        u = -each.double() / rate
         shown = u.abs() < 1 - rounding
         size = torch.where(shown, EPS * u.abs() / (1 - u.abs()).clamp_min(rounding), 0.0)
         typical = size[shown].square().mean().sqrt() if shown.any() else size.new_ones(())
@@ -295,3 +297,18 @@ def first_adamw_step(b: dict[str, Tensor], training: Training, aim: float = AIM)
         gradient[name] = (size * u.sign()).to(each.dtype)
         weights[name] = torch.where(shown, 1 / (1 + error / aim), 0.0).to(each.dtype)
     return FirstAdamWStep(gradient, weights)
+
+
+def _check_rate(b: dict[str, Tensor], rate: float) -> None:
+    """Refuse a rate below the largest |B|, or above it where the gradient entries then read have no peak."""
+    largest = max(b.values(), key=lambda each: float(each.abs().max()))
+    rounding = ROUNDINGS * torch.finfo(largest.dtype).eps
+    u = largest.double().abs() / rate
+    peak = float(u.max())
+    size = EPS * u / (1 - u).clamp_min(1e-300)
+    reached = abs(peak - 1) <= rounding
+    if not reached and (peak > 1 or float(size.max()) < PEAK * float(size.square().mean().sqrt())):
+        raise R2FError(
+            f"B's largest entry is {rate * peak:.9g}, which is the learning rate of AdamW's first step, and the recipe "
+            f"says {rate:.9g}: pass the victim's own."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from r2f_ext.inversion.counting import search_verdict
+from r2f_ext.inversion.counting import search_verdict, several_steps
 from r2f_ext.inversion.gauss_newton import MAX_PIXELS, ROUTE, Subspace, gauss_newton, too_large
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.progress import Advance
@@ -20,8 +20,10 @@ class GaussNewton(Route):
     by_default = False
 
     def verdict(self, problem: Problem) -> Verdict:
+        pixels = prod(problem.base.input_shape)
+        large = f"{too_large(pixels)}; gauss_newton_matrix_free takes more" if pixels > MAX_PIXELS else None
         description = "a search that ends exactly only from a start close enough"
-        return search_verdict(problem, self.name, description, _refusal(problem))
+        return search_verdict(problem, self.name, description, large or several_steps(problem))
 
     def units(self, problem: Problem) -> int:
         return problem.victims
@@ -31,15 +33,3 @@ class GaussNewton(Route):
         assert problem.proxies is not None
         start, subspace = problem.found["amortised"], Subspace.of(problem.proxies.images)
         return gauss_newton(problem.target, problem.a, problem.observed, start, subspace, problem.gauss_newton, advance)
-
-
-def _refusal(problem: Problem) -> str | None:
-    pixels = prod(problem.base.input_shape)
-    if pixels > MAX_PIXELS:
-        return f"{too_large(pixels)}; gauss_newton_matrix_free takes more"
-    if (problem.steps or 1) > 1 or (problem.adapters and problem.steps is None):
-        return (
-            "A has left PEFT's initial range, so more than one step was taken, and the search models one; "
-            "gauss_newton_unrolled models several"
-        )
-    return None
