@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,7 @@ def set_report(
     name: str, result: AuditResult, proxy: ImageSet, private: ImageSet | None, rows: slice = slice(None)
 ) -> SetReport:
     """Take the victims `rows` out of an audit and put them beside their originals (in the same order)."""
-    parts = [
-        replace(
-            r,
-            images=r.images[rows],
-            labels=None if r.labels is None else r.labels[rows],
-            per_victim={name: values[rows] for name, values in r.per_victim.items()},
-        )
-        for r in result.reconstructions
-    ]
+    parts = [r.take(rows) for r in result.reconstructions]
     amortised = next(r for r in parts if r.route == "amortised")
     notes = _proxy_warning(result.far_from_proxy[rows])
     if private is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +15,7 @@ from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_co
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.phase0 import phase0
 from r2f_ext.inversion.route import Proxies, Verdict, adapter_problem
-from r2f_ext.inversion.routes import run_routes, verdicts_of
+from r2f_ext.inversion.routes import default_routes, run_routes, verdicts_of
 from r2f_ext.models import InitialFactors
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
@@ -66,7 +65,7 @@ def run_audit_stages(
     config: AuditConfig | None = None,
     stages: Stages | None = None,
     initial: InitialFactors | None = None,
-    announce: Callable[[dict[str, Verdict]], None] = lambda verdicts: None,
+    verdicts: dict[str, Verdict] | None = None,
 ) -> AuditResult:
     """Audit adapters that started from the same A (the clients of one server, or a single one).
 
@@ -75,7 +74,7 @@ def run_audit_stages(
         adapters: the victims' factors; all with the same A up to training.
         proxy: public or generated images with labels.
         initial: where to look for A before the first step; None: among the common seeds.
-        announce: called with every route's verdict before the work begins.
+        verdicts: of every route, from `verdicts_of(adapter_problem(target, adapters, initial))`, where they are known.
 
     Raises:
         R2FError: too small a proxy, adapters of different starts, or no route of a name in `config.routes`.
@@ -91,8 +90,7 @@ def run_audit_stages(
             f"proxy '{proxy.name}' gives {count} pairs: at least {MIN_PAIRS} are needed, thousands are good."
         )
     config = fit_to_memory(target, len(adapters), count, config)
-    verdicts = verdicts_of(problem)
-    announce(verdicts)
+    verdicts = verdicts_of(problem) if verdicts is None else verdicts
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)
 
@@ -108,7 +106,7 @@ def run_audit_stages(
     images, labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
     proxies = Proxies(updates, images, labels, target.base.num_classes)
     problem = replace(problem, proxies=proxies, decoded=decoded, matching=config.matching, refinement=config.refinement)
-    outcome = run_routes(problem, verdicts, config.routes, stages)
+    outcome = run_routes(problem, verdicts, chosen_routes(config), stages)
     with stages.stage("control"):
         far = proxies.ridge.far_from_proxy(observed).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
@@ -126,6 +124,12 @@ def run_audit_stages(
         config,
         _notes(adapters, problem.steps),
     )
+
+
+def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
+    """Names of the routes that `config` asks for."""
+    named = default_routes() if config.routes is None else config.routes
+    return (*named, "gauss_newton") if config.gauss_newton else named
 
 
 def _notes(adapters: list[LoraUpdate], steps: int | None) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ from r2f_ext.audit.run import run_audit_stages
 from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import console, drawn_stages, print_report, print_target, table
 from r2f_ext.cli.fit import run_fit
-from r2f_ext.cli.inputs import images_of, read_adapters
-from r2f_ext.cli.invert import check_same_a, chosen_routes, run_invert
+from r2f_ext.cli.inputs import check_same_a, images_of, read_adapters
+from r2f_ext.cli.invert import run_invert
 from r2f_ext.cli.phase0 import run_identifiability, run_phase0_command
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, ProceduralStream, ProxyImages, drop_private
@@ -28,8 +28,9 @@ from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updat
 from r2f_ext.env import environment
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
-from r2f_ext.inversion.route import Verdict
-from r2f_ext.models import InitialFactors, untouched_a
+from r2f_ext.inversion.route import adapter_problem
+from r2f_ext.inversion.routes import verdicts_of
+from r2f_ext.models import InitialFactors
 from r2f_ext.pairs import (
     GeneratedPairs,
     ReprojectedPairs,
@@ -49,7 +50,11 @@ def run_audit(options: Options) -> dict[str, Any]:
     base = target.base
     folder = output_folder(options.out)
     config = AuditConfig(
-        pairs=options.count, routes=chosen_routes(options), precision=options.precision, seed=options.seed
+        pairs=options.count,
+        routes=options.routes,
+        gauss_newton=options.gauss_newton,
+        precision=options.precision,
+        seed=options.seed,
     )
     proxy = images_of(options.proxy, base, options, "proxy", count=config.pairs)
     private = None if options.private is None else _private(options.private, base, options)
@@ -59,14 +64,12 @@ def run_audit(options: Options) -> dict[str, Any]:
         proxy = drop_private(proxy, private)
     for note in proxy.notes:
         console.print(f"note: {escape(note)}")
-
-    def announce(verdicts: dict[str, Verdict]) -> None:
-        steps = 1 if all(untouched_a(update) for update in adapters) else None
-        print_target({**target_figures(target, verdicts), "steps": _say_steps(steps)})
-
     initial = InitialFactors(target, adapters[0], options.initial, options.a0_seed)
+    problem = adapter_problem(target, adapters, initial)
+    verdicts = verdicts_of(problem)
+    print_target({**target_figures(target, verdicts), "steps": _say_steps(problem.steps)})
     with drawn_stages() as stages:
-        result = run_audit_stages(target, adapters, proxy, config, stages, initial, announce)
+        result = run_audit_stages(target, adapters, proxy, config, stages, initial, verdicts)
     for note in (*result.notes, *(f"{route}: {why}" for route, why in result.not_run.items())):
         console.print(f"note: {escape(note)}")
     if private is not None:

@@ -6,7 +6,9 @@ import argparse
 
 from r2f_ext.cli.device import chosen_device
 from r2f_ext.data import ImageSet, load_images
-from r2f_ext.models import attach, load_base, read_adapter
+from r2f_ext.errors import R2FError
+from r2f_ext.models import attach, differing_layer, load_base, read_adapter
+from r2f_ext.pairs import StoredPairs
 from r2f_ext.types import BaseModel, LoraUpdate, Target
 
 
@@ -23,3 +25,18 @@ def images_of(spec: str, base: BaseModel, options: argparse.Namespace, role: str
     return load_images(
         spec, input_shape=base.input_shape, num_classes=base.num_classes, count=count, seed=options.seed, role=role
     )
+
+
+def check_same_a(pairs: StoredPairs, adapter: LoraUpdate) -> None:
+    """Refuse pairs that were not made with this adapter's A.
+
+    Raises:
+        R2FError: the sentence names a layer that differs.
+    """
+    if pairs.own_a:
+        raise R2FError(f"each victim of '{pairs.folder}' has its own A: make pairs without --own-a.")
+    name = differing_layer(pairs.a, adapter.a)
+    if name is not None:
+        raise R2FError(
+            f"the pairs in '{pairs.folder}' were made for another adapter (A of {name} differs): make new ones."
+        )

@@ -11,19 +11,19 @@ from rich.markup import escape
 
 from r2f_ext.audit.figures import write_images
 from r2f_ext.audit.memory import fit_to_memory
+from r2f_ext.audit.run import chosen_routes
 from r2f_ext.cli.display import console, drawn_stages, table
-from r2f_ext.cli.inputs import read_adapters
+from r2f_ext.cli.inputs import check_same_a, read_adapters
 from r2f_ext.config import AuditConfig
 from r2f_ext.decoders.store import read_gradients
-from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.prior import ScoreDistillation
 from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
-from r2f_ext.inversion.routes import default_routes, run_routes, verdicts_of
+from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.inversion.unet import UNetConfig
-from r2f_ext.models import InitialFactors, differing_layer
+from r2f_ext.models import InitialFactors
 from r2f_ext.pairs import StoredPairs, Training
-from r2f_ext.types import LoraUpdate, Reconstruction
+from r2f_ext.types import Reconstruction
 
 
 def run_invert(options: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +32,8 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
     folder = output_folder(options.out)
     pairs = StoredPairs(options.pairs, target.base)
     check_same_a(pairs, adapters[0])
-    config = fit_to_memory(target, len(adapters), len(pairs), AuditConfig(seed=options.seed))
+    asked = AuditConfig(routes=options.routes, gauss_newton=options.gauss_newton, seed=options.seed)
+    config = fit_to_memory(target, len(adapters), len(pairs), asked)
     initial = InitialFactors(target, adapters[0], options.initial, options.a0_seed)
     problem = replace(
         adapter_problem(target, adapters, initial),
@@ -48,29 +49,8 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
         else ScoreDistillation.from_folder(options.prior, seed=options.seed).gradient,
     )
     with drawn_stages() as stages:
-        outcome = run_routes(problem, verdicts_of(problem), chosen_routes(options), stages)
+        outcome = run_routes(problem, verdicts_of(problem), chosen_routes(config), stages)
     return _written(folder, problem, outcome.reconstructions, outcome.not_run)
-
-
-def chosen_routes(options: argparse.Namespace) -> tuple[str, ...]:
-    """The routes that --routes names, or the default ones; and gauss_newton with --gauss-newton."""
-    named = default_routes() if options.routes is None else tuple(options.routes)
-    return (*named, "gauss_newton") if options.gauss_newton else named
-
-
-def check_same_a(pairs: StoredPairs, adapter: LoraUpdate) -> None:
-    """Refuse pairs that were not made with this adapter's A.
-
-    Raises:
-        R2FError: the sentence names a layer that differs.
-    """
-    if pairs.own_a:
-        raise R2FError(f"each victim of '{pairs.folder}' has an A of its own: make pairs without --own-a.")
-    name = differing_layer(pairs.a, adapter.a)
-    if name is not None:
-        raise R2FError(
-            f"the pairs in '{pairs.folder}' were made for another adapter (A of {name} differs): make new ones."
-        )
 
 
 def _training(pairs: StoredPairs) -> Training | None:

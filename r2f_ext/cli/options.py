@@ -115,7 +115,7 @@ def _routes(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--routes",
         metavar="NAMES",
-        type=lambda names: [name.strip() for name in names.split(",") if name.strip()],
+        type=lambda names: tuple(name.strip() for name in names.split(",") if name.strip()),
         help="the routes to run, separated by commas (default: all that need little time)",
     )
 

@@ -224,4 +224,4 @@ def search_each(
         f"{EXACT:g} and are exact"
     )
     seconds, details = time.perf_counter() - began, {"exact": float(exact)}
-    return Reconstruction(route, torch.stack(images), start.labels, why, seconds, details, per_victim)
+    return Reconstruction(route, torch.stack(images), start.labels, why, seconds, details, per_victim=per_victim)

@@ -31,5 +31,7 @@ def stack_victims(parts: Iterable[Reconstruction], advance: Advance = lambda vic
         worst.why,
         sum(part.seconds for part in found),
         worst.details,
-        {key: torch.tensor([part.details[key] for part in found], dtype=torch.float64) for key in worst.details},
+        per_victim={
+            key: torch.tensor([part.details[key] for part in found], dtype=torch.float64) for key in worst.details
+        },
     )
