@@ -50,7 +50,7 @@ def test_state_is_restored_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("label", [-1, 10])
 def test_labels_out_of_range_are_refused(label: int) -> None:
-    with pytest.raises(R2FError, match=f"label {label} is out of range: the base tells 10 classes"):
+    with pytest.raises(R2FError, match=f"label {label} is out of range: the base has 10 classes"):
         exact_gradients(small_vit(), smooth_images(1, 16), torch.tensor([label]))
 
 

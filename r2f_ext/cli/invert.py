@@ -32,7 +32,7 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
     folder = output_folder(options.out)
     pairs = StoredPairs(options.pairs, target.base)
     check_same_a(pairs, adapters[0])
-    asked = AuditConfig(routes=options.routes, gauss_newton=options.gauss_newton, seed=options.seed)
+    asked = AuditConfig(decoder_pairs=0, routes=options.routes, gauss_newton=options.gauss_newton, seed=options.seed)
     config = fit_to_memory(target, len(adapters), len(pairs), asked)
     initial = InitialFactors(target, adapters[0], options.initial, options.a0_seed)
     problem = replace(

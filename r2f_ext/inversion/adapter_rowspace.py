@@ -112,7 +112,7 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
         image, details = _from_b(target.base, geometry, start, b, stored.eps)
     else:
         check_rows(a - start, f"the movement of A of {FIRST_QKV}")
-        movement = a - kept_share(a, start, geometry.tokens) * start
+        movement = a - remaining_share(a, start, geometry.tokens) * start
         rounding = stored.eps * float(a.norm() / movement.norm())
         image, details = solve_from_rows(target.base, geometry, movement, rounding)
     details |= {"lora_rank": float(len(start)), "tokens": float(geometry.tokens), "storage_bits": float(stored.bits)}
@@ -130,7 +130,7 @@ def _only_shrunk(a: Tensor, a0: Tensor) -> bool:
     return bool((a - share * a0).norm() <= storage_precision(a).eps * a.norm())
 
 
-def kept_share(a: Tensor, start: Tensor, tokens: int) -> float:
+def remaining_share(a: Tensor, start: Tensor, tokens: int) -> float:
     """The share c of A_0 that weight decay has left in A_T, both [r, d_in], float64; 1 where none is seen.
 
     A_T - c A_0 has a rank of at most `tokens`, so c is an eigenvalue of A_T pinv(A_0) [r, r], r - tokens times: where

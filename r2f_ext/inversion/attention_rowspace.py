@@ -122,8 +122,8 @@ def equilibrate_rows(rows: Tensor) -> Tensor:
     """Give every row unit norm. The span stays; floats of small rows are as precise as those of large rows,
     so the small singular values rise above the rounding (about 12 dB on the embedded base)."""
     size = rows.norm(dim=1, keepdim=True)
-    kept = size[:, 0] > NEGLIGIBLE_ROW * size.max()
-    return rows[kept] / size[kept]
+    large = size[:, 0] > NEGLIGIBLE_ROW * size.max()
+    return rows[large] / size[large]
 
 
 @torch.no_grad()
@@ -212,10 +212,10 @@ def _noise_follows_rows(rows: Tensor, found: Directions, count: int) -> bool:
     """Whether what the rows hold outside the tokens' span varies less in proportion to each row than as it is."""
     noise = (rows @ found.weighted[count:].mT).norm(dim=1)
     size = rows.norm(dim=1)
-    kept = (size > NEGLIGIBLE_ROW * size.max()) & (noise > 0)
-    if len(rows) <= count or kept.sum() < 2:
+    large = (size > NEGLIGIBLE_ROW * size.max()) & (noise > 0)
+    if len(rows) <= count or large.sum() < 2:
         return False
-    return bool((noise[kept] / size[kept]).log().std() < noise[kept].log().std())
+    return bool((noise[large] / size[large]).log().std() < noise[large].log().std())
 
 
 def _buried(clear: int, count: int) -> float:

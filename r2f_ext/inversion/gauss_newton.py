@@ -41,7 +41,7 @@ class GaussNewtonConfig:
     """When to stop, and what a good step is.
 
     Attributes:
-        passes: at most, a victim; one is a cloud of images or a Jacobian, which cost about the same.
+        passes: at most, per victim; each is a cloud of images or a Jacobian, which cost about the same.
         patience: passes without a residual a fifth lower, after which the search begins again with other clouds.
         steps: at most, with one Jacobian.
         contraction: a step must shrink the next correction to this share.
@@ -77,10 +77,10 @@ class Subspace:
         if images[0].numel() > MAX_PIXELS:
             raise R2FError(f"gauss_newton is refused: {too_large(images[0].numel())}.")
         variance, axes = torch.linalg.eigh(torch.cov(images[:SUBSPACE_IMAGES].flatten(1).double().T))
-        kept = variance > tolerance
-        if not kept.any():
+        varied = variance > tolerance
+        if not varied.any():
             raise R2FError("the proxy images are all alike: gauss_newton needs proxies that vary.")
-        return Subspace((axes[:, kept] * variance[kept].sqrt()).to(images.dtype))
+        return Subspace((axes[:, varied] * variance[varied].sqrt()).to(images.dtype))
 
 
 def too_large(pixels: int) -> str:
@@ -208,7 +208,7 @@ def search(
     """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
 
     Args:
-        loo_errors: [n, c * h * w], what the start's route gets wrong on proxies: the first cloud's shape.
+        loo_errors: [n, c * h * w], leave-one-out errors of the start's route on proxies: the first cloud's shape.
     """
     steps = DenseSteps(updates, observed, label, subspace, config, loo_errors)
     layers = len(updates.target.layers)
@@ -285,10 +285,10 @@ def gauss_newton(
         if not torch.isfinite(update).all() or not update.flatten(1).any(dim=1).all():
             raise R2FError(f"the update of {name} is zero or not finite: the adapter is untrained or damaged.")
     updates = UpdateMap(target, a, start.images.shape[1:], config.directions)
-    wanted = flat_units({layer.name: observed[layer.name] for layer in target.layers})
+    targets = flat_units({layer.name: observed[layer.name] for layer in target.layers})
 
     def find(victim: int, image: Tensor, label: Tensor) -> Search:
         errors = start.loo_errors.get(int(label))
-        return search(updates, wanted[victim], image, label, subspace, config, errors)
+        return search(updates, targets[victim], image, label, subspace, config, errors)
 
     return search_each(ROUTE, start, find, advance)

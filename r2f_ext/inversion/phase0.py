@@ -38,7 +38,7 @@ def exact_gradients(
 
     Args:
         images: [n, c, h, w] in [0, 1]; labels: [n] int64.
-        names: parameters wanted; None takes those of `NEEDED` that the base has.
+        names: parameters to differentiate; None: those of `NEEDED` that the base has.
 
     Returns:
         n dicts, parameter name -> gradient of the parameter's shape. Which parameters require a gradient is
@@ -52,21 +52,21 @@ def exact_gradients(
             f"images {tuple(images.shape)} with {len(labels)} labels do not fit the base's input {base.input_shape}."
         )
     parameters = dict(base.model.named_parameters())
-    wanted = tuple(names) if names is not None else tuple(name for name in NEEDED if name in parameters)
-    absent = [name for name in wanted if name not in parameters]
-    if absent or not wanted:
+    chosen_names = tuple(names) if names is not None else tuple(name for name in NEEDED if name in parameters)
+    absent = [name for name in chosen_names if name not in parameters]
+    if absent or not chosen_names:
         raise R2FError(f"base '{base.spec}' has no parameter {(absent or NEEDED)[0]}: its gradient cannot be taken.")
     wrong = labels[(labels < 0) | (labels >= base.num_classes)]
     if len(wrong) > 0:
-        raise R2FError(f"label {int(wrong[0])} is out of range: the base tells {base.num_classes} classes, from 0.")
-    chosen = [parameters[name] for name in wanted]
+        raise R2FError(f"label {int(wrong[0])} is out of range: the base has {base.num_classes} classes, from 0.")
+    chosen = [parameters[name] for name in chosen_names]
     before = [parameter.requires_grad for parameter in chosen]
     images, labels = images.to(chosen[0]), labels.to(base.device)
     try:
         for parameter in chosen:
             parameter.requires_grad_(True)
         taken = [_one_gradient(base, chosen, image, label) for image, label in zip(images, labels, strict=True)]
-        return [dict(zip(wanted, gradients, strict=True)) for gradients in taken]
+        return [dict(zip(chosen_names, gradients, strict=True)) for gradients in taken]
     finally:
         for parameter, state in zip(chosen, before, strict=True):
             parameter.requires_grad_(state)

@@ -1,4 +1,4 @@
-"""What counting says of a model in one row, and the models of the table in docs/inversion.md."""
+"""The closed forms' counts of one timm model, and the models of the table in docs/inversion.md."""
 
 from __future__ import annotations
 

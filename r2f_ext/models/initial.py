@@ -20,7 +20,7 @@ from r2f_ext.types import LoraUpdate, Target
 
 COMMON_SEEDS = (*range(129), 256, 512, 666, 777, 999, 1000, 1024, 1111, 1234, 1337, *range(2020, 2027), 3407, 12345)
 INITS: tuple[Any, ...] = (True, "gaussian")
-# A wrong draw has a cosine of about 1 / sqrt(numbers in A) with the adapter's A: this many times that is no chance.
+# The cosine of a wrong draw with the adapter's A is about 1 / sqrt(numbers in A): accept from this many times that.
 CHANCE = 8.0
 SAME_A = 1e-2  # how far the A of one start may lie apart after a small training, a share of its largest entry
 

@@ -44,7 +44,7 @@ def posed(training: Training | None = None) -> tuple[Problem, Tensor]:
             initial=SimpleNamespace(found=InitialA(a, "given", 1.0), named=True),
             proxies=Proxies(updates, images[:PROXIES], labels[:PROXIES], base.num_classes),
             matching=MatchingConfig(steps=4),
-            refinement=MatchingConfig(steps=4, step_size=0.005, tv_weight=0.0),
+            refinement=MatchingConfig(steps=20, step_size=0.001, tv_weight=0.0),
         ),
         images[PROXIES:],
     )

@@ -97,16 +97,16 @@ def _lack(route: Route, problem: Problem) -> str | None:
 
 def _with_earlier(names: Iterable[str], routes: dict[str, Route]) -> list[str]:
     """The named routes and those that they read from, in the registry's order."""
-    wanted: set[str] = set()
+    chosen: set[str] = set()
     left = list(names)
     while left:
         name = left.pop()
         if name not in routes:
             raise R2FError(f"there is no route '{name}': name some of {', '.join(routes)}.")
-        if name not in wanted:
-            wanted.add(name)
+        if name not in chosen:
+            chosen.add(name)
             left += routes[name].after
-    return [name for name in routes if name in wanted]
+    return [name for name in routes if name in chosen]
 
 
 def _in_order(routes: dict[str, Route]) -> dict[str, Route]:
