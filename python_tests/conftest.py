@@ -10,7 +10,7 @@ import torch
 from cases import victim
 from cli_cases import run
 
-from r2f_ext.audit import AuditResult, audit
+from r2f_ext.audit import AuditResult, run_audit_stages
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.inversion.matching import MatchingConfig
@@ -89,7 +89,7 @@ def audited(
         adapters.append(update)
     steps = MatchingConfig(steps=3)
     config = AuditConfig(pairs=120, decoder_pairs=90, held_out=20, matching=steps, refinement=steps)
-    return Audited(target, adapters, proxy, private, config, audit(target, adapters, proxy, config))
+    return Audited(target, adapters, proxy, private, config, run_audit_stages(target, adapters, proxy, config))
 
 
 @dataclass(frozen=True)

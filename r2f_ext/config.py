@@ -17,6 +17,7 @@ class AuditConfig:
         held_out: further pairs that decoders are scored on.
         matching: gradient matching from the decoded gradient.
         refinement: LoRA-space matching from the amortised estimate.
+        routes: names of routes to run, with those that they start from; None: the default ones.
         gauss_newton: also search for the exact images; about a minute an adapter of the embedded model on 2 cores.
         precision: of the model when pairs are made, "float32" or "bfloat16" (see GeneratedPairs).
         seed: proxies, random labels, the shuffled control.
@@ -29,6 +30,7 @@ class AuditConfig:
     refinement: MatchingConfig = field(
         default_factory=lambda: MatchingConfig(steps=150, step_size=0.005, tv_weight=0.3)
     )
+    routes: tuple[str, ...] | None = None
     gauss_newton: bool = False
     precision: str = "float32"
     seed: int = 0

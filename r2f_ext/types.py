@@ -6,7 +6,7 @@ keyed by the module path of an adapted layer in the base model, e.g. `blocks.0.a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -147,13 +147,14 @@ class Reconstruction:
     """What one route made of V victims.
 
     Attributes:
-        route: one of r2f_ext.inversion.identifiability.ROUTES.
+        route: its name in the registry (r2f_ext.inversion.routes).
         images: [V, c, h, w] in [0, 1].
         labels: [V], the label the route used or found; None where it needs none.
         why: one sentence on why this route was taken or what limits it.
         seconds: wall time for all V.
-        details: figures of the route (spectra, residuals, ...), plain numbers.
-        usual_errors: label -> [n, c * h * w], what a statistical route gets wrong on proxies of that label.
+        details: figures of the route as a whole (spectra, held-out errors, ...), plain numbers.
+        loo_errors: label -> [n, c * h * w], leave-one-out errors of a statistical route on proxies of that label.
+        per_victim: figures of each victim (residuals, passes, ...), float64 [V] each.
     """
 
     route: str
@@ -162,4 +163,14 @@ class Reconstruction:
     why: str
     seconds: float
     details: dict[str, float] = field(default_factory=dict)
-    usual_errors: dict[int, Tensor] = field(default_factory=dict)
+    loo_errors: dict[int, Tensor] = field(default_factory=dict)
+    per_victim: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, rows: slice) -> Reconstruction:
+        """The same reconstruction with only the victims `rows`."""
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            per_victim={name: figures[rows] for name, figures in self.per_victim.items()},
+        )

@@ -8,7 +8,8 @@ import torch
 
 from r2f_ext.audit.metrics import psnr_db, ssim
 from r2f_ext.audit.report import MIN_GAIN_DB, build_report, set_report, write_report
-from r2f_ext.inversion.identifiability import ROUTES, identifiability
+from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.inversion.routes import registry
 
 NAME = "<script>alert('x')</script>"
 PHASE0 = [{"route": "patch_position", "psnr_db_mean": 100.0, "psnr_db_min": 90.0, "seconds": 0.1, "why": "test."}]
@@ -36,7 +37,7 @@ def test_schema(report, audited):
     target = report["target"]
     assert (target["base"], target["rank"], target["tokens"]) == ("embedded", 8, 65)
     assert target["layers"] == [asdict(layer) for layer in audited.target.layers]
-    assert list(target["identifiable"]) == list(ROUTES)
+    assert list(target["identifiable"]) == list(registry())
     assert all(isinstance(value, bool) for value in target["identifiable"].values())
     assert set(report["phase0"][0]) >= {"route", "psnr_db_mean", "seconds"}
     assert report["decoders"] == audited.result.decoders

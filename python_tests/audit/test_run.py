@@ -6,8 +6,7 @@ import pytest
 import torch
 from cases import cosine, proxy_set
 
-from r2f_ext.audit import audit
-from r2f_ext.audit.run import generate
+from r2f_ext.audit.run import generate, run_audit_stages
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, drop_private
 from r2f_ext.decoders import Projection, Ridge, held_out_cosines, stack_updates
@@ -25,12 +24,22 @@ def pairs_of(audited) -> GeneratedPairs:
 def test_what_comes_out(audited):
     result = audited.result
     assert result.pair_count == 120 and result.pairs_per_second > 0
-    assert [r.route for r in result.reconstructions] == ["matching", "amortised", "amortised_refined"]
+    assert [r.route for r in result.reconstructions] == ["amortised", "amortised_refined", "matching"]
     for reconstruction in result.reconstructions:
         assert reconstruction.images.shape == (3, 3, 32, 32) and torch.isfinite(reconstruction.images).all()
         assert reconstruction.images.min() >= 0 and reconstruction.images.max() <= 1
     assert set(result.decoders) == set(audited.target.names)
-    assert set(result.seconds) == {"pairs", "decoders", "decode", "amortised", "matching", "refinement"}
+    assert set(result.seconds) == {
+        "pairs",
+        "decoders",
+        "decode",
+        "amortised",
+        "matching",
+        "amortised_refined",
+        "control",
+    }
+    assert set(result.not_run) == {"adapter_rowspace"} and "Not exact" in result.not_run["adapter_rowspace"]
+    assert result.verdicts["gauss_newton"].identifiable and result.notes == ()
     assert result.stranger.shape == (1, 3, 32, 32)
 
 
@@ -71,13 +80,13 @@ def test_generate_walks_once_and_keeps_every_update(audited):
 
 
 def test_the_same_seed_gives_the_same_audit(audited):
-    again = audit(audited.target, audited.adapters, audited.proxy, audited.config)
+    again = run_audit_stages(audited.target, audited.adapters, audited.proxy, audited.config)
     for first, second in zip(audited.result.reconstructions, again.reconstructions, strict=True):
         assert (first.images - second.images).abs().mean() < 1e-3
 
 
 def test_another_seed_draws_another_stranger(audited):
-    other = audit(audited.target, audited.adapters[:1], audited.proxy, replace(audited.config, seed=5))
+    other = run_audit_stages(audited.target, audited.adapters[:1], audited.proxy, replace(audited.config, seed=5))
     assert not torch.allclose(other.stranger, audited.result.stranger, atol=1e-3)
 
 
@@ -90,6 +99,15 @@ def test_private_images_never_reach_the_proxy(audited):
     left = drop_private(mixed, audited.private)
     assert torch.equal(left.images, audited.proxy.images)
     assert not set(content_hashes(left.images)) & set(content_hashes(audited.private.images))
+
+
+def test_a_drifted_a_is_said_to_stand_in_for_the_start(audited):
+    drifted = [moved(update, lambda a: {n: t * 1.2 for n, t in a.items()}) for update in audited.adapters]
+    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
+    result = run_audit_stages(audited.target, drifted, audited.proxy, config)
+    assert [r.route for r in result.reconstructions] == ["amortised"]
+    assert "their mean A stands in" in result.notes[0]
+    assert "more than one step" in result.verdicts["gauss_newton"].why
 
 
 def moved(update, change):
@@ -109,9 +127,9 @@ def test_adapters_of_other_starts_are_refused(audited, difference):
     else:
         second = moved(second, lambda a: a | {"blocks.9": a[name]})
     with pytest.raises(R2FError, match="audit them one by one"):
-        audit(audited.target, [first, second], audited.proxy, audited.config)
+        run_audit_stages(audited.target, [first, second], audited.proxy, audited.config)
 
 
 def test_too_small_a_proxy(audited):
     with pytest.raises(R2FError, match="gives 39 pairs: at least 40"):
-        audit(audited.target, audited.adapters, proxy_set(39, audited.target.base), audited.config)
+        run_audit_stages(audited.target, audited.adapters, proxy_set(39, audited.target.base), audited.config)

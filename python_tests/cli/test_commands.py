@@ -94,7 +94,7 @@ def test_invert_and_audit_search_for_the_exact_image(stages, tmp_path, capsys):
     options = ("--pairs", stages.pairs, "--out", out, "--json", tmp_path / "i.json")
     assert run("invert", stages.adapter, "--gauss-newton", *options) == 0
     route = json.loads((tmp_path / "i.json").read_text())["routes"]["gauss_newton"]
-    assert "of 1 images reproduce their update" in route["why"] and route["details"]["passes_0"] >= 1
+    assert "of 1 images reproduce their update" in route["why"] and route["per_victim"]["passes"][0] >= 1
     assert (out / "gauss_newton.png").is_file()
     audit = ("audit", stages.adapter, "--gauss-newton", "--count", 60, "--proxy", "embedded", "--out", tmp_path / "o")
     assert run(*audit) == 0
@@ -106,7 +106,7 @@ def test_invert_and_audit_search_for_the_exact_image(stages, tmp_path, capsys):
 def test_phase0(tmp_path, capsys):
     assert run("phase0", "--count", 2, "--out", tmp_path / "o", "--json", tmp_path / "p.json") == 0
     printed = json.loads((tmp_path / "p.json").read_text())
-    assert [f["route"] for f in printed["phase0"]] == ["patch_position", "attention_rowspace"]
+    assert [f["route"] for f in printed["phase0"]] == ["attention_rowspace", "patch_position"]
     assert all(f["psnr_db_min"] > 30 for f in printed["phase0"]) and printed["identifiable"]["patch_position"]
     assert f"{printed['phase0'][0]['psnr_db_mean']:.1f}" in capsys.readouterr().out
     with Image.open(tmp_path / "o" / "phase0.png") as image:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from vit_cases import psnr, small_vit, smooth_images
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.adapter_rowspace import invert_adapter_rowspace, kept_share
-from r2f_ext.inversion.identifiability import FIRST_QKV
+from r2f_ext.inversion.adapter_rowspace import invert_adapter_rowspace, remaining_share
+from r2f_ext.inversion.geometry import FIRST_QKV
 from r2f_ext.types import AdaptedLayer, LoraUpdate, Target
 
 
@@ -58,7 +58,7 @@ def test_one_step_with_weight_decay_is_seen_as_one_step() -> None:
 def test_weight_decay_is_seen_and_taken_out(steps: int, decay: float) -> None:
     image, target, update = _victim(32, steps, weight_decay=decay)
     assert update.a0 is not None
-    share = kept_share(update.a[FIRST_QKV], update.a0[FIRST_QKV], tokens=17)
+    share = remaining_share(update.a[FIRST_QKV], update.a0[FIRST_QKV], tokens=17)
     assert share == pytest.approx((1 - 0.05 * decay) ** steps, rel=1e-9)
     assert psnr(invert_adapter_rowspace(target, update).images, image) >= 50
 
@@ -67,7 +67,7 @@ def test_without_weight_decay_or_spare_ranks_no_share_is_taken() -> None:
     for rank in (16, 32):
         _, _, update = _victim(rank, 5)
         assert update.a0 is not None
-        assert kept_share(update.a[FIRST_QKV], update.a0[FIRST_QKV], tokens=17) == pytest.approx(1, abs=1e-12)
+        assert remaining_share(update.a[FIRST_QKV], update.a0[FIRST_QKV], tokens=17) == pytest.approx(1, abs=1e-12)
 
 
 def test_weight_decay_leaves_the_span_of_the_inputs_and_little_of_it() -> None:

@@ -5,9 +5,14 @@ from timm.models.vision_transformer import VisionTransformer
 from vit_cases import small_vit
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.identifiability import FIRST_QKV, QKV_WEIGHT, ROUTES, identifiability, vit_geometry
+from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT
+from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.inversion.route import Certainty
+from r2f_ext.inversion.routes import registry
 from r2f_ext.models import shape_of
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
+
+CLOSED_FORMS = ("patch_position", "attention_rowspace", "adapter_rowspace")
 
 
 def _base(model: torch.nn.Module, size: int = 224) -> BaseModel:
@@ -23,32 +28,23 @@ def _adapter(base: BaseModel, rank: int, name: str = FIRST_QKV) -> Target:
     return Target(base, (AdaptedLayer(name, 288, 96, rank, 1.0),))
 
 
-def test_geometry_of_the_embedded_base() -> None:
-    from r2f_ext.models.embedded import build_embedded_vit
-
-    geometry = vit_geometry(build_embedded_vit())
-    assert geometry.patch == (4, 4) and geometry.grid == (8, 8)
-    assert (geometry.patch_tokens, geometry.prefix_tokens, geometry.tokens, geometry.width) == (64, 1, 65, 128)
-    assert geometry.has_pos_embed and geometry.linear_qkv
-    assert geometry.patch_numbers == 48 and geometry.norm_scales == 1
-
-
-def test_geometry_knows_registers_and_pre_norm() -> None:
-    geometry = vit_geometry(small_vit(reg_tokens=4, no_embed_class=True, pre_norm=True).model)
-    assert geometry.prefix_tokens == 5 and geometry.has_pre_norm and geometry.norm_scales == 2
-
-
 def test_a_resnet_is_not_a_vit_but_keeps_its_searches() -> None:
     base = _base(timm.create_model("resnet10t", num_classes=10))
-    with pytest.raises(R2FError, match="VisionTransformer"):
-        vit_geometry(base.model)
     verdicts = identifiability(base)
-    assert not any(verdicts[route].identifiable for route in ROUTES[:3])
+    assert all(verdicts[route].certainty is Certainty.REFUSED for route in CLOSED_FORMS)
     assert "VisionTransformer" in verdicts["patch_position"].why
 
 
-def test_verdicts_come_in_the_order_of_routes() -> None:
-    assert tuple(identifiability(small_vit())) == ROUTES
+def test_every_route_of_the_registry_has_a_verdict() -> None:
+    assert list(identifiability(small_vit())) == list(registry())
+
+
+def test_closed_forms_are_exact_or_refused_and_searches_plausible() -> None:
+    verdicts = identifiability(small_vit(), adapter=_adapter(small_vit(), 8))
+    assert verdicts["patch_position"].certainty is verdicts["attention_rowspace"].certainty is Certainty.EXACT
+    assert verdicts["adapter_rowspace"].certainty is Certainty.REFUSED
+    assert verdicts["matching"].certainty is verdicts["gauss_newton"].certainty is Certainty.PLAUSIBLE
+    assert str(Certainty.EXACT) == "exact by count"
 
 
 def test_b16_is_refused_for_the_row_space_and_l14_is_not() -> None:
@@ -67,14 +63,14 @@ def test_more_patches_than_width_refuse_patch_position() -> None:
     assert not verdict.identifiable and (verdict.unknowns, verdict.equations) == (256, 192)
 
 
-@pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize("route", CLOSED_FORMS[:2])
 def test_batches_refuse_the_closed_forms(route: str) -> None:
     assert identifiability(small_vit())[route].identifiable
     assert "2 images" in identifiability(small_vit(), batch=2)[route].why
     assert not identifiability(small_vit(), batch=2)[route].identifiable
 
 
-@pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize("route", CLOSED_FORMS[:2])
 def test_no_positions_refuse_the_closed_forms(route: str) -> None:
     verdict = identifiability(small_vit(pos_embed="none"))[route]
     assert not verdict.identifiable and "position embedding" in verdict.why

@@ -39,7 +39,7 @@ def test_what_is_left_out_equals_a_fit_without_that_one(monkeypatch, share):
 
     def kernel(x, y):
         gaussian = torch.exp(-linearisation.WIDTH * torch.cdist(x, y).square() / unit)
-        return 2 * (1 - linearisation.BENT) * x @ y.T / unit + linearisation.BENT * gaussian
+        return 2 * (1 - linearisation.GAUSSIAN) * x @ y.T / unit + linearisation.GAUSSIAN * gaussian
 
     def estimate(rows, point):
         system = torch.ones(len(rows) + 1, len(rows) + 1, dtype=torch.float64)

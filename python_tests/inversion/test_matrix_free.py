@@ -51,9 +51,9 @@ def gradient_of(target, image):
 def test_values_equal_the_captured_updates_and_gradients(problem, maps):
     target, a, image, _, _ = problem
     gradient = gradient_of(target, image)
-    torch.testing.assert_close(maps["lora"](image, LABEL), flat_units(project(target, gradient, a))[0])
+    torch.testing.assert_close(maps["lora"](image[None], LABEL)[0], flat_units(project(target, gradient, a))[0])
     dense = {name: gradient.dense(name) for name in NAMES}
-    torch.testing.assert_close(maps["gradient"](image, LABEL), flat_units(dense)[0])
+    torch.testing.assert_close(maps["gradient"](image[None], LABEL)[0], flat_units(dense)[0])
 
 
 @pytest.mark.parametrize("kind", ["lora", "gradient"])
@@ -61,7 +61,7 @@ def test_forward_equals_differences_and_backward_is_its_transpose(problem, maps,
     image, updates = problem[2], maps[kind]
     here, direction, step = updates.at(image, LABEL), torch.randn(768, dtype=torch.float64), 1e-6
     along = here.forward(direction)
-    ahead, behind = (updates(image + s * step * direction, LABEL) for s in (1, -1))
+    ahead, behind = (updates((image + s * step * direction)[None], LABEL)[0] for s in (1, -1))
     torch.testing.assert_close(along, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-8)
     rows = torch.randn(len(here.value), dtype=torch.float64)
     torch.testing.assert_close(here.backward(rows) @ direction, rows @ along)
@@ -70,7 +70,7 @@ def test_forward_equals_differences_and_backward_is_its_transpose(problem, maps,
 @pytest.mark.parametrize("kind", ["lora", "gradient"])
 def test_reaches_the_image_that_the_dense_search_reaches(problem, maps, kind):
     target, a, image, start, subspace = problem
-    observed = maps[kind](image, LABEL)
+    observed = maps[kind](image[None], LABEL)[0]
     config = MatrixFreeConfig(krylov=20, points=8)
     told = []
     found = search_matrix_free(maps[kind], observed, start, LABEL, ProxyCoordinates(subspace), config, told.append)

@@ -12,8 +12,8 @@ from r2f_ext.types import BaseModel
 def test_phase0_of_the_embedded_base() -> None:
     base, images = load_base("embedded"), smooth_images(3, 32)
     outcome = phase0(base, images, torch.tensor([0, 1, 2]))
-    assert [r.route for r in outcome.reconstructions] == ["patch_position", "attention_rowspace"]
-    for found, floor in zip(outcome.reconstructions, (80, 45), strict=True):
+    assert [r.route for r in outcome.reconstructions] == ["attention_rowspace", "patch_position"]
+    for found, floor in zip(outcome.reconstructions, (45, 80), strict=True):
         assert found.images.shape == images.shape and found.images.dtype == torch.float32
         assert psnr(found.images, images) >= floor
         assert found.seconds > 0 and found.why
@@ -50,7 +50,7 @@ def test_state_is_restored_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("label", [-1, 10])
 def test_labels_out_of_range_are_refused(label: int) -> None:
-    with pytest.raises(R2FError, match=f"label {label} is out of range: the base tells 10 classes"):
+    with pytest.raises(R2FError, match=f"label {label} is out of range: the base has 10 classes"):
         exact_gradients(small_vit(), smooth_images(1, 16), torch.tensor([label]))
 
 

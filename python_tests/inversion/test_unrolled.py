@@ -88,6 +88,17 @@ def test_adamws_first_step_still_shows_its_small_entries(dtype):
     assert weights.min() >= 0 and weights.max() <= 1
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("factor", [0.9995, 1.0005, 1.1])
+def test_a_wrong_learning_rate_is_refused_and_the_one_in_b_is_named(scale, factor):
+    gradient = torch.randn(96, 8, dtype=torch.float64) * scale
+    b = {"layer": -1e-3 * gradient / (gradient.abs() + 1e-8)}
+    with pytest.raises(R2FError, match=f"largest entry is 0.000999.*the recipe says {1e-3 * factor:.9g}"):
+        first_adamw_step(b, Training(optimizer="adamw", lr=1e-3 * factor))
+    read = first_adamw_step(b, Training(optimizer="adamw", lr=1e-3)).gradient["layer"]
+    torch.testing.assert_close(read, gradient, rtol=1e-4, atol=0)
+
+
 def test_finds_the_image_of_adamws_first_step(few_unknowns):
     target, a, subspace, images = few_unknowns
     shape, label = target.base.input_shape, torch.tensor([2])
@@ -120,5 +131,5 @@ def test_bad_input_is_refused(few_unknowns):
         updates.observation(still, b)
     with pytest.raises(R2FError, match="only the first step"):
         first_adamw_step(b, Training(steps=2, optimizer="adamw"))
-    with pytest.raises(R2FError, match="exceeds the learning rate"):
+    with pytest.raises(R2FError, match="pass the victim's own"):
         first_adamw_step(b, Training(optimizer="adamw"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from r2f_ext.audit.figures import write_reconstructions
 from r2f_ext.audit.html import write_html
-from r2f_ext.audit.phase0 import run_phase0
 from r2f_ext.audit.report import SetReport, build_report, set_report, write_report
-from r2f_ext.audit.run import AuditResult, audit
+from r2f_ext.audit.run import AuditResult, run_audit_stages, run_phase0
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.files import write_tensors
-from r2f_ext.inversion.identifiability import RouteVerdict, identifiability
+from r2f_ext.inversion.route import Verdict
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.progress import Stages
 from r2f_ext.types import BaseModel, LoraUpdate, Target
@@ -46,7 +45,8 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         target, victims = make_victims(base, {"fashion_mnist": fashion, "lfw": faces}, folder / "victims", config)
         advance(len(fashion) + len(faces))
     with stages.stage("phase 0"):
-        figures, pictures = run_phase0(base, fashion)
+        ceiling = run_phase0(base, fashion)
+        figures, pictures = [asdict(one) for one in ceiling.figures], ceiling.pictures
     results: dict[str, AuditResult] = {}
     sets: list[SetReport] = []
     for proxy_name, set_names in (
@@ -57,14 +57,16 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         for private in set_names.values():
             proxy = drop_private(proxy, private)
         adapters = [a for name in set_names for a in victims[name.removesuffix("_procedural")]]
-        results[proxy_name] = audit(target, adapters, proxy, config, Stages(stages.progress, f"{proxy_name}: "))
+        results[proxy_name] = run_audit_stages(
+            target, adapters, proxy, config, Stages(stages.progress, f"{proxy_name}: ")
+        )
         write_tensors(
             folder / f"gradients_{proxy_name}.safetensors",
             results[proxy_name].decoded.dense,
             {"unit": "the victims' learning rate", "victims": ", ".join(set_names)},
         )
         sets += _split(results[proxy_name], proxy, set_names)
-    verdicts = identifiability(base, adapter=target, steps=1)
+    verdicts = results["embedded"].verdicts
     seconds = {
         **stages.seconds,
         **{f"{name}: {stage}": s for name, result in results.items() for stage, s in result.seconds.items()},
@@ -101,7 +103,7 @@ def _split(result: AuditResult, proxy: ImageSet, sets: dict[str, ImageSet]) -> l
 def finish(
     folder: Path,
     target: Target,
-    verdicts: dict[str, RouteVerdict],
+    verdicts: dict[str, Verdict],
     results: dict[str, AuditResult],
     sets: list[SetReport],
     figures: list[dict[str, Any]],

@@ -16,7 +16,8 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.env import environment
 from r2f_ext.files import write_text
-from r2f_ext.inversion.identifiability import RouteVerdict, vit_geometry
+from r2f_ext.inversion.geometry import vit_geometry
+from r2f_ext.inversion.route import Verdict
 from r2f_ext.ops.schemas import SCHEMAS
 from r2f_ext.types import Reconstruction, Target
 
@@ -75,12 +76,7 @@ def set_report(
     name: str, result: AuditResult, proxy: ImageSet, private: ImageSet | None, rows: slice = slice(None)
 ) -> SetReport:
     """Take the victims `rows` out of an audit and put them beside their originals (in the same order)."""
-    parts = [
-        Reconstruction(
-            r.route, r.images[rows], None if r.labels is None else r.labels[rows], r.why, r.seconds, r.details
-        )
-        for r in result.reconstructions
-    ]
+    parts = [r.take(rows) for r in result.reconstructions]
     amortised = next(r for r in parts if r.route == "amortised")
     notes = _proxy_warning(result.far_from_proxy[rows])
     if private is None:
@@ -101,7 +97,7 @@ def _proxy_warning(far: Tensor) -> tuple[str, ...]:
 
 def build_report(
     target: Target,
-    verdicts: dict[str, RouteVerdict],
+    verdicts: dict[str, Verdict],
     results: dict[str, AuditResult],
     sets: list[SetReport],
     phase0: list[dict[str, Any]],
@@ -141,7 +137,7 @@ def build_report(
     }
 
 
-def target_figures(target: Target, verdicts: dict[str, RouteVerdict]) -> dict[str, Any]:
+def target_figures(target: Target, verdicts: dict[str, Verdict]) -> dict[str, Any]:
     """What was found in the adapter and which routes can work."""
     return {
         "base": target.base.spec,

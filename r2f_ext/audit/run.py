@@ -1,24 +1,25 @@
-"""The audit of adapters that share one start: pairs -> decoders -> inversion, each stage in one place."""
+"""The audit of adapters that share one start: pairs -> decoders -> routes, each stage in one place."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from r2f_ext.audit.memory import fit_to_memory
+from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines, stack_updates
+from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.amortised import AmortisedInverter
-from r2f_ext.inversion.gauss_newton import SUBSPACE_IMAGES, Subspace, gauss_newton, obstacle
-from r2f_ext.inversion.matching import MatchingConfig, Prior, match
-from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
+from r2f_ext.inversion.phase0 import phase0
+from r2f_ext.inversion.route import Proxies, Verdict, adapter_problem
+from r2f_ext.inversion.routes import default_routes, run_routes, verdicts_of
+from r2f_ext.models import InitialFactors
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
-from r2f_ext.types import Gradient, LoraUpdate, Reconstruction, Target
+from r2f_ext.types import BaseModel, Gradient, LoraUpdate, Reconstruction, Target
 
 MIN_PAIRS = 40  # fewer leave nothing to hold out
 
@@ -32,11 +33,15 @@ class AuditResult:
         decoders: layer -> kind -> {cosine_mean, cosine_p05, norm_error} on held-out pairs.
         decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units
             of the victim's learning rate.
-        reconstructions: one a route, images [V, c, h, w].
+        reconstructions: one per route that ran, images [V, c, h, w].
+        verdicts: route -> verdict, of every route in the registry.
+        not_run: route -> why, of the routes asked for that did not run.
         stranger: [1, c, h, w], the amortised estimate from the update of a proxy sample drawn by the seed: the
             shuffled-adapter control of a single victim.
         far_from_proxy: bool [V], victims whose update no proxy update resembles.
         seconds: stage -> wall time.
+        config: what really ran, sizes as they fit into memory.
+        notes: sentences that a reader of the figures must know.
     """
 
     pair_count: int
@@ -44,17 +49,23 @@ class AuditResult:
     decoders: dict[str, dict[str, dict[str, float]]]
     decoded: Gradient
     reconstructions: list[Reconstruction]
+    verdicts: dict[str, Verdict]
+    not_run: dict[str, str]
     stranger: Tensor
     far_from_proxy: Tensor
     seconds: dict[str, float]
+    config: AuditConfig
+    notes: tuple[str, ...]
 
 
-def audit(
+def run_audit_stages(
     target: Target,
     adapters: list[LoraUpdate],
     proxy: ImageSet,
     config: AuditConfig | None = None,
     stages: Stages | None = None,
+    initial: InitialFactors | None = None,
+    verdicts: dict[str, Verdict] | None = None,
 ) -> AuditResult:
     """Audit adapters that started from the same A (the clients of one server, or a single one).
 
@@ -62,12 +73,16 @@ def audit(
         target: base and adapted layers, from `attach`.
         adapters: the victims' factors; all with the same A up to training.
         proxy: public or generated images with labels.
+        initial: where to look for A before the first step; None: among the common seeds.
+        verdicts: of every route, from `verdicts_of(adapter_problem(target, adapters, initial))`, where they are known.
 
     Raises:
-        R2FError: too small a proxy, or adapters of different starts.
+        R2FError: too small a proxy, adapters of different starts, or no route of a name in `config.routes`.
     """
     config, stages = config or AuditConfig(), stages or Stages()
-    a = _common_start(adapters)
+    problem = adapter_problem(target, adapters, initial)
+    a, observed = problem.a, problem.observed
+    assert a is not None and observed is not None
     pairs = GeneratedPairs(target, a, proxy, precision=config.precision)
     count = min(config.pairs, len(pairs))
     if count < MIN_PAIRS:
@@ -75,9 +90,9 @@ def audit(
             f"proxy '{proxy.name}' gives {count} pairs: at least {MIN_PAIRS} are needed, thousands are good."
         )
     config = fit_to_memory(target, len(adapters), count, config)
+    verdicts = verdicts_of(problem) if verdicts is None else verdicts
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)
-    observed = stack_updates(adapters)
 
     decoders = [KINDS[kind]() for kind in DEFAULT_KINDS]
     with stages.stage("pairs", count) as advance:
@@ -86,75 +101,90 @@ def audit(
         for decoder in decoders:
             decoder.finish()
     with stages.stage("decode", fitted) as advance:
-        scored, decoded = decode(pairs, decoders, updates, observed, fitted, held_out)
-    with stages.stage("amortised"):
-        inverter = AmortisedInverter(
-            updates,
-            proxy.batch(slice(0, count), target.base.device),
-            proxy.labels[:count].to(target.base.device),
-            target.base.num_classes,
-        )
-        amortised = inverter.invert(observed)
-        far = inverter.far_from_proxy(observed).cpu()
-        stranger = inverter.invert(_proxy_update(observed, updates, config.seed)).images
-    with stages.stage("matching", config.matching.steps) as advance:
-        matching = match_decoded(target, decoded, amortised, config.matching, advance)
-    with stages.stage("refinement", config.refinement.steps) as advance:
-        refined = refine(target, a, observed, amortised, config.refinement, advance)
-    found = [matching, amortised, refined]
-    if config.gauss_newton and obstacle(target, adapters) is None:
-        with stages.stage("gauss_newton", len(adapters)) as advance:
-            public = proxy.batch(slice(0, SUBSPACE_IMAGES), target.base.device)
-            found.append(gauss_newton(target, a, observed, amortised, Subspace.of(public), advance=advance))
-    rate = count / stages.seconds["pairs"]
-    return AuditResult(count, rate, scored, decoded, found, stranger, far, dict(stages.seconds))
-
-
-def match_decoded(
-    target: Target,
-    decoded: Gradient,
-    amortised: Reconstruction,
-    config: MatchingConfig,
-    advance: Advance,
-    prior: Prior | None = None,
-) -> Reconstruction:
-    """Route `matching`: from a gray image towards the decoded gradient, with the amortised route's labels."""
-    assert amortised.labels is not None
-    return match(
-        target,
-        GradientObjective(decoded),
-        torch.full_like(amortised.images, 0.5),
-        amortised.labels,
+        scored, decoded = score_and_decode(pairs, decoders, updates, observed, fitted, held_out)
+    device = target.base.device
+    images, labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
+    proxies = Proxies(updates, images, labels, target.base.num_classes)
+    problem = replace(problem, proxies=proxies, decoded=decoded, matching=config.matching, refinement=config.refinement)
+    outcome = run_routes(problem, verdicts, chosen_routes(config), stages)
+    with stages.stage("control"):
+        far = proxies.ridge.far_from_proxy(observed).cpu()
+        stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
+    return AuditResult(
+        count,
+        count / stages.seconds["pairs"],
+        scored,
+        decoded,
+        outcome.reconstructions,
+        verdicts,
+        outcome.not_run,
+        stranger,
+        far,
+        dict(stages.seconds),
         config,
-        "matching",
-        "local search from gray on the decoded gradient; on ViTs it usually stalls below the mean image",
-        lambda: advance(1),
-        prior=prior,
+        _notes(adapters, problem.steps),
     )
 
 
-def refine(
-    target: Target,
-    a: dict[str, Tensor],
-    observed: Updates,
-    amortised: Reconstruction,
-    config: MatchingConfig,
-    advance: Advance,
-    prior: Prior | None = None,
-) -> Reconstruction:
-    """Route `amortised_refined`: from the amortised estimate towards the LoRA update that was observed."""
-    assert amortised.labels is not None
-    return match(
-        target,
-        UpdateObjective(target, a, observed),
-        amortised.images,
-        amortised.labels,
-        config,
-        "amortised_refined",
-        "local search from the amortised estimate on the LoRA update itself",
-        lambda: advance(1),
-        prior=prior,
+def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
+    """Names of the routes that `config` asks for."""
+    named = default_routes() if config.routes is None else config.routes
+    return (*named, "gauss_newton") if config.gauss_newton else named
+
+
+def _notes(adapters: list[LoraUpdate], steps: int | None) -> tuple[str, ...]:
+    if steps == 1:
+        return ()
+    which = "their mean A stands" if len(adapters) > 1 else "its final A stands"
+    return (
+        f"More than one step was taken, so A has moved from where it started: {which} in for the A of the proxies.",
     )
+
+
+@dataclass(frozen=True)
+class CeilingFigures:
+    """How well one route inverts exact gradients.
+
+    Attributes:
+        route: its name.
+        psnr_db_mean, psnr_db_min: over the images, in dB.
+        seconds: wall time for all images.
+        why: the route's verdict in a sentence.
+    """
+
+    route: str
+    psnr_db_mean: float
+    psnr_db_min: float
+    seconds: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Phase 0 in an audit: what the exact gradients of the private images give away.
+
+    Attributes:
+        figures: one per route that ran.
+        pictures: (route, images [n, c, h, w]), on the CPU.
+        verdicts: route -> verdict, of every route in the registry.
+    """
+
+    figures: list[CeilingFigures]
+    pictures: list[tuple[str, Tensor]]
+    verdicts: dict[str, Verdict]
+
+
+def run_phase0(base: BaseModel, private: ImageSet) -> Ceiling:
+    """Invert each image's exact gradient by every closed form that the count allows, and score the result."""
+    originals, labels = private.batch(slice(None)), private.labels
+    outcome = phase0(base, originals.to(base.device), labels.to(base.device))
+    found = outcome.reconstructions
+    psnr = [psnr_db(part.images.cpu(), originals) for part in found]
+    figures = [
+        CeilingFigures(part.route, float(each.mean()), float(each.min()), part.seconds, part.why)
+        for part, each in zip(found, psnr, strict=True)
+    ]
+    return Ceiling(figures, [(part.route, part.images.cpu()) for part in found], outcome.verdicts)
 
 
 def generate(
@@ -181,7 +211,7 @@ def generate(
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
 
-def decode(
+def score_and_decode(
     pairs: PairSource,
     decoders: list[Decoder],
     updates: dict[str, Tensor],
@@ -210,20 +240,6 @@ def decode(
             scored[name][decoder.kind] = figures
         decoded = Gradient({name: g[:victims].clone() for name, g in gradients.items()})
     return scored, decoded
-
-
-def _common_start(adapters: list[LoraUpdate]) -> dict[str, Tensor]:
-    first = adapters[0].a
-    for other in adapters[1:]:
-        if other.a.keys() != first.keys():
-            name = sorted(other.a.keys() ^ first.keys())[0]
-            raise R2FError(f"the adapters do not adapt the same layers ({name} differs): audit them one by one.")
-        for name, a in other.a.items():
-            if a.shape != first[name].shape or not torch.allclose(
-                a, first[name], rtol=0, atol=1e-2 * float(a.abs().max())
-            ):
-                raise R2FError(f"the adapters do not share one start (A of {name} differs): audit them one by one.")
-    return {name: torch.stack([adapter.a[name].float() for adapter in adapters]).mean(0) for name in first}
 
 
 def _proxy_update(observed: Updates, proxies: dict[str, Tensor], seed: int) -> Updates:

@@ -111,6 +111,15 @@ def _gauss_newton(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _routes(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--routes",
+        metavar="NAMES",
+        type=lambda names: tuple(name.strip() for name in names.split(",") if name.strip()),
+        help="the routes to run, separated by commas (default: all that need little time)",
+    )
+
+
 def _audit(commands: Commands) -> None:
     command = _command(commands, "audit", "the main job: what did this adapter give away?", out="for the report")
     _adapter(command, many=True)
@@ -121,6 +130,7 @@ def _audit(commands: Commands) -> None:
         help="the true training images, to score against: as --proxy, or DATA:INDEX for one of them (embedded:3)",
     )
     command.add_argument("--count", type=int, default=8000, metavar="N", help="proxy pairs (default 8000)")
+    _routes(command)
     _gauss_newton(command)
     _initial(command)
     _precision(command)
@@ -215,6 +225,7 @@ def _invert(commands: Commands) -> None:
     _adapter(command)
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="a folder written by r2f pairs")
     command.add_argument("--gradients", metavar="FILE", help="decoded gradients; adds the route `matching`")
+    _routes(command)
     _gauss_newton(command)
     _initial(command)
     command.add_argument("--prior", metavar="DIR", help="a diffusers folder whose model pulls at images being matched")

@@ -29,14 +29,50 @@ from r2f_ext.inversion.attention_rowspace import (
     token_map,
     weighted_directions,
 )
-from r2f_ext.inversion.identifiability import FIRST_QKV, ViTGeometry, base_geometry, identifiability
+from r2f_ext.inversion.counting import closed_form_verdict, count_on, row_space_refusal
+from r2f_ext.inversion.geometry import FIRST_QKV, ViTGeometry, base_geometry
 from r2f_ext.inversion.patches import expected_psnr_db, to_image
+from r2f_ext.inversion.route import Verdict
 from r2f_ext.models import forgot_start
 from r2f_ext.types import BaseModel, LoraUpdate, Reconstruction, Target
 
 ROUTE = "adapter_rowspace"
 CROWDED = 10  # times the width of a crowd of eigenvalues that it must lie below 1 to mean decay
 STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def count_adapter_rowspace(base: BaseModel, adapter: Target | None, steps: int | None, batch: int = 1) -> Verdict:
+    """Unknowns of one patch against the directions that A's movement, or B at one step, leaves for it.
+
+    Args:
+        adapter: the adapted layers; None: there is no adapter, which refuses the route.
+        steps: the victim's T; None counts as several.
+        batch: images of the group.
+    """
+
+    def count(g: ViTGeometry) -> Verdict:
+        unknowns, refusal = g.patch_numbers + g.norm_scales, row_space_refusal(g, batch)
+        if adapter is None or FIRST_QKV not in adapter.names:
+            nothing = f"no adapter on {FIRST_QKV}"
+            return closed_form_verdict(ROUTE, unknowns, 0, nothing, "", f"0 equations for {unknowns} unknowns a patch")
+        rank = adapter.layer(FIRST_QKV).rank
+        if steps == 1:
+            equations, size = max(rank - g.tokens, 0), f"rank {rank}"
+            note = "at T = 1 A has not moved, as B starts at 0, and only B's row space is left"
+            needs = f"At one plain SGD step with known A0, {note}"
+            if refusal is None and unknowns > equations:
+                refusal = note
+        else:
+            equations, size = max(g.width - g.tokens, 0) if rank >= g.patch_tokens else 0, f"width {g.width}"
+            needs = "Needs known A0 and T >= 2 plain SGD steps on one image, stored precisely"
+            if refusal is None and rank < g.patch_tokens:
+                refusal = f"rank {rank} cannot hold the span of {g.patch_tokens} patch tokens"
+            elif refusal is None and unknowns > equations:
+                refusal = "too few directions are orthogonal to all tokens"
+        numbers = f"{unknowns} unknowns a patch against {equations} equations, {size} less {g.tokens} tokens"
+        return closed_form_verdict(ROUTE, unknowns, equations, refusal, needs, numbers)
+
+    return count_on(ROUTE, base, count)
 
 
 def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstruction:
@@ -62,7 +98,7 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
     if a is not None and a0 is None and not forgot_start(a):
         raise R2FError(f"{ROUTE} needs A before the first step (a0) of {FIRST_QKV}: its rows are A's movement.")
     one_step = a is not None and a0 is not None and _only_shrunk(a, a0)
-    verdict = identifiability(target.base, adapter=target, steps=1 if one_step else 2)[ROUTE]
+    verdict = count_adapter_rowspace(target.base, target, steps=1 if one_step else 2)
     if not verdict.identifiable:
         raise R2FError(f"{ROUTE} is refused: {verdict.why}")
     geometry = base_geometry(target.base)
@@ -76,7 +112,7 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
         image, details = _from_b(target.base, geometry, start, b, stored.eps)
     else:
         check_rows(a - start, f"the movement of A of {FIRST_QKV}")
-        movement = a - kept_share(a, start, geometry.tokens) * start
+        movement = a - remaining_share(a, start, geometry.tokens) * start
         rounding = stored.eps * float(a.norm() / movement.norm())
         image, details = solve_from_rows(target.base, geometry, movement, rounding)
     details |= {"lora_rank": float(len(start)), "tokens": float(geometry.tokens), "storage_bits": float(stored.bits)}
@@ -94,7 +130,7 @@ def _only_shrunk(a: Tensor, a0: Tensor) -> bool:
     return bool((a - share * a0).norm() <= storage_precision(a).eps * a.norm())
 
 
-def kept_share(a: Tensor, start: Tensor, tokens: int) -> float:
+def remaining_share(a: Tensor, start: Tensor, tokens: int) -> float:
     """The share c of A_0 that weight decay has left in A_T, both [r, d_in], float64; 1 where none is seen.
 
     A_T - c A_0 has a rank of at most `tokens`, so c is an eigenvalue of A_T pinv(A_0) [r, r], r - tokens times: where

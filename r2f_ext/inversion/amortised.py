@@ -1,10 +1,10 @@
-"""Amortised inversion (METHODS 3d): kernel ridge straight from the LoRA update to the image, fitted on proxy pairs.
+"""Amortised inversion (docs/methods.md, 3d): kernel ridge from the LoRA update to the image, fitted on proxy pairs.
 
-The kernel sees only directions: with c the cosine of two updates averaged over layers,
-k = exp(-2 gamma (1 - c)). So the victim's learning rate, unknown, plays no part.
+The kernel depends on directions only: with c the cosine of two updates averaged over layers,
+k = exp(-2 gamma (1 - c)). The victim's unknown learning rate therefore cancels.
 
-The label is found first: it decides the sign and direction of what flows back, so updates of different labels are
-measurements of a different kind. The image is then estimated from the pairs of that label alone.
+The label is estimated first: it decides the sign and direction of the gradient at the logits, so updates of different
+labels follow different maps. The image is then estimated from the pairs of that label alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from r2f_ext.types import Reconstruction, Target
 GAMMAS = (0.25, 0.5, 1.0, 2.0)
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1)
 SELECTION_PAIRS = 1000  # gamma and ridge are chosen on a part: they hardly depend on the count
-LABEL_PAIRS = 2000  # labels are found from so many: more help little
+LABEL_PAIRS = 2000  # that labels are estimated from: more help little
 OWN_PAIRS = 100  # of one label; with fewer the pairs of all labels are used together
 
 
@@ -44,17 +44,17 @@ class KernelRidge:
 
     Args:
         cosine: [N, N] of the updates; overwritten.
-        wanted: [N, k] what to find for each.
+        wanted: [N, k], what to predict for each.
         pixels: how many of the k columns, from the first, are pixels: PSNR is of these.
 
     Attributes:
-        errors: [n, pixels], what a fit to the first n = SELECTION_PAIRS pairs without this one gets wrong.
+        errors: [n, pixels], leave-one-out errors of a fit to the first n = SELECTION_PAIRS pairs.
     """
 
     def __init__(self, cosine: Tensor, wanted: Tensor, pixels: int) -> None:
         self.choice = _select(cosine, wanted, pixels)
         self.errors = _errors(cosine, wanted, self.choice)[:, :pixels]
-        self.usual_similarity = float(cosine.fill_diagonal_(-1).amax(1).quantile(0.05))
+        self.near_similarity = float(cosine.fill_diagonal_(-1).amax(1).quantile(0.05))
         cosine.fill_diagonal_(1)
         self.mean = wanted.mean(0)
         self.dual = torch.cholesky_solve(wanted - self.mean, _factor_(cosine, self.choice))
@@ -65,7 +65,7 @@ class KernelRidge:
 
 
 class AmortisedInverter:
-    """Kernel ridge from updates to images, one for each label that is asked for, fitted when it first is.
+    """Kernel ridge from updates to images: one fit per label, made when it is first needed.
 
     Args:
         updates: name -> proxy updates [N, d_out, r] or flat [N, d_out * r].
@@ -117,24 +117,24 @@ class AmortisedInverter:
             pairs, held_out = pairs + share * len(fit.dual), held_out + share * fit.choice.held_out_psnr_db
             errors[label] = fit.errors
         why = (
-            f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs a victim, of its label where there "
+            f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs per victim, of its label where there "
             f"are {OWN_PAIRS}; {held_out:.1f} dB on held-out proxies"
         )
         details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
         found = images.clamp(0, 1).unflatten(1, self.shape)
-        return Reconstruction("amortised", found, labels, why, time.perf_counter() - began, details, errors)
+        return Reconstruction("amortised", found, labels, why, time.perf_counter() - began, details, loo_errors=errors)
 
     def far_from_proxy(self, updates: dict[str, Tensor]) -> Tensor:
         """Bool [V]: whose update is less like any proxy update than 19 in 20 of those are like their nearest.
 
-        For those the estimate is not to be trusted.
+        Do not trust the estimate of those.
         """
         labels = self.find_labels(updates)
         far = torch.zeros_like(labels, dtype=torch.bool)
         for label in labels.unique().tolist():
             victims = labels == label
             nearest = self._cosine({name: u[victims] for name, u in updates.items()}, self._rows(label)).amax(1)
-            far[victims] = nearest < self._fit(label).usual_similarity
+            far[victims] = nearest < self._fit(label).near_similarity
         return far
 
     def leave_one_out(self) -> Tensor:
@@ -176,7 +176,7 @@ class AmortisedInverter:
 
 @dataclass(frozen=True)
 class Amortised:
-    """What `invert_by_label` found: the reconstruction, and which victims [V] no proxy pair resembles."""
+    """The reconstruction of `invert_by_label`, and which victims [V] no proxy pair resembles."""
 
     reconstruction: Reconstruction
     far_from_proxy: Tensor
@@ -217,13 +217,15 @@ def invert_by_label(
         part = {name: update[victims] for name, update in observed.items()}
         found = inverter.invert(part)
         images[victims], far[victims] = found.images, inverter.far_from_proxy(part)
-        errors |= found.usual_errors
+        errors |= found.loo_errors
         share = float(victims.float().mean())
         pairs += share * found.details["pairs_a_victim"]
         held_out += share * found.details["held_out_psnr_db"]
     why = f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs of the victim's label"
     details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
-    reconstruction = Reconstruction("amortised", images, labels, why, time.perf_counter() - began, details, errors)
+    reconstruction = Reconstruction(
+        "amortised", images, labels, why, time.perf_counter() - began, details, loo_errors=errors
+    )
     return Amortised(reconstruction, far)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.identifiability import QKV_WEIGHT, ViTGeometry, base_geometry, identifiability, norms_before_qkv
+from r2f_ext.inversion.counting import closed_form_verdict, count_on, not_shared, row_space_refusal
+from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT, ViTGeometry, base_geometry, norms_before_qkv
 from r2f_ext.inversion.patch_position import read_gradient
 from r2f_ext.inversion.patches import (
     Estimate,
@@ -31,6 +33,7 @@ from r2f_ext.inversion.patches import (
     prior_from_images,
     to_image,
 )
+from r2f_ext.inversion.route import Verdict
 from r2f_ext.types import BaseModel, Reconstruction
 
 ROUTE = "attention_rowspace"
@@ -40,6 +43,32 @@ CLEAR_GAP = 1.2
 BEARABLE = 0.25
 # Rows of a gradient below this share of the largest are rounding.
 NEGLIGIBLE_ROW = 1e-12
+
+
+def count_attention_rowspace(base: BaseModel, batch: int = 1, shared: Collection[str] | None = None) -> Verdict:
+    """Unknowns of one patch against the directions orthogonal to all tokens.
+
+    Args:
+        batch: images of the group; shared: parameters whose gradients are observed, None: all.
+    """
+
+    def count(g: ViTGeometry) -> Verdict:
+        unknowns = g.patch_numbers + g.norm_scales
+        spanned = batch * g.patch_tokens + g.prefix_tokens
+        equations = max(g.width - spanned, 0)
+        refusal = row_space_refusal(g, batch)
+        if refusal is None and unknowns > equations:
+            refusal = "too few directions are orthogonal to all tokens"
+        return closed_form_verdict(
+            ROUTE,
+            unknowns,
+            equations,
+            refusal or not_shared(shared, QKV_WEIGHT),
+            f"Needs the exact gradient of {FIRST_QKV} for one image",
+            f"{unknowns} unknowns a patch against {equations} equations, width {g.width} less {spanned} tokens",
+        )
+
+    return count_on(ROUTE, base, count)
 
 
 @dataclass(frozen=True)
@@ -79,7 +108,7 @@ def invert_attention_rowspace(
         R2FError: the count refuses the route, or the gradient is missing, misshapen, not finite or zero.
     """
     started = time.perf_counter()
-    verdict = identifiability(base)[ROUTE]
+    verdict = count_attention_rowspace(base)
     if not verdict.identifiable:
         raise R2FError(f"{ROUTE} is refused: {verdict.why}")
     geometry = base_geometry(base)
@@ -93,8 +122,8 @@ def equilibrate_rows(rows: Tensor) -> Tensor:
     """Give every row unit norm. The span stays; floats of small rows are as precise as those of large rows,
     so the small singular values rise above the rounding (about 12 dB on the embedded base)."""
     size = rows.norm(dim=1, keepdim=True)
-    kept = size[:, 0] > NEGLIGIBLE_ROW * size.max()
-    return rows[kept] / size[kept]
+    large = size[:, 0] > NEGLIGIBLE_ROW * size.max()
+    return rows[large] / size[large]
 
 
 @torch.no_grad()
@@ -183,10 +212,10 @@ def _noise_follows_rows(rows: Tensor, found: Directions, count: int) -> bool:
     """Whether what the rows hold outside the tokens' span varies less in proportion to each row than as it is."""
     noise = (rows @ found.weighted[count:].mT).norm(dim=1)
     size = rows.norm(dim=1)
-    kept = (size > NEGLIGIBLE_ROW * size.max()) & (noise > 0)
-    if len(rows) <= count or kept.sum() < 2:
+    large = (size > NEGLIGIBLE_ROW * size.max()) & (noise > 0)
+    if len(rows) <= count or large.sum() < 2:
         return False
-    return bool((noise[kept] / size[kept]).log().std() < noise[kept].log().std())
+    return bool((noise[large] / size[large]).log().std() < noise[large].log().std())
 
 
 def _buried(clear: int, count: int) -> float:

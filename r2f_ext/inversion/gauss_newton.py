@@ -1,26 +1,19 @@
-"""Gauss-Newton in LoRA space (METHODS 3f): the image itself from an ordinary one-step adapter.
+"""Gauss-Newton in LoRA space (docs/methods.md, 3f): the image itself from an ordinary one-step adapter.
 
 The updates z_l = D_l^T (X_l A_l^T) of all layers are a smooth and heavily overdetermined function of the image, so the
 image is the root of z(x) = z*. Each update is divided by its norm: the victim's learning rate is unknown and cancels.
 
-What makes it converge from a start of about 20 dB:
+What makes it converge from a start of about 20 dB, besides what `newton` describes:
 * coordinates in which the proxies vary by one (`Subspace`): where no proxy varies, nothing is searched;
-* a damping that is chosen anew for every step by the *natural* monotonicity test (Deuflhard, Newton Methods for
-  Nonlinear Problems, 2004, section 4.3): a step is good if it shrinks the next correction (J^T J + m I)^-1 J^T r, not
-  the residual. The residual is ruled by a few steep directions, and a search that insists on its decrease stalls in
-  their curved valleys;
-* several such steps with one Jacobian, as long as they contract (simplified Newton): a Jacobian costs a thousand
-  times what a step does;
 * where the image is still too far for a derivative, a regression over a cloud of images instead (`linearisation`);
 * no box: pixels may leave [0, 1] on the way, since clamping every step stops searches at points that are no solution.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +24,16 @@ from r2f_ext.capture.project import project
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
-from r2f_ext.models import untouched_a
+from r2f_ext.inversion.newton import DAMPINGS, SOLVED, STALLED, Search, descend, run_search, search_each
+from r2f_ext.linalg import sum_in_place
 from r2f_ext.ops import lora_grad_tangent
-from r2f_ext.types import LoraUpdate, Reconstruction, Target
+from r2f_ext.types import Reconstruction, Target
 
 ROUTE = "gauss_newton"
-DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # shares of J^T J's largest eigenvalue
-SOLVED = 1e-5  # relative residual below which float32 says no more
-EXACT = 1e-3  # relative residual of an image, its pixels in [0, 1], that is the victim's own
-PRECISE = 1e-4  # relative residual below which a search that no longer improves is at float32's end
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
-FOLLOWED = 0.03  # share of the start's residual below which an image that is not exact is preferred to the start
 NEAR, FAR = 0.007, 0.02  # relative residuals below which a derivative serves, and above which only a cloud does
-STALLED = 0.8  # of the residual left by a pass that got nowhere
+GRAM_COLUMNS = 4096  # of the Jacobian that are in float64 at once
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class GaussNewtonConfig:
     """When to stop, and what a good step is.
 
     Attributes:
-        passes: at most, a victim; one is a cloud of images or a Jacobian, which cost about the same.
+        passes: at most, per victim; each is a cloud of images or a Jacobian, which cost about the same.
         patience: passes without a residual a fifth lower, after which the search begins again with other clouds.
         steps: at most, with one Jacobian.
         contraction: a step must shrink the next correction to this share.
@@ -86,26 +75,31 @@ class Subspace:
             R2FError: the proxies are all alike, or an image has more than MAX_PIXELS numbers.
         """
         if images[0].numel() > MAX_PIXELS:
-            raise R2FError(f"gauss_newton is refused: {_too_large(images[0].numel())}.")
+            raise R2FError(f"gauss_newton is refused: {too_large(images[0].numel())}.")
         variance, axes = torch.linalg.eigh(torch.cov(images[:SUBSPACE_IMAGES].flatten(1).double().T))
-        kept = variance > tolerance
-        if not kept.any():
+        varied = variance > tolerance
+        if not varied.any():
             raise R2FError("the proxy images are all alike: gauss_newton needs proxies that vary.")
-        return Subspace((axes[:, kept] * variance[kept].sqrt()).to(images.dtype))
+        return Subspace((axes[:, varied] * variance[varied].sqrt()).to(images.dtype))
 
 
-def obstacle(target: Target, adapters: list[LoraUpdate]) -> str | None:
-    """What keeps the route from these adapters, in half a sentence; None where nothing does."""
-    pixels = prod(target.base.input_shape)
-    if pixels > MAX_PIXELS:
-        return _too_large(pixels)
-    if not all(untouched_a(adapter) for adapter in adapters):
-        return "A has left PEFT's initial range, so more than one step was taken, and the search models one"
-    return None
-
-
-def _too_large(pixels: int) -> str:
+def too_large(pixels: int) -> str:
+    """Why the dense search does not take images of so many numbers, half a sentence."""
     return f"an image has {pixels} numbers, and the search, which is dense, takes up to {MAX_PIXELS}"
+
+
+class DenseMap(Protocol):
+    """z: images to updates, with its Jacobian written out. `UpdateMap` is one; so is `unrolled.UnrolledMap`."""
+
+    target: Target
+
+    def __call__(self, points: Tensor, label: Tensor, /) -> Tensor:
+        """Points [n, p] in [0, 1], all of one label [1] -> [n, R]."""
+        ...
+
+    def jacobian(self, point: Tensor, label: Tensor, basis: Tensor, /) -> Tensor:
+        """dz along the columns of basis [p, q] at point [p]: [q, R]."""
+        ...
 
 
 class UpdateMap:
@@ -154,87 +148,91 @@ def unit_tangent(value: Tensor, tangent: Tensor) -> Tensor:
     return (tangent - (tangent @ unit)[:, None] * unit) / norm
 
 
-@dataclass(frozen=True)
-class Search:
-    """How one victim's search ended.
+class DenseSteps:
+    """Far from the image by statistical linearisation, near it by Gauss-Newton; again with other clouds."""
 
-    Attributes:
-        image: [c * h * w] in [0, 1], from the point of least residual.
-        residual: |z(x) - z*| over the square root of the number of layers: 0 for the victim's own image, about 1 for
-            a stranger's.
-        start_residual: the same at the start.
-        passes: how many were taken.
-    """
+    def __init__(
+        self,
+        updates: DenseMap,
+        observed: Tensor,
+        label: Tensor,
+        subspace: Subspace,
+        config: GaussNewtonConfig,
+        loo_errors: Tensor | None = None,
+    ) -> None:
+        self.updates, self.observed, self.label = updates, observed, label
+        self.subspace, self.config = subspace, config
+        self.axes = Axes.of(subspace.basis, loo_errors)
+        self.cloud = Cloud(self.axes.covariance)
+        self.newton = False
+        self.generator = torch.Generator().manual_seed(config.seed)
 
-    image: Tensor
-    residual: float
-    start_residual: float
-    passes: int
+    def begin(self, residual: float) -> None:
+        self.newton = residual < NEAR
 
-    @property
-    def exact(self) -> bool:
-        """Whether the image is the victim's, told without the original: its update is the observed one."""
-        return self.residual < EXACT
+    def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.newton:
+            return newton_steps(self.updates, self.observed, point, value, self.label, self.subspace, self.config)
+        point, value, self.cloud = linearised_step(
+            self.update_of, self.observed, point, value, self.axes, self.cloud, self.generator
+        )
+        return point, value
 
-    @property
-    def followed(self) -> bool:
-        """Whether the image is to be preferred to the start."""
-        return self.residual < max(EXACT, FOLLOWED * self.start_residual)
+    def update_of(self, images: Tensor) -> Tensor:
+        """Images [n, c * h * w] -> [n, R], some at a time."""
+        return torch.cat([self.updates(part, self.label) for part in images.split(self.config.directions)])
+
+    def judge(self, before: float, residual: float) -> None:
+        self.newton = residual < NEAR or (residual < FAR and (self.newton or residual > STALLED * before))
+
+    def begin_again(self) -> bool:
+        self.cloud, self.newton = Cloud(self.axes.covariance), False
+        return True
 
 
 def search(
-    updates: UpdateMap,
+    updates: DenseMap,
     observed: Tensor,
     start: Tensor,
     label: Tensor,
     subspace: Subspace,
     config: GaussNewtonConfig,
-    usual_errors: Tensor | None = None,
+    loo_errors: Tensor | None = None,
 ) -> Search:
     """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
 
-    Far from it by statistical linearisation, near it by Gauss-Newton; from the start again, with other clouds, after
-    several passes that got nowhere. The point of least residual is returned.
-    usual_errors [n, c * h * w]: what the start's route gets wrong on proxies, the first cloud's shape.
+    Args:
+        loo_errors: [n, c * h * w], leave-one-out errors of the start's route on proxies: the first cloud's shape.
     """
-    axes, generator = Axes.of(subspace.basis, usual_errors), torch.Generator().manual_seed(config.seed)
-    scale = len(updates.target.layers) ** 0.5
-    beginning = start[None], updates(start[None], label), Cloud(axes.covariance)
+    steps = DenseSteps(updates, observed, label, subspace, config, loo_errors)
+    layers = len(updates.target.layers)
+    return run_search(
+        lambda images: updates(images, label), steps, observed, start, layers, config.passes, config.patience
+    )
 
-    def update_of(images: Tensor) -> Tensor:
-        return torch.cat([updates(part, label) for part in images.split(config.directions)])
 
-    def misfit(value: Tensor) -> float:
-        return float((value - observed).norm()) / scale
+class DenseLocal:
+    """The Jacobian at one point [c * h * w], and J^T J decomposed in float64: rounding leaves no negative curvature."""
 
-    point, value, cloud = beginning
-    first = residual = lowest = misfit(value)
-    best, least, newton, passes, since = point, residual, residual < NEAR, 0, 0
-    while least > SOLVED and passes < config.passes:
-        before = residual
-        if newton:
-            point, value = newton_steps(updates, observed, point, value, label, subspace, config)
-        else:
-            point, value, cloud = linearised_step(update_of, observed, point, value, axes, cloud, generator)
-        residual = misfit(value)
-        passes += 1
-        image = point.clamp(0, 1)
-        if (reached := misfit(updates(image, label))) < least:  # solutions outside the box are not the image
-            best, least = image, reached
-        lowest, since = (residual, 0) if residual < STALLED * lowest else (lowest, since + 1)
-        if least < PRECISE and since == 2:
-            break  # float32 knows no more
-        if since == config.patience:
-            point, value, cloud = beginning
-            residual = lowest = first
-            newton, since = False, 0
-        else:
-            newton = residual < NEAR or (residual < FAR and (newton or residual > STALLED * before))
-    return Search(best[0], least, first, passes)
+    batch_size = len(DAMPINGS)
+
+    def __init__(self, updates: DenseMap, point: Tensor, label: Tensor, subspace: Subspace) -> None:
+        self.basis = subspace.basis
+        self.jacobian = updates.jacobian(point, label, self.basis)
+        gram = sum_in_place(part @ part.T for part in map(Tensor.double, self.jacobian.split(GRAM_COLUMNS, dim=1)))
+        curvature, self.axes = torch.linalg.eigh(gram)
+        self.curvature = curvature.clamp_min(0)
+
+    def pull(self, errors: Tensor) -> Tensor:
+        return (errors @ self.jacobian.T).double() @ self.axes
+
+    def moved(self, point: Tensor, correction: Tensor) -> Tensor:
+        """No box: pixels may leave [0, 1] on the way, as clamping every step stops searches at no solution."""
+        return point - (correction @ self.axes.T).to(self.basis.dtype) @ self.basis.T
 
 
 def newton_steps(
-    updates: UpdateMap,
+    updates: DenseMap,
     observed: Tensor,
     point: Tensor,
     value: Tensor,
@@ -242,33 +240,12 @@ def newton_steps(
     subspace: Subspace,
     config: GaussNewtonConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Gauss-Newton steps with one Jacobian, from point [1, c * h * w] with update value [1, R]; the last of both.
-
-    The Jacobian and J^T J are in the model's dtype, the decomposition and all that follows from it in float64. In
-    float32 the smallest curvatures are rounding; steps that rest on them are caught by the natural monotonicity test.
-    """
-    basis = subspace.basis
-    jacobian = updates.jacobian(point[0], label, basis)
-    curvature, axes = torch.linalg.eigh((jacobian @ jacobian.T).double())
-    damped = torch.stack([curvature + share * curvature[-1] for share in DAMPINGS])  # [m, q]
-
-    def pulled(values: Tensor) -> Tensor:
-        return ((values - observed) @ jacobian.T).double() @ axes  # J^T r in the axes of J^T J
-
-    pull, solved = pulled(value), SOLVED * len(updates.target.layers) ** 0.5
-    for step in range(config.steps):
-        trials = point - ((pull / damped) @ axes.T).to(basis.dtype) @ basis.T
-        values = updates(trials, label)
-        pulls = pulled(values)
-        ratio = (pulls / damped).norm(dim=1) / (pull / damped).norm(dim=1)
-        good = (ratio < config.contraction).nonzero().flatten()
-        if len(good) == 0 and step > 0:
-            break
-        chosen = int(good[-1]) if len(good) else int(ratio.argmin())  # the least damped of the good ones
-        point, value, pull = trials[chosen, None], values[chosen, None], pulls[chosen, None]
-        if float((value - observed).norm()) < solved:
-            break
-    return point, value
+    """Gauss-Newton steps with one Jacobian, from point [1, c * h * w] with update value [1, R]; the last of both."""
+    local = DenseLocal(updates, point[0], label, subspace)
+    solved = SOLVED * len(updates.target.layers) ** 0.5
+    return descend(
+        local, lambda images: updates(images, label), observed, point, value, config.steps, config.contraction, solved
+    )
 
 
 def gauss_newton(
@@ -286,44 +263,26 @@ def gauss_newton(
         a: name -> A [r, d_in], as the adapters have it.
         observed: name -> updates [V, d_out, r], of any positive scale a layer.
         start: images [V, c, h, w] in [0, 1] and labels [V] of another route; label and neighbourhood must be right.
-            Its `usual_errors`, if any, shape the first cloud of a victim.
+            Its `loo_errors`, if any, shape the first cloud of a victim.
         subspace: where to search, from proxies.
         advance: called after each victim, for progress bars.
 
     Returns:
         images [V, c, h, w]: the search's where it ended exactly or far below the start's residual, else the start's.
-        `details` hold, for victim i, `residual_i`, `start_residual_i`, `exact_i` (1 or 0) and `passes_i`, and how many
-        were exact.
+        See `search_each`.
 
     Raises:
         R2FError: an update that is zero or not finite, or a start without labels.
     """
-    began = time.perf_counter()
     config = config or GaussNewtonConfig()
-    if start.labels is None:
-        raise R2FError("gauss_newton needs labels: start it from a route that finds them.")
     for name, update in observed.items():
         if not torch.isfinite(update).all() or not update.flatten(1).any(dim=1).all():
             raise R2FError(f"the update of {name} is zero or not finite: the adapter is untrained or damaged.")
     updates = UpdateMap(target, a, start.images.shape[1:], config.directions)
-    wanted = flat_units({layer.name: observed[layer.name] for layer in target.layers})
-    images: list[Tensor] = []
-    details: dict[str, float] = {}
-    for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
-        errors = start.usual_errors.get(int(label))
-        found = search(updates, wanted[victim], image.flatten(), label[None], subspace, config, errors)
-        images.append(found.image.view_as(image) if found.followed else image)
-        details |= {
-            f"residual_{victim}": found.residual,
-            f"start_residual_{victim}": found.start_residual,
-            f"exact_{victim}": float(found.exact),
-            f"passes_{victim}": float(found.passes),
-        }
-        advance(1)
-    exact = int(sum(details[f"exact_{victim}"] for victim in range(len(images))))
-    why = (
-        f"Gauss-Newton on the update itself: {exact} of {len(images)} images reproduce their update to "
-        f"{EXACT:g} and are exact"
-    )
-    details["exact"] = float(exact)
-    return Reconstruction(ROUTE, torch.stack(images), start.labels, why, time.perf_counter() - began, details)
+    targets = flat_units({layer.name: observed[layer.name] for layer in target.layers})
+
+    def find(victim: int, image: Tensor, label: Tensor) -> Search:
+        errors = start.loo_errors.get(int(label))
+        return search(updates, targets[victim], image, label, subspace, config, errors)
+
+    return search_each(ROUTE, start, find, advance)

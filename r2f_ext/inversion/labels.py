@@ -65,11 +65,11 @@ def _counted(gradient: Tensor, batch: int, probabilities: Tensor | None) -> Tens
     p = torch.full_like(gradient, 1 / classes) if probabilities is None else probabilities.to(gradient)
     if p.shape != gradient.shape:
         raise R2FError(f"probabilities are {list(p.shape)} for {classes} classes.")
-    wanted = batch * (p - gradient)
-    counts = torch.maximum(wanted.floor().clamp_min(0), (gradient < 0).to(wanted))
+    expected = batch * (p - gradient)
+    counts = torch.maximum(expected.floor().clamp_min(0), (gradient < 0).to(expected))
     while counts.sum() < batch:
-        counts[(wanted - counts).argmax()] += 1
+        counts[(expected - counts).argmax()] += 1
     while counts.sum() > batch:
-        removable = torch.where(counts > 0, wanted - counts, torch.inf)
+        removable = torch.where(counts > 0, expected - counts, torch.inf)
         counts[removable.argmin()] -= 1
     return torch.repeat_interleave(torch.arange(classes), counts.long())

@@ -1,11 +1,12 @@
 """Statistical linearisation: the update map replaced by its linear regression over a cloud of images.
 
-Far from the image a derivative says too little: the map bends within the distance to go. A regression over a cloud as
-wide as that distance averages over the bends, and its minimum error estimate of the image from the observed update is
-the next point (iterated posterior linearisation: Garcia-Fernandez et al., IEEE Trans. Signal Processing 63(20), 2015).
-The cloud takes its size from the misfit of the point, but shrinks slowly: the misfit falls faster than the distance,
-which it hardly sees along most directions. A part of its shape is what the last regression could not tell: there the
-search has to look further. What bends within the cloud is met by a kernel that is partly Gaussian.
+Far from the image the derivative is a poor model: the map is nonlinear over the distance to the image. A regression
+over a cloud as wide as that distance averages over the nonlinearity, and its minimum error estimate of the image from
+the observed update is the next point (iterated posterior linearisation: Garcia-Fernandez et al., IEEE Trans. Signal
+Processing 63(20), 2015). The size of the cloud follows the misfit of the point but shrinks slowly: the misfit falls
+faster than the distance, to which it is insensitive along most directions. A part of the cloud's shape is the error
+covariance of the last regression: the search continues there. A partly Gaussian kernel models the nonlinearity that is
+left within the cloud.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(4, 19))  # shares of the kernel matrix's largest eigenvalue
-BENT, WIDTH = 0.2, 0.25  # the Gaussian share of the kernel, and its exponent at the mean squared distance
-SAMPLES = 1.5  # a direction: fewer leave nothing over to judge the regression by
-PROBES = 48  # images that the cloud's size is found with
+GAUSSIAN, WIDTH = 0.2, 0.25  # the Gaussian share of the kernel, and its exponent at the mean squared distance
+SAMPLES = 1.5  # per direction: fewer leave no errors to choose the damping by
+PROBES = 48  # images that determine the cloud's size
 SIZES = tuple(2.0**k for k in range(-3, 7))  # tried until the probes' misfit is the point's
-USUAL = 2 / 3  # of the next cloud's shape; the rest is what the last regression could not tell
+EXPECTED = 2 / 3  # of the next cloud's shape; the rest is that of the last errors
 SHRINKS = 0.85  # of the last cloud's size a cloud has at least
 SHORTER = (1.0, 0.5, 0.25)  # of the way to the regression's estimate
 
@@ -58,7 +59,7 @@ def _mixed(one: Tensor, other: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Where a regression looks: covariance `shape` [q, q] along the axes, float64, and the least factor of its size."""
+    """Where a regression samples: covariance `shape` [q, q] along the axes, float64, and the least factor of its size."""
 
     shape: Tensor
     size: float = 0.0
@@ -89,15 +90,15 @@ def linearised_step(
     found, errors = _regress(update_of(images), (images - point) @ axes.directions, observed)
     trials = (point + torch.tensor(SHORTER).to(found)[:, None] * (found @ axes.directions.T)).clamp(0, 1)
     points, values = torch.cat([point, trials]), torch.cat([value, update_of(trials)])
-    best = int((values - observed).norm(dim=1).argmin())
-    return points[best, None], values[best, None], Cloud(_mixed(axes.covariance, torch.cov(errors.T), USUAL), size)
+    best = int((values - observed).norm(dim=1).nan_to_num(nan=torch.inf).argmin())
+    return points[best, None], values[best, None], Cloud(_mixed(axes.covariance, torch.cov(errors.T), EXPECTED), size)
 
 
 def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shifts: Tensor) -> float:
     """The factor at which the median misfit of images shifted by `shifts` [n, p] from the point is the point's own."""
     below, reached_below = 0.0, 0.0
     for size in SIZES:
-        reached = float((update_of((point + size * shifts).clamp(0, 1)) - value).norm(dim=1).median())
+        reached = float((update_of((point + size * shifts).clamp(0, 1)) - value).norm(dim=1).quantile(0.5))
         if reached > misfit:
             if below == 0:
                 break
@@ -133,15 +134,15 @@ def _regress(updates: Tensor, offsets: Tensor, observed: Tensor) -> tuple[Tensor
 def _kernels(updates: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
     """Kernel of updates [n, R] with one another [n, n] and with `observed` [n], features centred on the n; float64."""
     mean = updates.mean(0)
-    centred, asked = updates - mean, observed - mean
-    gram, products = (centred @ centred.T).double(), (centred @ asked).double()
+    centred, query = updates - mean, observed - mean
+    gram, products = (centred @ centred.T).double(), (centred @ query).double()
     squares = gram.diagonal()
     unit = squares.mean()  # half the mean squared distance
-    kernel = _bent(gram, squares[:, None] + squares - 2 * gram, unit)
-    similar = _bent(products, squares + asked.double().square().sum() - 2 * products, unit)
+    kernel = _kernel(gram, squares[:, None] + squares - 2 * gram, unit)
+    similar = _kernel(products, squares + query.double().square().sum() - 2 * products, unit)
     means = kernel.mean(0)
     return kernel - means - means[:, None] + means.mean(), similar - similar.mean() - means + means.mean()
 
 
-def _bent(products: Tensor, distances: Tensor, unit: Tensor) -> Tensor:
-    return (1 - BENT) * products / unit + BENT * torch.exp(-WIDTH / 2 * distances / unit)
+def _kernel(products: Tensor, distances: Tensor, unit: Tensor) -> Tensor:
+    return (1 - GAUSSIAN) * products / unit + GAUSSIAN * torch.exp(-WIDTH / 2 * distances / unit)

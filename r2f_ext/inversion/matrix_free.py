@@ -19,7 +19,8 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.gauss_newton import DAMPINGS, EXACT, SOLVED, Search, Subspace, unit_tangent
+from r2f_ext.inversion.gauss_newton import Subspace, unit_tangent
+from r2f_ext.inversion.newton import SOLVED, Search, descend, run_search
 from r2f_ext.types import FactoredGradient, Target
 
 
@@ -31,7 +32,7 @@ class MatrixFreeConfig:
         points: at most, at which J is taken.
         steps: at most, from one of them.
         contraction: a step must shrink the next correction to this share.
-        stalled: points in a row without a residual a fifth lower, after which the search ends; one if exact.
+        stalled: points in a row without a residual a fifth lower, after which the search ends.
         krylov: dimension of the Krylov space: as many products with J and with J^T a point.
     """
 
@@ -121,8 +122,11 @@ class GradientMap:
         self.target, self.a, self.shape = target, a, tuple(shape)
         self.tangents = CaptureTangents(target)
 
-    def __call__(self, point: Tensor, label: Tensor) -> Tensor:
-        """Point [c * h * w] in [0, 1], label [1] -> [R]."""
+    def __call__(self, points: Tensor, label: Tensor) -> Tensor:
+        """Points [n, c * h * w] in [0, 1], all of one label [1] -> [n, R]; one at a time: images are large."""
+        return torch.stack([self._one(point, label) for point in points])
+
+    def _one(self, point: Tensor, label: Tensor) -> Tensor:
         with Capture(self.target) as capture:
             gradient = capture(point.view(1, 1, *self.shape), label[None])
         return self.observation([part.detach() for part in self.parts(gradient)])
@@ -215,7 +219,7 @@ def search_matrix_free(
     label: Tensor,
     coordinates: Coordinates,
     config: MatrixFreeConfig | None = None,
-    told: Callable[[float], None] = lambda residual: None,
+    announce: Callable[[float], None] = lambda residual: None,
 ) -> Search:
     """The image whose update or gradient is observed, from products with J and J^T alone.
 
@@ -224,62 +228,66 @@ def search_matrix_free(
     Args:
         observed: [R], from `updates.observation`.
         start: [c * h * w] in [0, 1]; label: [1].
-        told: called with the relative residual after each point.
+        announce: called with the lowest relative residual after each point.
     """
     config = config or MatrixFreeConfig()
-    scale = len(updates.target.layers) ** 0.5
-    point = start
-    here = updates.at(point, label)
-    residual = here.value - observed
-    first = lowest = now = float(residual.norm()) / scale
-    count = since = 0
-    while lowest > SOLVED and count < config.points and since < (1 if lowest < EXACT else config.stalled):
-        if count:
-            here = updates.at(point, label)
-        count += 1
-        point, residual = _descend(updates, here, point, residual, observed, label, coordinates, config)
-        now = float(residual.norm()) / scale
-        lowest, since = (now, 0) if now < 0.8 * lowest else (lowest, since + 1)
-        told(now)
-    return Search(point, now, first, count)
+    steps = KrylovSteps(updates, observed, label, coordinates, config)
+    layers = len(updates.target.layers)
+    return run_search(
+        lambda images: updates(images, label), steps, observed, start, layers, config.points, config.stalled, announce
+    )
 
 
-def _descend(
-    updates: GradientMap,
-    here: Linearised,
-    point: Tensor,
-    residual: Tensor,
-    observed: Tensor,
-    label: Tensor,
-    coordinates: Coordinates,
-    config: MatrixFreeConfig,
-) -> tuple[Tensor, Tensor]:
-    """Steps with the derivative at one point, as long as they contract: the last point and its residual."""
+class KrylovSteps:
+    """Damped steps within a Krylov space of every point."""
 
-    def pull_of(rows: Tensor) -> Tensor:
-        return coordinates.gather(here.backward(rows)).double()  # S^T J^T r
+    def __init__(
+        self,
+        updates: GradientMap,
+        observed: Tensor,
+        label: Tensor,
+        coordinates: Coordinates,
+        config: MatrixFreeConfig,
+    ) -> None:
+        self.updates, self.observed, self.label = updates, observed, label
+        self.coordinates, self.config = coordinates, config
 
-    def product(u: Tensor) -> Tensor:
-        return pull_of(here.forward(coordinates.spread(u.to(point.dtype))))
+    def begin(self, residual: float) -> None:
+        """Nothing depends on the start."""
 
-    curvature, axes = krylov(product, pull_of(residual), config.krylov)
-    pull = axes.T @ pull_of(residual)
-    for step in range(config.steps):
-        best: tuple[float, Tensor, Tensor, Tensor] | None = None
-        for share in reversed(DAMPINGS):  # the least damped first: the first good one is taken
-            damped = curvature + share * curvature[-1]
-            trial = (point - coordinates.spread((axes @ (pull / damped)).to(point.dtype))).clamp(0, 1)
-            error = updates(trial, label) - observed
-            next_pull = axes.T @ pull_of(error)
-            ratio = float((next_pull / damped).norm() / (pull / damped).norm())
-            if best is None or ratio < best[0]:
-                best = (ratio, trial, error, next_pull)
-            if ratio < config.contraction:
-                break
-        assert best is not None
-        if best[0] >= config.contraction and step > 0:
-            break
-        _, point, residual, pull = best
-        if float(residual.norm()) / len(updates.target.layers) ** 0.5 < SOLVED:
-            break
-    return point, residual
+    def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        here = self.updates.at(point[0], self.label)
+        local = KrylovLocal(here, self.coordinates, (value - self.observed)[0], self.config.krylov)
+        solved = SOLVED * len(self.updates.target.layers) ** 0.5
+        update_of = lambda images: self.updates(images, self.label)  # noqa: E731
+        config = self.config
+        return descend(local, update_of, self.observed, point, value, config.steps, config.contraction, solved)
+
+    def judge(self, before: float, residual: float) -> None:
+        """Every pass is alike."""
+
+    def begin_again(self) -> bool:
+        return False
+
+
+class KrylovLocal:
+    """J at one point by its products, within a Krylov space of S^T J^T J S started at the residual's pull."""
+
+    batch_size = 1
+
+    def __init__(self, here: Linearised, coordinates: Coordinates, residual: Tensor, dimension: int) -> None:
+        self.here, self.coordinates, self.dtype = here, coordinates, residual.dtype
+        self.curvature, self.axes = krylov(self._product, self._gathered(residual), dimension)
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        return self.coordinates.gather(self.here.backward(rows)).double()  # S^T J^T r
+
+    def _product(self, u: Tensor) -> Tensor:
+        return self._gathered(self.here.forward(self.coordinates.spread(u.to(self.dtype))))
+
+    def pull(self, errors: Tensor) -> Tensor:
+        return torch.stack([self._gathered(rows) for rows in errors]) @ self.axes
+
+    def moved(self, point: Tensor, correction: Tensor) -> Tensor:
+        changes = [self.coordinates.spread((self.axes @ each).to(point.dtype)) for each in correction]
+        return (point - torch.stack(changes)).clamp(0, 1)

@@ -8,17 +8,52 @@ CVPR 2022, which solves the first attention layer instead).
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.identifiability import PATCH_WEIGHT, POSITIONS, ViTGeometry, base_geometry, identifiability
+from r2f_ext.inversion.counting import closed_form_verdict, count_on, not_shared
+from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, ViTGeometry, base_geometry
 from r2f_ext.inversion.patches import Estimate, Prior, expected_psnr_db, patch_prior, posterior_mean, to_image
+from r2f_ext.inversion.route import Verdict
 from r2f_ext.types import BaseModel, Reconstruction
 
 ROUTE = "patch_position"
+
+
+def count_patch_position(base: BaseModel, batch: int = 1, shared: Collection[str] | None = None) -> Verdict:
+    """Patches to solve for, per pixel of a patch, against the width.
+
+    Args:
+        batch: images of the group; shared: parameters whose gradients are observed, None: all.
+    """
+
+    def count(g: ViTGeometry) -> Verdict:
+        unknowns, equations = batch * g.patch_tokens, g.width
+        refusal = None
+        if not g.has_pos_embed:
+            refusal = "the base has no position embedding, whose gradient is each token's gradient"
+        elif g.has_embed_norm:
+            refusal = "a norm after the patch embedding hides each token's gradient"
+        elif batch > 1:
+            refusal = f"the position embedding's gradient is summed over the {batch} images of the group"
+        elif g.grid != g.position_grid and g.patch_tokens > g.positions:
+            refusal = f"the gradients of {g.patch_tokens} tokens were blended into those of {g.positions} positions"
+        elif unknowns > equations:
+            refusal = "there are more patches than equations"
+        return closed_form_verdict(
+            ROUTE,
+            unknowns,
+            equations,
+            refusal or not_shared(shared, PATCH_WEIGHT, POSITIONS),
+            "Needs the exact gradients of the patch and the position embedding for one image",
+            f"{unknowns} patches per pixel of a patch against width {equations}",
+        )
+
+    return count_on(ROUTE, base, count)
 
 
 def invert_patch_position(base: BaseModel, gradients: dict[str, Tensor]) -> Reconstruction:
@@ -37,7 +72,7 @@ def invert_patch_position(base: BaseModel, gradients: dict[str, Tensor]) -> Reco
         R2FError: the count refuses the route, or a gradient is missing, misshapen, not finite or zero.
     """
     started = time.perf_counter()
-    verdict = identifiability(base)[ROUTE]
+    verdict = count_patch_position(base)
     if not verdict.identifiable:
         raise R2FError(f"{ROUTE} is refused: {verdict.why}")
     geometry = base_geometry(base)

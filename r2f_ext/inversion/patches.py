@@ -143,9 +143,9 @@ def posterior_mean(system: Tensor, rhs: Tensor, prior: Prior, buried: float = 0.
     gain = singular / (singular.square() + noise)
     solution = prior.mean + prior.root @ (right.mT @ (gain[:, None] * seen))
     spread = prior.root @ right.mT
-    kept = (spread.square() * (noise / (singular.square() + noise))).sum()
+    hidden = (spread.square() * (noise / (singular.square() + noise))).sum()
     unseen = (prior.root.square().sum() - spread.square().sum()).clamp_min(0)
-    return Estimate(solution, measured, ((kept + unseen) / system.shape[1]).sqrt().item())
+    return Estimate(solution, measured, ((hidden + unseen) / system.shape[1]).sqrt().item())
 
 
 def expected_psnr_db(base: BaseModel, uncertainty: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,28 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion import attention_rowspace, patch_position
-from r2f_ext.inversion.identifiability import PATCH_WEIGHT, POSITIONS, QKV_WEIGHT, RouteVerdict, identifiability
+from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, QKV_WEIGHT
+from r2f_ext.inversion.route import Certainty, Problem, Verdict
+from r2f_ext.inversion.routes import registry, run_routes, verdicts_of
 from r2f_ext.types import BaseModel, Reconstruction
 
 NEEDED = (PATCH_WEIGHT, POSITIONS, QKV_WEIGHT)
-INVERTERS: dict[str, Callable[[BaseModel, dict[str, Tensor]], Reconstruction]] = {
-    patch_position.ROUTE: patch_position.invert_patch_position,
-    attention_rowspace.ROUTE: attention_rowspace.invert_attention_rowspace,
-}
 
 
 @dataclass(frozen=True)
 class Phase0:
-    """Reconstructions of the closed forms that the count allows, and the verdicts of both.
+    """What exact gradients give away.
 
     Attributes:
-        reconstructions: one per allowed route; images [n, c, h, w], `details` those of the least certain image.
-        verdicts: route -> verdict; the refused ones say why in `why`.
+        reconstructions: one per route that the count allows; images [n, c, h, w].
+        verdicts: route -> verdict, of every route in the registry.
     """
 
     reconstructions: list[Reconstruction]
-    verdicts: dict[str, RouteVerdict]
+    verdicts: dict[str, Verdict]
 
 
 def exact_gradients(
@@ -41,7 +38,7 @@ def exact_gradients(
 
     Args:
         images: [n, c, h, w] in [0, 1]; labels: [n] int64.
-        names: parameters wanted; None takes those of `NEEDED` that the base has.
+        names: parameters to differentiate; None: those of `NEEDED` that the base has.
 
     Returns:
         n dicts, parameter name -> gradient of the parameter's shape. Which parameters require a gradient is
@@ -55,21 +52,21 @@ def exact_gradients(
             f"images {tuple(images.shape)} with {len(labels)} labels do not fit the base's input {base.input_shape}."
         )
     parameters = dict(base.model.named_parameters())
-    wanted = tuple(names) if names is not None else tuple(name for name in NEEDED if name in parameters)
-    absent = [name for name in wanted if name not in parameters]
-    if absent or not wanted:
+    chosen_names = tuple(names) if names is not None else tuple(name for name in NEEDED if name in parameters)
+    absent = [name for name in chosen_names if name not in parameters]
+    if absent or not chosen_names:
         raise R2FError(f"base '{base.spec}' has no parameter {(absent or NEEDED)[0]}: its gradient cannot be taken.")
     wrong = labels[(labels < 0) | (labels >= base.num_classes)]
     if len(wrong) > 0:
-        raise R2FError(f"label {int(wrong[0])} is out of range: the base tells {base.num_classes} classes, from 0.")
-    chosen = [parameters[name] for name in wanted]
+        raise R2FError(f"label {int(wrong[0])} is out of range: the base has {base.num_classes} classes, from 0.")
+    chosen = [parameters[name] for name in chosen_names]
     before = [parameter.requires_grad for parameter in chosen]
     images, labels = images.to(chosen[0]), labels.to(base.device)
     try:
         for parameter in chosen:
             parameter.requires_grad_(True)
         taken = [_one_gradient(base, chosen, image, label) for image, label in zip(images, labels, strict=True)]
-        return [dict(zip(wanted, gradients, strict=True)) for gradients in taken]
+        return [dict(zip(chosen_names, gradients, strict=True)) for gradients in taken]
     finally:
         for parameter, state in zip(chosen, before, strict=True):
             parameter.requires_grad_(state)
@@ -84,7 +81,7 @@ def _one_gradient(
 
 
 def phase0(base: BaseModel, images: Tensor, labels: Tensor) -> Phase0:
-    """Run every closed form that the count allows on each image's exact gradient.
+    """Run the routes that read exact gradients on each image's own, where the count allows it.
 
     Args:
         images: [n, c, h, w] in [0, 1], n >= 1; labels: [n] int64.
@@ -96,20 +93,11 @@ def phase0(base: BaseModel, images: Tensor, labels: Tensor) -> Phase0:
     Raises:
         R2FError: the images do not fit the base, or a gradient is zero or not finite.
     """
-    every = identifiability(base)
-    verdicts = {route: every[route] for route in INVERTERS}
-    allowed = [route for route, verdict in verdicts.items() if verdict.identifiable]
     if len(images) == 0:
         raise R2FError("phase 0 needs at least one image.")
-    if not allowed:
+    names = [name for name, route in registry().items() if route.reads == ("gradients",)]
+    verdicts = verdicts_of(Problem(base))
+    if all(verdicts[name].certainty is Certainty.REFUSED for name in names):
         return Phase0([], verdicts)
-    gradients = exact_gradients(base, images, labels)
-    return Phase0([_stack([INVERTERS[route](base, one) for one in gradients]) for route in allowed], verdicts)
-
-
-def _stack(parts: list[Reconstruction]) -> Reconstruction:
-    """n reconstructions of one image -> one of n, with the sum of seconds and the details of the least certain."""
-    first = parts[0]
-    details = max((part.details for part in parts), key=lambda details: details["expected_error"])
-    seconds = sum(part.seconds for part in parts)
-    return Reconstruction(first.route, torch.cat([part.images for part in parts]), None, first.why, seconds, details)
+    problem = Problem(base, gradients=exact_gradients(base, images, labels))
+    return Phase0(run_routes(problem, verdicts, names).reconstructions, verdicts)

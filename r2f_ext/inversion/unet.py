@@ -1,7 +1,7 @@
-"""A U-Net that refines the kernel ridge estimate: it learns from proxies what that estimate gets wrong.
+"""A U-Net that refines the kernel ridge estimate: it is trained on proxies to remove the errors of that estimate.
 
 Input: the estimate as an image, and the whitened updates of all layers, which enter at the bottleneck. A proxy pair's
-estimate is what its label's kernel ridge gives without that pair (leave-one-out), so it errs as a victim's does.
+estimate is the leave-one-out estimate of its label's kernel ridge, so its errors are like a victim's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class UNetConfig:
     """Size and training of the net: AdamW with one cycle of the rate, mean squared error.
 
     Attributes:
-        epochs: over all pairs but the held-out tenth; the one that did best there is kept, the ridge itself included.
+        epochs: over all pairs but the held-out tenth, which chooses among the epochs' weights and the ridge alone.
         width: channels at full resolution, twice and four times that below.
         components: principal components of a layer's unit updates.
         noise: deviation of what is added to the whitened features in training.
@@ -118,11 +118,11 @@ class UNetInverter:
         if height % 4 or width % 4:
             raise R2FError(f"the U-Net needs sides that are multiples of 4, got {height}x{width}: use kernel ridge.")
         self.ridge, self.config = ridge, config or UNetConfig()
-        self.whitening = Whitening(ridge.units, self.config.components)
-        features = self._features(ridge.units, ridge.labels)
         estimates = ridge.leave_one_out().clamp(0, 1).unflatten(1, ridge.shape)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
+            self.whitening = Whitening(ridge.units, self.config.components)  # its sketch is random
+            features = self._features(ridge.units, ridge.labels)
             net = RefiningUNet(channels, features.shape[1], self.config.width).to(features)
             self.net, self.held_out_psnr_db, self.ridge_psnr_db = _train(
                 net, estimates, features, ridge.images.unflatten(1, ridge.shape), self.config, advance
@@ -158,7 +158,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.rate, total_steps=config.epochs * batches)
     held_out = slice(count, None)
     start = best = _psnr(net, estimates[held_out], features[held_out], images[held_out])
-    kept = copy.deepcopy(net.state_dict())
+    best_state = copy.deepcopy(net.state_dict())
     for _ in range(config.epochs):
         for rows in torch.randperm(count).tensor_split(batches):
             seen = features[rows] + config.noise * torch.randn_like(features[rows])
@@ -169,9 +169,9 @@ def _train(
             schedule.step()
         psnr = _psnr(net, estimates[held_out], features[held_out], images[held_out])
         if psnr > best:
-            best, kept = psnr, copy.deepcopy(net.state_dict())
+            best, best_state = psnr, copy.deepcopy(net.state_dict())
         advance(1)
-    net.load_state_dict(kept)
+    net.load_state_dict(best_state)
     return net.eval(), best, start
 
 

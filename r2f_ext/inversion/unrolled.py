@@ -1,17 +1,18 @@
 """Updates of victims that took several steps, used batches or other optimizers, and their exact derivatives.
 
-`UnrolledMap` serves the search of `gauss_newton` where `UpdateMap` does not: the update is what T training steps did to
-the factors, as a function of all the images that the victim owns. It is differentiated in forward mode through every
-step: each step carries the factors, the optimizer's buffers, and their tangents along a block of directions.
+`UnrolledMap` takes the place of `gauss_newton.UpdateMap`: the update after T training steps as a function of all images
+that the victim owns. It is differentiated in forward mode through every step: each step carries the factors, the
+optimizer's buffers, and their tangents along a block of directions.
 
-Where one step is plain SGD the learning rate cancels; here it does not, so the recipe must be known, and A_0 with it.
+The learning rate of one plain SGD step cancels; here it does not, so the recipe must be known, and A_0 as well.
 
-AdamW's first step is B_1 = -lr u with u = g / (|g| + eps): a sign, but for eps. In exact arithmetic u still holds g,
-as eps u / (1 - |u|), and float32 holds u to about 2e-7, so g, with eps = 1e-8, to a share of about 24 |g|: an entry of
-1e-4 to 0.2 %, one of 1e-2 to a quarter, one above 0.04 not at all. `first_adamw_step` reads it so: the search then runs
-on a plain step whose entries are weighted by their precision. The map x -> u itself is no use to a search: its
-derivative, eps / (|g| + eps)^2, is zero to rounding nearly everywhere and huge at sign changes. From the second step on
-AdamW's movement holds ratios of gradients, which are smooth except where an entry is near zero at all steps.
+AdamW's first step is B_1 = -lr u with u = g / (|g| + eps): nearly the sign of g. In exact arithmetic g follows from u,
+as eps u / (1 - |u|). Float32 stores u to about 2e-7, so with eps = 1e-8 it determines g to a relative error of about
+24 |g|: 0.2 % for an entry of 1e-4, a quarter for 1e-2, nothing above 0.04. `first_adamw_step` recovers g in this way,
+and the search runs on a plain step whose entries are weighted by their precision. The map x -> u itself cannot be
+searched: its derivative, eps / (|g| + eps)^2, is zero to rounding nearly everywhere and huge at sign changes. From the
+second step on AdamW's movement holds ratios of gradients, which are smooth except where an entry is near zero at all
+steps.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ from r2f_ext.types import Target
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which `Training` keeps
 ROUNDINGS = 2.0  # of AdamW's own arithmetic, in units of the dtype's eps
-AIM = 1e-3  # what the errors of a weighted gradient are held to, in units of its typical entry
+PEAK = 2.5  # times their root mean square: the largest of a layer's gradient entries is at least that
+AIM = 1e-3  # bound on the errors of a weighted gradient, in units of its typical entry
 TRUSTED_ROUNDINGS = 10.0
-SQUARE_OF_NOTHING = 1e-36  # far below EPS squared: keeps the derivative of a root at zero finite
+TINY_SQUARE = 1e-36  # far below EPS squared: keeps the derivative of a root at zero finite
 
 State = dict[str, dict[str, Tensor]]  # "a", "b" and the optimizer's buffers -> name -> tensor
 
 
 class UnrolledMap:
-    """z(x): what training on images x did to B and, where that is to be looked at, to A; a layer's part has norm 1.
+    """z(x): the change of B, and of A in the layers of `a_weights`, by training on images x; a layer's part has norm 1.
 
     For `gauss_newton.search`. A point is all images that a victim owns, side by side: [training.owned * c * h * w];
     labels [training.owned]. One batch that every step sees is Training(batch=b); a batch of its own for each of T steps
@@ -54,7 +56,7 @@ class UnrolledMap:
         a0: name -> A before the first step [r, d_in].
         shape: (c, h, w) of an image.
         training: the victim's recipe, learning rate included.
-        directions: tangents of one pass: memory grows with them.
+        directions: tangents per pass; memory grows with them.
 
     Raises:
         R2FError: dropout, of which the victim's draws are unknown.
@@ -81,11 +83,11 @@ class UnrolledMap:
     def weighing(
         self, weights: dict[str, Tensor] | None = None, a_weights: dict[str, float] | None = None
     ) -> UnrolledMap:
-        """The same map as one victim's precision asks for; what was traced is shared.
+        """The same map with weights for the precision of one victim's factors; traced graphs are shared.
 
         Args:
             weights: name -> [d_out, r], what B is multiplied by before it is compared, see `first_adamw_step`; None: 1.
-            a_weights: name -> the say of A's movement beside B's, see `movement_weights`; None: A is not looked at.
+            a_weights: name -> weight of A's movement beside B's, see `movement_weights`; None: A is ignored.
         """
         other = copy.copy(self)
         other.weights, other.a_weights = weights or {}, a_weights or {}
@@ -98,7 +100,7 @@ class UnrolledMap:
         return self.observation(victims.a, victims.b)
 
     def observation(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
-        """What V adapters show: a[name] [V, r, d_in], b[name] [V, d_out, r] after the last step -> [V, R].
+        """z of V adapters: a[name] [V, r, d_in], b[name] [V, d_out, r] after the last step -> [V, R].
 
         Raises:
             R2FError: a part that did not move or is not finite.
@@ -107,7 +109,7 @@ class UnrolledMap:
         for part in parts:
             if not torch.isfinite(part).all() or not part.any(dim=1).all():
                 raise R2FError("a factor has not moved or is not finite: the adapter is untrained or damaged.")
-        units = [share * F.normalize(part, dim=1, eps=1e-30) for share, part in zip(self._shares(), parts, strict=True)]
+        units = [norm * F.normalize(part, dim=1, eps=1e-30) for norm, part in zip(self._norms(), parts, strict=True)]
         return torch.cat(units, dim=1)
 
     def jacobian(self, point: Tensor, labels: Tensor, basis: Tensor) -> Tensor:
@@ -117,16 +119,16 @@ class UnrolledMap:
         rows = F.pad(basis.T, (0, 0, 0, -columns % self.directions)).unflatten(1, self._shape)
         return torch.cat([self._tangents(images, labels, part) for part in rows.split(self.directions)])[:columns]
 
-    def _shares(self) -> list[float]:
-        """Norms of the parts: B's of all layers, then A's; those of one layer have norm 1 together."""
-        both = [(1 + self.a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names]
-        said = [name for name in self.target.names if name in self.a_weights]
-        return both + [(1 + self.a_weights[name] ** -2) ** -0.5 for name in said]
+    def _norms(self) -> list[float]:
+        """Norms of the parts: B's of all layers, then A's of the weighted ones; those of one layer have norm 1 together."""
+        of_b = [(1 + self.a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names]
+        weighted = [name for name in self.target.names if name in self.a_weights]
+        return of_b + [(1 + self.a_weights[name] ** -2) ** -0.5 for name in weighted]
 
     def _parts(self, a: dict[str, Tensor], b: dict[str, Tensor], tangent: bool = False) -> list[Tensor]:
         parts = [(b[name] * self.weights.get(name, 1.0)).flatten(1) for name in self.target.names]
-        said = [name for name in self.target.names if name in self.a_weights]
-        return parts + [(a[name] if tangent else a[name] - self.a0[name]).flatten(1) for name in said]
+        weighted = [name for name in self.target.names if name in self.a_weights]
+        return parts + [(a[name] if tangent else a[name] - self.a0[name]).flatten(1) for name in weighted]
 
     def along(self, images: Tensor, labels: Tensor, directions: Tensor) -> tuple[State, State]:
         """The state after training, and its derivatives along K directions.
@@ -154,8 +156,8 @@ class UnrolledMap:
         a, b = ({name: each[None] for name, each in state[kind].items()} for kind in "ab")
         values = self._parts(a, b)
         tangents = self._parts(moved["a"], moved["b"], tangent=True)
-        parts = zip(self._shares(), values, tangents, strict=True)
-        return torch.cat([share * unit_tangent(value[0], tangent) for share, value, tangent in parts], dim=1)
+        parts = zip(self._norms(), values, tangents, strict=True)
+        return torch.cat([norm * unit_tangent(value[0], tangent) for norm, value, tangent in parts], dim=1)
 
 
 def movement_weights(a0: dict[str, Tensor], a: dict[str, Tensor]) -> dict[str, float]:
@@ -168,7 +170,7 @@ def movement_weights(a0: dict[str, Tensor], a: dict[str, Tensor]) -> dict[str, f
 
 
 def _start(target: Target, a0: dict[str, Tensor], training: Training) -> State:
-    """PEFT's start, and the optimizer's empty buffers."""
+    """PEFT's start and the optimizer's zero buffers."""
     b0 = {layer.name: a0[layer.name].new_zeros(layer.d_out, layer.rank) for layer in target.layers}
     state = {"a": a0, "b": b0}
     if training.optimizer == "adamw":
@@ -234,7 +236,7 @@ def _stepped(
     if training.optimizer == "adamw":
         mean = BETAS[0] * buffers["mean"] + (1 - BETAS[0]) * slope
         square = BETAS[1] * buffers["square"] + (1 - BETAS[1]) * slope.square()
-        size = (square / unbiased_square).clamp_min(SQUARE_OF_NOTHING).sqrt() + EPS
+        size = (square / unbiased_square).clamp_min(TINY_SQUARE).sqrt() + EPS
         return {
             "factor": factor * (1 - rate * decay) - rate * mean / unbiased_mean / size,
             "mean": mean,
@@ -248,18 +250,18 @@ def _stepped(
 
 
 def side_by_side(subspace: Subspace, images: int) -> Subspace:
-    """Where to look for several images at once: each in the subspace of one."""
+    """The subspace of several images side by side, each in the subspace of one."""
     return Subspace(torch.block_diag(*[subspace.basis] * images))
 
 
 @dataclass(frozen=True)
 class FirstAdamWStep:
-    """The gradient that AdamW's first step hides behind its sign, for one victim.
+    """The gradient recovered from AdamW's first step, for one victim.
 
     Attributes:
-        gradient: name -> gradient at B [d_out, r]; zero where the step shows the sign alone.
+        gradient: name -> gradient at B [d_out, r]; zero where the step determines the sign alone.
         weights: name -> [d_out, r] in [0, 1], falling from 1 where the error of an entry passes `aim` of the layer's
-            typical entry; 0 where the step shows the sign alone.
+            typical entry; 0 where the step determines the sign alone.
     """
 
     gradient: dict[str, Tensor]
@@ -267,10 +269,11 @@ class FirstAdamWStep:
 
 
 def first_adamw_step(b: dict[str, Tensor], training: Training, aim: float = AIM) -> FirstAdamWStep:
-    """Read the gradient out of B after AdamW's first step from B = 0, from how far each entry is from +-lr.
+    """Recover the gradient from B after AdamW's first step from B = 0, from how far each entry is from +-lr.
 
     With u = -B / lr = g / (|g| + eps): g = eps u / (1 - |u|), known to (|g| + eps)^2 / eps times the error of u, which
-    is a few roundings of B's dtype.
+    is a few roundings of B's dtype. The largest |B| is the learning rate but for a share of eps / |g|. A rate that is
+    too large, by a share of c, gives all entries above eps / c the size eps / c, so that no entry stands out.
 
     Args:
         b: name -> B [d_out, r], in the dtype that it was trained in.
@@ -278,20 +281,35 @@ def first_adamw_step(b: dict[str, Tensor], training: Training, aim: float = AIM)
         aim: see `FirstAdamWStep.weights`.
 
     Raises:
-        R2FError: another recipe, or a B that no learning rate like this one can have made.
+        R2FError: another recipe, or a learning rate that did not make this B; the sentence names the one that did.
     """
     if training.optimizer != "adamw" or training.steps != 1:
         raise R2FError("only the first step of AdamW can be read: later ones mix several gradients.")
+    rate = training.rates()[0]
+    _check_rate(b, rate)
     gradient, weights = {}, {}
     for name, each in b.items():
         rounding = ROUNDINGS * torch.finfo(each.dtype).eps
-        u = -each.double() / training.rates()[0]
-        if float(u.abs().max()) > 1 + 1e-3:
-            raise R2FError(f"B of {name} exceeds the learning rate {training.rates()[0]:g}: pass the victim's own.")
-        shown = u.abs() < 1 - rounding
-        size = torch.where(shown, EPS * u.abs() / (1 - u.abs()).clamp_min(rounding), 0.0)
-        typical = size[shown].square().mean().sqrt() if shown.any() else size.new_ones(())
+        u = -each.double() / rate
+        determined = u.abs() < 1 - rounding
+        size = torch.where(determined, EPS * u.abs() / (1 - u.abs()).clamp_min(rounding), 0.0)
+        typical = size[determined].square().mean().sqrt() if determined.any() else size.new_ones(())
         error = (size + EPS).square() / EPS * rounding / typical
         gradient[name] = (size * u.sign()).to(each.dtype)
-        weights[name] = torch.where(shown, 1 / (1 + error / aim), 0.0).to(each.dtype)
+        weights[name] = torch.where(determined, 1 / (1 + error / aim), 0.0).to(each.dtype)
     return FirstAdamWStep(gradient, weights)
+
+
+def _check_rate(b: dict[str, Tensor], rate: float) -> None:
+    """Refuse a rate below the largest |B|, or above it where the gradient entries then read have no peak."""
+    largest = max(b.values(), key=lambda each: float(each.abs().max()))
+    rounding = ROUNDINGS * torch.finfo(largest.dtype).eps
+    u = largest.double().abs() / rate
+    peak = float(u.max())
+    size = EPS * u / (1 - u).clamp_min(1e-300)
+    reached = abs(peak - 1) <= rounding
+    if not reached and (peak > 1 or float(size.max()) < PEAK * float(size.square().mean().sqrt())):
+        raise R2FError(
+            f"B's largest entry is {rate * peak:.9g}, which is the learning rate of AdamW's first step, and the recipe "
+            f"says {rate:.9g}: pass the victim's own."
+        )

@@ -2,12 +2,22 @@
 
 from r2f_ext.models.adapter import AdapterFiles, attach, forgot_start, read_adapter, untouched_a
 from r2f_ext.models.base import load_base, save_base, shape_of
-from r2f_ext.models.initial import InitialA, initial_from_folder, initial_from_seed
+from r2f_ext.models.initial import (
+    InitialA,
+    InitialFactors,
+    common_a,
+    differing_layer,
+    initial_from_folder,
+    initial_from_seed,
+)
 
 __all__ = [
     "AdapterFiles",
     "InitialA",
+    "InitialFactors",
     "attach",
+    "common_a",
+    "differing_layer",
     "forgot_start",
     "initial_from_folder",
     "initial_from_seed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,59 @@ from r2f_ext.types import LoraUpdate, Target
 
 COMMON_SEEDS = (*range(129), 256, 512, 666, 777, 999, 1000, 1024, 1111, 1234, 1337, *range(2020, 2027), 3407, 12345)
 INITS: tuple[Any, ...] = (True, "gaussian")
-# A wrong draw has a cosine of about 1 / sqrt(numbers in A) with the adapter's A: this many times that is no chance.
+# The cosine of a wrong draw with the adapter's A is about 1 / sqrt(numbers in A): accept from this many times that.
 CHANCE = 8.0
+SAME_A = 1e-2  # how far the A of one start may lie apart after a small training, a share of its largest entry
 
 
 @dataclass(frozen=True)
 class InitialA:
-    """A_0 of the adapted layers and how it was come by.
+    """A_0 of the adapted layers and where it was found.
 
     Attributes:
         a: name -> [r, d_in], on the base's device, in the adapter's dtype.
-        source: for a person.
+        source: where it was found, in words.
         cosine: between A_0 and the adapter's A, over all layers; near 1 after a short training.
     """
 
     a: dict[str, Tensor]
     source: str
     cosine: float
+
+
+@dataclass(frozen=True)
+class InitialFactors:
+    """Where to look for A_0 of an adapter; looked for when it is first asked for, and once.
+
+    Attributes:
+        target: base and adapted layers; update: the adapter's factors.
+        folder: a PEFT folder saved before training.
+        seed: torch's seed right before PEFT drew A_0. Neither: common seeds are tried.
+    """
+
+    target: Target
+    update: LoraUpdate
+    folder: str | Path | None = None
+    seed: int | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether the user said where A_0 comes from."""
+        return self.folder is not None or self.seed is not None
+
+    @cached_property
+    def found(self) -> InitialA | None:
+        """A_0, or None where none of the common seeds draws it.
+
+        Raises:
+            R2FError: the folder or the seed does not belong to the adapter.
+        """
+        if self.folder is not None:
+            return initial_from_folder(self.folder, self.target, self.update)
+        found = initial_from_seed(self.target, self.update, COMMON_SEEDS if self.seed is None else [self.seed])
+        if found is None and self.seed is not None:
+            raise R2FError(f"--a0-seed {self.seed} does not draw the A that this adapter started from.")
+        return found
 
 
 def initial_from_folder(folder: str | Path, target: Target, update: LoraUpdate) -> InitialA:
@@ -78,6 +115,34 @@ def initial_from_seed(target: Target, update: LoraUpdate, seeds: Iterable[int] =
             if _related(found, update.a):
                 return found
     return None
+
+
+def differing_layer(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
+    """The first layer, by name, in which two sets of A [r, d_in] are not one start; None: they are.
+
+    A small training moves A a little: entries may differ by `SAME_A` of its largest.
+    """
+    for name in sorted(one.keys() | other.keys()):
+        if name not in one or name not in other or one[name].shape != other[name].shape:
+            return name
+        a, b = one[name].double(), other[name].double()
+        if not torch.allclose(a, b, rtol=0, atol=SAME_A * float(b.abs().max())):
+            return name
+    return None
+
+
+def common_a(adapters: list[LoraUpdate]) -> dict[str, Tensor]:
+    """Name -> mean A [r, d_in] of adapters that share one start, float32: after several steps it stands in for A_0.
+
+    Raises:
+        R2FError: the adapters adapt other layers, or their A differ by more than training explains.
+    """
+    first = adapters[0].a
+    for other in adapters[1:]:
+        name = differing_layer(first, other.a)
+        if name is not None:
+            raise R2FError(f"the adapters do not share one start (A of {name} differs): audit them one by one.")
+    return {name: torch.stack([adapter.a[name].float() for adapter in adapters]).mean(0) for name in first}
 
 
 def _draw(target: Target, names: tuple[str, ...], seed: int, init: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
-"""What counting says of a model in one row, and the models of the table in docs/inversion.md."""
+"""The closed forms' counts of one timm model, and the models of the table in docs/inversion.md."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.identifiability import RouteVerdict, base_geometry, identifiability
+from r2f_ext.inversion.geometry import base_geometry
+from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.inversion.route import Verdict
 from r2f_ext.types import BaseModel
 
-WELL_KNOWN = (
+TIMM_MODELS = (
     "vit_tiny_patch16_224",
     "vit_small_patch32_224",
     "vit_small_patch16_224",
@@ -46,8 +48,8 @@ class ClosedForms:
 
     tokens: int | None
     width: int | None
-    patch_position: RouteVerdict
-    attention_rowspace: RouteVerdict
+    patch_position: Verdict
+    attention_rowspace: Verdict
     adapter_rank: int | None
 
     def cells(self) -> list[str]:
@@ -71,7 +73,7 @@ def closed_forms(base: BaseModel) -> ClosedForms:
     return ClosedForms(geometry.tokens, geometry.width, position, rows, rank)
 
 
-def _cell(verdict: RouteVerdict) -> str:
+def _cell(verdict: Verdict) -> str:
     if verdict.equations == verdict.unknowns == 0:
         return "no"
     relation = "≤" if verdict.unknowns <= verdict.equations else ">"

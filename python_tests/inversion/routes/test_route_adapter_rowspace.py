@@ -11,10 +11,11 @@ from cases import peft_model, save, train
 from timm.models.vision_transformer import VisionTransformer
 
 from r2f_ext.audit.metrics import psnr_db
-from r2f_ext.audit.row_space import run_row_space
 from r2f_ext.errors import R2FError
-from r2f_ext.models import attach, read_adapter
-from r2f_ext.types import BaseModel
+from r2f_ext.inversion.route import adapter_problem
+from r2f_ext.inversion.routes import run_routes, verdicts_of
+from r2f_ext.models import InitialFactors, attach, read_adapter
+from r2f_ext.types import BaseModel, Reconstruction
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,15 @@ def base() -> BaseModel:
         img_size=32, patch_size=8, in_chans=1, embed_dim=96, depth=2, num_heads=4, num_classes=5
     ).double()
     return BaseModel(model.eval().requires_grad_(False), "seventeen", (1, 32, 32), (0.5,), (0.5,), 5)
+
+
+def taken(target, updates, folder=None, seed=None) -> tuple[Reconstruction | None, str]:
+    """What the route made of the adapters, and why or why not."""
+    problem = adapter_problem(target, updates, InitialFactors(target, updates[0], folder, seed))
+    outcome = run_routes(problem, verdicts_of(problem), ["adapter_rowspace"])
+    if not outcome.reconstructions:
+        return None, outcome.not_run["adapter_rowspace"]
+    return outcome.reconstructions[0], outcome.reconstructions[0].why
 
 
 def _image() -> torch.Tensor:
@@ -46,29 +56,29 @@ def victim(base, tmp_path_factory):
 
 def test_five_steps_in_float64_give_the_image_with_a_guessed_seed(victim) -> None:
     image, target, update, _ = victim
-    outcome = run_row_space(target, [update])
-    assert outcome.found is not None and psnr_db(outcome.found.images, image).item() >= 70
+    found, why = taken(target, [update])
+    assert found is not None and psnr_db(found.images, image).item() >= 70
     for word in ("manual_seed(42)", "rank 32 against 17 tokens", "float64", "dB to be expected"):
-        assert word in outcome.why
-    assert outcome.found.details["expected_psnr_db"] > 40
+        assert word in why
+    assert found.details["expected_psnr_db"] > 40
 
 
 def test_a_folder_or_a_seed_named_by_the_user_gives_the_same(victim) -> None:
     image, target, update, folder = victim
-    for options in ({"initial": str(folder / "start")}, {"seed": 42}):
-        found = run_row_space(target, [update], **options).found
+    for options in ({"folder": str(folder / "start")}, {"seed": 42}):
+        found, _ = taken(target, [update], **options)
         assert found is not None and psnr_db(found.images, image).item() >= 70
     with pytest.raises(R2FError, match="--a0-seed 41 does not draw"):
-        run_row_space(target, [update], seed=41)
+        taken(target, [update], seed=41)
 
 
 def test_float32_storage_is_said_and_promises_less(victim) -> None:
     image, target, update, _ = victim
     stored = replace(update, a={n: a.float().double() for n, a in update.a.items()})
-    outcome = run_row_space(target, [stored])
-    assert outcome.found is not None and "float32" in outcome.why
-    psnr = psnr_db(outcome.found.images, image).item()
-    assert psnr < 60 and outcome.found.details["expected_psnr_db"] < psnr + 6
+    found, why = taken(target, [stored])
+    assert found is not None and "float32" in why
+    psnr = psnr_db(found.images, image).item()
+    assert psnr < 60 and found.details["expected_psnr_db"] < psnr + 6
 
 
 def test_an_a_that_forgot_its_start_is_inverted_without_one(victim) -> None:
@@ -76,18 +86,24 @@ def test_an_a_that_forgot_its_start_is_inverted_without_one(victim) -> None:
     _, target, update, _ = victim
     rows = torch.randn(32, 2, dtype=torch.float64) @ torch.randn(2, 96, dtype=torch.float64)
     decayed = replace(update, a={n: rows + 1e-7 * torch.rand_like(rows) for n in update.a})
-    outcome = run_row_space(target, [decayed])
-    assert outcome.found is not None and "weight decay has made A forget it" in outcome.why
-    assert outcome.found.details["expected_psnr_db"] < 25
+    found, why = taken(target, [decayed])
+    assert found is not None and "weight decay has made A forget it" in why
+    assert found.details["expected_psnr_db"] < 25
 
 
 def test_refusals_say_why(victim, base, tmp_path) -> None:
     _, target, update, _ = victim
     unknown = replace(update, a={n: a + torch.randn_like(a) for n, a in update.a.items()})
-    assert "pass --initial FOLDER or --a0-seed N" in run_row_space(target, [unknown]).why
+    assert "pass --initial FOLDER or --a0-seed N" in taken(target, [unknown])[1]
     image, label = _image(), torch.tensor([1])
     model = peft_model(base, r=8)
     train(model, base, image, label, steps=2)
     small = attach(read_adapter(save(model, tmp_path / "r8")), base)
-    outcome = run_row_space(small[0], [small[1]])
-    assert outcome.found is None and "rank 8" in outcome.why
+    found, why = taken(small[0], [small[1]])
+    assert found is None and "rank 8" in why
+
+
+def test_adapters_of_one_start_have_figures_each(victim) -> None:
+    _, target, update, _ = victim
+    found, _ = taken(target, [update, update])
+    assert found is not None and len(found.images) == 2 and found.per_victim["expected_psnr_db"].shape == (2,)

@@ -1,0 +1,34 @@
+"""Route `gauss_newton`: exact images of one-step adapters, and what it refuses."""
+
+from dataclasses import replace
+
+from route_cases import posed, worst_psnr
+
+from r2f_ext.inversion.route import Certainty
+from r2f_ext.inversion.routes import run_routes, verdicts_of
+from r2f_ext.inversion.routes.gauss_newton import GaussNewton
+from r2f_ext.pairs import Training
+
+
+def test_finds_the_images_from_the_amortised_start() -> None:
+    problem, images = posed()
+    outcome = run_routes(problem, verdicts_of(problem), ["gauss_newton"])
+    start, found = outcome.reconstructions
+    assert [start.route, found.route] == ["amortised", "gauss_newton"]
+    assert found.per_victim["exact"].tolist() == [1, 1] and found.details["exact"] == 2
+    assert worst_psnr(found.images, images) > max(60, worst_psnr(start.images, images))
+
+
+def test_refusals_name_the_route_that_serves() -> None:
+    problem, _ = posed()
+    route = GaussNewton()
+    assert route.verdict(problem).certainty is Certainty.PLAUSIBLE
+    large = replace(problem, base=replace(problem.base, input_shape=(3, 224, 224)))
+    for other, words in (
+        (large, "150528 numbers, and the search, which is dense, takes up to 4096; gauss_newton_matrix_free"),
+        (replace(problem, steps=None), "more than one step was taken"),
+        (replace(problem, steps=2), "gauss_newton_unrolled models several"),
+        (replace(problem, training=Training(optimizer="adamw")), "did not take one plain SGD step"),
+    ):
+        verdict = route.verdict(other)
+        assert verdict.certainty is Certainty.REFUSED and not verdict.identifiable and words in verdict.why

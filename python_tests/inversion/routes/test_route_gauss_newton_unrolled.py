@@ -1,0 +1,47 @@
+"""Route `gauss_newton_unrolled`: images of victims that trained otherwise, by a known recipe."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from route_cases import posed, worst_psnr
+
+from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
+from r2f_ext.inversion.route import Certainty
+from r2f_ext.inversion.routes import run_routes, verdicts_of
+from r2f_ext.inversion.routes.gauss_newton_unrolled import GaussNewtonUnrolled
+from r2f_ext.pairs import Training
+
+
+@pytest.mark.parametrize(
+    "training",
+    [Training(steps=2, lr=0.3), Training(optimizer="adamw", lr=1e-3)],
+    ids=["two steps", "the first step of AdamW"],
+)
+def test_finds_the_images_from_the_amortised_start(training: Training) -> None:
+    problem, images = posed(training)
+    problem = replace(problem, gauss_newton=GaussNewtonConfig(directions=12))
+    if training.optimizer == "adamw":  # its signs make a poor start: this one is near
+        start = run_routes(posed()[0], verdicts_of(problem), ["amortised"]).reconstructions[0]
+        problem = replace(problem, found={"amortised": start})
+        found = GaussNewtonUnrolled().run(problem, lambda victims: None)
+    else:
+        found = run_routes(problem, verdicts_of(problem), ["gauss_newton_unrolled"]).reconstructions[-1]
+    assert found.route == "gauss_newton_unrolled" and found.per_victim["exact"].tolist() == [1, 1]
+    assert worst_psnr(found.images, images) > 60
+
+
+def test_refusals_say_why() -> None:
+    problem, _ = posed()
+    route, two = GaussNewtonUnrolled(), Training(steps=2)
+    known = replace(problem, training=two, steps=2)
+    assert route.verdict(known).certainty is Certainty.PLAUSIBLE
+    for other, words in (
+        (replace(problem, training=Training()), "which gauss_newton models"),
+        (replace(known, training=replace(two, dropout=0.1)), "dropout"),
+        (replace(known, training=replace(two, samples=2)), "each of the 2 images"),
+        (replace(known, initial=SimpleNamespace(found=None, named=False)), "pass --initial FOLDER or --a0-seed N"),
+        (replace(known, base=replace(known.base, input_shape=(3, 224, 224))), "150528 numbers"),
+    ):
+        verdict = route.verdict(other)
+        assert verdict.certainty is Certainty.REFUSED and words in verdict.why

@@ -1,0 +1,97 @@
+"""Counts and refusals that several routes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from math import prod
+
+from torch import nn
+
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.geometry import ViTGeometry, base_geometry
+from r2f_ext.inversion.route import Certainty, Problem, Verdict
+from r2f_ext.types import BaseModel
+
+
+def closed_form_verdict(
+    route: str, unknowns: int, equations: int, refusal: str | None, needs: str, count: str
+) -> Verdict:
+    """The verdict of a linear solve: exact, or refused for the reason given.
+
+    Args:
+        refusal: half a sentence; None where the solve is exact.
+        needs: what must be observed; count: unknowns against equations in words.
+    """
+    certainty = Certainty.EXACT if refusal is None else Certainty.REFUSED
+    why = f"{needs}: {count}." if refusal is None else f"Not exact: {refusal} ({count})."
+    return Verdict(route, certainty, unknowns, equations, why)
+
+
+def search_verdict(problem: Problem, route: str, description: str, refusal: str | None = None) -> Verdict:
+    """The verdict of a search or an estimate: the observed numbers against the pixel values.
+
+    Args:
+        description: what the route is, in words.
+        refusal: why it does not apply, half a sentence; None where it does.
+    """
+    unknowns = problem.batch * prod(problem.base.input_shape)
+    equations, source = _observed_numbers(problem)
+    if refusal is not None:
+        return Verdict(route, Certainty.REFUSED, unknowns, equations, f"Not run: {refusal}.")
+    relation = "suffice for" if equations >= unknowns else "are too few for"
+    why = f"{equations} numbers {source} {relation} {unknowns} pixel values; the route is {description}."
+    return Verdict(route, Certainty.PLAUSIBLE, unknowns, equations, why)
+
+
+def _observed_numbers(problem: Problem) -> tuple[int, str]:
+    if problem.target is not None:
+        moved = problem.steps is not None and problem.steps > 1
+        layers = problem.target.layers
+        return sum(layer.rank * (layer.d_out + moved * layer.d_in) for layer in layers), "of the LoRA update"
+    model = problem.base.model
+    if problem.shared is not None:
+        return sum(model.get_parameter(name).numel() for name in set(problem.shared)), "of the shared gradients"
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return sum(module.weight.numel() for module in linear), "of the exact gradients of the linear layers"
+
+
+def several_steps(problem: Problem) -> str | None:
+    """What keeps a search that models one plain step from these adapters, half a sentence; None: nothing."""
+    if problem.training is not None and not problem.training.plain_step:
+        return "the victims did not take one plain SGD step, which the search models; gauss_newton_unrolled models more"
+    if (problem.steps or 1) > 1 or (problem.adapters and problem.steps is None):
+        return (
+            "A has left PEFT's initial range, so more than one step was taken, and the search models one; "
+            "gauss_newton_unrolled models several"
+        )
+    return None
+
+
+def not_shared(shared: Collection[str] | None, *names: str) -> str | None:
+    """What keeps a route from an observer who lacks the gradients of `names`."""
+    lacking = [] if shared is None else [name for name in names if name not in shared]
+    return f"the gradient of {lacking[0]} is not shared" if lacking else None
+
+
+def row_space_refusal(g: ViTGeometry, batch: int) -> str | None:
+    """What keeps block 0's inputs from being one linear system per patch, whatever the count."""
+    if not g.linear_qkv:
+        return "block 0 does not read its tokens through a norm and one qkv projection"
+    if g.has_embed_norm:
+        return "a norm after the patch embedding is not modelled"
+    if not g.has_pos_embed:
+        return "without a position embedding every patch solves every position's equations"
+    if batch > 1:
+        # The difference of two images at any position solves the homogeneous equations of all positions.
+        free = min((batch - 1) * g.patch_tokens, g.patch_numbers + g.norm_scales)
+        return f"the differences between {batch} images leave {free} directions of every patch free"
+    return None
+
+
+def count_on(route: str, base: BaseModel, count: Callable[[ViTGeometry], Verdict]) -> Verdict:
+    """The count on the base's geometry, or the refusal of a base that is no Vision Transformer."""
+    try:
+        geometry = base_geometry(base)
+    except R2FError as error:
+        return Verdict(route, Certainty.REFUSED, 0, 0, str(error))
+    return count(geometry)

@@ -1,0 +1,120 @@
+"""The geometry of a Vision Transformer: what counting and the closed forms need to know of the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from timm.layers import Attention, PatchEmbed, RmsNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from r2f_ext.errors import R2FError
+from r2f_ext.types import BaseModel
+
+FIRST_QKV = "blocks.0.attn.qkv"
+QKV_WEIGHT = f"{FIRST_QKV}.weight"
+PATCH_WEIGHT, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+NORMS = (nn.LayerNorm, RmsNorm)
+
+
+@dataclass(frozen=True)
+class ViTGeometry:
+    """What counting needs to know of a timm VisionTransformer.
+
+    Attributes:
+        patch: (height, width) of a patch in pixels.
+        channels: image channels.
+        grid: (rows, columns) of patches of the base's input.
+        position_grid: (rows, columns) of the position embedding, which timm resamples to `grid` where they differ.
+        patch_tokens: N, rows * columns.
+        prefix_tokens: class, distillation and register tokens; their inputs to block 0 are public.
+        width: d, the embedding dimension.
+        has_pos_embed: positions are told apart by a parameter, whose gradient is each token's gradient.
+        has_embed_norm: a norm between the patch embedding and the positions.
+        has_pre_norm: a norm between the positions and block 0 (CLIP).
+        linear_qkv: block 0 reads its tokens through (a norm and) one qkv projection.
+        norm_scales: unknown scalars per token that the norms before qkv bring into the linear equations.
+    """
+
+    patch: tuple[int, int]
+    channels: int
+    grid: tuple[int, int]
+    position_grid: tuple[int, int]
+    patch_tokens: int
+    prefix_tokens: int
+    width: int
+    has_pos_embed: bool
+    has_embed_norm: bool
+    has_pre_norm: bool
+    linear_qkv: bool
+    norm_scales: int
+
+    @property
+    def positions(self) -> int:
+        return self.position_grid[0] * self.position_grid[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.patch_tokens + self.prefix_tokens
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers in one patch, p^2 c."""
+        return self.patch[0] * self.patch[1] * self.channels
+
+
+def vit_geometry(model: nn.Module, input_size: tuple[int, int] | None = None) -> ViTGeometry:
+    """Read the geometry of a timm VisionTransformer (any size, class token or none, registers, pre-norm).
+
+    Args:
+        input_size: (height, width) of what it reads; None: the size that it was built for. Others need
+            `dynamic_img_size`, where timm resamples the position embedding.
+
+    Raises:
+        R2FError: not a timm VisionTransformer, its patches are not cut by one patchifying convolution, or they do
+            not tile the input.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise R2FError(f"closed forms need a timm VisionTransformer, and the base is a {type(model).__name__}.")
+    embed = model.patch_embed
+    proj = getattr(embed, "proj", None)
+    if not isinstance(embed, PatchEmbed) or not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
+        raise R2FError(f"closed forms need patches cut by one convolution, and the base has a {type(embed).__name__}.")
+    built_for = (embed.img_size[0], embed.img_size[1])
+    size = built_for if input_size is None else input_size
+    if size != built_for and not model.dynamic_img_size:
+        raise R2FError(f"the base reads {built_for} images, not {size}: build it with dynamic_img_size.")
+    patch = (proj.kernel_size[0], proj.kernel_size[1])
+    grid = (size[0] // patch[0], size[1] // patch[1])
+    if size != (patch[0] * grid[0], patch[1] * grid[1]):
+        raise R2FError(f"patches of {patch[0]}x{patch[1]} do not tile the input {size} of the base.")
+    norms = norms_before_qkv(model)
+    return ViTGeometry(
+        patch=patch,
+        channels=proj.in_channels,
+        grid=grid,
+        position_grid=(embed.grid_size[0], embed.grid_size[1]),
+        patch_tokens=grid[0] * grid[1],
+        prefix_tokens=model.num_prefix_tokens,
+        width=proj.out_channels,
+        has_pos_embed=model.pos_embed is not None,
+        has_embed_norm=not isinstance(embed.norm, nn.Identity),
+        has_pre_norm=not isinstance(model.norm_pre, nn.Identity),
+        linear_qkv=norms is not None,
+        norm_scales=sum(getattr(norm, "bias", None) is not None for norm in norms or ()),
+    )
+
+
+def base_geometry(base: BaseModel) -> ViTGeometry:
+    """`vit_geometry` of a base at the size of its inputs."""
+    return vit_geometry(base.model, (base.input_shape[1], base.input_shape[2]))
+
+
+def norms_before_qkv(model: VisionTransformer) -> list[nn.Module] | None:
+    """The norms between the positions and block 0's qkv, in order; None where that path is something else."""
+    block = model.blocks[0]
+    if not isinstance(block, (Block, ResPostBlock)) or not isinstance(block.attn, Attention):
+        return None
+    path = [model.norm_pre, block.norm1] if isinstance(block, Block) else [model.norm_pre]
+    norms = [norm for norm in path if not isinstance(norm, nn.Identity)]
+    return norms if all(isinstance(norm, NORMS) for norm in norms) else None

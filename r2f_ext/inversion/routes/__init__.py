@@ -1,0 +1,122 @@
+"""The registry of routes: every module of this package that defines a `Route` adds it, and nothing else is edited."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.route import Certainty, Problem, Route, Verdict
+from r2f_ext.progress import Stages
+from r2f_ext.types import Reconstruction
+
+WORDS = {
+    "gradients": "exact gradients",
+    "adapters": "an adapter",
+    "observed": "an adapter's update",
+    "a": "the A that the proxies start from",
+    "initial": "an adapter",
+    "training": "the victim's training recipe (r2f pairs --steps, --optimizer, ...)",
+    "proxies": "proxy pairs",
+    "decoded": "decoded gradients (r2f decode, --gradients)",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What routes made of one problem.
+
+    Attributes:
+        reconstructions: one per route that ran, in the order in which they ran.
+        not_run: route -> the sentence that says why, of the routes asked for that did not run.
+    """
+
+    reconstructions: list[Reconstruction]
+    not_run: dict[str, str]
+
+
+def registry() -> dict[str, Route]:
+    """Name -> route, by name, but each after those whose reconstructions it reads."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    classes = [
+        each
+        for module in modules
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Route) and each.__module__ == module.__name__
+    ]
+    return _in_order({each.name: each() for each in classes})
+
+
+def default_routes() -> tuple[str, ...]:
+    """The routes taken unless others are named."""
+    return tuple(name for name, route in registry().items() if route.by_default)
+
+
+def verdicts_of(problem: Problem) -> dict[str, Verdict]:
+    """Route -> verdict, of every route in the registry."""
+    return {name: route.verdict(problem) for name, route in registry().items()}
+
+
+def run_routes(
+    problem: Problem, verdicts: dict[str, Verdict], names: Sequence[str] | None = None, stages: Stages | None = None
+) -> Outcome:
+    """Run the chosen routes that no verdict refuses.
+
+    Args:
+        verdicts: of all routes on this problem, from `verdicts_of`.
+        names: routes to run, with those that they read from; None: the default ones.
+        stages: times each route under its name.
+
+    Raises:
+        R2FError: there is no route of such a name, or a route met data that it cannot work on.
+    """
+    stages, routes = stages or Stages(), registry()
+    outcome = Outcome([], {})
+    for name in _with_earlier(default_routes() if names is None else names, routes):
+        route, verdict = routes[name], verdicts[name]
+        refusal = verdict.why if verdict.certainty is Certainty.REFUSED else _lack(route, problem)
+        if refusal is not None:
+            outcome.not_run[name] = refusal
+            continue
+        with stages.stage(name, route.units(problem)) as advance:
+            found = route.run(problem, advance)
+        outcome.reconstructions.append(found)
+        problem = replace(problem, found={**problem.found, name: found})
+    return outcome
+
+
+def _lack(route: Route, problem: Problem) -> str | None:
+    field_name = route.lacking(problem)
+    if field_name is not None:
+        return f"Not run: it needs {WORDS.get(field_name, field_name)}."
+    earlier = next((name for name in route.after if name not in problem.found), None)
+    return None if earlier is None else f"Not run: it starts from what {earlier} finds, and {earlier} did not run."
+
+
+def _with_earlier(names: Iterable[str], routes: dict[str, Route]) -> list[str]:
+    """The named routes and those that they read from, in the registry's order."""
+    chosen: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in routes:
+            raise R2FError(f"there is no route '{name}': name some of {', '.join(routes)}.")
+        if name not in chosen:
+            chosen.add(name)
+            left += routes[name].after
+    return [name for name in routes if name in chosen]
+
+
+def _in_order(routes: dict[str, Route]) -> dict[str, Route]:
+    ordered: dict[str, Route] = {}
+
+    def add(name: str) -> None:
+        for earlier in routes[name].after:
+            add(earlier)
+        ordered[name] = routes[name]
+
+    for name in sorted(routes):
+        add(name)
+    return ordered

@@ -1,0 +1,41 @@
+"""Route `amortised_refined`: gradient matching in LoRA space, from the amortised estimate."""
+
+from __future__ import annotations
+
+from r2f_ext.inversion.counting import search_verdict
+from r2f_ext.inversion.matching import match
+from r2f_ext.inversion.objectives import UpdateObjective
+from r2f_ext.inversion.route import Problem, Route, Verdict
+from r2f_ext.progress import Advance
+from r2f_ext.types import Reconstruction
+
+
+class AmortisedRefined(Route):
+    """Images whose LoRA update is the observed one, searched for near the amortised estimate and with its labels."""
+
+    name = "amortised_refined"
+    reads = ("target", "a", "observed")
+    after = ("amortised",)
+
+    def verdict(self, problem: Problem) -> Verdict:
+        description = "a statistical estimate refined by a local search without a guarantee"
+        return search_verdict(problem, self.name, description)
+
+    def units(self, problem: Problem) -> int:
+        return problem.refinement.steps
+
+    def run(self, problem: Problem, advance: Advance) -> Reconstruction:
+        start = problem.found["amortised"]
+        assert problem.target is not None and problem.a is not None and problem.observed is not None
+        assert start.labels is not None
+        return match(
+            problem.target,
+            UpdateObjective(problem.target, problem.a, problem.observed),
+            start.images,
+            start.labels,
+            problem.refinement,
+            self.name,
+            "local search from the amortised estimate on the LoRA update itself",
+            lambda: advance(1),
+            prior=problem.prior,
+        )

@@ -1,0 +1,35 @@
+"""Route `gauss_newton`: the exact image of a one-step, one-image adapter, by a dense search."""
+
+from __future__ import annotations
+
+from math import prod
+
+from r2f_ext.inversion.counting import search_verdict, several_steps
+from r2f_ext.inversion.gauss_newton import MAX_PIXELS, ROUTE, Subspace, gauss_newton, too_large
+from r2f_ext.inversion.route import Problem, Route, Verdict
+from r2f_ext.progress import Advance
+from r2f_ext.types import Reconstruction
+
+
+class GaussNewton(Route):
+    """See `inversion/gauss_newton.py`; about a minute per adapter of the embedded base on 2 cores."""
+
+    name = ROUTE
+    reads = ("target", "a", "observed", "proxies")
+    after = ("amortised",)
+    by_default = False
+
+    def verdict(self, problem: Problem) -> Verdict:
+        pixels = prod(problem.base.input_shape)
+        large = f"{too_large(pixels)}; gauss_newton_matrix_free takes more" if pixels > MAX_PIXELS else None
+        description = "a search that ends exactly only from a start close enough"
+        return search_verdict(problem, self.name, description, large or several_steps(problem))
+
+    def units(self, problem: Problem) -> int:
+        return problem.victims
+
+    def run(self, problem: Problem, advance: Advance) -> Reconstruction:
+        assert problem.target is not None and problem.a is not None and problem.observed is not None
+        assert problem.proxies is not None
+        start, subspace = problem.found["amortised"], Subspace.of(problem.proxies.images)
+        return gauss_newton(problem.target, problem.a, problem.observed, start, subspace, problem.gauss_newton, advance)

@@ -1,0 +1,57 @@
+"""Route `gauss_newton_matrix_free`: the search of `gauss_newton` without a Jacobian, for images of any size."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import Tensor
+
+from r2f_ext.inversion.counting import search_verdict, several_steps
+from r2f_ext.inversion.gauss_newton import MAX_PIXELS, Subspace
+from r2f_ext.inversion.matrix_free import (
+    Coordinates,
+    GradientMap,
+    ProxyCoordinates,
+    SpectrumCoordinates,
+    search_matrix_free,
+)
+from r2f_ext.inversion.newton import Search, search_each
+from r2f_ext.inversion.route import Problem, Proxies, Route, Verdict
+from r2f_ext.progress import Advance
+from r2f_ext.types import Reconstruction
+
+
+class GaussNewtonMatrixFree(Route):
+    """See `inversion/matrix_free.py`: hundreds of passes through the model at each of up to 14 points."""
+
+    name = "gauss_newton_matrix_free"
+    reads = ("target", "a", "observed", "proxies")
+    after = ("amortised",)
+    by_default = False
+
+    def verdict(self, problem: Problem) -> Verdict:
+        description = "a search that ends exactly only from a start closer than that of gauss_newton"
+        return search_verdict(problem, self.name, description, several_steps(problem))
+
+    def units(self, problem: Problem) -> int:
+        return problem.victims
+
+    def run(self, problem: Problem, advance: Advance) -> Reconstruction:
+        assert problem.target is not None and problem.a is not None and problem.observed is not None
+        assert problem.proxies is not None
+        target, observed, config = problem.target, problem.observed, problem.matrix_free
+        updates = GradientMap(target, problem.a, problem.base.input_shape)
+        coordinates = _coordinates(problem.base.input_shape, problem.proxies)
+
+        def find(victim: int, image: Tensor, label: Tensor) -> Search:
+            wanted = updates.observation([observed[name][victim] for name in target.names])
+            return search_matrix_free(updates, wanted, image, label, coordinates, config)
+
+        return search_each(self.name, problem.found["amortised"], find, advance)
+
+
+def _coordinates(shape: tuple[int, int, int], proxies: Proxies) -> Coordinates:
+    """The proxies' own variation where its basis can be written out, else the mean spectrum of natural images."""
+    if prod(shape) > MAX_PIXELS:
+        return SpectrumCoordinates(shape)
+    return ProxyCoordinates(Subspace.of(proxies.images))

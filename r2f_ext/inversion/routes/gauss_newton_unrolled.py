@@ -1,0 +1,83 @@
+"""Route `gauss_newton_unrolled`: the search of `gauss_newton` through the victim's whole training."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import Tensor
+
+from r2f_ext.inversion.counting import search_verdict
+from r2f_ext.inversion.gauss_newton import MAX_PIXELS, Subspace, search, too_large
+from r2f_ext.inversion.newton import Search, search_each
+from r2f_ext.inversion.route import Problem, Route, Verdict
+from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights
+from r2f_ext.pairs import Training
+from r2f_ext.progress import Advance
+from r2f_ext.types import LoraUpdate, Reconstruction
+
+
+class GaussNewtonUnrolled(Route):
+    """See `inversion/unrolled.py`: several steps or AdamW, of a known recipe, from a known A_0, on one image."""
+
+    name = "gauss_newton_unrolled"
+    reads = ("target", "adapters", "initial", "training", "proxies")
+    after = ("amortised",)
+    by_default = False
+
+    def verdict(self, problem: Problem) -> Verdict:
+        description = "a search through the known training that ends exactly only from a start close enough"
+        return search_verdict(problem, self.name, description, _refusal(problem))
+
+    def units(self, problem: Problem) -> int:
+        return problem.victims
+
+    def run(self, problem: Problem, advance: Advance) -> Reconstruction:
+        training, start = problem.training, problem.found["amortised"]
+        assert problem.target is not None and problem.adapters is not None and problem.proxies is not None
+        assert problem.initial is not None and problem.initial.found is not None and training is not None
+        adapters, a0 = problem.adapters, problem.initial.found.a
+        subspace, config = Subspace.of(problem.proxies.images), problem.gauss_newton
+        modelled = Training() if _reads_adamw(training) else training
+        unrolled = UnrolledMap(problem.target, a0, problem.base.input_shape, modelled, config.directions)
+
+        def find(victim: int, image: Tensor, label: Tensor) -> Search:
+            updates, observed = _observation(unrolled, adapters[victim], training)
+            errors = start.loo_errors.get(int(label))
+            return search(updates, observed, image, label, subspace, config, errors)
+
+        return search_each(self.name, start, find, advance)
+
+
+def _refusal(problem: Problem) -> str | None:
+    pixels, training = prod(problem.base.input_shape), problem.training
+    if pixels > MAX_PIXELS:
+        return too_large(pixels)
+    if training is None:
+        return None
+    if training.plain_step:
+        return "the victims took one plain SGD step, which gauss_newton models"
+    if training.dropout:
+        return "the random draws of the victims' dropout are unknown"
+    if training.owned > 1:
+        return f"no route gives a start for each of the {training.owned} images of a victim"
+    if problem.initial is not None and problem.initial.found is None:
+        return "A before the first step is unknown; pass --initial FOLDER or --a0-seed N"
+    return None
+
+
+def _reads_adamw(training: Training) -> bool:
+    return training.optimizer == "adamw" and training.steps == 1
+
+
+def _observation(unrolled: UnrolledMap, adapter: LoraUpdate, training: Training) -> tuple[UnrolledMap, Tensor]:
+    """The map weighed as one adapter's precision asks for, and what the adapter shows of it [R]."""
+    if _reads_adamw(training):
+        step = first_adamw_step(adapter.b, training)
+        weighed, a = unrolled.weighing(step.weights), adapter.a
+        b = {name: -gradient for name, gradient in step.gradient.items()}
+    else:
+        a, b = adapter.a, adapter.b
+        weighed = unrolled.weighing(a_weights=movement_weights(unrolled.a0, a))
+    dtype = next(iter(unrolled.a0.values())).dtype
+    a, b = ({name: each[None].to(dtype) for name, each in factors.items()} for factors in (a, b))
+    return weighed, weighed.observation(a, b)[0]
