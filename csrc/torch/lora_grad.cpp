@@ -4,6 +4,7 @@
 // kernels/lora_grad.cu take are done by those in two launches.
 #include "kernels/lora_grad.h"
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -96,7 +97,7 @@ at::Tensor tangent_of(const at::Tensor& x, const at::Tensor& delta, const at::Te
   // All directions of a group meet the same delta: one product of K r rows.
   const at::Tensor rows = du.permute({1, 0, 3, 2}).reshape({P, K * rank, N});
   const at::Tensor by_du = at::bmm(rows, wide(delta)).view({P, K, rank, d_out}).transpose(0, 1);
-  return (by_ddelta + by_du).mT().contiguous();
+  return at::add(by_ddelta, by_du).mT().contiguous();
 }
 
 Tensors lora_grad_tangent(at::TensorList x, at::TensorList delta, at::TensorList dx, at::TensorList ddelta,

@@ -26,7 +26,7 @@ FIT, ALL = 120, 160
 
 @pytest.fixture(scope="module")
 def view(pairs):
-    many = GeneratedPairs(pairs.target, pairs.a, pairs.proxy, own_a=3)
+    many = GeneratedPairs(pairs.target, pairs.a, pairs.proxy, per_victim_a=3)
     return AgnosticPairs(many, Core.of(many, FIT, 48))
 
 
@@ -54,7 +54,7 @@ def test_a_decoder_fitted_over_many_a_beats_the_projection_on_an_unseen_one(view
 
 
 def test_pairs_of_many_steps_or_of_one_a_are_refused(view, pairs):
-    trained = SimulatedPairs(pairs.target, pairs.a, pairs.proxy, Training(steps=2), own_a=1)
+    trained = SimulatedPairs(pairs.target, pairs.a, pairs.proxy, Training(steps=2), per_victim_a=1)
     with pytest.raises(R2FError, match="their gradients depend on A"):
         AgnosticPairs(trained, view.core)
     with pytest.raises(R2FError, match="all of one A: make them with r2f pairs --per-victim-a"):
@@ -66,7 +66,7 @@ def stored(tmp_path_factory):
     base, folder = tiny_base(torch.float32), tmp_path_factory.mktemp("own")
     target = target_of(base, LINEAR)
     a = {layer.name: torch.randn(layer.rank, layer.d_in) / 5 for layer in target.layers}
-    write_pairs(GeneratedPairs(target, a, proxy_set(40, base), own_a=2), 40, folder, lambda units: None)
+    write_pairs(GeneratedPairs(target, a, proxy_set(40, base), per_victim_a=2), 40, folder, lambda units: None)
     return StoredPairs(folder, base)
 
 

@@ -196,3 +196,19 @@ def test_dense_gradients_and_a_trained_start_come_back(made, tmp_path):
         assert torch.equal(stored.b[name], b[name])
         assert cosine(found.gradients.dense(name), expected.gradients.dense(name)).min() > 0.9999
         assert torch.equal(found.gradients.dense(name), found.gradients.x[name])
+
+
+def test_sources_say_what_they_are(made, written, tmp_path):
+    base, b = made.target.base, {layer.name: torch.ones(layer.d_out, layer.rank) for layer in made.target.layers}
+    cases = [
+        (made, True, False, 1),
+        (GeneratedPairs(made.target, made.a, made.proxy, group_size=2, per_victim_a=0), True, True, 2),
+        (SimulatedPairs(made.target, made.a, made.proxy, Training()), True, False, 1),
+        (SimulatedPairs(made.target, made.a, made.proxy, Training(steps=2, batch=2)), False, False, 2),
+        (SimulatedPairs(made.target, made.a, made.proxy, Training(), b=b, per_victim_a=0), False, True, 1),
+        (ReprojectedPairs(StoredPairs(written, base), made.target, made.a, per_victim_a=0), True, True, 1),
+    ]
+    for case, (pairs, *expected) in enumerate(cases):
+        write_pairs(pairs, 4, tmp_path / str(case), silent)
+        for each in (pairs, StoredPairs(tmp_path / str(case), base)):
+            assert [each.one_step, each.per_victim_a, each.group_size] == expected

@@ -68,12 +68,8 @@ def _fake(
     check_lora_grad(x, delta, A, B, scales)
     grad_A, grad_B = [], []
     for x_l, delta_l, A_l in zip(x, delta, A, strict=True):
-        (groups, _, d_in), d_out, rank, dtype = (
-            x_l.shape,
-            delta_l.shape[2],
-            A_l.shape[-2],
-            accumulation_dtype(x_l.dtype),
-        )
+        (groups, _, d_in), d_out, rank = x_l.shape, delta_l.shape[2], A_l.shape[-2]
+        dtype = accumulation_dtype(x_l.dtype)
         grad_B.append(x_l.new_empty((groups, d_out, rank), dtype=dtype))
         if B:
             grad_A.append(x_l.new_empty((groups, rank, d_in), dtype=dtype))

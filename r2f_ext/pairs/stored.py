@@ -205,8 +205,8 @@ class ReprojectedPairs:
     ) -> None:
         if not stored.one_step:
             raise R2FError(
-                f"the pairs in '{stored.folder}' are of victims that trained for steps: their gradients depend on A, "
-                "so they serve no other adapter; make new pairs."
+                f"the pairs in '{stored.folder}' are of victims that trained for steps or did not start from B = 0: "
+                "their gradients depend on A, so they serve no other adapter; make new pairs."
             )
         absent = [name for name in target.names if name not in stored.target.names]
         if absent:
