@@ -18,6 +18,7 @@ from torch import Tensor
 
 from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
+from r2f_ext.kernel_solver import RidgeSystem, best_ridge
 from r2f_ext.linalg import gram, sum_in_place
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.progress import Advance
@@ -57,7 +58,7 @@ class KernelRidge:
         self.near_similarity = float(cosine.fill_diagonal_(-1).amax(1).quantile(0.05))
         cosine.fill_diagonal_(1)
         self.mean = wanted.mean(0)
-        self.dual = torch.cholesky_solve(wanted - self.mean, _factor_(cosine, self.choice))
+        self.dual = _system_(cosine, self.choice).solve(wanted - self.mean)
 
     def __call__(self, cosine: Tensor) -> Tensor:
         """Cosines [V, N] of new updates with the fitted ones -> estimate [V, k]."""
@@ -142,7 +143,7 @@ class AmortisedInverter:
         found = torch.empty_like(self.images)
         for label in self.labels.unique().tolist():
             fit, rows, own = self._fit(label), self._rows(label), self.labels == label
-            estimates = self.images[rows] - _left_out(_factor_(self._gram(rows), fit.choice), fit.dual)
+            estimates = self.images[rows] - _system_(self._gram(rows), fit.choice).leave_one_out_errors(fit.dual)
             found[own] = estimates[own] if isinstance(rows, slice) else estimates
         return found
 
@@ -261,38 +262,32 @@ def _kernel_(cosine: Tensor, gamma: float) -> Tensor:
     return cosine.sub_(1).mul_(2 * gamma).exp_()
 
 
-def _factor_(cosine: Tensor, choice: Choice) -> Tensor:
-    """Cholesky's factor of K + ridge I; cosine [n, n] is overwritten."""
-    kernel = _kernel_(cosine, choice.gamma)
-    kernel.diagonal().add_(choice.ridge)
-    return torch.linalg.cholesky(kernel)
-
-
-def _left_out(factor: Tensor, dual: Tensor) -> Tensor:
-    """What is wrong [n, k] when each pair is estimated from the others: dual_i / ((K + ridge I)^-1)_ii."""
-    return dual / torch.cholesky_inverse(factor).diagonal()[:, None]
+def _system_(cosine: Tensor, choice: Choice) -> RidgeSystem:
+    """K + ridge I; cosine [n, n] is overwritten."""
+    return RidgeSystem.of(_kernel_(cosine, choice.gamma), choice.ridge)
 
 
 def _errors(cosine: Tensor, wanted: Tensor, choice: Choice) -> Tensor:
     """What a fit to the first SELECTION_PAIRS pairs gets wrong [n, k] when each is left out."""
     count = min(SELECTION_PAIRS, len(cosine))
-    factor = _factor_(cosine[:count, :count].clone(), choice)
-    return _left_out(factor, torch.cholesky_solve(wanted[:count] - wanted[:count].mean(0), factor))
+    system = _system_(cosine[:count, :count].clone(), choice)
+    return system.leave_one_out_errors(system.solve(wanted[:count] - wanted[:count].mean(0)))
 
 
 def _select(cosine: Tensor, wanted: Tensor, pixels: int) -> Choice:
     """Choose gamma and ridge by PSNR of what is held out from the first SELECTION_PAIRS pairs."""
     count = min(SELECTION_PAIRS, len(cosine))
     train = count - count // 6
-    mean = wanted[:train].mean(0)
+    centred = wanted[:count] - wanted[:train].mean(0)
+
+    def psnr(predicted: Tensor, true: Tensor) -> float:
+        error = (predicted - true)[:, :pixels].square().mean(1)
+        return float(-10 * torch.log10(error.clamp_min(1e-10)).mean())
+
     best = Choice(GAMMAS[0], RIDGES[-1], float("-inf"))
     for gamma in GAMMAS:
         kernel = _kernel_(cosine[:count, :count].clone(), gamma)
-        for ridge in RIDGES:
-            damped = kernel[:train, :train].clone()
-            damped.diagonal().add_(ridge)
-            dual = torch.cholesky_solve(wanted[:train] - mean, torch.linalg.cholesky(damped))
-            error = kernel[train:, :train] @ dual + mean - wanted[train:count]
-            psnr = float(-10 * torch.log10(error[:, :pixels].square().mean(1).clamp_min(1e-10)).mean())
-            best = max(best, Choice(gamma, ridge, psnr), key=lambda choice: choice.held_out_psnr_db)
+        held_out = kernel[train:, :train], centred[train:]
+        choice = Choice(gamma, *best_ridge(kernel[:train, :train], centred[:train], held_out, RIDGES, psnr))
+        best = max(best, choice, key=lambda each: each.held_out_psnr_db)
     return best

@@ -18,6 +18,8 @@ from math import log
 import torch
 from torch import Tensor
 
+from r2f_ext.kernel_solver import fit_by_leave_one_out
+
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(4, 19))  # shares of the kernel matrix's largest eigenvalue
 GAUSSIAN, WIDTH = 0.2, 0.25  # the Gaussian share of the kernel, and its exponent at the mean squared distance
 SAMPLES = 1.5  # per direction: fewer leave no errors to choose the damping by
@@ -117,18 +119,8 @@ def _regress(updates: Tensor, offsets: Tensor, observed: Tensor) -> tuple[Tensor
     """
     middle = offsets.mean(0)
     kernel, similar = _kernels(updates, observed)
-    values, vectors = torch.linalg.eigh(kernel)
-    turned = vectors.T @ (offsets - middle).double()
-    best_errors, best_offset, least = None, None, float("inf")
-    for share in DAMPINGS:
-        inverse = 1 / (values.clamp_min(0) + share * values[-1])
-        inverse[0] = 0  # the constant's: fitted without damping
-        dual = vectors @ (inverse[:, None] * turned)
-        errors = dual / (vectors.square() @ inverse)[:, None]
-        if (size := float(errors.square().mean())) < least:
-            least, best_errors, best_offset = size, errors, similar @ dual
-    assert best_errors is not None and best_offset is not None
-    return middle + best_offset.to(middle.dtype), best_errors
+    dual, errors = fit_by_leave_one_out(kernel, (offsets - middle).double(), DAMPINGS)
+    return middle + (similar @ dual).to(middle.dtype), errors
 
 
 def _kernels(updates: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
