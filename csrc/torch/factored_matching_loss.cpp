@@ -233,17 +233,16 @@ at::Tensor losses_of(const Call& call, const at::Tensor& sums, at::ArrayRef<doub
 // [layers, T, 2], float64: a and b of dL/dG = a G* + b G.
 at::Tensor coefficients_of(const Call& call, const at::Tensor& grad_loss, const at::Tensor& sums,
                            at::ArrayRef<double> weights) {
-  const MatchingSums* data = checked_sums("factored_matching_loss", sums, grad_loss, call.count, call.trials,
-                                          call.result.device());
+  const MatchingSums* data =
+      checked_sums("factored_matching_loss", sums, grad_loss, call.count, call.trials, call.result.device());
   const at::Tensor result = at::empty({call.count, call.trials, 2}, sums.options());
   MatchingCoefficients* coefficients = static_cast<MatchingCoefficients*>(result.mutable_data_ptr());
 #ifdef R2F_WITH_CUDA
   if (sums.is_cuda()) {
     const at::Tensor grads = grad_loss.to(call.result).contiguous(), workspace = doubles_on(sums.device(), call.count);
-    const char* error =
-        matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data,
-                                   grads.const_data_ptr(), coefficients, doubles(workspace),
-                                   current_stream(sums.device()));
+    const char* error = matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data,
+                                                   grads.const_data_ptr(), coefficients, doubles(workspace),
+                                                   current_stream(sums.device()));
     check_launch("factored_matching_loss", error);
     return result;
   }

@@ -359,9 +359,7 @@ def test_operator_rules(device, with_gradients):
     op = torch.ops.r2f.matching_loss.default
     torch.library.opcheck(op, (candidate, observed, *settings, with_gradients))
     loss, sums, *_ = op(candidate, observed, *settings, False)
-    torch.library.opcheck(
-        torch.ops.r2f.matching_loss_backward.default, (loss, candidate, observed, sums, *settings)
-    )
+    torch.library.opcheck(torch.ops.r2f.matching_loss_backward.default, (loss, candidate, observed, sums, *settings))
     images.requires_grad_()
     torch.library.opcheck(op, ([c.requires_grad_() for c in candidate], observed, *settings, with_gradients))
 
@@ -484,9 +482,8 @@ def test_variation_agrees_with_the_definition_and_the_reference(device, shape, i
         value = total_variation(images, isotropic)
         assert value.shape == shape[:1]
         if images[0:1].numel() < 100:
-            torch.testing.assert_close(
-                value.detach().double().cpu(), variation_by_definition(images.detach(), isotropic), rtol=tolerance, atol=tolerance
-            )
+            expected = variation_by_definition(images.detach(), isotropic)
+            torch.testing.assert_close(value.detach().double().cpu(), expected, rtol=tolerance, atol=tolerance)
         plain = reference.total_variation(images, isotropic)
         torch.testing.assert_close(value, plain.to(value.dtype), rtol=tolerance, atol=tolerance)
         factors = torch.rand(shape[0], device=device)
