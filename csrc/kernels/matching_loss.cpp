@@ -18,7 +18,7 @@ namespace {
 using simd::VectorOf;
 
 constexpr int64_t kBlock = 1024;                // elements
-constexpr int64_t kOnePass = 1 << 17;          // elements of a layer that stay in a core's cache between two passes
+constexpr int64_t kOnePass = 1 << 17;           // elements of a layer that stay in a core's cache between two passes
 constexpr int64_t kCaches = 8 << 20;            // bytes of gradients that the caches hold until they are read
 constexpr double kLeast = 1e-24, kMost = 1e36;  // safe range of a block's sums of squares in float32
 constexpr double kLeastFactor = 1e-30, kMostFactor = 1e30;
@@ -96,8 +96,7 @@ R2F_INLINE void combine_as(Acc p, const T* x, Acc q, const T* y, Accumulation<T>
   constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
   using Results = Elements<Accumulation<T>, kLanes>;
   const auto one = [&](int64_t i) R2F_INLINE_LAMBDA {
-    result[i] =
-        static_cast<Accumulation<T>>(static_cast<Acc>(widen(x[i])) * p + static_cast<Acc>(widen(y[i])) * q);
+    result[i] = static_cast<Accumulation<T>>(static_cast<Acc>(widen(x[i])) * p + static_cast<Acc>(widen(y[i])) * q);
   };
   int64_t i = 0;
   if constexpr (How == Store::kNonTemporal)
@@ -179,7 +178,8 @@ R2F_INLINE void sum_chunks(const MatchingArgs& args, bool with_gradients, int64_
     const bool by_layer = one_pass && args.kind != MatchingKind::kL2;
     if (by_layer && begin > 0) return;
     if (by_layer) size = layer.size;
-    const MatchingCoefficients l2 = matching_coefficients(MatchingKind::kL2, args.weights[l], 1, {}, {});
+    MatchingCoefficients l2{};
+    if (one_pass) l2 = matching_coefficients(MatchingKind::kL2, args.weights[l], 1, {}, {});
     for (int64_t t = 0; t < args.trials; ++t) {
       const Chunk<T> at(layer, t, begin);
       MatchingSums total;

@@ -198,8 +198,8 @@ Entry entry(const MatchingLayer& layer, int64_t trials, int64_t first_chunk) {
   const auto bits = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   const uintptr_t all = bits(layer.candidate) | bits(layer.observed) | bits(layer.grad_candidate);
   const bool aligned = all % 16 == 0 && (trials == 1 || layer.size % kPack<T> == 0);
-  return {layer.candidate, layer.observed,           layer.grad_candidate, layer.size,
-          first_chunk,     layer.observed_is_shared, aligned};
+  return {layer.candidate,          layer.observed, layer.grad_candidate, layer.size, first_chunk,
+          layer.observed_is_shared, aligned};
 }
 
 // Calls work(table, its first layer, its first chunk) for each table in turn.

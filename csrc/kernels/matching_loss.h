@@ -20,7 +20,7 @@ struct MatchingLayer {
 
 struct MatchingArgs {
   const MatchingLayer* layers = nullptr;
-  const double* weights = nullptr;  // [count], on the host; they sum to 1
+  const double* weights = nullptr;  // [count], on the host; they sum to 1. Not read for sums alone
   int64_t count = 0, trials = 0;
   MatchingKind kind = MatchingKind::kLayerCosine;
 };

@@ -32,7 +32,8 @@ inline TotalVariationUnits total_variation_units(const TotalVariationArgs& args)
 }
 
 // Planes first <= plane < last (a plane: one channel of one trial). A trial's value is the sum over its planes.
-void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t first, int64_t last, double* plane_values);
+void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t first, int64_t last,
+                         double* plane_values);
 // grad_images, of the accumulation type: the gradient of sum_t weight grads[t] value[t].
 void total_variation_backward_cpu(DType dtype, const TotalVariationArgs& args, const double* grads, double weight,
                                   void* grad_images, int64_t first, int64_t last);

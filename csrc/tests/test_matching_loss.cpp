@@ -107,7 +107,8 @@ Expected by_definition(const std::list<Layer>& layers, const Case& c, const Doub
 }
 
 #ifndef R2F_TEST_EMULATED
-// Sums and gradients in one pass: the same sums, and for the layers that allow it the gradients for loss gradients of 1.
+// Sums and gradients in one pass: the same sums, and for the layers that allow it the gradients for loss gradients
+// of 1.
 int check_one_pass(DType dtype, const MatchingArgs& args, std::list<Layer>& layers, const Expected& want) {
   const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   const int64_t chunks = matching_chunks(args), half = chunks / 2;
@@ -144,8 +145,7 @@ int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
     layers.push_back({Array(dtype, c.trials * size, random), Array(dtype, theirs, random),
                       Array(accumulation, c.trials * size, random, false)});
     Layer& layer = layers.back();
-    described.push_back(
-        {layer.candidate.data(), layer.observed.data(), shared, size, layer.grad_candidate.data()});
+    described.push_back({layer.candidate.data(), layer.observed.data(), shared, size, layer.grad_candidate.data()});
     weights.push_back(static_cast<double>(l % 3 + 1) / static_cast<double>(2 * c.sizes.size()));
   }
   for (int64_t t = 0; t < c.trials; ++t) grads.push_back(0.5 - static_cast<double>(t));

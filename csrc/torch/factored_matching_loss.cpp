@@ -144,7 +144,7 @@ at::Tensor multiply(const at::Tensor& a, const at::Tensor& b) {
 using Pairs = std::vector<std::pair<at::Tensor, at::Tensor>>;  // contiguous, [T, ...] with one T
 
 // The sum over the elements of a o b for each pair and trial: [pairs, T], float64.
-at::Tensor inner_products(const Pairs& pairs, DType dtype) {
+at::Tensor inner_products(const Pairs& pairs) {
   const at::Tensor& first = pairs[0].first;
   const int64_t trials = first.size(0), count = static_cast<int64_t>(pairs.size());
   if (!first.is_cpu()) {
@@ -152,6 +152,7 @@ at::Tensor inner_products(const Pairs& pairs, DType dtype) {
     for (const auto& [a, b] : pairs) products.push_back(a.to(at::kDouble).mul(b).flatten(1).sum(1));
     return at::stack(products);
   }
+  const DType dtype = dtype_of("factored_matching_loss", first);
   std::vector<MatchingLayer> layers;
   for (const auto& [a, b] : pairs) {
     MatchingLayer layer;
@@ -180,9 +181,8 @@ at::Tensor observed_squares(const Call& call) {
   Tensors squares;
   for (const Layer& layer : call.layers) {
     const at::Tensor& o = layer.observed;
-    const at::Tensor square = call.dense
-                                  ? inner_products({{o, o}}, call.dtype)
-                                  : inner_products({{gram(layer.observed_delta), gram(o)}}, call.dtype).clamp_min(0);
+    const at::Tensor square =
+        call.dense ? inner_products({{o, o}}) : inner_products({{gram(layer.observed_delta), gram(o)}}).clamp_min(0);
     squares.push_back(square.select(0, 0).expand({call.trials}));
   }
   return at::stack(squares);
@@ -201,8 +201,8 @@ at::Tensor make_sums(Call& call, const at::Tensor& saved) {
     inner.emplace_back(layer.cross_delta, layer.cross_x);
   }
   const double one = 1 / call.unit;
-  const at::Tensor c = inner_products(candidate, call.dtype).mul(one * one).clamp_min(0);  // NaN stays NaN
-  const at::Tensor i = inner_products(inner, call.dtype).mul(call.dense ? one : one * one);
+  const at::Tensor c = inner_products(candidate).mul(one * one).clamp_min(0);  // NaN stays NaN
+  const at::Tensor i = inner_products(inner).mul(call.dense ? one : one * one);
   const at::Tensor o = call.dense ? observed_squares(call) : observed_squares(call).mul(one * one);
   return at::stack({i, c, o, c.sub(i, 2).add(o).clamp_min(0)}, -1);
 }
@@ -233,17 +233,16 @@ at::Tensor losses_of(const Call& call, const at::Tensor& sums, at::ArrayRef<doub
 // [layers, T, 2], float64: a and b of dL/dG = a G* + b G.
 at::Tensor coefficients_of(const Call& call, const at::Tensor& grad_loss, const at::Tensor& sums,
                            at::ArrayRef<double> weights) {
-  const MatchingSums* data = checked_sums("factored_matching_loss", sums, grad_loss, call.count, call.trials,
-                                          call.result.device());
+  const MatchingSums* data =
+      checked_sums("factored_matching_loss", sums, grad_loss, call.count, call.trials, call.result.device());
   const at::Tensor result = at::empty({call.count, call.trials, 2}, sums.options());
   MatchingCoefficients* coefficients = static_cast<MatchingCoefficients*>(result.mutable_data_ptr());
 #ifdef R2F_WITH_CUDA
   if (sums.is_cuda()) {
     const at::Tensor grads = grad_loss.to(call.result).contiguous(), workspace = doubles_on(sums.device(), call.count);
-    const char* error =
-        matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data,
-                                   grads.const_data_ptr(), coefficients, doubles(workspace),
-                                   current_stream(sums.device()));
+    const char* error = matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data,
+                                                   grads.const_data_ptr(), coefficients, doubles(workspace),
+                                                   current_stream(sums.device()));
     check_launch("factored_matching_loss", error);
     return result;
   }

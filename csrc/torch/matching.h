@@ -65,8 +65,7 @@ inline Images prepare_images(const char* op, const at::Tensor& images, int64_t t
   TORCH_CHECK(images.dim() == 4 && images.size(0) == trials, op, ": images must be [T, c, h, w] with the gradients' T");
   TORCH_CHECK(images.device() == device, op, ": one device");
   Images result{images.contiguous(), dtype_of(op, images), {}};
-  result.args = {
-      result.pixels.const_data_ptr(), trials, images.size(1), images.size(2), images.size(3), isotropic};
+  result.args = {result.pixels.const_data_ptr(), trials, images.size(1), images.size(2), images.size(3), isotropic};
   return result;
 }
 
@@ -100,9 +99,9 @@ inline at::Tensor image_values_on_cuda(const Images& images) {
 // The gradient of sum_t weight grads[t] value[t].
 inline at::Tensor image_gradient_on_cuda(const Images& images, const at::Tensor& grads, double weight) {
   const at::Tensor result = empty_gradient(images), own = grads.to(result.options()).contiguous();
-  check_launch("total variation", total_variation_backward_cuda(images.dtype, images.args, own.const_data_ptr(), weight,
-                                                                result.mutable_data_ptr(),
-                                                                current_stream(images.pixels.device())));
+  check_launch("total variation",
+               total_variation_backward_cuda(images.dtype, images.args, own.const_data_ptr(), weight,
+                                             result.mutable_data_ptr(), current_stream(images.pixels.device())));
   return result;
 }
 #endif

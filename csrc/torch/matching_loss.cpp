@@ -183,9 +183,8 @@ Backward run_backward_on_cuda(Call& call, const at::Tensor& grad_loss, const Mat
                               const at::Tensor& workspace) {
   Tensors grad_candidate = empty_gradients(call);
   const at::Tensor grads = grad_loss.to(call.result).contiguous();
-  const char* error =
-      matching_loss_backward_cuda(call.dtype, call.args, grads.const_data_ptr(), sums, workspace.mutable_data_ptr(),
-                                  current_stream(call.result.device()));
+  const char* error = matching_loss_backward_cuda(call.dtype, call.args, grads.const_data_ptr(), sums,
+                                                  workspace.mutable_data_ptr(), current_stream(call.result.device()));
   check_launch("matching_loss", error);
   return {std::move(grad_candidate), image_gradient_on_cuda(call.images, grad_loss, tv_weight)};
 }

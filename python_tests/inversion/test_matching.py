@@ -1,4 +1,4 @@
-"""Matching lowers the loss, returns the best image of every trial, is reproducible and resumes an interrupted search."""
+"""Matching lowers the loss, returns the best image of every trial, is reproducible and can be resumed."""
 
 from dataclasses import replace
 

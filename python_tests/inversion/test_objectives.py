@@ -107,9 +107,7 @@ def test_the_truth_scores_zero_at_any_positive_scale(world):
     update = UpdateObjective(target, a, {n: g @ a[n].mT for n, g in exact.items()})
     assert distance(update, factors).abs().max() < 1e-9
     opposite = {name: -gradient for name, gradient in exact.items()}
-    torch.testing.assert_close(
-        distance(GradientObjective(Gradient(opposite)), factors), torch.full((3,), 2.0).double()
-    )
+    torch.testing.assert_close(distance(GradientObjective(Gradient(opposite)), factors), torch.full((3,), 2.0).double())
 
 
 @pytest.mark.parametrize("kind", ["gradient", "update"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2f_ext.ops import matching_loss, reference
 from r2f_ext.ops import factored_matching_loss as factored_matching_loss_of
+from r2f_ext.ops import matching_loss, reference
 from r2f_ext.ops.matching_loss import KINDS
 
 SHAPES = [(5, 4, 7, 6), (1, 1, 2, 3), (33, 3, 17, 40), (65, 34, 130, 35), (32, 64, 16, 8)]  # N, M, d_in, d_out

@@ -85,7 +85,7 @@ def test_agrees_with_the_definition_and_the_reference(device, dtype, kind, trial
         got, got_images = torch.ops.r2f.matching_loss_backward(grad, candidate, observed, sums, *settings)
         want, want_images = reference.matching_loss_backward(grad, candidate, observed, sums, *settings)
         for ours, theirs in pairs + list(zip([*got, got_images], [*want, want_images], strict=True)):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         alone, sums_alone, none, empty = torch.ops.r2f.matching_loss(candidate, observed, *settings, False)
         torch.testing.assert_close(alone, loss)
         assert torch.equal(sums_alone, sums) and none == [] and empty.numel() == 0
@@ -359,9 +359,7 @@ def test_operator_rules(device, with_gradients):
     op = torch.ops.r2f.matching_loss.default
     torch.library.opcheck(op, (candidate, observed, *settings, with_gradients))
     loss, sums, *_ = op(candidate, observed, *settings, False)
-    torch.library.opcheck(
-        torch.ops.r2f.matching_loss_backward.default, (loss, candidate, observed, sums, *settings)
-    )
+    torch.library.opcheck(torch.ops.r2f.matching_loss_backward.default, (loss, candidate, observed, sums, *settings))
     images.requires_grad_()
     torch.library.opcheck(op, ([c.requires_grad_() for c in candidate], observed, *settings, with_gradients))
 
@@ -484,9 +482,8 @@ def test_variation_agrees_with_the_definition_and_the_reference(device, shape, i
         value = total_variation(images, isotropic)
         assert value.shape == shape[:1]
         if images[0:1].numel() < 100:
-            torch.testing.assert_close(
-                value.detach().double().cpu(), variation_by_definition(images.detach(), isotropic), rtol=tolerance, atol=tolerance
-            )
+            expected = variation_by_definition(images.detach(), isotropic)
+            torch.testing.assert_close(value.detach().double().cpu(), expected, rtol=tolerance, atol=tolerance)
         plain = reference.total_variation(images, isotropic)
         torch.testing.assert_close(value, plain.to(value.dtype), rtol=tolerance, atol=tolerance)
         factors = torch.rand(shape[0], device=device)

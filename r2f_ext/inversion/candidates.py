@@ -63,9 +63,7 @@ class LayerGradients:
     def __init__(self, target: Target, names: list[str]) -> None:
         absent = [name for name in names if name not in target.names]
         if absent:
-            raise R2FError(
-                f"{absent[0]} was observed, but is no layer of the target: pass its own base."
-            )
+            raise R2FError(f"{absent[0]} was observed, but is no layer of the target: pass its own base.")
         self.target = Target(target.base, tuple(layer for layer in target.layers if layer.name in names))
         self.shapes: dict[str, Shape] = {layer.name: (layer.d_out, layer.d_in) for layer in self.target.layers}
 

@@ -147,8 +147,8 @@ def match(
         trials), restarts, central_differences (0 or 1).
 
     Raises:
-        R2FError: the observation is not finite, zero, or does not fit the model, the start or the labels; the state file
-            belongs to another search.
+        R2FError: the observation is not finite, zero, or does not fit the model, the start or the labels; or the state
+            file belongs to another search.
     """
     began = time.perf_counter()
     images = start.images if isinstance(start, Reconstruction) else start

@@ -1,5 +1,5 @@
-"""Objectives of gradient matching: the distance of a candidate's gradient, or of its LoRA update, from the observed one,
-plus the total variation of its images.
+"""Objectives of gradient matching: the distance of a candidate's gradient, or of its LoRA update, from the observed
+one, plus the total variation of its images.
 """
 
 from __future__ import annotations

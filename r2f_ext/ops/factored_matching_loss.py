@@ -148,4 +148,4 @@ def _fake_backward(
     tv_weight: float,
     isotropic: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    return empty_gradients(x), empty_gradients(delta), *empty_gradients([images])
+    return empty_gradients(x), empty_gradients(delta), empty_gradients([images])[0]

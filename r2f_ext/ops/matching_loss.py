@@ -176,7 +176,7 @@ def _fake(
     loss = first.new_empty(first.shape[:1], dtype=accumulation_dtype(first.dtype))
     sums = first.new_empty((len(candidate), first.shape[0], 4), dtype=torch.float64)
     if with_gradients:
-        return loss, sums, empty_gradients(candidate), *empty_gradients([images])
+        return loss, sums, empty_gradients(candidate), empty_gradients([images])[0]
     return loss, sums, [], images.new_empty(0, dtype=accumulation_dtype(images.dtype))
 
 
@@ -192,7 +192,7 @@ def _fake_backward(
     tv_weight: float,
     isotropic: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    return empty_gradients(candidate), *empty_gradients([images])
+    return empty_gradients(candidate), empty_gradients([images])[0]
 
 
 def empty_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:

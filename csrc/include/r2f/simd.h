@@ -55,8 +55,7 @@ R2F_TARGET_AVX2 void run_avx2(const Kernel& kernel) {
 template <typename Kernel>
 void dispatch_isa(const Kernel& kernel) {
 #if defined(R2F_FIXED_ISA)
-  if constexpr (best_isa() == Isa::kBaseline)
-    kernel.template operator()<16>();
+  if constexpr (best_isa() == Isa::kBaseline) kernel.template operator()<16>();
 #if defined(R2F_X86_DISPATCH)
   else if constexpr (best_isa() == Isa::kAvx2)
     run_avx2(kernel);
@@ -155,7 +154,8 @@ R2F_INLINE V shuffle(const V& a, const V& b) {
   return shuffle<Index>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>());
 }
 
-// Lanes are split into segments of `Length`; picks the low (or high) half of each segment, those of a before those of b.
+// Lanes are split into segments of `Length`; picks the low (or high) half of each segment, those of a before those of
+// b.
 template <int Lanes, int Length, bool High>
 struct HalfSegments {
   static constexpr int at(int lane) { return lane / (Length / 2) * Length + lane % (Length / 2) + High * Length / 2; }
