@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 import torch
@@ -88,8 +89,8 @@ class Steps(ABC):
     def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One pass from point [1, p] with update [1, R]: the next of both."""
 
-    def judge(self, before: float, residual: float) -> None:
-        """Called with the relative residuals before and after a pass, at the start with its own as both."""
+    def judge(self, before: float, residual: float) -> None:  # noqa: B027: few searches need it
+        """Called with the relative residuals before and after a pass; at the start the first is infinite."""
 
     def begin_again(self) -> bool:
         """Called when passes no longer improve: whether another search from the start can differ."""
@@ -121,7 +122,7 @@ def run_search(
     point, value = beginning
     first = residual = lowest = misfit(value)
     best, least, count, since = point, residual, 0, 0
-    steps.judge(first, first)
+    steps.judge(inf, first)
     while least > SOLVED and count < passes:
         before = residual
         point, value = steps.move(point, value)
