@@ -89,7 +89,7 @@ class Steps(ABC):
     def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One pass from point [1, p] with update [1, R]: the next of both."""
 
-    def judge(self, before: float, residual: float) -> None:  # noqa: B027: few searches need it
+    def judge(self, before: float, residual: float) -> None:  # noqa: B027
         """Called with the relative residuals before and after a pass; at the start the first is infinite."""
 
     def begin_again(self) -> bool:
