@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from r2f_ext.inversion.newton import Search, descend, run_search
+from r2f_ext.inversion.newton import Search, Steps, descend, run_search
 
 
 class Linear:
@@ -47,21 +47,15 @@ def test_trials_that_are_not_numbers_are_never_chosen(batch_size):
     assert torch.equal(point, start) and torch.equal(value, start)
 
 
-class Script:
+class Script(Steps):
     """Moves to given residuals, one after the other."""
 
     def __init__(self, residuals, again=False):
-        self.residuals, self.again, self.begun = iter(residuals), again, 0
-
-    def begin(self, residual):
-        self.begun += 1
+        self.residuals, self.again, self.begun = iter(residuals), again, 1
 
     def move(self, point, value):
         point = torch.full((1, 1), next(self.residuals), dtype=torch.float64)
         return point, point
-
-    def judge(self, before, residual):
-        pass
 
     def begin_again(self):
         self.begun += 1

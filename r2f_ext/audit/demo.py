@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from r2f_ext.audit.figures import write_reconstructions
 from r2f_ext.audit.html import write_html
+from r2f_ext.audit.phase0 import run_phase0
 from r2f_ext.audit.report import SetReport, build_report, set_report, write_report
-from r2f_ext.audit.run import AuditResult, run_audit_stages, run_phase0
+from r2f_ext.audit.run import AuditResult, run_audit_stages
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
@@ -45,8 +46,8 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         target, victims = make_victims(base, {"fashion_mnist": fashion, "lfw": faces}, folder / "victims", config)
         advance(len(fashion) + len(faces))
     with stages.stage("phase 0"):
-        ceiling = run_phase0(base, fashion)
-        figures, pictures = [asdict(one) for one in ceiling.figures], ceiling.pictures
+        ceiling, _ = run_phase0(base, fashion)
+        figures, pictures = [one.to_json() for one in ceiling], [(one.route, one.images) for one in ceiling]
     results: dict[str, AuditResult] = {}
     sets: list[SetReport] = []
     for proxy_name, set_names in (

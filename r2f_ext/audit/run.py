@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 
 from r2f_ext.audit.memory import fit_to_memory
-from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.phase0 import phase0
 from r2f_ext.inversion.route import Proxies, Verdict, adapter_problem
 from r2f_ext.inversion.routes import default_routes, run_routes, verdicts_of
 from r2f_ext.models import InitialFactors
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
-from r2f_ext.types import BaseModel, Gradient, LoraUpdate, Reconstruction, Target
+from r2f_ext.types import Gradient, LoraUpdate, Reconstruction, Target
 
 MIN_PAIRS = 40  # fewer leave nothing to hold out
 
@@ -139,52 +137,6 @@ def _notes(adapters: list[LoraUpdate], steps: int | None) -> tuple[str, ...]:
     return (
         f"More than one step was taken, so A has moved from where it started: {which} in for the A of the proxies.",
     )
-
-
-@dataclass(frozen=True)
-class CeilingFigures:
-    """How well one route inverts exact gradients.
-
-    Attributes:
-        route: its name.
-        psnr_db_mean, psnr_db_min: over the images, in dB.
-        seconds: wall time for all images.
-        why: the route's verdict in a sentence.
-    """
-
-    route: str
-    psnr_db_mean: float
-    psnr_db_min: float
-    seconds: float
-    why: str
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """Phase 0 in an audit: what the exact gradients of the private images give away.
-
-    Attributes:
-        figures: one per route that ran.
-        pictures: (route, images [n, c, h, w]), on the CPU.
-        verdicts: route -> verdict, of every route in the registry.
-    """
-
-    figures: list[CeilingFigures]
-    pictures: list[tuple[str, Tensor]]
-    verdicts: dict[str, Verdict]
-
-
-def run_phase0(base: BaseModel, private: ImageSet) -> Ceiling:
-    """Invert each image's exact gradient by every closed form that the count allows, and score the result."""
-    originals, labels = private.batch(slice(None)), private.labels
-    outcome = phase0(base, originals.to(base.device), labels.to(base.device))
-    found = outcome.reconstructions
-    psnr = [psnr_db(part.images.cpu(), originals) for part in found]
-    figures = [
-        CeilingFigures(part.route, float(each.mean()), float(each.min()), part.seconds, part.why)
-        for part, each in zip(found, psnr, strict=True)
-    ]
-    return Ceiling(figures, [(part.route, part.images.cpu()) for part in found], outcome.verdicts)
 
 
 def generate(

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from r2f_ext.audit.figures import write_images
-from r2f_ext.audit.run import run_phase0
+from r2f_ext.audit.phase0 import run_phase0
 from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import console, print_phase0, print_verdicts, table
 from r2f_ext.cli.inputs import images_of
@@ -24,15 +24,17 @@ def run_phase0_command(options: argparse.Namespace) -> dict[str, Any]:
     base = load_base(options.base, chosen_device(options))
     folder = output_folder(options.out)
     images = images_of(options.images, base, options, "private", count=options.count)
-    ceiling = run_phase0(base, images)
-    print_verdicts([(v.route, v.identifiable, v.why) for v in ceiling.verdicts.values()])
-    write_images(folder / "phase0.png", [("original", images.batch(slice(None))), *ceiling.pictures])
-    figures = [asdict(one) for one in ceiling.figures]
+    ceiling, verdicts = run_phase0(base, images)
+    print_verdicts([(v.route, v.identifiable, v.why) for v in verdicts.values()])
+    write_images(
+        folder / "phase0.png", [("original", images.batch(slice(None))), *((one.route, one.images) for one in ceiling)]
+    )
+    figures = [one.to_json() for one in ceiling]
     print_phase0(f"{len(images)} exact gradients, inverted in closed form", figures)
     if not figures:
         console.print("No closed form applies to this base: see the reasons above; the picture shows the originals.")
     console.print(f"pictures: {escape(str(folder / 'phase0.png'))}")
-    return {"phase0": figures, "identifiable": {v.route: v.identifiable for v in ceiling.verdicts.values()}}
+    return {"phase0": figures, "identifiable": {v.route: v.identifiable for v in verdicts.values()}}
 
 
 def run_identifiability(options: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,17 @@ from r2f_ext.capture.project import project
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
-from r2f_ext.inversion.newton import DAMPINGS, SOLVED, STALLED, Search, descend, run_search, search_each
+from r2f_ext.inversion.newton import (
+    DAMPINGS,
+    SOLVED,
+    STALLED,
+    Search,
+    Steps,
+    dense_jacobian,
+    descend,
+    run_search,
+    search_each,
+)
 from r2f_ext.linalg import sum_in_place
 from r2f_ext.ops import lora_grad_tangent
 from r2f_ext.types import Reconstruction, Target
@@ -119,10 +129,8 @@ class UpdateMap:
 
     def jacobian(self, point: Tensor, label: Tensor, basis: Tensor) -> Tensor:
         """dz along the columns of basis [c * h * w, q] at point [c * h * w]: [q, R], by exact tangents."""
-        image, columns = point.view(1, *self.shape), basis.shape[1]
-        # Whole passes only: the tangents are traced for one shape.
-        rows = F.pad(basis.T, (0, 0, 0, -columns % self.directions)).unflatten(1, (1, *self.shape))
-        return torch.cat([self._tangents(image, label, part) for part in rows.split(self.directions)])[:columns]
+        image = point.view(1, *self.shape)
+        return dense_jacobian(lambda rows: self._tangents(image, label, rows), basis, self.directions, (1, *self.shape))
 
     def _tangents(self, image: Tensor, label: Tensor, directions: Tensor) -> Tensor:
         gradient, moved = self.tangents(image, label, directions)
@@ -148,7 +156,7 @@ def unit_tangent(value: Tensor, tangent: Tensor) -> Tensor:
     return (tangent - (tangent @ unit)[:, None] * unit) / norm
 
 
-class DenseSteps:
+class DenseSteps(Steps):
     """Far from the image by statistical linearisation, near it by Gauss-Newton; again with other clouds."""
 
     def __init__(
@@ -166,9 +174,6 @@ class DenseSteps:
         self.cloud = Cloud(self.axes.covariance)
         self.newton = False
         self.generator = torch.Generator().manual_seed(config.seed)
-
-    def begin(self, residual: float) -> None:
-        self.newton = residual < NEAR
 
     def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.newton:

@@ -61,7 +61,7 @@ def _mixed(one: Tensor, other: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Where a regression samples: covariance `shape` [q, q] along the axes, float64, and the least factor of its size."""
+    """Where a regression samples: covariance `shape` [q, q] along the axes, float64, and its last size."""
 
     shape: Tensor
     size: float = 0.0

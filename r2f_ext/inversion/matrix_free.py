@@ -20,7 +20,7 @@ from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.gauss_newton import Subspace, unit_tangent
-from r2f_ext.inversion.newton import SOLVED, Search, descend, run_search
+from r2f_ext.inversion.newton import SOLVED, Search, Steps, descend, run_search
 from r2f_ext.types import FactoredGradient, Target
 
 
@@ -89,24 +89,6 @@ class SpectrumCoordinates:
     gather = spread
 
 
-class Linearised(Protocol):
-    """z and its derivative J at one point.
-
-    Attributes:
-        value: z [R].
-    """
-
-    value: Tensor
-
-    def forward(self, direction: Tensor) -> Tensor:
-        """J direction: [c * h * w] -> [R]."""
-        ...
-
-    def backward(self, rows: Tensor) -> Tensor:
-        """J^T rows: [R] -> [c * h * w]."""
-        ...
-
-
 class GradientMap:
     """x -> gradients of the adapted layers, each of norm 1, side by side [R]: of B where A is given, else of W itself.
 
@@ -142,8 +124,8 @@ class GradientMap:
                 raise R2FError(f"the gradient of {name} is zero or not finite: there is nothing to invert.")
         return torch.cat([F.normalize(part.flatten(), dim=0, eps=1e-30) for part in parts])
 
-    def at(self, point: Tensor, label: Tensor) -> Linearised:
-        return _AtPoint(self, point, label)
+    def at(self, point: Tensor, label: Tensor) -> AtPoint:
+        return AtPoint(self, point, label)
 
     def parts(self, gradient: FactoredGradient) -> list[Tensor]:
         """delta^T x, or delta^T (x A^T), of one group."""
@@ -164,8 +146,12 @@ class GradientMap:
         return x if self.a is None else x @ self.a[name].to(x).mT
 
 
-class _AtPoint:
-    """GradientMap's derivative at one point; keeps the graph of two passes."""
+class AtPoint:
+    """z and its derivative J at one point; holds the graph of two passes.
+
+    Attributes:
+        value: z [R].
+    """
 
     def __init__(self, updates: GradientMap, point: Tensor, label: Tensor) -> None:
         self.updates, self.label = updates, label
@@ -177,12 +163,14 @@ class _AtPoint:
         self.value = self._units.detach()
 
     def forward(self, direction: Tensor) -> Tensor:
+        """J direction: [c * h * w] -> [R]."""
         shaped = direction.to(self.image.dtype).view(1, 1, *self.updates.shape)
         along = self.updates.parts_along(*self.updates.tangents(self.image.detach(), self.label, shaped))
         pairs = zip(self._parts, along, strict=True)
         return torch.cat([unit_tangent(part, moved.flatten()[None])[0] for part, moved in pairs])
 
     def backward(self, rows: Tensor) -> Tensor:
+        """J^T rows: [R] -> [c * h * w]."""
         (slope,) = torch.autograd.grad(self._units, self.image, rows, retain_graph=True)
         return slope.flatten()
 
@@ -238,7 +226,7 @@ def search_matrix_free(
     )
 
 
-class KrylovSteps:
+class KrylovSteps(Steps):
     """Damped steps within a Krylov space of every point."""
 
     def __init__(
@@ -252,9 +240,6 @@ class KrylovSteps:
         self.updates, self.observed, self.label = updates, observed, label
         self.coordinates, self.config = coordinates, config
 
-    def begin(self, residual: float) -> None:
-        """Nothing depends on the start."""
-
     def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         here = self.updates.at(point[0], self.label)
         local = KrylovLocal(here, self.coordinates, (value - self.observed)[0], self.config.krylov)
@@ -263,19 +248,13 @@ class KrylovSteps:
         config = self.config
         return descend(local, update_of, self.observed, point, value, config.steps, config.contraction, solved)
 
-    def judge(self, before: float, residual: float) -> None:
-        """Every pass is alike."""
-
-    def begin_again(self) -> bool:
-        return False
-
 
 class KrylovLocal:
     """J at one point by its products, within a Krylov space of S^T J^T J S started at the residual's pull."""
 
     batch_size = 1
 
-    def __init__(self, here: Linearised, coordinates: Coordinates, residual: Tensor, dimension: int) -> None:
+    def __init__(self, here: AtPoint, coordinates: Coordinates, residual: Tensor, dimension: int) -> None:
         self.here, self.coordinates, self.dtype = here, coordinates, residual.dtype
         self.curvature, self.axes = krylov(self._product, self._gathered(residual), dimension)
 

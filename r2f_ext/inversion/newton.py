@@ -10,11 +10,14 @@ a thousand times what a step does.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
@@ -79,24 +82,19 @@ class Local(Protocol):
         ...
 
 
-class Steps(Protocol):
+class Steps(ABC):
     """How a search moves from point to point."""
 
-    def begin(self, residual: float) -> None:
-        """Called at the start with its relative residual."""
-        ...
-
+    @abstractmethod
     def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One pass from point [1, p] with update [1, R]: the next of both."""
-        ...
 
-    def judge(self, before: float, residual: float) -> None:
-        """Called after a pass that changed the relative residual, unless the search begins again."""
-        ...
+    def judge(self, before: float, residual: float) -> None:  # noqa: B027
+        """Called with the relative residuals before and after a pass; at the start the first is infinite."""
 
     def begin_again(self) -> bool:
         """Called when passes no longer improve: whether another search from the start can differ."""
-        ...
+        return False
 
 
 def run_search(
@@ -124,7 +122,7 @@ def run_search(
     point, value = beginning
     first = residual = lowest = misfit(value)
     best, least, count, since = point, residual, 0, 0
-    steps.begin(residual)
+    steps.judge(inf, first)
     while least > SOLVED and count < passes:
         before = residual
         point, value = steps.move(point, value)
@@ -187,6 +185,19 @@ def descend(
         if float((value - observed).norm()) < solved:
             break
     return point, value
+
+
+def dense_jacobian(
+    tangents: Callable[[Tensor], Tensor], basis: Tensor, directions: int, shape: tuple[int, ...]
+) -> Tensor:
+    """dz along the columns of basis [p, q], some at a time: [q, R].
+
+    Args:
+        tangents: directions [directions, *shape] -> [directions, R]; traced for one shape, so passes are padded.
+    """
+    columns = basis.shape[1]
+    rows = F.pad(basis.T, (0, 0, 0, -columns % directions)).unflatten(1, shape)
+    return torch.cat([tangents(part) for part in rows.split(directions)])[:columns]
 
 
 def search_each(

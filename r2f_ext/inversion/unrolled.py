@@ -31,6 +31,7 @@ from r2f_ext.capture.hooks import as_tokens
 from r2f_ext.capture.tangents import ReplacedOutputs
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.gauss_newton import Subspace, unit_tangent
+from r2f_ext.inversion.newton import dense_jacobian
 from r2f_ext.pairs import Training, simulate
 from r2f_ext.types import Target
 
@@ -114,13 +115,11 @@ class UnrolledMap:
 
     def jacobian(self, point: Tensor, labels: Tensor, basis: Tensor) -> Tensor:
         """dz along the columns of basis [owned * c * h * w, q] at point [owned * c * h * w]: [q, R], exactly."""
-        images, columns = point.view(self._shape), basis.shape[1]
-        # Whole passes only: a step is traced for one shape.
-        rows = F.pad(basis.T, (0, 0, 0, -columns % self.directions)).unflatten(1, self._shape)
-        return torch.cat([self._tangents(images, labels, part) for part in rows.split(self.directions)])[:columns]
+        images = point.view(self._shape)
+        return dense_jacobian(lambda rows: self._tangents(images, labels, rows), basis, self.directions, self._shape)
 
     def _norms(self) -> list[float]:
-        """Norms of the parts: B's of all layers, then A's of the weighted ones; those of one layer have norm 1 together."""
+        """Norms of the parts: B's of all layers, then A's of the weighted ones; a layer's two have norm 1 together."""
         of_b = [(1 + self.a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names]
         weighted = [name for name in self.target.names if name in self.a_weights]
         return of_b + [(1 + self.a_weights[name] ** -2) ** -0.5 for name in weighted]

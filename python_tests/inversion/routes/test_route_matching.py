@@ -20,7 +20,12 @@ def test_the_distance_to_the_decoded_gradient_falls() -> None:
         true = capture(images[:, None], labels[:, None])
     decoded = Gradient({name: true.dense(name) for name in problem.target.names})
     start = Amortised().run(problem, lambda units: None)
-    problem = replace(problem, decoded=decoded, found={"amortised": start}, matching=MatchingConfig(steps=30))
+    problem = replace(
+        problem,
+        decoded=decoded,
+        found={"amortised": start},
+        matching=MatchingConfig(steps=30, step_size=0.003, tv_weight=0.0),
+    )
     found = Matching().run(problem, lambda units: None)
 
     def mismatch(candidates: torch.Tensor) -> float:
