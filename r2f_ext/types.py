@@ -6,7 +6,7 @@ keyed by the module path of an adapted layer in the base model, e.g. `blocks.0.a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,8 @@ class Reconstruction:
         labels: [V], the label the route used or found; None where it needs none.
         why: one sentence on why this route was taken or what limits it.
         seconds: wall time for all V.
-        details: figures of the route (spectra, residuals, ...), plain numbers.
+        details: figures of the route as a whole (spectra, held-out errors, ...), plain numbers.
+        per_victim: figures of each victim (residuals, passes, ...), [V] each.
         usual_errors: label -> [n, c * h * w], what a statistical route gets wrong on proxies of that label.
     """
 
@@ -162,4 +163,14 @@ class Reconstruction:
     why: str
     seconds: float
     details: dict[str, float] = field(default_factory=dict)
+    per_victim: dict[str, Tensor] = field(default_factory=dict)
     usual_errors: dict[int, Tensor] = field(default_factory=dict)
+
+    def take(self, rows: slice) -> Reconstruction:
+        """The same reconstruction with only the victims `rows`."""
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            per_victim={name: figures[rows] for name, figures in self.per_victim.items()},
+        )

@@ -1,5 +1,8 @@
-"""The main job: what did an adapter give away, by which route, beside which controls."""
+"""What adapters gave away, by which route, beside which controls."""
 
-from r2f_ext.audit.run import AuditResult, audit
+from r2f_ext.audit.entry import Prepared, audit
+from r2f_ext.audit.replay import replay
+from r2f_ext.audit.report import AuditReport, Phase0Report, SetReport
+from r2f_ext.audit.run import AuditResult
 
-__all__ = ["AuditResult", "audit"]
+__all__ = ["AuditReport", "AuditResult", "Phase0Report", "Prepared", "SetReport", "audit", "replay"]

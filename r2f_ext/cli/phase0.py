@@ -1,0 +1,42 @@
+"""`r2f phase0` and `r2f identifiability`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.markup import escape
+
+from r2f_ext.audit.figures import write_images
+from r2f_ext.audit.phase0 import run_phase0
+from r2f_ext.cli.device import chosen_device
+from r2f_ext.cli.display import console, print_phase0, print_verdicts, table
+from r2f_ext.cli.inputs import Options, images_of
+from r2f_ext.files import output_folder
+from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.inversion.well_known import COLUMNS, WELL_KNOWN, closed_forms
+from r2f_ext.models import load_base, shape_of
+
+
+def run_phase0_command(options: Options) -> dict[str, Any]:
+    base = load_base(options.base, chosen_device(options))
+    folder = output_folder(options.out)
+    images = images_of(options.images, base, options, "private", count=options.count)
+    verdicts = identifiability(base, adapter=None)
+    print_verdicts([(v.route, v.identifiable, v.why) for v in verdicts.values()])
+    figures, pictures = run_phase0(base, images)
+    write_images(folder / "phase0.png", [("original", images.batch(slice(None))), *pictures])
+    print_phase0(f"{len(images)} exact gradients, inverted in closed form", figures)
+    if not figures:
+        console.print("No closed form applies to this base: see the reasons above; the picture shows the originals.")
+    console.print(f"pictures: {escape(str(folder / 'phase0.png'))}")
+    return {"phase0": figures, "identifiable": {v.route: v.identifiable for v in verdicts.values()}}
+
+
+def run_identifiability(options: Options) -> dict[str, Any]:
+    counted = {name: closed_forms(shape_of(name, options.image_size)) for name in options.model or WELL_KNOWN}
+    rows = [[name, *one.cells()] for name, one in counted.items()]
+    table("Which closed forms can be exact (batch 1)", list(COLUMNS), rows)
+    if len(counted) == 1:
+        print_verdicts([(v.route, v.identifiable, v.why) for v in identifiability(options.model[0]).values()])
+    return {name: asdict(one) for name, one in counted.items()}
