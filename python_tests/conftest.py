@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from cases import victim
 from cli_cases import run
 
-from r2f_ext.audit import AuditResult, audit
+from r2f_ext.audit.run import AuditResult, audit
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.inversion.matching import MatchingConfig

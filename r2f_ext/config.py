@@ -42,8 +42,10 @@ class AuditConfig:
         Raises:
             R2FError: fields that this version does not have.
         """
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
         try:
-            matching, refinement = MatchingConfig(**data["matching"]), MatchingConfig(**data["refinement"])
-            return cls(**{**data, "matching": matching, "refinement": refinement})
+            for name in ("matching", "refinement"):
+                fields[name] = MatchingConfig(**data[name])
+            return cls(**fields)
         except (KeyError, TypeError) as error:
             raise R2FError(f"the config is not one that this version writes ({error}): audit anew.") from error

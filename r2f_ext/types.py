@@ -153,8 +153,8 @@ class Reconstruction:
         why: one sentence on why this route was taken or what limits it.
         seconds: wall time for all V.
         details: figures of the route as a whole (spectra, held-out errors, ...), plain numbers.
-        per_victim: figures of each victim (residuals, passes, ...), [V] each.
         usual_errors: label -> [n, c * h * w], what a statistical route gets wrong on proxies of that label.
+        per_victim: figures of each victim (residuals, passes, ...), [V] each.
     """
 
     route: str
@@ -163,8 +163,8 @@ class Reconstruction:
     why: str
     seconds: float
     details: dict[str, float] = field(default_factory=dict)
-    per_victim: dict[str, Tensor] = field(default_factory=dict)
     usual_errors: dict[int, Tensor] = field(default_factory=dict)
+    per_victim: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, rows: slice) -> Reconstruction:
         """The same reconstruction with only the victims `rows`."""

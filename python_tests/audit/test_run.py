@@ -6,8 +6,7 @@ import pytest
 import torch
 from cases import cosine, proxy_set
 
-from r2f_ext.audit import audit
-from r2f_ext.audit.run import generate
+from r2f_ext.audit.run import audit, generate
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, drop_private
 from r2f_ext.decoders import Projection, Ridge, held_out_cosines, stack_updates

@@ -15,8 +15,6 @@ from r2f_ext.errors import R2FError
 from r2f_ext.models import AdapterFiles, attach, load_base, read_adapter
 from r2f_ext.types import BaseModel, LoraUpdate, Target
 
-SAME_A = 1e-2  # of the largest entry: one start, though training has moved A a little
-
 
 def load_adapters(
     folders: Sequence[str | Path], base: str | BaseModel, device: str = "cpu"
@@ -61,13 +59,6 @@ def _other_head(first: AdapterFiles, second: AdapterFiles) -> str | None:
         if name not in one or name not in other or not torch.equal(one[name], other[name]):
             return f"differ in the saved module {name}"
     return None
-
-
-def same_a(first: Tensor, second: Tensor) -> bool:
-    """Whether two A [r, d_in] are one start, up to what training moves."""
-    if first.shape != second.shape:
-        return False
-    return torch.allclose(first.float(), second.float(), rtol=0, atol=SAME_A * float(first.abs().max()))
 
 
 def load_private(spec: str, base: BaseModel, seed: int, adapters: int) -> ImageSet:

@@ -67,14 +67,16 @@ def _print_prepared(ready: Prepared) -> None:
     if ready.one_step:
         steps = "A still lies in PEFT's initial range, as after one step"
     print_target({**target_to_json(ready.target, ready.verdicts), "steps": steps})
-    for note in ready.notes:
-        console.print(f"note: {escape(note)}")
 
 
 def _print_finished(data: dict[str, Any], out: str | None) -> dict[str, Any]:
     console.print()
     print_report(data)
-    console.print(f"{data['seconds']['total']:.0f} s{'' if out is None else '; see:'}")
-    for name in ("report.html", "reconstructions.png", "report.json") if out is not None else ():
+    seconds = f"{data['seconds']['total']:.0f} s"
+    if out is None:
+        console.print(seconds)
+        return data
+    console.print(f"{seconds}; see:")
+    for name in ("report.html", "reconstructions.png", "report.json"):
         console.print(f"  {escape(str(Path(out) / name))}")
     return data

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 
 from r2f_ext.cli.display import console, table
-from r2f_ext.cli.inputs import Options, bound_adapters, require_same_a
+from r2f_ext.cli.inputs import Options, check_same_a, read_adapters
 from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updates
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
@@ -16,7 +16,7 @@ from r2f_ext.pairs import StoredPairs
 
 
 def run_decode(options: Options) -> dict[str, Any]:
-    target, adapters = bound_adapters([options.adapter], options)
+    target, adapters = read_adapters([options.adapter], options)
     folder, decoders = output_folder(options.out), Path(options.decoders)
     pairs, updates = StoredPairs(options.pairs, target.base), stack_updates(adapters)
     if pairs.own_a:
@@ -26,7 +26,7 @@ def run_decode(options: Options) -> dict[str, Any]:
         updates = projected.view(updates, adapters[0].a)
         decoder = load_decoder(decoders, options.kind, pairs, projected)
     else:
-        require_same_a(pairs, adapters[0])
+        check_same_a(pairs, adapters[0])
         decoder = load_decoder(decoders, options.kind, pairs)
     decoded = decoder.decode(updates)
     path = folder / "gradients.safetensors"

@@ -11,7 +11,7 @@ from r2f_ext.audit.figures import write_images
 from r2f_ext.audit.row_space import run_row_space
 from r2f_ext.audit.run import match_decoded, refine
 from r2f_ext.cli.display import console, drawn_stages, table
-from r2f_ext.cli.inputs import Options, bound_adapters, require_same_a
+from r2f_ext.cli.inputs import Options, check_same_a, read_adapters
 from r2f_ext.config import AuditConfig
 from r2f_ext.decoders import stack_updates
 from r2f_ext.decoders.store import read_gradients
@@ -25,10 +25,10 @@ from r2f_ext.types import LoraUpdate, Reconstruction, Target
 
 
 def run_invert(options: Options) -> dict[str, Any]:
-    target, adapters = bound_adapters([options.adapter], options)
+    target, adapters = read_adapters([options.adapter], options)
     folder = output_folder(options.out)
     pairs = StoredPairs(options.pairs, target.base)
-    require_same_a(pairs, adapters[0])
+    check_same_a(pairs, adapters[0])
     gradients = None if options.gradients is None else read_gradients(Path(options.gradients), target, len(adapters))
     observed, config = stack_updates(adapters), AuditConfig(seed=options.seed)
     pull = None if options.prior is None else ScoreDistillation.from_folder(options.prior, seed=options.seed).gradient

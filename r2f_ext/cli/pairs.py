@@ -11,7 +11,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from r2f_ext.cli.display import console, drawn_stages
-from r2f_ext.cli.inputs import Options, bound_adapters, images_of
+from r2f_ext.cli.inputs import Options, images_of, read_adapters
 from r2f_ext.data import ProceduralStream, ProxyImages
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
@@ -28,7 +28,7 @@ from r2f_ext.types import BaseModel, Target
 
 
 def run_pairs(options: Options) -> dict[str, Any]:
-    target, (adapter,) = bound_adapters([options.adapter], options)
+    target, (adapter,) = read_adapters([options.adapter], options)
     folder = output_folder(options.out)
     a = {name: a.float() for name, a in adapter.a.items()}
     pairs = _new_pairs(options, target, a)
