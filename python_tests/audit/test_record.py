@@ -33,7 +33,7 @@ def inputs(**changed):
         ({"private": "embedded:3"}, {"private": "embedded:3"}),
         ({"private": "a:3"}, {"private": "../../a:3"}),
         ({"private": "a"}, {"private": "../../a"}),
-        ({"initial": "reports"}, {"initial": "../../reports"}),
+        ({"initial": "reports"}, {"initial": ".."}),
     ],
 )
 @pytest.mark.parametrize("absolute", [False, True])

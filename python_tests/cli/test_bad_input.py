@@ -167,7 +167,7 @@ def test_proxies_without_enough_images(images, command, adapter_folder, tmp_path
     folder.mkdir()
     for i in range(images):
         Image.new("RGB", (32, 32), (i, 90, 200)).save(folder / f"{i}.png")
-    line = refused(capsys, command, adapter_folder, "--proxy", folder, "--count", 20, "--out", out)
+    line = refused(capsys, command, adapter_folder, "--proxy", folder, "--count", 40, "--out", out)
     assert ("has no images" if images == 0 else "needs at least 2 images") in line
     assert not files_under(out)
 
@@ -178,7 +178,7 @@ def test_proxies_without_enough_images(images, command, adapter_folder, tmp_path
         (("--proxy", "nothing"), "unknown images 'nothing'"),
         (("--count", 0), "at least 1"),
         (("--count", -5), "at least 1"),
-        (("--seed", -1), "seed at least 0"),
+        (("--seed", -1), "--seed must be at least 0"),
         (("--count", 39), "at least 40"),
         (("--private", "embedded:999"), "has 100 images, counted from 0"),
         (("--private", "no-such-folder"), "unknown images"),
