@@ -1,4 +1,4 @@
-"""The command line run in-process, with toy numbers of matching steps."""
+"""Commands run in this process, with few matching steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from r2f_ext.cli import commands, main
+from r2f_ext.cli import audit, invert, main
 from r2f_ext.config import AuditConfig
 from r2f_ext.inversion.matching import MatchingConfig
 
@@ -15,7 +15,8 @@ from r2f_ext.inversion.matching import MatchingConfig
 def few_steps(patch: pytest.MonkeyPatch) -> None:
     steps = MatchingConfig(steps=2)
     sizes = partial(AuditConfig, decoder_pairs=40, held_out=10, matching=steps, refinement=steps)
-    patch.setattr(commands, "AuditConfig", sizes)
+    for module in (audit, invert):
+        patch.setattr(module, "AuditConfig", sizes)
 
 
 def run(*words: object) -> int:

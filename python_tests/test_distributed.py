@@ -49,7 +49,9 @@ def start(processes, *words, code=None):
     program = ["-m", "r2f_ext.cli"] if code is None else [code]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), *program, *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    # On the CPU, also where there is one GPU: two processes would need two.
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, **hidden}
     return subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -78,7 +80,17 @@ def test_other_commands_run_alone(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert "only pairs and fit run on several processes" in refused(capsys, "demo", "--out", tmp_path / "out")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.device_of("cuda") == "cuda:1" and distributed.device_of("cpu") == "cpu"
+
+
+def test_more_processes_than_gpus(monkeypatch, capsys, tmp_path, adapter_folder):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    line = refused(capsys, "pairs", adapter_folder, "--device", "cuda", "--out", tmp_path / "out")
+    assert "more processes than GPUs here (1): start at most 1 with --nproc-per-node" in line
 
 
 @pytest.mark.slow
@@ -95,7 +107,17 @@ def test_two_processes_make_the_files_of_one(adapter_folder, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_fit_decoders_for_any_a_as_one(adapter_folder, tmp_path):
-    words = ("pairs", adapter_folder, "--count", 40, "--proxy", "embedded", "--own-a", "--out", tmp_path / "pairs")
+    words = (
+        "pairs",
+        adapter_folder,
+        "--count",
+        40,
+        "--proxy",
+        "embedded",
+        "--per-victim-a",
+        "--out",
+        tmp_path / "pairs",
+    )
     assert run(*words) == 0
     two_fit_as_one(tmp_path / "pairs", tmp_path, "--kind", *ANY_A_KINDS)
 

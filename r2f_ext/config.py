@@ -1,9 +1,11 @@
-"""What an audit can be told. Every field is written to report.json, so that a report replays itself."""
+"""The settings of an audit. Every field is written to report.json, so that the report can be replayed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
 
 
@@ -20,7 +22,7 @@ class AuditConfig:
         routes: names of routes to run, with those that they start from; None: the default ones.
         gauss_newton: also search for the exact images; about a minute an adapter of the embedded model on 2 cores.
         precision: of the model when pairs are made, "float32" or "bfloat16" (see GeneratedPairs).
-        seed: proxies, random labels, the shuffled control.
+        seed: of proxies, random labels and the shuffled control.
     """
 
     pairs: int = 8000
@@ -34,3 +36,18 @@ class AuditConfig:
     gauss_newton: bool = False
     precision: str = "float32"
     seed: int = 0
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AuditConfig:
+        """The config that report.json holds under "config".
+
+        Raises:
+            R2FError: fields that this version does not have.
+        """
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        try:
+            for name in ("matching", "refinement"):
+                fields[name] = MatchingConfig(**data[name])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise R2FError(f"the config is not one that this version writes ({error}): audit anew.") from error

@@ -14,6 +14,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from r2f_ext.errors import R2FError
@@ -36,8 +37,19 @@ def world_size() -> int:
 
 
 def device_of(kind: str) -> str:
-    """The device of this process: on GPUs, one each."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" and wanted() else kind
+    """The device of this process: on GPUs, one each.
+
+    Raises:
+        R2FError: there are more processes on this machine than GPUs.
+    """
+    if kind != "cuda" or not wanted():
+        return kind
+    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= gpus:
+        raise R2FError(
+            f"more processes than GPUs here ({gpus}): start at most {gpus} with --nproc-per-node, or use --device cpu."
+        )
+    return f"cuda:{local}"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from r2f_ext.audit import demo as module
 from r2f_ext.audit.demo import demo
@@ -15,14 +16,19 @@ from r2f_ext.inversion.matching import MatchingConfig
 def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FASHION_VICTIMS", 3)
     monkeypatch.setattr(module, "FACE_VICTIMS", 2)
-    proxies, real = [], module.audit
-    monkeypatch.setattr(module, "audit", lambda t, a, proxy, *rest: proxies.append(proxy) or real(t, a, proxy, *rest))
+    proxies, real = [], module.run.audit
+
+    def seen(target, adapters, proxy, *rest):
+        proxies.append(proxy)
+        return real(target, adapters, proxy, *rest)
+
+    monkeypatch.setattr(module.run, "audit", seen)
     steps = MatchingConfig(steps=2)
     config = AuditConfig(pairs=80, decoder_pairs=60, held_out=12, matching=steps, refinement=steps)
     done = demo(tmp_path, config)
 
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report == json.loads(json.dumps(done.report))
+    assert report == json.loads(json.dumps(done.to_json()))
     assert {name: part["n"] for name, part in report["reconstruction"].items()} == {
         "fashion_mnist": 3,
         "fashion_mnist_procedural": 3,
@@ -38,6 +44,7 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     assert report["seconds"]["total"] == pytest.approx(max(report["seconds"].values()))
     secret = {h for part in done.sets for h in content_hashes((part.originals * 255).round().byte())}
     assert len(secret) == 5 and not any(secret & set(content_hashes(proxy.images)) for proxy in proxies)
+    assert load_file(tmp_path / "gradients_procedural.safetensors")["blocks.0.attn.qkv"].shape == (5, 384, 128)
     assert "<h1>" in (tmp_path / "report.html").read_text()
     with Image.open(tmp_path / "reconstructions.png") as image:
         image.load()

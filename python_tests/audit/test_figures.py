@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from r2f_ext.audit.figures import png_bytes, rows_of, write_images, write_reconstructions
+from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.report import set_report
 
 
@@ -32,7 +33,7 @@ def test_rows_from_top_to_bottom(audited):
 def test_reconstructions_are_drawn_whatever_the_name(audited, tmp_path, name):
     part = set_report(name, audited.result, audited.proxy, audited.private)
     path = tmp_path / "r.png"
-    write_reconstructions(path, [part], [("patch_position", part.originals)])
+    write_reconstructions(path, [part], [Phase0Report("patch_position", 99.0, 98.0, 0.1, "test.", part.originals)])
     with Image.open(path) as image:
         image.load()
         assert image.format == "PNG" and image.width > 300 and np.asarray(image.convert("L")).std() > 20

@@ -3,17 +3,18 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
 from r2f_ext.audit.html import write_html
-from r2f_ext.audit.report import build_report, set_report
+from r2f_ext.audit.phase0 import Phase0Report
+from r2f_ext.audit.report import AuditReport, set_report
 from r2f_ext.inversion.identifiability import identifiability
 
 EVIL = "<script>alert(1)</script>' onerror=\"x"
-PHASE0 = [{"route": EVIL, "psnr_db_mean": 100.0, "psnr_db_min": 90.0, "seconds": 0.1, "why": EVIL}]
 
 
 class Reader(HTMLParser):
@@ -37,14 +38,16 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(audited, tmp_path_factory):
-    from dataclasses import replace
-
     target = replace(audited.target, base=replace(audited.target.base, spec=EVIL))
     part = replace(set_report(EVIL, audited.result, audited.proxy, audited.private), proxy=EVIL, notes=(EVIL,))
     verdicts = identifiability(audited.target.base, adapter=audited.target, steps=1)
-    report = build_report(target, verdicts, {EVIL: audited.result}, [part], PHASE0, audited.config, {})
+    verdicts["matching"] = replace(verdicts["matching"], why=EVIL)
+    result = replace(audited.result, decoders={EVIL: next(iter(audited.result.decoders.values()))})
+    phase0 = [Phase0Report(EVIL, 100.0, 90.0, 0.1, EVIL, part.originals)]
+    config = audited.config
+    report = AuditReport(target, verdicts, {EVIL: result}, [part], config, {}, notes=(EVIL,), phase0=phase0).to_json()
     path = tmp_path_factory.mktemp("html") / "report.html"
-    write_html(path, report, [part], [(EVIL, part.originals)])
+    write_html(path, report, [part], phase0)
     text = path.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
@@ -61,7 +64,8 @@ def test_it_loads_nothing(page):
 def test_everything_is_escaped(page):
     text, reader, _ = page
     assert "<script" not in text and not {name for name in reader.attributes if name.startswith("on")}
-    assert reader.text.count(EVIL) >= 5  # base, set, proxy, note, phase 0
+    # Base, its note, a verdict's reason, set, proxy, the set's note, phase 0 (pictures and table), proxy, layer.
+    assert reader.text.count(EVIL) == 10
     assert reader.open == []
 
 
@@ -85,7 +89,7 @@ def test_the_figures_are_on_the_page(page):
 def test_an_unscored_report_still_has_a_page(audited, tmp_path):
     part = set_report("x", audited.result, audited.proxy, None)
     verdicts = identifiability(audited.target.base, adapter=audited.target)
-    report = build_report(audited.target, verdicts, {"p": audited.result}, [part], [], audited.config, {})
+    report = AuditReport(audited.target, verdicts, {"p": audited.result}, [part], audited.config, {}).to_json()
     write_html(tmp_path / "report.html", report, [part], [])
     text = (tmp_path / "report.html").read_text()
     assert text.count("not scored") == 3 and "Phase 0" not in text and "None" not in text

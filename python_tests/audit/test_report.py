@@ -1,18 +1,25 @@
-"""report.json: exactly the schema that was promised, with figures that can be recomputed."""
+"""report.json: exactly schema 1, with figures that can be recomputed."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from r2f_ext.audit.metrics import psnr_db, ssim
-from r2f_ext.audit.report import MIN_GAIN_DB, build_report, set_report, write_report
+from r2f_ext.audit.phase0 import Phase0Report
+from r2f_ext.audit.record import Inputs
+from r2f_ext.audit.report import MIN_GAIN_DB, AuditReport, set_report
+from r2f_ext.audit.write import write_report
 from r2f_ext.inversion.identifiability import identifiability
-from r2f_ext.inversion.routes import registry
 
 NAME = "<script>alert('x')</script>"
-PHASE0 = [{"route": "patch_position", "psnr_db_mean": 100.0, "psnr_db_min": 90.0, "seconds": 0.1, "why": "test."}]
+INPUTS = Inputs(("./a",), "embedded", "embedded", None, None, None, "cpu")
+
+
+def report_of(audited, part, seconds, **more):
+    verdicts = identifiability(audited.target.base, adapter=audited.target, steps=1)
+    return AuditReport(audited.target, verdicts, {"p": audited.result}, [part], audited.config, seconds, **more)
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +30,11 @@ def part(audited):
 @pytest.fixture(scope="module")
 def report(audited, part, tmp_path_factory):
     """Read back from the file."""
-    verdicts = identifiability(audited.target.base, adapter=audited.target, steps=1)
-    built = build_report(
-        audited.target, verdicts, {"p": audited.result}, [part], PHASE0, audited.config, {"pairs": 1.0, "total": 2.0}
-    )
-    return json.loads(write_report(tmp_path_factory.mktemp("report"), built).read_text())
+    phase0 = [Phase0Report("patch_position", 100.0, 90.0, 0.1, "test.", part.originals)]
+    seconds = {"pairs": 1.0, "total": 2.0}
+    folder = tmp_path_factory.mktemp("report")
+    write_report(folder, report_of(audited, part, seconds=seconds, inputs=INPUTS, notes=("n",), phase0=phase0))
+    return json.loads((folder / "report.json").read_text())
 
 
 def test_schema(report, audited):
@@ -39,7 +46,7 @@ def test_schema(report, audited):
     assert target["layers"] == [asdict(layer) for layer in audited.target.layers]
     assert list(target["identifiable"]) == list(registry())
     assert all(isinstance(value, bool) for value in target["identifiable"].values())
-    assert set(report["phase0"][0]) >= {"route", "psnr_db_mean", "seconds"}
+    assert set(report["phase0"][0]) == {"route", "psnr_db_mean", "psnr_db_min", "seconds", "why"}
     assert report["decoders"] == audited.result.decoders
     for kinds in report["decoders"].values():
         assert set(kinds) == {"projection", "row_lmmse", "ridge"}
@@ -47,6 +54,7 @@ def test_schema(report, audited):
     assert report["pairs"] == {"count": 120, "per_second": audited.result.pairs_per_second}
     assert report["seconds"] == {"pairs": 1.0, "total": 2.0}
     assert report["config"] == asdict(audited.config)
+    assert report["inputs"] == {**asdict(INPUTS), "adapters": ["./a"]} and report["notes"] == ["n"]
 
 
 def test_reconstruction_figures(report, audited):
@@ -68,7 +76,7 @@ def test_controls(report, audited):
     originals = audited.private.batch(slice(None))
     mean = audited.proxy.batch(slice(None)).mean(0).expand_as(originals)
     assert controls["mean_image"] == pytest.approx(float(psnr_db(mean, originals).mean()), abs=1e-4)
-    amortised = audited.result.reconstructions[1].images
+    amortised = named(audited.result.reconstructions, "amortised").images
     other = amortised[[2, 0, 1]]  # every victim gets another victim's reconstruction
     assert controls["shuffled_adapter"] == pytest.approx(float(psnr_db(other, originals).mean()), abs=1e-4)
 
@@ -77,21 +85,43 @@ def test_a_single_victim_is_compared_with_a_stranger(audited):
     part = set_report("x", audited.result, audited.proxy, audited.private.take(torch.tensor([1])), slice(1, 2))
     assert len(part.reconstructions[0].images) == 1
     assert torch.equal(part.controls.shuffled_adapter, audited.result.stranger)
-    assert torch.equal(part.reconstructions[1].images[0], audited.result.reconstructions[1].images[1])
+    for found, whole in zip(part.reconstructions, audited.result.reconstructions, strict=True):
+        assert torch.equal(found.images[0], whole.images[1])
+
+
+def named(reconstructions, route):
+    return next(found for found in reconstructions if found.route == route)
+
+
+def test_figures_of_each_victim_are_cut_to_the_set(audited):
+    residuals = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    found = replace(named(audited.result.reconstructions, "matching"), per_victim={"residual": residuals})
+    result = replace(audited.result, reconstructions=[named(audited.result.reconstructions, "amortised"), found])
+    part = set_report("x", result, audited.proxy, None, slice(1, 3))
+    assert part.to_json()["routes"]["matching"]["per_victim"] == {"residual": [2.0, 3.0]}
+    assert len(part.reconstructions[1].labels) == 2
+
+
+def test_more_private_images_than_victims_are_paired_by_the_estimate_whatever_the_order_of_routes(audited):
+    """And a note says that this flatters."""
+    more = audited.private.take(torch.tensor([2, 1, 0, 0]))
+    truth = named(audited.result.reconstructions, "amortised")
+    perfect = replace(truth, images=audited.private.batch(slice(None)))
+    for order in (1, -1):
+        found = [perfect, named(audited.result.reconstructions, "matching")][::order]
+        part = set_report("x", replace(audited.result, reconstructions=found), audited.proxy, more)
+        assert torch.equal(part.originals, perfect.images) and torch.equal(part.labels, audited.private.labels)
+        assert part.notes[-1].startswith("4 private images for 3 adapters") and "flatters" in part.notes[-1]
 
 
 def test_without_originals_nothing_is_scored(audited):
     part = set_report("x", audited.result, audited.proxy, None)
-    verdicts = identifiability(audited.target.base, adapter=audited.target)
-    report = build_report(audited.target, verdicts, {"p": audited.result}, [part], [], audited.config, {})
-    figures = report["reconstruction"]["x"]
+    figures = report_of(audited, part, seconds={}).to_json()["reconstruction"]["x"]
     assert figures["controls"] == {} and "nothing is scored" in figures["verdict"]
     assert all(v["psnr_db_mean"] is None and v["label_accuracy"] is None for v in figures["routes"].values())
 
 
 def test_the_verdict_is_against_the_best_of_what_was_known(part):
-    from dataclasses import replace
-
     best, prior = part.scores(), part.control_psnr()
     gain = max(s.psnr_db_mean for s in best.values()) - max(prior["shuffled_adapter"], prior["mean_image"])
     assert f"{gain:.1f} dB" in part.verdict() if gain >= MIN_GAIN_DB else "Nothing recovered" in part.verdict()
@@ -102,8 +132,6 @@ def test_the_verdict_is_against_the_best_of_what_was_known(part):
 
 
 def test_a_far_update_is_noted(audited):
-    from dataclasses import replace
-
     count = len(audited.result.far_from_proxy)
     for far in (1, 0):
         flags = torch.arange(count) < far

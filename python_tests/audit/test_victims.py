@@ -38,6 +38,14 @@ def test_victims_share_a_start_and_differ_in_b(tmp_path, embedded, private):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_random_state_of_the_caller_is_left_alone(tmp_path, embedded, private):
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    train_victim(embedded, private.batch([0])[0], 1, tmp_path / "v", VictimConfig())
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_more_steps_move_a(tmp_path, embedded, private):
     image, label = private.batch([0])[0], int(private.labels[0])
     paths = [train_victim(embedded, image, label, tmp_path / str(n), VictimConfig(steps=n)) for n in (1, 3)]

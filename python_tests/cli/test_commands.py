@@ -1,4 +1,4 @@
-"""Every command on real files, with toy counts; what is written is checked against the library."""
+"""Every command on real files, with small counts; the files are checked against the library."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from cli_cases import few_steps, files_under, refused, run
 from PIL import Image
 from safetensors.torch import load_file
 
+from r2f_ext.audit import run as audit_stages
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, load_images
 from r2f_ext.pairs import StoredPairs
@@ -133,10 +134,10 @@ def test_audit_keeps_private_images_out_of_the_proxy(adapter_folder, tmp_path, m
     secret.mkdir()
     for i in (3, 7):
         (secret / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
-    from r2f_ext.cli import commands
-
-    seen, real = [], commands.audit
-    monkeypatch.setattr(commands, "audit", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest))
+    seen, real = [], audit_stages.audit
+    monkeypatch.setattr(
+        audit_stages, "audit", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest)
+    )
     public = tmp_path / "public"
     public.mkdir()
     for path in tmp_path.glob("*.png"):
@@ -230,9 +231,7 @@ def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private
 
 
 def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):
-    from r2f_ext.cli import commands
-
-    monkeypatch.setattr(commands, "audit", lambda *args: pytest.fail("the audit ran"))
+    monkeypatch.setattr(audit_stages, "audit", lambda *args: pytest.fail("the audit ran"))
     words = ("audit", adapter_folder, adapter_folder, "--count", 40, "--private", "embedded:1", "--out", tmp_path)
     assert re.search("gives 1 images for 2 adapters", refused(capsys, *words))
 

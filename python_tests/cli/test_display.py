@@ -1,4 +1,4 @@
-"""What a person reads: texts as they are, bars on a terminal, lines on a pipe."""
+"""The terminal: names as they are, bars on a terminal, lines on a pipe."""
 
 import io
 
@@ -68,10 +68,20 @@ def test_controls_are_marked_and_unscored_routes_said(screen):
             "phase0": [],
             "proxies": {"p": {"decoders": {"l": {"ridge": figures}}, "pairs": {"count": 1200, "per_second": 10.0}}},
             "reconstruction": {"set": {**part, "verdict": "It leaks [/b].", "notes": ["Beware."]}},
+            "notes": ["Refused [/b]."],
         }
     )
     shown = file.getvalue()
-    for words in ("not scored", "12.35", "75%", "control: mean image", "It leaks [/b].", "Beware.", "1,200 pairs"):
+    for words in (
+        "not scored",
+        "12.35",
+        "75%",
+        "control: mean image",
+        "It leaks [/b].",
+        "Beware.",
+        "Refused [/b].",
+        "1,200 pairs",
+    ):
         assert words in shown
     assert "0.500" in shown and "0.250" in shown
 

@@ -17,7 +17,7 @@ from r2f_ext.models import attach, read_adapter
 def many(stages, tmp_path_factory):
     """Folders of 60 pairs of many A's, and of the decoders of them."""
     folder = tmp_path_factory.mktemp("many")
-    words = ("pairs", stages.adapter, "--count", 60, "--proxy", "embedded", "--own-a", "--out", folder / "p")
+    words = ("pairs", stages.adapter, "--count", 60, "--proxy", "embedded", "--per-victim-a", "--out", folder / "p")
     assert run(*words) == 0
     assert run("fit", folder / "p", "--out", folder / "d", "--json", folder / "fit.json") == 0
     return folder
@@ -47,15 +47,15 @@ def test_what_many_a_cannot_serve_is_refused(many, stages, embedded, private, tm
     wide = victim(embedded, tmp_path / "wide", private.batch([1]), private.labels[1:2], r=4)
     assert "of other layers, rank or alpha" in refused(capsys, *decode(wide, many, tmp_path / "o"))
     line = refused(capsys, "invert", stages.adapter, "--pairs", many / "p", "--out", tmp_path / "o")
-    assert "have each their own A: make pairs without --own-a" in line
-    long = ("--steps", 2, "--own-a", "--count", 20, "--proxy", "embedded", "--out", tmp_path / "long")
+    assert "has its own A: make pairs without --per-victim-a" in line
+    long = ("--steps", 2, "--per-victim-a", "--count", 20, "--proxy", "embedded", "--out", tmp_path / "long")
     assert run("pairs", stages.adapter, *long) == 0
     assert "their gradients depend on A" in refused(capsys, "fit", tmp_path / "long", "--out", tmp_path / "o")
     assert not files_under(tmp_path / "o")
 
 
 def test_pairs_of_many_a_from_stored_gradients(many, stages, tmp_path):
-    words = ("pairs", stages.adapter, "--count", 40, "--cache", stages.pairs, "--own-a", "--out", tmp_path / "p")
+    words = ("pairs", stages.adapter, "--count", 40, "--cache", stages.pairs, "--per-victim-a", "--out", tmp_path / "p")
     assert run(*words) == 0
     got, expected = (load_file(folder / "p" / "pairs-00000.safetensors") for folder in (tmp_path, many))
     for name in [name for name in got if name.startswith("update/")]:

@@ -1,4 +1,4 @@
-"""What can be asked, and what argparse refuses by itself."""
+"""The options of every command, and what argparse refuses by itself."""
 
 import subprocess
 import sys
@@ -8,8 +8,11 @@ import pytest
 
 import r2f_ext
 from r2f_ext import decoders
+from r2f_ext.audit.run import MIN_PAIRS
 from r2f_ext.cli import commands, main, options
+from r2f_ext.cli.checks import MIN_AUDIT_PAIRS
 from r2f_ext.cli.options import DESCRIPTION, EXAMPLES, parse
+from r2f_ext.data.load import LOADERS
 
 REPOSITORY = Path(r2f_ext.__file__).parent.parent
 
@@ -46,7 +49,6 @@ def test_defaults():
 @pytest.mark.parametrize(
     "words",
     [
-        [],
         ["steal"],
         ["audit"],
         ["audit", "a"],
@@ -56,6 +58,10 @@ def test_defaults():
         ["pairs", "a", "--out", "o", "--optimizer", "lion"],
         ["decode", "a", "--pairs", "p", "--decoders", "d", "--kind", "magic", "--out", "o"],
         ["demo", "--out", "o", "--device", "tpu"],
+        ["audit", "--replay"],
+        ["audit", "a", "--replay", "report.json"],
+        ["audit", "--replay", "report.json", "--seed", "1"],
+        ["audit", "--replay", "report.json", "--gauss-newton"],
     ],
 )
 def test_wrong_words_end_with_two(words, capsys):
@@ -64,14 +70,53 @@ def test_wrong_words_end_with_two(words, capsys):
     assert caught.value.code == 2 and "r2f" in capsys.readouterr().err
 
 
-def test_help_answers_without_torch():
-    code = (
-        "import sys\nfrom r2f_ext.cli.options import parse\ntry:\n parse(['audit', '-h'])\nexcept SystemExit:\n pass\n"
-    )
-    code += "sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, timeout=60)
-    assert done.returncode == 0 and b"ADAPTER" in done.stdout
+def test_a_replay_may_go_elsewhere():
+    words = parse(["audit", "--replay", "report.json", "--out", "o", "--device", "cpu", "--json", "j", "--debug"])
+    assert (words.replay, words.out, words.adapter) == ("report.json", "o", [])
 
 
-def test_the_kinds_are_those_of_the_library():
+def test_no_command_prints_the_help_and_version_prints_the_version(capsys):
+    for words, shown in (([], DESCRIPTION.splitlines()[0]), (["--version"], f"r2f-ext {r2f_ext.__version__}")):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 0 and shown in capsys.readouterr().out
+
+
+# Loading torch takes seconds; these take tenths of one.
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        (["audit", "-h"], 0, "ADAPTER"),
+        (["--version"], 0, r2f_ext.__version__),
+        (["audit", "none", "--out", "o", "--count", "5"], 2, "at least 40, got 5"),
+        (["demo", "--out", "o", "--seed", "-1"], 2, "at least 0, got -1"),
+        (["demo", "--out", "o", "--base", "timm:x"], 2, "leave --base out"),
+        (["phase0", "--out", "o", "--base", "none"], 2, "unknown base 'none'"),
+        (["phase0", "--out", "o", "--images", "none"], 2, "unknown images 'none'"),
+        (["pairs", "none", "--out", "o"], 2, "'none' does not exist"),
+        (["fit", "none", "--out", "o"], 2, "no finished pairs"),
+        (["demo", "--out", "setup.py/o"], 2, "choose another folder"),
+        (["env", "--json", "r2f_ext"], 2, "is a folder"),
+    ],
+)
+def test_help_and_refusals_of_arguments_do_not_load_torch(words, code, shown):
+    program = f"""
+import sys
+from r2f_ext.cli import main
+try:
+    code = main({words})
+except SystemExit as done:
+    code = done.code
+sys.exit(99 if "torch" in sys.modules or "numpy" in sys.modules else code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, timeout=60, text=True)
+    assert done.returncode == code and shown in done.stdout + done.stderr
+
+
+def test_every_command_has_its_function():
+    assert all(callable(commands.load(name)) for name in commands.COMMANDS)
+
+
+def test_the_kinds_and_images_are_those_of_the_library():
+    assert tuple(LOADERS) == options.IMAGES and MIN_AUDIT_PAIRS == MIN_PAIRS
     assert tuple(decoders.KINDS) == options.KINDS and options.KINDS[:3] == decoders.DEFAULT_KINDS

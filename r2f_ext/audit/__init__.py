@@ -1,5 +1,9 @@
-"""The main job: what did an adapter give away, by which route, beside which controls."""
+"""What adapters gave away, by which route, beside which controls."""
 
+from r2f_ext.audit.entry import Prepared, audit
+from r2f_ext.audit.phase0 import Phase0Report
+from r2f_ext.audit.replay import replay
+from r2f_ext.audit.report import AuditReport, SetReport
 from r2f_ext.audit.run import AuditResult, run_audit_stages
 
-__all__ = ["AuditResult", "run_audit_stages"]
+__all__ = ["AuditReport", "AuditResult", "Phase0Report", "Prepared", "SetReport", "audit", "replay", "run_audit_stages"]

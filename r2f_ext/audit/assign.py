@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def assign(images: Tensor, originals: Tensor) -> Tensor:
-    """Indices [n] of the originals [m, c, h, w] that match images [n, c, h, w] best in total, m >= n.
+    """Indices int64 [n] of the originals [m, c, h, w], m >= n, with the largest summed PSNR to images [n, c, h, w].
 
-    Hungarian method; the cost is the negative PSNR.
+    Each original is taken at most once (Hungarian method).
     """
     error = torch.cdist(images.flatten(1).double(), originals.flatten(1).double()).square().clamp_min(1e-20)
     _, columns = linear_sum_assignment(10 * torch.log10(error).numpy())

@@ -1,4 +1,4 @@
-"""What reconstructions are compared with (protocol): a method that does not beat them has recovered nothing."""
+"""What reconstructions are compared with (docs/protocol.md): a method that does not beat them recovers nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from r2f_ext.data import ImageSet
 
 @dataclass(frozen=True)
 class Controls:
-    """Per control, its image for each of n victims [n, c, h, w] in [0, 1]."""
+    """For each control, its images for n victims, [n, c, h, w] in [0, 1]."""
 
     mean_image: Tensor
     class_mean: Tensor
@@ -27,9 +27,9 @@ def make_controls(proxy: ImageSet, labels: Tensor, reconstruction: Tensor, shuff
     """Controls for n victims.
 
     Args:
-        proxy: what the attacker knew.
+        proxy: the public images.
         labels: [n] true labels of the private images, for the class mean.
-        reconstruction: [n, c, h, w], whose nearest proxy neighbour is the memorisation check.
+        reconstruction: [n, c, h, w]; its nearest proxy image shows whether the route only returns a proxy.
         shuffled: [n, c, h, w], the same route fed with another victim's adapter.
     """
     images = proxy.batch(slice(None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.report import SetReport
 from r2f_ext.files import write_atomically
 
@@ -49,13 +51,14 @@ def png_bytes(image: Tensor, scale: int = 2) -> bytes:
     return file.getvalue()
 
 
-def write_reconstructions(path: Path, sets: list[SetReport], phase0: list[tuple[str, Tensor]]) -> None:
+def write_reconstructions(path: Path, sets: Sequence[SetReport], phase0: Sequence[Phase0Report]) -> None:
     """One PNG: a block for each set, a column for each victim, a row for each route and control.
 
     Args:
-        phase0: (route, images) of the exact-gradient ceiling, drawn under the first set.
+        phase0: what exact gradients give away, drawn under the first set.
     """
-    blocks = [(part, rows_of(part) + (phase0 if i == 0 else [])) for i, part in enumerate(sets)]
+    closed_forms = [(figures.route, figures.images) for figures in phase0]
+    blocks = [(part, rows_of(part) + (closed_forms if i == 0 else [])) for i, part in enumerate(sets)]
     columns = min(MAX_COLUMNS, max(len(rows[0][1]) for _, rows in blocks))
     total_rows = sum(len(rows) + 1 for _, rows in blocks)
     height, width = (total_rows + 0.3) * CELL_INCHES, (columns + 3.2) * CELL_INCHES

@@ -1,4 +1,4 @@
-"""How much of an audit fits into memory, decided before any time is spent."""
+"""How large an audit fits into memory, decided before the long stages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SHARE = 0.7  # of the memory that is free now
 def fit_to_memory(
     target: Target, victims: int, count: int, config: AuditConfig, free: int | None = None
 ) -> AuditConfig:
-    """Return `config` with as many held-out pairs as fit; they are what a large base makes expensive.
+    """Return `config` with as many held-out pairs as fit; their dense gradients are what a large base makes expensive.
 
     Args:
-        victims: adapters to decode.
-        count: proxy pairs that there are.
+        victims: number of adapters to decode.
+        count: number of proxy pairs.
         free: bytes; None asks the system.
 
     Raises:
@@ -32,7 +32,7 @@ def fit_to_memory(
     update = FLOAT * sum(layer.d_out * layer.rank for layer in target.layers)
     gradient = FLOAT * sum(layer.d_out * layer.d_in for layer in target.layers)
     image = FLOAT * channels * height * width
-    # Updates are held as collected and as unit rows, images as targets and as dual weights; kernels are count x count.
+    # Updates are kept twice (as collected, as unit rows), images too (targets, dual weights); kernels: count x count.
     pairs = count * (3 * update + 3 * image) + 3 * FLOAT * count**2
     fitted = min(config.decoder_pairs, count)
     factors = FLOAT * fitted**2 * (2 * len(target.layers) + 1)

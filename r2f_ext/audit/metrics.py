@@ -1,4 +1,4 @@
-"""PSNR and SSIM of raw images in [0, 1]; no per-image rescaling (protocol)."""
+"""PSNR and SSIM of raw images in [0, 1]; no rescaling per image (docs/protocol.md)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """A route's figures over n images: PSNR mean, standard deviation and median in dB, mean SSIM."""
+    """A route's figures over n images: mean, standard deviation and median of PSNR in dB, mean SSIM.
+
+    The median of an even number of images is the mean of the middle two.
+    """
 
     psnr_db_mean: float
     psnr_db_std: float
@@ -42,6 +45,6 @@ def score(images: Tensor, originals: Tensor) -> Score:
     return Score(
         float(psnr.mean()),
         float(psnr.std(correction=0)),
-        float(psnr.median()),
+        float(psnr.quantile(0.5)),
         float(ssim(images, originals).mean()),
     )

@@ -1,38 +1,43 @@
-"""report.json (schema 1): the figures of an audit; later versions only add."""
+"""The report of an audit: sets of victims beside their originals and controls, and report.json (schema 1).
+
+Later versions of the schema only add fields.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from r2f_ext.audit.controls import Controls, make_controls
+from r2f_ext.audit.inputs import pair_up
 from r2f_ext.audit.metrics import Score, psnr_db, score
+from r2f_ext.audit.phase0 import Phase0Report
+from r2f_ext.audit.record import Inputs, public_name
 from r2f_ext.audit.run import AuditResult
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.env import environment
-from r2f_ext.files import write_text
 from r2f_ext.inversion.geometry import vit_geometry
 from r2f_ext.inversion.route import Verdict
 from r2f_ext.ops.schemas import SCHEMAS
 from r2f_ext.types import Reconstruction, Target
 
 SCHEMA = 1
-MIN_GAIN_DB = 0.1  # less than this over what is known anyway is called nothing
+MIN_GAIN_DB = 0.1  # a smaller gain over what is known without the adapter counts as nothing recovered
+ESTIMATE = "amortised"  # the route that victims are paired up by and that the image controls are taken of
 
 
 @dataclass(frozen=True)
 class SetReport:
-    """One set of victims: their originals (if given), what each route made of them, and the controls.
+    """One set of n victims: their originals (if given), what each route made of them, and the controls.
 
     Attributes:
         name: set name in report.json.
         proxy: name of the proxy that was used.
-        reconstructions: images [n, c, h, w] a route.
+        reconstructions: one per route; images [n, c, h, w].
         originals: [n, c, h, w], or None where no private images were given.
         labels: [n] true labels, or None.
         controls: None where there are no originals to compare with.
@@ -61,86 +66,129 @@ class SetReport:
 
     def verdict(self) -> str:
         """One sentence for a person."""
+        return _verdict(self.scores(), self.control_psnr())
+
+    def to_json(self) -> dict[str, Any]:
         scores, controls = self.scores(), self.control_psnr()
-        if not scores:
-            return "No private images were given, so nothing is scored; look at the pictures."
-        route, best = max(scores.items(), key=lambda item: item[1].psnr_db_mean)
-        prior = max(controls["shuffled_adapter"], controls["mean_image"])
-        gain = best.psnr_db_mean - prior
-        if gain < MIN_GAIN_DB:
-            return f"Nothing recovered: the best route ({route}) does not beat what is known without this adapter."
-        return f"The adapter gave away {gain:.1f} dB beyond what is known without it (best route: {route})."
+        return {
+            "n": len(self.reconstructions[0].images),
+            "proxy": self.proxy,
+            "routes": {r.route: _route_to_json(r, scores.get(r.route), self.labels) for r in self.reconstructions},
+            "controls": controls,
+            "verdict": _verdict(scores, controls),
+            "notes": list(self.notes),
+        }
+
+
+def _verdict(scores: dict[str, Score], controls: dict[str, float]) -> str:
+    if not scores:
+        return "No private images were given, so nothing is scored; look at the pictures."
+    route, best = max(scores.items(), key=lambda item: item[1].psnr_db_mean)
+    gain = best.psnr_db_mean - max(controls["shuffled_adapter"], controls["mean_image"])
+    if gain < MIN_GAIN_DB:
+        return f"Nothing recovered: the best route ({route}) does not beat what is known without this adapter."
+    return f"The adapter gave away {gain:.1f} dB beyond what is known without it (best route: {route})."
+
+
+def _route_to_json(found: Reconstruction, figures: Score | None, labels: Tensor | None) -> dict[str, Any]:
+    unscored = {"psnr_db_mean": None, "psnr_db_std": None, "ssim_mean": None}
+    right = None
+    if labels is not None and found.labels is not None:
+        right = float((found.labels.cpu() == labels).float().mean())
+    return {
+        **(unscored if figures is None else asdict(figures)),
+        "label_accuracy": right,
+        "why": found.why,
+        "details": found.details,
+        "per_victim": {name: values.tolist() for name, values in found.per_victim.items()},
+    }
 
 
 def set_report(
     name: str, result: AuditResult, proxy: ImageSet, private: ImageSet | None, rows: slice = slice(None)
 ) -> SetReport:
-    """Take the victims `rows` out of an audit and put them beside their originals (in the same order)."""
-    parts = [r.take(rows) for r in result.reconstructions]
-    amortised = next(r for r in parts if r.route == "amortised")
-    notes = _proxy_warning(result.far_from_proxy[rows])
+    """Take the victims `rows` out of an audit and put them beside their originals.
+
+    Args:
+        private: at least as many images as victims, see `pair_up`; None: nothing is scored.
+    """
+    parts = [found.take(rows) for found in result.reconstructions]
+    notes = _far_from_proxy(result.far_from_proxy[rows])
     if private is None:
         return SetReport(name, proxy.name, parts, None, None, None, notes)
-    labels = private.labels
-    # Another victim of the same set for each: what the route makes of any adapter.
-    shuffled = amortised.images.roll(1, 0) if len(amortised.images) > 1 else result.stranger
-    controls = make_controls(proxy, labels, amortised.images, shuffled)
-    return SetReport(name, proxy.name, parts, private.batch(slice(None)), labels, controls, notes)
+    estimate = next(found for found in parts if found.route == ESTIMATE).images
+    paired = pair_up(private, estimate)
+    notes += paired.notes[len(private.notes) :]
+    # The control of each victim is the reconstruction of another one: what the route makes of any adapter.
+    shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.stranger
+    controls = make_controls(proxy, paired.labels, estimate, shuffled)
+    return SetReport(name, proxy.name, parts, paired.batch(slice(None)), paired.labels, controls, notes)
 
 
-def _proxy_warning(far: Tensor) -> tuple[str, ...]:
+def _far_from_proxy(far: Tensor) -> tuple[str, ...]:
     count = int(far.sum())
     if count == 0:
         return ()
     return (f"{count} of {len(far)} updates lie far from every proxy update: the proxy may not fit this data.",)
 
 
-def build_report(
-    target: Target,
-    verdicts: dict[str, Verdict],
-    results: dict[str, AuditResult],
-    sets: list[SetReport],
-    phase0: list[dict[str, Any]],
-    config: AuditConfig,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """The report as plain data.
+@dataclass(frozen=True)
+class AuditReport:
+    """All that an audit found and how to repeat it.
 
-    Args:
-        results: proxy name -> audit with that proxy; the first one's decoders and pairs stand at the top level.
-        phase0: [{route, psnr_db_mean, seconds, ...}].
+    Attributes:
+        target: base and adapted layers.
+        verdicts: route -> whether the equations suffice, and why.
+        results: proxy name -> audit with that proxy; the figures of the first one stand at the top level of the JSON.
+        sets: the victims, set by set.
+        config: sizes and seeds that ran, after they were fitted to memory.
+        seconds: stage -> wall time, and "total".
+        inputs: what was audited, with paths relative to the report's folder; None where it is not to be replayed.
+        notes: sentences on routes that were refused and on the proxy.
+        phase0: closed forms on exact gradients, for comparison.
     """
-    first = next(iter(results.values()))
-    information = environment()
-    device = target.base.device.type
-    return {
-        "schema": SCHEMA,
-        "versions": information["versions"],
-        "backend": {op: information["backends"][op][device] for op in SCHEMAS},
-        "target": target_figures(target, verdicts),
-        "phase0": phase0,
-        "decoders": first.decoders,
-        "reconstruction": {part.name: _set_figures(part) for part in sets},
-        "pairs": {"count": first.pair_count, "per_second": first.pairs_per_second},
-        "seconds": seconds,
-        "proxies": {
-            name: {
-                "decoders": result.decoders,
-                "pairs": {"count": result.pair_count, "per_second": result.pairs_per_second},
-                "seconds": result.seconds,
-            }
-            for name, result in results.items()
-        },
-        "config": asdict(config),
-        "device": device if information["cuda_device"] is None else information["cuda_device"],
-        "lpips": "unavailable: its backbone's weights are not shipped",
-    }
+
+    target: Target
+    verdicts: dict[str, Verdict]
+    results: dict[str, AuditResult]
+    sets: list[SetReport]
+    config: AuditConfig
+    seconds: dict[str, float]
+    inputs: Inputs | None = None
+    notes: tuple[str, ...] = ()
+    phase0: Sequence[Phase0Report] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The data of report.json: plain dicts, lists, numbers and strings."""
+        first = next(iter(self.results.values()))
+        information = environment()
+        device = self.target.base.device.type
+        return {
+            "schema": SCHEMA,
+            "versions": information["versions"],
+            "backend": {op: information["backends"][op][device] for op in SCHEMAS},
+            "target": target_to_json(self.target, self.verdicts),
+            "phase0": [figures.to_json() for figures in self.phase0],
+            "decoders": first.decoders,
+            "reconstruction": {part.name: part.to_json() for part in self.sets},
+            "pairs": _pairs_to_json(first),
+            "seconds": self.seconds,
+            "proxies": {
+                name: {"decoders": result.decoders, "pairs": _pairs_to_json(result), "seconds": result.seconds}
+                for name, result in self.results.items()
+            },
+            "config": asdict(self.config),
+            "inputs": None if self.inputs is None else asdict(self.inputs),
+            "notes": list(self.notes),
+            "device": device if information["cuda_device"] is None else information["cuda_device"],
+            "lpips": "unavailable: its backbone's weights are not shipped",
+        }
 
 
-def target_figures(target: Target, verdicts: dict[str, Verdict]) -> dict[str, Any]:
+def target_to_json(target: Target, verdicts: dict[str, Verdict]) -> dict[str, Any]:
     """What was found in the adapter and which routes can work."""
     return {
-        "base": target.base.spec,
+        "base": public_name(target.base.spec),
         "rank": max(layer.rank for layer in target.layers),
         "layers": [asdict(layer) for layer in target.layers],
         "tokens": vit_geometry(target.base.model).tokens,
@@ -149,37 +197,5 @@ def target_figures(target: Target, verdicts: dict[str, Verdict]) -> dict[str, An
     }
 
 
-def _set_figures(part: SetReport) -> dict[str, Any]:
-    scores = part.scores()
-    return {
-        "n": len(part.reconstructions[0].images),
-        "proxy": part.proxy,
-        "routes": {
-            r.route: {
-                **(
-                    asdict(scores[r.route])
-                    if scores
-                    else {"psnr_db_mean": None, "psnr_db_std": None, "ssim_mean": None}
-                ),
-                "label_accuracy": _label_accuracy(r, part.labels),
-                "why": r.why,
-                "details": r.details,
-            }
-            for r in part.reconstructions
-        },
-        "controls": part.control_psnr(),
-        "verdict": part.verdict(),
-        "notes": list(part.notes),
-    }
-
-
-def _label_accuracy(reconstruction: Reconstruction, labels: Tensor | None) -> float | None:
-    if labels is None or reconstruction.labels is None:
-        return None
-    return float((reconstruction.labels.cpu() == labels).float().mean())
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> Path:
-    """Write report.json."""
-    write_text(folder / "report.json", json.dumps(report, indent=1))
-    return folder / "report.json"
+def _pairs_to_json(result: AuditResult) -> dict[str, Any]:
+    return {"count": result.pair_count, "per_second": result.pairs_per_second}

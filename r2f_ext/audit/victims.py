@@ -1,4 +1,4 @@
-"""Real victims, made with PEFT itself: one adapter a private image, all from one start (protocol, *Victims*)."""
+"""Real victims, trained by PEFT itself: one adapter per private image, all from one start (docs/protocol.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TARGET_MODULES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 @dataclass(frozen=True)
 class VictimConfig:
-    """The protocol's default victim: r = 8, alpha = 16, all linear layers of the blocks, T = 1, plain SGD, batch 1."""
+    """The default victim of docs/protocol.md: r = 8, alpha = 16, all linear layers of the blocks, one step of SGD."""
 
     rank: int = 8
     alpha: int = 16
@@ -36,11 +36,12 @@ def train_victim(base: BaseModel, image: torch.Tensor, label: int, folder: Path,
         config: equal seeds give equal starts (A), as the clients of one server have.
 
     Returns:
-        the adapter's folder.
+        the adapter's folder. The random state of the caller is the same afterwards.
     """
-    torch.manual_seed(config.seed)
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(TARGET_MODULES), lora_dropout=0.0)
-    model = get_peft_model(copy.deepcopy(base.model), lora)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws A on the CPU, also for a base on a GPU
+        torch.default_generator.manual_seed(config.seed)
+        model = get_peft_model(copy.deepcopy(base.model), lora)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=config.lr)
     inputs, labels = base.normalize(image[None].to(base.device)), torch.tensor([label], device=base.device)
     for _ in range(config.steps):
@@ -49,7 +50,7 @@ def train_victim(base: BaseModel, image: torch.Tensor, label: int, folder: Path,
         optimizer.step()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT asks the hub for a base config, which a local base has not
+        warnings.simplefilter("ignore")  # PEFT looks for a base config, which a local base lacks
         write_folder_atomically(folder, lambda temporary: model.save_pretrained(str(temporary)))
     return folder
 
@@ -57,7 +58,7 @@ def train_victim(base: BaseModel, image: torch.Tensor, label: int, folder: Path,
 def train_victims(
     base: BaseModel, images: torch.Tensor, labels: torch.Tensor, folder: Path, config: VictimConfig
 ) -> list[Path]:
-    """One victim an image [n, c, h, w], in folders 000, 001, ..."""
+    """One victim per image of [n, c, h, w], in the folders 000, 001, ..."""
     return [
         train_victim(base, image, int(label), folder / f"{index:03d}", config)
         for index, (image, label) in enumerate(zip(images, labels, strict=True))

@@ -11,7 +11,7 @@ from r2f_ext.errors import R2FError
 
 
 def chosen_device(options: argparse.Namespace) -> str:
-    """What --device asks for; on several processes, each has a GPU of its own.
+    """What --device names; on several processes, each has a GPU of its own.
 
     Raises:
         R2FError: there is no such device.
@@ -21,3 +21,8 @@ def chosen_device(options: argparse.Namespace) -> str:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise R2FError("--device cuda: torch sees no CUDA device here; use --device cpu.")
     return distributed.device_of(options.device)
+
+
+def uses_cuda(options: argparse.Namespace) -> bool:
+    """Whether the command runs on a GPU."""
+    return "device" in options and chosen_device(options).startswith("cuda")

@@ -1,4 +1,4 @@
-"""What a person reads: progress bars and tables."""
+"""Progress bars and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Rate(ProgressColumn):
 
 
 class Bars:
-    """Progress as rich draws it; on a pipe, one plain line when a stage ends."""
+    """Progress bars on a terminal; on a pipe, one plain line at the end of each stage."""
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -55,7 +55,7 @@ class Bars:
 
 @contextmanager
 def drawn_stages() -> Iterator[Stages]:
-    """Stages whose progress is drawn on the terminal."""
+    """Stages that draw their progress on the terminal."""
     bars = Bars()
     if not console.is_terminal:
         yield Stages(bars)
@@ -77,7 +77,7 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
 
 def print_target(target: dict[str, Any]) -> None:
-    """What an adapter holds and which routes can work."""
+    """Base, layers and rank of an adapter, and which routes can work."""
     layers = target["layers"]
     console.print(
         f"base {escape(target['base'])}, {len(layers)} adapted layers, rank {target['rank']}, "
@@ -87,17 +87,18 @@ def print_target(target: dict[str, Any]) -> None:
 
 
 def print_verdicts(verdicts: list[tuple[str, bool, str]]) -> None:
-    """(route, equations suffice, why) a row."""
+    """One row per (route, equations suffice, why)."""
     rows = [[route, "yes" if ok else "no", why] for route, ok, why in verdicts]
     table("Which routes can work, by count", ["route", "enough?", "why"], rows)
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The figures of an audit, for a person."""
+    """The figures of an audit, from the data of report.json."""
     if report["phase0"]:
         print_phase0("Phase 0: the exact gradient, inverted in closed form", report["phase0"])
     for proxy, part in report["proxies"].items():
         _print_decoders(proxy, part)
+    _print_notes(report["notes"])
     for name, figures in report["reconstruction"].items():
         rows = [_route_row(route, values) for route, values in figures["routes"].items()]
         rows += [
@@ -107,9 +108,13 @@ def print_report(report: dict[str, Any]) -> None:
         title = f"{name}: {figures['n']} adapters, proxy {figures['proxy']}"
         table(title, ["", "PSNR dB", "std", "SSIM", "labels right"], rows)
         console.print(Text(figures["verdict"], style="bold"))
-        for note in figures["notes"]:
-            console.print(Text(note, style="yellow"))
+        _print_notes(figures["notes"])
         console.print()
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        console.print(Text(note, style="yellow"))
 
 
 def _route_row(route: str, values: dict[str, Any]) -> list[str]:

@@ -1,12 +1,16 @@
-"""What can be asked on the command line, and the help that says so."""
+"""The options of every command, and their help."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-# Those of r2f_ext.decoders.KINDS, said here because help must not load torch; a test compares them.
+from r2f_ext import __version__
+
+# The names of r2f_ext.decoders.KINDS and r2f_ext.data.load.LOADERS, repeated because help must not load torch; tests
+# compare them.
 KINDS = ("projection", "row_lmmse", "ridge", "kernel_ridge", "mlp", "conv", "unet")
+IMAGES = ("embedded", "fashion-mnist", "cifar100", "lfw", "photos", "procedural")
 
 DESCRIPTION = """\
 How much of its training data does a LoRA adapter give away?
@@ -23,6 +27,7 @@ examples:
   r2f audit my-adapter --out report         an adapter of the embedded base, procedural proxy
   r2f audit my-adapter --base timm:vit_small_patch16_224 --proxy my-images --out report
   r2f audit my-adapter --private photo-folder --out report     scored against the originals
+  r2f audit --replay report/report.json         repeat a recorded audit
 
 the same, stage by stage:
   r2f identifiability vit_large_patch14_clip_224
@@ -35,13 +40,14 @@ the same, stage by stage:
 pairs and fit also on several processes or machines:
   torchrun --nproc-per-node 2 -m r2f_ext.cli pairs my-adapter --count 50000 --out pairs
 
-exit codes: 0 done; 2 bad input, said in one sentence; 130 interrupted with Ctrl-C.
-Files appear under their final names only when they are whole.
+exit codes: 0 done; 2 bad input, explained in one sentence; 70 an error in r2f itself (--debug
+shows the traceback); 130 interrupted with Ctrl-C; 143 terminated.
+Files appear under their final names only when they are complete.
 """
 
 BASE_HELP = "embedded (default) | timm:NAME | a FOLDER with config.json and model.safetensors"
 Commands = Any  # what add_subparsers returns; argparse keeps its type private
-IMAGES_HELP = "embedded | fashion-mnist | cifar100 | lfw | photos | procedural | a FOLDER | a+b"
+IMAGES_HELP = f"{' | '.join(IMAGES)} | a FOLDER | a+b"
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -50,9 +56,10 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; argparse itself exits with 2 on unknown options."""
+    """Parse the command line; unknown or contradictory options exit with code 2, no command at all prints the help."""
     parser = argparse.ArgumentParser("r2f", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_Help)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"r2f-ext {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _audit(commands)
     _demo(commands)
     _phase0(commands)
@@ -62,11 +69,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _decode(commands)
     _invert(commands)
     _env(commands)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        parser.exit()
+    if options.command == "audit":
+        _check_audit(parser, options)
+    return options
+
+
+def _check_audit(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """An audit names adapters and --out; a replay takes everything that shapes its figures from the report."""
+    if options.replay is None:
+        if not options.adapter or options.out is None:
+            parser.error("audit needs an ADAPTER and --out DIR, or --replay REPORT")
+        return
+    plain = parser.parse_args(["audit", "--replay", options.replay])
+    free = ("out", "json", "device", "debug")
+    given = [name for name, value in vars(options).items() if name not in free and value != getattr(plain, name)]
+    if given:
+        parser.error(f"audit --replay takes '{given[0].replace('_', '-')}' from the report: leave it out")
 
 
 def _command(
-    commands: Commands, name: str, summary: str, base: bool = True, out: str | None = None
+    commands: Commands, name: str, summary: str, base: bool = True, out: str | None = None, out_required: bool = True
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
     if base:
@@ -74,8 +100,9 @@ def _command(
         command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default auto")
         command.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
     if out is not None:
-        command.add_argument("--out", required=True, metavar="DIR", help=out)
+        command.add_argument("--out", required=out_required, metavar="DIR", help=out)
     command.add_argument("--json", metavar="FILE", help="also write what is printed, machine-readable")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command
 
 
@@ -98,7 +125,7 @@ def _adapter(command: argparse.ArgumentParser, many: bool = False) -> None:
     command.add_argument(
         "adapter",
         metavar="ADAPTER",
-        nargs="+" if many else None,
+        nargs="*" if many else None,
         help="a folder written by PEFT's save_pretrained" + ("; several if they share one start" if many else ""),
     )
 
@@ -121,7 +148,8 @@ def _routes(command: argparse.ArgumentParser) -> None:
 
 
 def _audit(commands: Commands) -> None:
-    command = _command(commands, "audit", "the main job: what did this adapter give away?", out="for the report")
+    summary = "the main job: what did this adapter give away?"
+    command = _command(commands, "audit", summary, out="for the report", out_required=False)
     _adapter(command, many=True)
     _proxy(command)
     command.add_argument(
@@ -134,11 +162,16 @@ def _audit(commands: Commands) -> None:
     _gauss_newton(command)
     _initial(command)
     _precision(command)
+    command.add_argument(
+        "--replay",
+        metavar="REPORT",
+        help="repeat the audit of a report.json: its adapters, images, sizes and seeds; --out is optional",
+    )
 
 
 def _demo(commands: Commands) -> None:
     _command(
-        commands, "demo", "make 24 real victims with PEFT and audit them; about 5 minutes on 2 cores", out="for it"
+        commands, "demo", "train 24 real victims with PEFT and audit them; about 5 minutes on 2 cores", out="for it"
     )
 
 
@@ -177,16 +210,16 @@ def _pairs(commands: Commands) -> None:
         help="take the gradients of these pairs of another adapter of the same base: only the projection is new",
     )
     command.add_argument(
-        "--own-a",
+        "--per-victim-a",
         action="store_true",
-        help="every victim draws an A of its own, as PEFT does: r2f fit then makes decoders that serve any A",
+        help="each victim draws its own A, as PEFT does: r2f fit then makes decoders that serve any A",
     )
     command.add_argument(
         "--dense", action="store_true", help="write full gradients out, not as factors: smaller after many steps"
     )
     training = command.add_argument_group(
         "how each victim trains (default: one step of SGD on one image)",
-        "Any of these simulates victims step by step, all at once; the update kept is -B over the sum of step sizes.",
+        "Any of these simulates the victims step by step; the stored update is -B over the sum of the step sizes.",
     )
     training.add_argument("--steps", type=int, metavar="T", help="optimizer steps (default 1)")
     training.add_argument("--batch", type=int, metavar="B", help="images of a step (default 1)")

@@ -1,0 +1,84 @@
+"""audit() from folders and names: what it reports, writes and leaves alone."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import victim
+from cli_cases import files_under
+from PIL import Image
+
+import r2f_ext.audit.entry as module
+from r2f_ext.audit import audit
+from r2f_ext.config import AuditConfig
+from r2f_ext.data import load_images
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.matching import MatchingConfig
+
+STEPS = MatchingConfig(steps=2)
+CONFIG = AuditConfig(pairs=60, decoder_pairs=40, held_out=10, matching=STEPS, refinement=STEPS)
+
+
+def test_without_out_nothing_is_written(adapter_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = audit([adapter_folder], proxy="embedded", private="embedded:0", config=CONFIG)
+    assert files_under(tmp_path) == []
+    (part,) = report.sets
+    assert part.name == "one" and len(part.originals) == 1 and part.labels is not None
+    assert [r.route for r in part.reconstructions][:3] == ["matching", "amortised", "amortised_refined"]
+    assert any(note.startswith("adapter_rowspace: Not exact") for note in report.notes)
+    assert report.seconds["total"] >= report.seconds["pairs"]
+
+
+def test_what_is_loaded_is_shown_before_the_long_stages(adapter_folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module.run, "audit", lambda *args: pytest.fail("not shown first") if not seen else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        audit([adapter_folder], proxy="embedded", private="embedded", config=CONFIG, on_ready=seen.append)
+    (ready,) = seen
+    assert len(ready.proxy) == 60 and len(ready.private) == 100 and ready.one_step
+    assert "matching" in ready.verdicts and ready.config == CONFIG
+
+
+def test_the_sizes_that_ran_are_recorded(adapter_folder, monkeypatch):
+    monkeypatch.setattr(module, "fit_to_memory", lambda target, victims, count, config: replace(config, held_out=5))
+    report = audit([adapter_folder], proxy="embedded", config=CONFIG)
+    assert report.config.held_out == 5 and report.to_json()["config"]["held_out"] == 5
+
+
+def test_no_absolute_path_is_in_the_report(embedded, private, tmp_path):
+    adapter = victim(embedded, tmp_path / "adapter", private.batch([0]), private.labels[:1])
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, image in enumerate(load_images("procedural", count=50).images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(images / f"{i}.png")
+    out = tmp_path / "out"
+    audit([adapter], proxy=str(images), private=f"{images}:3", out=out, config=CONFIG)
+    text = (out / "report.json").read_text()
+    report = json.loads(text)
+    assert str(tmp_path) not in text and str(tmp_path) not in (out / "report.html").read_text()
+    assert report["inputs"]["adapters"] == ["../adapter"] and report["inputs"]["private"] == "../images:3"
+    assert list(report["proxies"]) == ["images"] and any("'images' has 50 images" in note for note in report["notes"])
+
+
+def test_a_refused_search_is_noted_and_not_recorded_as_run(embedded, private, tmp_path):
+    moved = victim(embedded, tmp_path / "moved", private.batch([0]), private.labels[:1], steps=4)
+    report = audit([moved], proxy="embedded", config=replace(CONFIG, gauss_newton=True))
+    assert not report.config.gauss_newton
+    assert any(note.startswith("gauss_newton is refused: ") for note in report.notes)
+
+
+def test_the_random_state_of_the_caller_is_left_alone(adapter_folder):
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    audit([adapter_folder], proxy="embedded", config=CONFIG)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_bad_inputs_are_refused_before_the_long_stages(adapter_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.run, "audit", lambda *args: pytest.fail("the audit ran"))
+    for given, sentence in (({"proxy": "none"}, "unknown images"), ({"private": "embedded:100"}, "counted from 0")):
+        with pytest.raises(R2FError, match=sentence):
+            audit([adapter_folder], config=CONFIG, **given)

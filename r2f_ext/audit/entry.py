@@ -1,0 +1,135 @@
+"""`audit`: what do these adapters give away? `r2f audit` is this function with its progress and report printed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from r2f_ext.audit.inputs import load_adapters, load_private
+from r2f_ext.audit.record import Inputs, public_name
+from r2f_ext.audit.report import AuditReport, set_report
+from r2f_ext.audit.run import run_audit_stages
+from r2f_ext.audit.write import write_report
+from r2f_ext.config import AuditConfig
+from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.files import output_folder
+from r2f_ext.inversion.route import Verdict, adapter_problem
+from r2f_ext.inversion.routes import verdicts_of
+from r2f_ext.models import InitialFactors
+from r2f_ext.progress import Stages
+from r2f_ext.types import LoraUpdate, Target
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an audit has loaded and decided before any time is spent.
+
+    Attributes:
+        target, updates: base, adapted layers and the V adapters' factors.
+        proxy: public images, none of them private.
+        private: the true images, at least V, or None.
+        initial: where to look for A before the first step.
+        verdicts: route -> verdict, of every route in the registry.
+        one_step: every A is as PEFT draws it, so one step was taken.
+        notes: sentences on the images.
+    """
+
+    target: Target
+    updates: list[LoraUpdate]
+    proxy: ImageSet
+    private: ImageSet | None
+    initial: InitialFactors
+    verdicts: dict[str, Verdict]
+    one_step: bool
+    notes: tuple[str, ...]
+
+
+def audit(
+    adapters: Sequence[str | Path],
+    *,
+    base: str = "embedded",
+    proxy: str = "procedural",
+    private: str | None = None,
+    out: str | Path | None = None,
+    config: AuditConfig | None = None,
+    device: str = "cpu",
+    initial: str | None = None,
+    a0_seed: int | None = None,
+    stages: Stages | None = None,
+    on_ready: Callable[[Prepared], None] = lambda ready: None,
+) -> AuditReport:
+    """Audit one adapter, or several that started from the same A (the clients of one server).
+
+    Args:
+        adapters: folders as PEFT's save_pretrained writes them.
+        base: `embedded`, `timm:NAME` or a folder, see `load_base`.
+        proxy: public images, see `load_images`.
+        private: the true training images to score against, as `proxy`, or `DATA:INDEX` for one of them.
+        out: folder for report.json, report.html, reconstructions.png and the decoded gradients; None writes nothing.
+        config: sizes and seeds; None takes the defaults of `AuditConfig`.
+        device: where the model runs, "cpu" or "cuda".
+        initial: folder of the adapter saved before training, for the route adapter_rowspace.
+        a0_seed: torch's seed right before PEFT made the adapter; without both, common seeds are tried.
+        stages: takes the progress of the long stages.
+        on_ready: called once everything is loaded and checked, before the long stages.
+
+    Raises:
+        R2FError: an input cannot be read or does not fit the others, or memory does not suffice.
+    """
+    began = time.perf_counter()
+    folder = None if out is None else output_folder(out)
+    config, stages = config or AuditConfig(), stages or Stages()
+    ready = _prepare(adapters, base, proxy, private, config, device, initial, a0_seed)
+    on_ready(ready)
+    result = run_audit_stages(ready.target, ready.updates, ready.proxy, config, stages, ready.initial, ready.verdicts)
+    given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, ready.target.base.device.type)
+    report = AuditReport(
+        target=ready.target,
+        verdicts=ready.verdicts,
+        results={ready.proxy.name: result},
+        sets=[set_report(Path(adapters[0]).resolve().name, result, ready.proxy, ready.private)],
+        config=result.config,
+        seconds={**result.seconds, "total": time.perf_counter() - began},
+        inputs=given.relative_to(folder or Path()),
+        notes=(*ready.notes, *result.notes, *(f"{route}: {why}" for route, why in result.not_run.items())),
+    )
+    if folder is not None:
+        write_report(folder, report)
+    return report
+
+
+def _prepare(
+    adapters: Sequence[str | Path],
+    base: str,
+    proxy: str,
+    private: str | None,
+    config: AuditConfig,
+    device: str,
+    initial: str | None,
+    a0_seed: int | None,
+) -> Prepared:
+    target, updates = load_adapters(adapters, base, device)
+    start = InitialFactors(target, updates[0], initial, a0_seed)
+    problem = adapter_problem(target, updates, start)
+    images = load_images(
+        proxy,
+        input_shape=target.base.input_shape,
+        num_classes=target.base.num_classes,
+        count=config.pairs,
+        seed=config.seed,
+    )
+    originals = None if private is None else load_private(private, target.base, config.seed, len(updates))
+    if originals is not None:
+        images = drop_private(images, originals)
+    notes = tuple(_without_folders(note, proxy) for note in images.notes)
+    images = replace(images, name=public_name(proxy))
+    return Prepared(target, updates, images, originals, start, verdicts_of(problem), problem.steps == 1, notes)
+
+
+def _without_folders(note: str, proxy: str) -> str:
+    """A note on the proxy that names its folders by their last part only: reports hold no absolute path."""
+    for part in (proxy, *proxy.split("+")):
+        note = note.replace(part, public_name(part))
+    return note

@@ -1,0 +1,84 @@
+"""What an audit was given, as its report records it: paths are relative to the report's folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from r2f_ext.data.load import LOADERS
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of an audit besides its config.
+
+    Attributes:
+        adapters: their folders.
+        base, proxy, private, initial, a0_seed: as `audit` takes them.
+        device: type of the device that the audit ran on.
+    """
+
+    adapters: tuple[str, ...]
+    base: str
+    proxy: str
+    private: str | None
+    initial: str | None
+    a0_seed: int | None
+    device: str
+
+    def relative_to(self, folder: Path) -> Inputs:
+        """The same inputs; each path becomes relative to `folder` and begins with `./` or `../`, unlike any name."""
+        root = folder.resolve()
+
+        def relative(path: str) -> str:
+            found = os.path.relpath(Path(path).resolve(), root)
+            return found if found.startswith("..") else f"./{found}"
+
+        def spec(text: str) -> str:
+            return _each_folder(text, os.path.isdir, relative)
+
+        return self._changed(relative, spec)
+
+    def resolved(self, folder: Path) -> Inputs:
+        """The inverse of `relative_to`: paths are absolute again."""
+        root = folder.resolve()
+
+        def absolute(path: str) -> str:
+            return os.path.normpath(root / path)
+
+        def spec(text: str) -> str:
+            return _each_folder(text, lambda part: part.startswith(".") and (root / part).is_dir(), absolute)
+
+        return self._changed(absolute, spec)
+
+    def _changed(self, path: Callable[[str], str], spec: Callable[[str], str]) -> Inputs:
+        return replace(
+            self,
+            adapters=tuple(path(folder) for folder in self.adapters),
+            base=spec(self.base),
+            proxy=spec(self.proxy),
+            private=None if self.private is None else _private(self.private, spec),
+            initial=None if self.initial is None else path(self.initial),
+        )
+
+
+def public_name(spec: str) -> str:
+    """A spec of images or of a base as reports show it: folders by their last part only."""
+    return _each_folder(spec, os.path.isdir, lambda path: Path(path).resolve().name)
+
+
+def _each_folder(spec: str, is_folder: Callable[[str], bool], change: Callable[[str], str]) -> str:
+    """`spec` with every folder in it changed; as in `load_images`, a name wins over a folder, a folder over a mix."""
+    if spec in LOADERS or spec.startswith("timm:"):
+        return spec
+    if is_folder(spec):
+        return change(spec)
+    return "+".join(_each_folder(part, is_folder, change) for part in spec.split("+")) if "+" in spec else spec
+
+
+def _private(spec: str, change: Callable[[str], str]) -> str:
+    """`DATA` or `DATA:INDEX`."""
+    name, colon, index = spec.rpartition(":")
+    return f"{change(name)}{colon}{index}" if name and index.isdigit() else change(spec)

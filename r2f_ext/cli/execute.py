@@ -1,0 +1,33 @@
+"""Runs a command that was parsed: everything that needs torch begins here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from r2f_ext import distributed
+from r2f_ext.cli import commands, display
+from r2f_ext.cli.device import uses_cuda
+from r2f_ext.errors import R2FError
+from r2f_ext.files import output_folder, write_text
+from r2f_ext.malloc import keep_freed_memory
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Run the command, on one process or as one of several, and write --json.
+
+    Raises:
+        R2FError: whatever the user can mend.
+    """
+    keep_freed_memory()
+    if options.json is not None:
+        output_folder(Path(options.json).resolve().parent)
+    if distributed.wanted() and options.command not in commands.DISTRIBUTED:
+        raise R2FError(f"only {' and '.join(commands.DISTRIBUTED)} run on several processes: leave torchrun out.")
+    with distributed.processes(cuda=uses_cuda(options)):
+        first = distributed.rank() == 0
+        display.console.quiet = not first
+        printed = commands.load(options.command)(options)
+        if options.json is not None and first:
+            write_text(Path(options.json), json.dumps(printed, indent=1))

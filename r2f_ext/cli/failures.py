@@ -1,0 +1,90 @@
+"""How a command ends when it does not succeed: one sentence on stderr and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from r2f_ext.errors import R2FError
+
+REFUSED, UNEXPECTED, INTERRUPTED, TERMINATED = 2, 70, 130, 143  # 70: sysexits.h; 128 + the signal's number
+TRACEBACK = "traceback.txt"
+# What the allocators of the CPU and of CUDA say; torch.OutOfMemoryError is a RuntimeError with the first of them.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whatever cleans up after Ctrl-C cleans up after it as well."""
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM inside the context; only the main thread can receive signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning up
+    raise Terminated
+
+
+def report_failure(error: BaseException, options: argparse.Namespace) -> int:
+    """Print what went wrong, the traceback too with --debug; returns the exit code."""
+    if options.debug:
+        traceback.print_exception(error)
+    sentence, code = _explain(error, options)
+    print(f"r2f {options.command}: {sentence}", file=sys.stderr)
+    return code
+
+
+def _explain(error: BaseException, options: argparse.Namespace) -> tuple[str, int]:
+    if isinstance(error, R2FError):
+        return str(error), REFUSED
+    if isinstance(error, Terminated):
+        return "terminated; nothing half-written was left behind.", TERMINATED
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing half-written was left behind.", INTERRUPTED
+    if _is_out_of_memory(error):
+        place = "on the GPU: run with --device cpu, " if "CUDA" in str(error) or "CUBLAS" in str(error) else ": "
+        return f"out of memory {place}ask for fewer pairs (--count), or use a machine with more memory.", REFUSED
+    first_line = (str(error).splitlines() or [""])[0][:200].rstrip(".")
+    what = f"unexpected {type(error).__name__}{': ' * bool(first_line)}{first_line}"
+    return f"{what}; the traceback is in {_write_traceback(error, options)} (--debug shows it here).", UNEXPECTED
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def _write_traceback(error: BaseException, options: argparse.Namespace) -> Path:
+    """Under --out; in a temporary file where there is no --out or it cannot be written to."""
+    text = "".join(traceback.format_exception(error))
+    if getattr(options, "out", None) is not None:
+        path = Path(options.out) / TRACEBACK
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return path
+        except OSError:
+            pass
+    with tempfile.NamedTemporaryFile("w", prefix="r2f-", suffix=f"-{TRACEBACK}", delete=False) as file:
+        file.write(text)
+    return Path(file.name)

@@ -1,0 +1,75 @@
+"""`r2f pairs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from torch import Tensor
+
+from r2f_ext.cli.display import console, drawn_stages
+from r2f_ext.cli.inputs import Options, images_of, read_adapters
+from r2f_ext.data import ProceduralStream, ProxyImages
+from r2f_ext.errors import R2FError
+from r2f_ext.files import output_folder
+from r2f_ext.pairs import (
+    GeneratedPairs,
+    ReprojectedPairs,
+    SimulatedPairs,
+    StoredPairs,
+    Training,
+    WritablePairs,
+    write_pairs,
+)
+from r2f_ext.types import BaseModel, Target
+
+
+def run_pairs(options: Options) -> dict[str, Any]:
+    target, (adapter,) = read_adapters([options.adapter], options)
+    folder = output_folder(options.out)
+    a = {name: a.float() for name, a in adapter.a.items()}
+    pairs = _new_pairs(options, target, a)
+    count = min(options.count, len(pairs))
+    with drawn_stages() as stages, stages.stage("pairs", count) as advance:
+        write_pairs(pairs, count, folder, advance, options.dense, _print_size(count))
+    rate = count / stages.seconds["pairs"]
+    console.print(f"{count} pairs, {rate:,.0f} a second, in {escape(str(folder))}")
+    return {"count": count, "per_second": rate, "proxy": pairs.recipe["proxy"]}
+
+
+def _print_size(count: int) -> Callable[[int], None]:
+    return lambda size: console.print(f"{count:,} pairs take {size / 1e9:.2f} GB on disk")
+
+
+def _new_pairs(options: Options, target: Target, a: dict[str, Tensor]) -> WritablePairs:
+    training = _training(options)
+    per_victim_a = options.seed if options.per_victim_a else None
+    if options.cache is not None:
+        if training is not None or options.dense:
+            raise R2FError("--cache holds gradients of one step at the start: leave training and --dense out.")
+        if Path(options.cache).resolve() == Path(options.out).resolve():
+            raise R2FError(f"--cache and --out are the same folder '{options.out}': name another one.")
+        return ReprojectedPairs(StoredPairs(options.cache, target.base), target, a, per_victim_a)
+    owned = training.owned if training is not None else 1
+    proxy = _proxy_images(options, target.base, options.count * owned)
+    if training is None or training.plain_step:
+        group_size = 1 if training is None else training.batch
+        return GeneratedPairs(target, a, proxy, group_size, options.precision, per_victim_a)
+    return SimulatedPairs(
+        target, a, proxy, training, options.seed, None, per_victim_a, options.dense, options.precision
+    )
+
+
+def _proxy_images(options: Options, base: BaseModel, count: int) -> ProxyImages:
+    if options.proxy == "procedural" and count > 0:  # a product below 1 is refused by load_images
+        return ProceduralStream(count, base.input_shape, base.num_classes, options.seed)
+    return images_of(options.proxy, base, options, "proxy", count=count)
+
+
+def _training(options: Options) -> Training | None:
+    """The victims' training where any option of it was given; None: one step of SGD on one image."""
+    given = {f.name: getattr(options, f.name) for f in fields(Training) if getattr(options, f.name) is not None}
+    return Training(**given) if given else None
