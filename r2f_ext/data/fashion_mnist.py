@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.datasets import FashionMNIST
 
 from r2f_ext.errors import R2FError
 
@@ -35,8 +36,6 @@ def load_fashion_mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _from_torchvision(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    from torchvision.datasets import FashionMNIST
-
     folder = Path(os.environ.get("R2F_DATA", Path.home() / ".cache" / "r2f_ext"))
     try:
         data = FashionMNIST(str(folder), train=split == "train", download=True)

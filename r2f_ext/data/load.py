@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision import datasets
 
 from r2f_ext.data.fashion_mnist import load_fashion_mnist
 from r2f_ext.data.folder import list_folder, read_images
@@ -202,8 +203,6 @@ class _Request:
 
 def _cifar100(train: bool) -> tuple[Tensor, Tensor]:
     """CIFAR-100 as uint8 [n, 3, 32, 32] and int64 [n], by torchvision into `$R2F_DATA`."""
-    from torchvision import datasets
-
     folder = Path(os.environ.get("R2F_DATA", Path.home() / ".cache" / "r2f_ext"))
     try:
         data = datasets.CIFAR100(str(folder), train=train, download=True)

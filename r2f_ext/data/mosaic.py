@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
+from r2f_ext.files import write_atomically
 
 _LABELS, _TILE = "labels", "tile"
 
@@ -39,7 +38,7 @@ def write_mosaic(path: Path, images: Tensor, labels: Tensor) -> None:
     info.add_text(_LABELS, "".join(map(str, labels.tolist())), zip=True)
     buffer = io.BytesIO()
     Image.fromarray(sheet.numpy()).save(buffer, "PNG", optimize=True, pnginfo=info)
-    _replace(path, buffer.getvalue())
+    write_atomically(path, lambda temporary: _write(temporary, buffer.getvalue()))
 
 
 def read_mosaic(path: Path) -> tuple[Tensor, Tensor]:
@@ -64,14 +63,5 @@ def read_mosaic(path: Path) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

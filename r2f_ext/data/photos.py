@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import skimage.data
 import torch
 from torch import Tensor
 
@@ -78,8 +79,6 @@ def _photo(name: str) -> Tensor:
 
 
 def _from_skimage(name: str) -> np.ndarray:
-    import skimage.data
-
     try:
         return getattr(skimage.data, name)()
     except Exception as error:  # AttributeError, ModuleNotFoundError (pooch) or an error of its downloader, by version
