@@ -9,7 +9,7 @@ CODE = re.compile(r"(`[^`]*`)")
 
 
 class PlainBrackets(Extension):
-    """Escape `[` outside code, because Markdown reads `x[l] [P, N, d]` as a link; leave out what is only re-exported."""
+    """Escape `[` outside code, because Markdown reads `x[l] [P, N, d]` as a link; omit re-exported names."""
 
     def on_object(self, *, obj: Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
