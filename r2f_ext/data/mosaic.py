@@ -1,4 +1,4 @@
-"""Small gray images as one PNG: a mosaic of tiles with the labels in a text chunk."""
+"""Small gray images in one PNG file: a mosaic of tiles, with the labels in a text chunk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LABELS, _TILE = "labels", "tile"
 
 
 def write_mosaic(path: Path, images: Tensor, labels: Tensor) -> None:
-    """Write images uint8 [n, h, w] and labels [n] (0 to 9) to `path`, atomically; the same input gives the same bytes.
+    """Write images uint8 [n, h, w] and labels [n] (0 to 9) to `path`, atomically and reproducibly.
 
     Raises:
         ValueError: the tensors do not fit together, or a label is not a single digit.
@@ -45,7 +45,7 @@ def read_mosaic(path: Path) -> tuple[Tensor, Tensor]:
     """Return (images uint8 [n, h, w], labels int64 [n]) as `write_mosaic` wrote them.
 
     Raises:
-        R2FError: the file is missing, damaged or no mosaic.
+        R2FError: the file is missing, damaged or not a mosaic.
     """
     try:
         with Image.open(path) as picture:
