@@ -1,5 +1,6 @@
 """The documents: links lead somewhere, lines are short, cited sections and recorded results exist."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -58,3 +59,10 @@ def test_cited_sections_exist():
                 text = " ".join(path.read_text(encoding="utf-8").split())
                 assert "METHODS" not in text, path
                 assert set(CITED.findall(text)) <= sections, path
+
+
+def test_the_readmes_example_imports_from_the_front_door_alone():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    imports = [node for node in ast.walk(ast.parse(example)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert {node.module for node in imports} == {"r2f_ext"}
+    assert {alias.name for node in imports for alias in node.names} <= set(r2f_ext.__all__)

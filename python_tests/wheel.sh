@@ -19,5 +19,5 @@ cp -r python_tests pyproject.toml "$work"
 cd "$work"
 "$work/venv/bin/python" -c 'import r2f_ext, sys; assert r2f_ext.__file__.startswith(sys.prefix), r2f_ext.__file__'
 "$work/venv/bin/r2f" env
-"$work/venv/bin/python" -m pytest -q "${@:-python_tests/test_installation.py}" \
-    python_tests/test_front.py python_tests/test_env.py python_tests/ops/test_backend.py python_tests/models
+tests=(test_installation.py test_front.py test_env.py test_files.py ops/test_backend.py models/test_embedded.py)
+"$work/venv/bin/python" -m pytest -q "${tests[@]/#/python_tests/}"
