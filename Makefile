@@ -21,12 +21,6 @@ test-kernels: $(VENV)/installed
 	$(BIN)/cmake --build build/cmake --parallel 2
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-lint: $(VENV)/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-	$(BIN)/mypy
-
 # The site in build/docs; a broken link or a name that does not exist stops it.
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict
@@ -34,6 +28,12 @@ docs: $(VENV)/docs
 # Builds the wheel, installs it in a new environment that borrows the other packages, and tests it away from the sources.
 wheel-test: $(VENV)/packages
 	PYTHON=$(BIN)/python python_tests/wheel.sh
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/mypy
 
 bench: $(VENV)/peers
 	$(BIN)/python benchmarks/run.py

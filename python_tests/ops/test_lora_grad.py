@@ -367,6 +367,23 @@ def test_narrower_instruction_sets_agree(isa):
     assert in_a_new_process(code, R2F_CPU_ISA=isa).strip() == "True"
 
 
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({}, "no compiled kernels"),
+        ({"torch": "1.0.0", "cuda_major": None}, "compiled for torch 1.0.0"),
+        ({"torch": torch.__version__, "cuda_major": 3}, "compiled with CUDA 3"),
+    ],
+)
+def test_a_module_built_for_another_torch_is_not_loaded(monkeypatch, record, reason):
+    from r2f_ext.ops import backend
+
+    monkeypatch.delenv("R2F_FORCE_REFERENCE", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(backend, "_build", record)
+    assert reason in backend._reason_to_stay_with_reference()
+
+
 def test_environment_says_what_runs():
     told = environment()
     assert told["versions"]["torch"] == torch.__version__

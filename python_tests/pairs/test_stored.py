@@ -48,7 +48,7 @@ def test_what_cannot_serve_another_adapter_is_refused(made, written, tmp_path):
     with pytest.raises(R2FError, match=r"do not hold blocks\.0\.mlp\.fc1"):
         ReprojectedPairs(StoredPairs(written, base), target_of(base, ("blocks.0.mlp.fc1",)), {})
     write_pairs(SimulatedPairs(made.target, made.a, made.proxy, Training(steps=2)), 4, tmp_path, silent)
-    with pytest.raises(R2FError, match="several steps"):
+    with pytest.raises(R2FError, match="trained for steps"):
         ReprojectedPairs(StoredPairs(tmp_path, base), made.target, made.a)
 
 

@@ -31,7 +31,7 @@ def load_compiled_kernels() -> None:
     """
     global _build, _why_not_loaded
     _build = _read_record()
-    _why_not_loaded = _chosen_reference() or _mismatch()
+    _why_not_loaded = _reason_to_stay_with_reference()
     if _why_not_loaded is None:
         try:
             compiled = importlib.import_module("r2f_ext._C")
@@ -48,6 +48,10 @@ def _read_record() -> dict[str, Any]:
         return dict(json.loads(BUILD_RECORD.read_text()))
     except (OSError, ValueError):
         return {}
+
+
+def _reason_to_stay_with_reference() -> str | None:
+    return _chosen_reference() or _mismatch()
 
 
 def _chosen_reference() -> str | None:

@@ -1,14 +1,14 @@
 """Pairs on disk: safetensors shards, and a manifest written last.
 
 manifest.json              schema, base, layers, proxy, how the pairs were made, count, shard names with their SHA-256
-start.safetensors          A of every layer at the common start; b/NAME if the start is not B = 0
-pairs-00000.safetensors    update/NAME float32, images uint8, labels; a0/NAME if every victim has its own A;
-                           a/NAME, the A after the steps, if the steps change it
-factors-00000.safetensors  x/NAME and delta/NAME in bfloat16; or, with dense=True, gradient/NAME in bfloat16
-pairs-00000.json           only while a run is unfinished: the manifest's entry for this shard
+start.safetensors          A of every layer that all victims started from; b/NAME where that was not B = 0
+pairs-00000.safetensors    update/NAME float32, images uint8, labels; a0/NAME where every victim has its own A;
+                           a/NAME, A after the steps, where they moved it
+factors-00000.safetensors  x/NAME and delta/NAME bfloat16; or gradient/NAME bfloat16, where it was to be dense
+pairs-00000.json           only while a run is unfinished: what the manifest will say of this shard
 
-Shard i starts at pair i * at_once, whichever process makes it: several processes divide the shards among them, and a
-resumed run makes only the missing ones.
+Shard i holds the pairs from i * at_once on, whoever makes it: several processes share the work shard by shard, and a
+run that was cut off makes only those that are missing.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from r2f_ext.progress import Advance
 from r2f_ext.types import PairBatch
 
 SCHEMA = 2
-# bfloat16 has the exponent range of float32 (deltas can be as small as 1e-8); rounding lowers the cosine of G by 1e-6.
+# bfloat16 keeps every exponent of float32 (deltas can be as small as 1e-8); its rounding moves G by a cosine of 1e-6.
 FACTOR_DTYPE = torch.bfloat16
 
 
 class WritablePairs(PairSource, Protocol):
-    """Pairs with a record of how they are made."""
+    """Pairs that know how they are made."""
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What determines the pairs besides the layers and their A: `proxy`, `group_size`, and others."""
+        """All that decides what the pairs are, beside the layers and their A: `proxy`, `group_size`, and others."""
         ...
 
     @property
     def at_once(self) -> int:
-        """Number of pairs in a batch; batches start at its multiples."""
+        """Pairs of a batch; batches start at its multiples."""
         ...
 
 
@@ -60,19 +60,15 @@ def write_pairs(
 ) -> Path:
     """Write the first `count` pairs and return the manifest's path.
 
-    An interrupted run, even by SIGKILL, leaves its finished shards. The same call then makes the others and ends with
-    the same files, bit for bit. In a distributed run each process writes some of the shards.
+    A run that was cut off, even by SIGKILL, leaves its finished shards; the same call then makes the others, and ends
+    with the same files to the bit. In a distributed run each process writes its share of the shards.
 
     Args:
-        pairs: what to write.
-        count: number of pairs.
-        folder: is created if necessary.
-        advance: is called with the number of pairs just written.
-        dense: write dense gradients instead of factors.
-        tell: is called with the total size in bytes before the first pair is written.
+        dense: write gradients out instead of as factors.
+        tell: is told how many bytes the pairs take in all, before the first is written.
 
     Raises:
-        R2FError: the folder cannot be written to, or the disk is too small.
+        R2FError: the folder cannot be written to, or the disk cannot hold them.
     """
     folder = output_folder(folder)
     plan = _plan(pairs, count, dense)
@@ -102,7 +98,7 @@ def write_pairs(
 
 
 def _plan(pairs: WritablePairs, count: int, dense: bool) -> dict[str, Any]:
-    """Everything that determines the content of the shards."""
+    """All that decides what the shards will hold."""
     return {
         "schema": SCHEMA,
         "base": pairs.target.base.spec,
@@ -117,12 +113,12 @@ def _plan(pairs: WritablePairs, count: int, dense: bool) -> dict[str, Any]:
 
 
 def shard_names(shard: int) -> tuple[str, str]:
-    """Names of the two files of a shard: updates and samples; gradients."""
+    """The files of the updates and samples, and of the gradients."""
     return f"pairs-{shard:05d}.safetensors", f"factors-{shard:05d}.safetensors"
 
 
 def _record(folder: Path, shard: int, run: str, verify: bool = True) -> dict[str, Any] | None:
-    """The record that an unfinished run left of a complete shard; None if there is no such shard of this run."""
+    """What an unfinished run wrote down of a shard that is whole; None where there is none of this run."""
     names = shard_names(shard)
     try:
         record = json.loads((folder / f"pairs-{shard:05d}.json").read_text())
@@ -158,13 +154,13 @@ def _finish(pairs: WritablePairs, folder: Path, plan: dict[str, Any], run: str, 
 
 
 def _cached_factors(pairs: WritablePairs, shard: int) -> Path | None:
-    """The existing file of a shard's gradients, which pairs made from stored ones share; None if there is none."""
+    """The file that already holds a shard's gradients: pairs made from stored ones share it."""
     file_of = getattr(pairs, "factors_file", None)
     return None if file_of is None else file_of(shard)
 
 
 def _link(source: Path, to: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
+    """A second name for a file where the disk can, else a copy."""
     to.unlink(missing_ok=True)
     try:
         os.link(source, to)
@@ -173,7 +169,7 @@ def _link(source: Path, to: Path) -> None:
 
 
 def _bytes_of_pair(pairs: WritablePairs, folder: Path, dense: bool) -> int:
-    """Size of one pair on disk in bytes, measured on the first one."""
+    """Bytes that one pair takes on disk, from the first one."""
     (batch,) = pairs.batches(0, 1)
     tensors = _updates(batch)
     cached = _cached_factors(pairs, 0)

@@ -186,14 +186,14 @@ class ReprojectedPairs:
         own_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
 
     Raises:
-        R2FError: the stored pairs lack a layer, were made with other weights, or come from victims of several steps
-            (their gradients depend on A).
+        R2FError: the stored pairs lack a layer, were made with other weights, or their victims trained for steps (their
+            gradients depend on A).
     """
 
     def __init__(self, stored: StoredPairs, target: Target, a: dict[str, Tensor], own_a: int | None = None) -> None:
         if "training" in stored.manifest:
             raise R2FError(
-                f"the pairs in '{stored.folder}' are of victims of several steps: their gradients depend on A, "
+                f"the pairs in '{stored.folder}' are of victims that trained for steps: their gradients depend on A, "
                 "so they serve no other adapter; make new pairs."
             )
         absent = [name for name in target.names if name not in stored.target.names]
