@@ -18,4 +18,4 @@ class PlainBrackets(Extension):
 
     def on_module(self, *, mod: Module, **kwargs: Any) -> None:
         if mod.is_init_module and mod.exports is not None:
-            mod.exports = [name for name in mod.exports if not mod.members[str(name)].is_alias]
+            mod.exports = [n for n in mod.exports if str(n) in mod.members and not mod.members[str(n)].is_alias]

@@ -11,7 +11,7 @@ PACKAGE = Path(r2f_ext.__file__).parent
 LAYERS = (
     ("errors",),
     ("types", "files", "linalg", "malloc", "progress", "distributed", "ops"),
-    ("env",),
+    ("env", "kernel_solver"),
     ("models", "data"),
     ("capture",),
     ("pairs",),

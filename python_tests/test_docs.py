@@ -45,7 +45,8 @@ def test_recorded_results_and_scripts_exist(page):
     named = re.findall(
         r"`((?:benchmarks|examples|docs|r2f_ext|csrc|python_tests)/[\w./-]+\.\w+)`", page.read_text("utf-8")
     )
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    made = {"r2f_ext/_build_info.json"}  # by the build
+    assert [name for name in named if name not in made and not (ROOT / name).exists()] == []
 
 
 def test_cited_sections_exist():
