@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from r2f_ext.audit import audit
     from r2f_ext.config import AuditConfig
     from r2f_ext.data import load_images
-    from r2f_ext.decoders.base import fit_together as fit_decoders
+    from r2f_ext.decoders import fit_decoders
     from r2f_ext.errors import R2FError
     from r2f_ext.inversion.identifiability import identifiability
     from r2f_ext.models import load_adapter, load_base
@@ -43,7 +43,7 @@ _NAMES = {
     "GeneratedPairs": ("pairs", "GeneratedPairs"),
     "R2FError": ("errors", "R2FError"),
     "Reconstruction": ("types", "Reconstruction"),
-    "fit_decoders": ("decoders.base", "fit_together"),
+    "fit_decoders": ("decoders", "fit_decoders"),
     "identifiability": ("inversion.identifiability", "identifiability"),
     "load_adapter": ("models", "load_adapter"),
     "load_base": ("models", "load_base"),
