@@ -1,11 +1,13 @@
-# make demo | test | lint | bench: each does all set-up on its own and is cheap to repeat.
+# make demo | test | lint | docs | wheel-test | bench: each installs what it needs and is cheap to repeat.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 SOURCES := $(shell find csrc r2f_ext -type f -not -name '*.so' -not -name '_build_info.json' -not -path '*/__pycache__/*') setup.py pyproject.toml
 
-.PHONY: demo test test-kernels lint bench clean
+EXTRA = $(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]])"
+
+.PHONY: demo test test-kernels lint docs wheel-test bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/r2f demo --out $(OUT)
@@ -18,6 +20,14 @@ test-kernels: $(VENV)/installed
 	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
 	$(BIN)/cmake --build build/cmake --parallel 2
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# The site in build/docs; a broken link or a name that does not exist stops it.
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict
+
+# Builds the wheel, installs it in a new environment that borrows the other packages, and tests it away from the sources.
+wheel-test: $(VENV)/packages
+	PYTHON=$(BIN)/python python_tests/wheel.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -35,13 +45,19 @@ $(VENV)/packages: pyproject.toml
 	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['dev'])")
 	touch $@
 
+# build/lib goes first: setuptools would install files that the sources no longer have.
 $(VENV)/installed: $(VENV)/packages $(SOURCES)
+	rm -rf build/lib*
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps .
 	touch $@
 
 # The peers that benchmarks compare with.
 $(VENV)/peers: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'])")
+	$(BIN)/python -m pip install --quiet $$($(EXTRA) bench)
+	touch $@
+
+$(VENV)/docs: $(VENV)/packages
+	$(BIN)/python -m pip install --quiet $$($(EXTRA) docs)
 	touch $@
 
 clean:

@@ -25,11 +25,15 @@ RECORD = "_build_info.json"  # read by r2f_ext/ops/backend.py before it loads th
 
 
 def stop(sentence):
+    """End the build with one sentence instead of a traceback."""
     sys.exit(f"\nr2f-ext: {sentence}\n")
 
 
 def cuda_home():
-    """Where nvcc and its headers are. torch's guess is None for a CPU build, wrong where nvcc is a wrapper script."""
+    """The folder of nvcc and its headers, or None.
+
+    torch's own guess is None in a CPU build of torch, and wrong where nvcc is a wrapper script.
+    """
     places = [
         os.environ.get("CUDA_HOME"),
         os.environ.get("CUDA_PATH"),
@@ -43,7 +47,7 @@ def cuda_home():
 
 
 def gencode():
-    """nvcc's flags for the wanted architectures, and their list. No GPU is asked: most build machines have none."""
+    """nvcc's flags for the GPU architectures, and their list. No GPU is queried: most build machines have none."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX").replace(" ", ";")
     flags = []
     for arch in filter(None, wanted.split(";")):
@@ -131,10 +135,10 @@ def extension(mode, toolkit):
         [str(CSRC / s) for s in sources if s.endswith(".cpp")],
         include_dirs=[str(CSRC.resolve()), str((CSRC / "include").resolve())],
         define_macros=[("R2F_WITH_CUDA", "1")] if mode == "cuda" else [],
-        # at::parallel_for is OpenMP code in a header. Its runtime is the one that torch has already loaded: linking a
-        # second one would give two pools of threads.
+        # at::parallel_for is OpenMP code in a header. It uses the OpenMP runtime that torch has loaded; linking another
+        # one would give two thread pools.
         extra_compile_args=[*FLAGS, "-fopenmp"],
-        # The CUDA runtime goes in statically, so that the module also loads beside a torch without CUDA.
+        # The CUDA runtime is linked statically, so that the module also loads in a CPU build of torch.
         extra_link_args=[f"-L{toolkit}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         if mode == "cuda"
         else [],

@@ -2,7 +2,7 @@
 
     python examples/build_assets.py
 
-Proxy: 10,000 train images drawn by the seed, less any that equals a private image or nearly does.
+Proxy: 10,000 train images drawn by the seed, without those that equal a private image or nearly do.
 Private: test images 0-99. Each is one PNG mosaic with its labels in a text chunk; the same seed gives the
 same pixels. Needs the full data set (Debian's dataset-fashion-mnist, or torchvision's downloader).
 """

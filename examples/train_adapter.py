@@ -1,4 +1,4 @@
-"""Train a LoRA adapter with plain PEFT on one image, to have something to audit.
+"""Train a LoRA adapter with plain PEFT on one image, as an input for `r2f audit`.
 
 python examples/train_adapter.py --out my-adapter --rank 4 --alpha 32 --modules attn.qkv mlp.fc1 --index 3
 r2f audit my-adapter --private embedded:3 --out report
@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from r2f_ext.data import load_images
-from r2f_ext.models import load_base
+from r2f_ext import load_base, load_images
 
 
 def main() -> None:
@@ -22,7 +21,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--base", default="embedded")
     parser.add_argument("--images", default="embedded")
-    parser.add_argument("--index", type=int, default=0, help="which private image")
+    parser.add_argument("--index", type=int, default=0, help="index of the private image")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
     parser.add_argument("--modules", nargs="+", default=["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])

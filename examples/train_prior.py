@@ -2,8 +2,8 @@
 
     python examples/train_prior.py --out prior [--proxy fashion-mnist] [--steps 3000] [--prediction v_prediction]
 
-Writes `unet/` and `scheduler/` as diffusers does (safetensors, about 2 MB). Gray, 32x32. The average of the weights
-over the last steps is what is saved. 3,000 steps take about 10 minutes on 2 CPU cores.
+Writes `unet/` and `scheduler/` as diffusers does (safetensors, about 2 MB), for gray 32x32 images. An exponential
+average of the weights is saved. 3,000 steps take about 10 minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from r2f_ext.data import ImageSet, load_images
+from r2f_ext import load_images
+from r2f_ext.data import ImageSet
 from r2f_ext.files import write_folder_atomically
 
 DECAY = 0.995
@@ -40,7 +41,7 @@ def build() -> UNet2DModel:
 def train(
     images: ImageSet, steps: int, prediction: str, batch: int = 64, rate: float = 1e-3, seed: int = 0
 ) -> tuple[UNet2DModel, DDPMScheduler, list[float]]:
-    """Ho et al. 2020: the mean squared error of what is predicted, at random times; also the loss of every step."""
+    """Train on the mean squared error of the prediction at random times (Ho et al. 2020); also return every loss."""
     torch.manual_seed(seed)
     unet = build()
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Decoder, Projection
+from r2f_ext.models.base import unfuse_attention
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
 
@@ -29,10 +29,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def tiny_base(dtype: torch.dtype = torch.float64, classes: int = 5) -> BaseModel:
     """A 16x16x3 ViT, patch 4, d = 24, 2 blocks, with every parameter moved off its initial value."""
-    set_fused_attn(False)
     torch.manual_seed(3)
     model = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=classes)
     model = model.to(dtype).eval()
+    unfuse_attention(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

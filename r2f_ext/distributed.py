@@ -1,7 +1,7 @@
-"""One command on several processes, as torchrun starts them; in a single process all of this does nothing.
+"""One command on several processes, as torchrun starts them. In a single process these functions do nothing.
 
-gloo on CPUs; with --device cuda NCCL beside it, one GPU a process. Stages divide their work by `rank()` and
-`world_size()`: pairs by shards of victims, decoders by layers.
+gloo connects CPUs; with --device cuda NCCL is added, with one GPU per process. Stages divide their work by `rank()` and
+`world_size()`: pairs by shards, decoders by layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from r2f_ext.errors import R2FError
 
-TIMEOUT = timedelta(hours=12)  # one process may have the slowest layer; one that dies is noticed at once
+TIMEOUT = timedelta(hours=12)  # layers differ in cost, so processes wait; a process that dies is detected at once
 
 
 def wanted() -> bool:
@@ -28,11 +28,12 @@ def wanted() -> bool:
 
 
 def rank() -> int:
-    """Which of the processes this is; 0 writes what all have made."""
+    """Index of this process; process 0 writes the common files."""
     return dist.get_rank() if _active() else 0
 
 
 def world_size() -> int:
+    """Number of processes."""
     return dist.get_world_size() if _active() else 1
 
 
@@ -54,20 +55,20 @@ def device_of(kind: str) -> str:
 
 @contextmanager
 def processes(cuda: bool) -> Iterator[None]:
-    """Join the other processes, if there are any, for as long as the context lasts.
+    """Join the process group, if torchrun started one, and leave it at the end of the context.
 
     Raises:
-        R2FError: another process of the run has died or never came.
+        R2FError: another process of the run has died or cannot be reached.
     """
     if not wanted():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _stopped)  # how torchrun ends the others when one has died
+    before = signal.signal(signal.SIGTERM, _stopped)  # torchrun sends SIGTERM to the others when one has died
     try:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            raise R2FError(f"the processes of this run do not find one another ({error}): start it again.") from error
+            raise R2FError(f"the processes of this run cannot reach one another ({error}): start it again.") from error
         yield
         dist.destroy_process_group()
     finally:
@@ -75,7 +76,7 @@ def processes(cuda: bool) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait until every process is here.
+    """Wait until every process has called this.
 
     Raises:
         R2FError: one of them has died.
@@ -104,7 +105,7 @@ def _active() -> bool:
 
 
 def lost() -> R2FError:
-    """What to say when another process does not answer any more."""
+    """The error for a process that does not answer any more."""
     return R2FError(
         "another process of this run has died: run the same command again, and it goes on from what is finished."
     )

@@ -1,4 +1,4 @@
-"""What this installation is and what it runs on: for `r2f env`, and for every report."""
+"""Versions, backends and hardware, for `r2f env` and for every report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ PACKAGES = {"torchvision": "torchvision", "timm": "timm", "peft": "peft", "numpy
 
 
 def environment() -> dict[str, Any]:
-    """Versions, what was built (or why it is not used), the backend of each operator, and the hardware."""
+    """Describe the installation and the machine.
+
+    Returns:
+        JSON data: versions of packages, what was built (or why it is not used), the backend of each operator on CPU
+        and CUDA, the number of threads, and the name of the GPU or None.
+    """
     versions = {name: _version(package) for name, package in PACKAGES.items()}
     return {
         "versions": {

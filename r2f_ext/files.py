@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes: under its final name a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from r2f_ext.errors import R2FError
 
 
 def output_folder(path: str | Path) -> Path:
-    """Make sure that `path` is a folder that can be written to, before any time is spent.
+    """Create the folder `path` if necessary and check, before any long work, that it can be written to.
 
     Raises:
         R2FError: it cannot be made or written to.
@@ -43,7 +43,7 @@ def need_space(folder: Path, size: int) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary name beside `path`, then rename; on any failure nothing is left behind.
+    """Call `write` with a temporary path beside `path`, then rename it; on any failure the temporary file is removed.
 
     Raises:
         R2FError: the disk is full or the folder cannot be written to.
@@ -61,7 +61,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """As `write_atomically`, for a whole folder: an older one under this name is replaced.
+    """Like `write_atomically`, for a whole folder. An existing folder of this name is replaced.
 
     Raises:
         R2FError: the disk is full or the folder cannot be written to.
@@ -80,24 +80,25 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8, atomically."""
     write_atomically(path, lambda temporary: _write(temporary, text))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write contiguous CPU copies of `tensors` as safetensors."""
+    """Write contiguous CPU copies of `tensors` as safetensors, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def save(temporary: Path) -> None:
         try:
             save_file(plain, temporary, metadata=metadata)
-        except Exception as error:  # safetensors raises its own error for a full disk
+        except Exception as error:  # on a full disk safetensors raises an error of its own
             raise OSError(0, str(error)) from error
 
     write_atomically(path, save)
 
 
 def sha256_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the tensors' bytes, one after another."""
+    """SHA-256 of the concatenated bytes of the tensors, in hex."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -105,6 +106,7 @@ def sha256_of(tensors: Iterable[Tensor]) -> str:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -14,7 +14,7 @@ BLOCK = 1000
 
 
 def gram(rows: Tensor) -> Tensor:
-    """rows @ rows.T [n, n] of rows [n, k]; only the blocks on and below the diagonal are computed, then mirrored."""
+    """rows @ rows.T [n, n] for rows [n, k]. Blocks on and below the diagonal are computed, the others mirrored."""
     count = len(rows)
     result = rows.new_empty(count, count)
     for first in range(0, count, BLOCK):
@@ -25,7 +25,7 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def sum_in_place(terms: Iterable[Tensor]) -> Tensor:
-    """Sum of freshly made tensors, accumulated in the first."""
+    """Sum of temporary tensors of one shape; the first is overwritten with the result."""
     iterator = iter(terms)
     total = next(iterator)
     for term in iterator:
@@ -36,7 +36,7 @@ def sum_in_place(terms: Iterable[Tensor]) -> Tensor:
 def solve_in_place(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve matrix x = right by Cholesky: matrix [n, n] symmetric positive definite, right [n, k], x [n, k].
 
-    On the CPU the factor overwrites the matrix: LAPACK's posv, called through scipy, takes no second matrix, which
+    On the CPU the factor overwrites the matrix. LAPACK's posv, called through scipy, needs no second matrix;
     torch.linalg.cholesky and cholesky_solve do (1.6 GB each for n = 20,000 in float32).
 
     Raises:
@@ -46,7 +46,10 @@ def solve_in_place(matrix: Tensor, right: Tensor) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(matrix)
         failed, solution = int(info), torch.cholesky_solve(right, factor)
     else:
-        rows, columns = matrix.numpy(), right.T.contiguous().numpy().T  # LAPACK counts columns first; K is symmetric
+        rows, columns = (
+            matrix.numpy(),
+            right.T.contiguous().numpy().T,
+        )  # LAPACK is column-major
         (posv,) = get_lapack_funcs(("posv",), (rows, columns))
         _, found, failed = posv(rows.T, columns, overwrite_a=True, overwrite_b=True)
         solution = torch.from_numpy(found.T).mT

@@ -1,4 +1,4 @@
-"""A setting of the C library's allocator that batch after batch of large tensors wants."""
+"""Tunes the C library's allocator for repeated allocation of large tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ TRIM_NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for the next batch, for the whole process; False where the C library has no mallopt.
+    """Make glibc reuse freed memory instead of returning it to the system, in the whole process.
 
-    Each batch of pairs frees some hundred megabytes at once. By default glibc gives them back to the system, and the
-    next batch pays for every page again, at worst more than for its arithmetic. The commands and the benchmarks set
-    this; a program that uses the Python API may.
+    Each batch of pairs frees some hundred megabytes at once. By default glibc returns them to the system, and the next
+    batch pays a page fault for every page, which can cost more than its arithmetic. The commands and the benchmarks
+    call this; a program that uses the Python API may do so too.
+
+    Returns:
+        False if the C library has no mallopt or refuses the setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

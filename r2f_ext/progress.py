@@ -1,4 +1,4 @@
-"""Progress that the library announces and the command line draws."""
+"""Progress reports: the library sends them, the command line displays them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Advance = Callable[[int], None]
 
 
 class Progress(Protocol):
-    """Somebody who wants to know how far a stage has come."""
+    """Receives the progress of stages."""
 
     def start(self, stage: str, total: int) -> Advance:
-        """Open a stage of `total` units; call the result with each number of units done."""
+        """Open a stage of `total` units. The caller calls the result with the number of units just done."""
         ...
 
     def finish(self, stage: str) -> None:
@@ -23,7 +23,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Nobody."""
+    """Ignores all progress."""
 
     def start(self, stage: str, total: int) -> Advance:
         return lambda units: None
@@ -33,14 +33,14 @@ class Silent:
 
 
 class Stages:
-    """Runs named stages, times them and passes their progress on.
+    """Runs named stages, measures their wall time, and forwards their progress.
 
     Attributes:
         seconds: stage -> wall time so far.
     """
 
     def __init__(self, progress: Progress | None = None, prefix: str = "") -> None:
-        """prefix: put before each stage's name where it is shown, not where it is timed."""
+        """prefix: is displayed before each stage's name; `seconds` has the names without it."""
         self.progress = progress or Silent()
         self.prefix = prefix
         self.seconds: dict[str, float] = {}

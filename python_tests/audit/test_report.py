@@ -12,6 +12,7 @@ from r2f_ext.audit.record import Inputs
 from r2f_ext.audit.report import MIN_GAIN_DB, AuditReport, set_report
 from r2f_ext.audit.write import write_report
 from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.inversion.routes import registry
 
 NAME = "<script>alert('x')</script>"
 INPUTS = Inputs(("./a",), "embedded", "embedded", None, None, None, "cpu")

@@ -190,7 +190,7 @@ def test_mix_splits_the_count(classes):
     folder = set(content_hashes(load_images(str(classes)).images))
     assert sum(h in folder for h in content_hashes(mixed.images)) == 7
     short = load_images(f"{classes}+procedural", count=40)
-    assert len(short) == 32 and "its share of 20" in " ".join(short.notes)
+    assert len(short) == 32 and "its part of 20" in " ".join(short.notes)
     twice = load_images("procedural+procedural", count=20)
     assert len(set(content_hashes(twice.images))) == 20
 

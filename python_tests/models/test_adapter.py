@@ -20,8 +20,8 @@ from cases import (
 from torch import nn
 
 from r2f_ext.errors import R2FError
-from r2f_ext.models import attach, forgot_start, read_adapter, untouched_a
-from r2f_ext.models.adapter import PLAIN
+from r2f_ext.models import attach, forgot_start, load_adapter, read_adapter, untouched_a
+from r2f_ext.models.adapter import HARMLESS_FIELDS, USED_FIELDS, VARIANTS
 from r2f_ext.types import BaseModel
 
 BLOCKS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -92,11 +92,48 @@ def test_half_precision_becomes_float32_and_double_stays(tmp_path, adapter_folde
     assert kinds == [{torch.float32}, {torch.float64}]
 
 
-@pytest.mark.parametrize("field", PLAIN)
+@pytest.mark.parametrize("field", [*VARIANTS, "a_field_of_a_later_peft"])
 def test_every_variant_is_refused_by_name(field, tmp_path, adapter_folder):
     value = {"bias": "all"}.get(field, {"anything": 1})
     with pytest.raises(R2FError, match=field):
         read_adapter(changed_config(adapter_folder, tmp_path / "a", **{field: value}))
+
+
+@pytest.mark.parametrize("value", [None, False, {}, [], ""])
+def test_an_unknown_field_that_is_off_is_accepted(value, tmp_path, adapter_folder):
+    fields = {"a_field_of_a_later_peft": value, "use_dora": value}
+    assert read_adapter(changed_config(adapter_folder, tmp_path / "a", **fields)).weights
+
+
+def test_every_field_of_peft_at_its_default_is_accepted(tmp_path, adapter_folder):
+    """What LoraConfig writes today; fields that are neither used, harmless nor named variants are still refused."""
+    plain = json.loads((adapter_folder / CONFIG).read_text())
+    unknown = plain.keys() - {*USED_FIELDS, *HARMLESS_FIELDS, *VARIANTS, "init_lora_weights"}
+    assert read_adapter(adapter_folder).weights
+    for name in unknown:
+        with pytest.raises(R2FError, match=f"not known here .{name}."):
+            read_adapter(changed_config(adapter_folder, tmp_path / name, **{name: "changed"}))
+
+
+def test_harmless_fields_may_have_any_value(tmp_path, adapter_folder):
+    fields = {name: "anything" for name in HARMLESS_FIELDS if name != "peft_type"}
+    assert read_adapter(changed_config(adapter_folder, tmp_path / "a", **fields)).weights
+
+
+def test_attach_leaves_the_files_as_they_were(adapter_folder, embedded):
+    files = read_adapter(adapter_folder)
+    names = list(files.weights)
+    first, second = attach(files, embedded), attach(files, embedded)
+    assert list(files.weights) == names
+    assert all(torch.equal(a, second[1].a[name]) for name, a in first[1].a.items())
+
+
+def test_load_adapter_reads_and_attaches(adapter_folder, embedded):
+    target, update = load_adapter(adapter_folder, embedded)
+    expected, factors = attach(read_adapter(adapter_folder), embedded)
+    assert target.layers == expected.layers
+    for name in target.names:
+        assert torch.equal(update.a[name], factors.a[name]) and torch.equal(update.b[name], factors.b[name])
 
 
 @pytest.mark.parametrize(

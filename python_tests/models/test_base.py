@@ -1,5 +1,6 @@
 """Bases from a folder, from timm by name, and everything that can be wrong with them."""
 
+import copy
 import json
 import shutil
 
@@ -7,9 +8,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import use_fused_attn
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models import load_base, save_base
+from r2f_ext.models.base import _describe, unfuse_attention
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -17,8 +20,6 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder as save_base writes it, and the model that went in."""
-    from r2f_ext.models.base import _describe
-
     model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **TINY).eval()
     folder = tmp_path_factory.mktemp("base") / "saved"
     base = _describe(model, "x")
@@ -30,8 +31,10 @@ def test_a_saved_base_comes_back(saved):
     folder, base = saved
     read = load_base(str(folder))
     images = torch.rand(2, 3, 32, 32)
+    unfused = copy.deepcopy(base.model)
+    unfuse_attention(unfused)  # the fused and the plain product round differently
     with torch.no_grad():
-        assert torch.equal(read.model(read.normalize(images)), base.model(base.normalize(images)))
+        assert torch.equal(read.model(read.normalize(images)), unfused(base.normalize(images)))
     assert read.input_shape == (3, 32, 32) and read.num_classes == 7 and read.spec == str(folder)
     assert not read.model.training and not any(p.requires_grad for p in read.model.parameters())
 
@@ -69,6 +72,15 @@ def test_double_backward_works(saved):
     (first,) = torch.autograd.grad(base.model(images).square().sum(), images, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), images)
     assert torch.isfinite(second).all() and second.any()
+
+
+def test_timms_global_flag_is_left_alone(saved):
+    before = use_fused_attn()
+    model = load_base(str(saved[0])).model
+    flags = [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")]
+    assert flags and not any(flags)
+    assert use_fused_attn() == before
+    assert timm.create_model("vit_tiny_patch16_224", **TINY).blocks[0].attn.fused_attn == bool(before)
 
 
 def damage(folder, what):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.datasets import FashionMNIST
 
 from r2f_ext.errors import R2FError
 
@@ -17,8 +18,8 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 def load_fashion_mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (images uint8 [n, 28, 28], labels int64 [n]) of `split`, "train" or "test".
 
-    Looks for Debian's `dataset-fashion-mnist` first, then lets torchvision download into
-    `$R2F_DATA` (default `~/.cache/r2f_ext`).
+    Debian's package `dataset-fashion-mnist` is used if it is installed; otherwise torchvision downloads the data set
+    into `$R2F_DATA` (default `~/.cache/r2f_ext`).
 
     Raises:
         R2FError: the data set is neither installed nor can it be downloaded.
@@ -35,12 +36,10 @@ def load_fashion_mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _from_torchvision(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    from torchvision.datasets import FashionMNIST
-
     folder = Path(os.environ.get("R2F_DATA", Path.home() / ".cache" / "r2f_ext"))
     try:
         data = FashionMNIST(str(folder), train=split == "train", download=True)
-    except Exception as error:  # torchvision raises RuntimeError, URLError or OSError by version
+    except Exception as error:  # RuntimeError, URLError or OSError, depending on the version
         raise R2FError(
             "Fashion-MNIST is not on this machine and could not be downloaded: install Debian's "
             "dataset-fashion-mnist, or use --proxy procedural or --proxy embedded."

@@ -1,4 +1,4 @@
-"""Images of a user's folder."""
+"""Reads the images of a user's folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 def list_folder(folder: Path) -> tuple[list[Path], list[int] | None]:
     """Find the images under `folder`, in the order of their paths.
 
-    Hidden files and symbolic links are passed over. Where the images lie in subfolders, each first-level
-    subfolder is a class, numbered by name.
+    Hidden files and symbolic links are skipped. If the images are in subfolders, each first-level subfolder is a class;
+    classes are numbered in the order of their names.
 
     Returns:
-        (paths, class of each path), or (paths, None) where the folder has no class subfolders.
+        (paths, class of each path), or (paths, None) if the folder has no class subfolders.
 
     Raises:
         R2FError: no images, or images both beside and inside subfolders.
@@ -59,7 +59,7 @@ def read_images(paths: list[Path], shape: tuple[int, int, int]) -> Tensor:
 
 
 def _read(path: Path) -> Tensor:
-    """One file as uint8 [1, 1 or 3, h, w], turned as its EXIF says."""
+    """One file as uint8 [1, 1 or 3, h, w], rotated according to its EXIF data."""
     try:
         with Image.open(path) as picture:
             pixels = _pixels(ImageOps.exif_transpose(picture))
@@ -74,7 +74,7 @@ def _pixels(picture: Image.Image) -> np.ndarray:
         wide = np.asarray(picture).astype(np.float64).clip(0, 65535)
         return (wide / 257).round().astype(np.uint8)[..., None]
     if picture.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
+        raise ValueError("floating-point pixels have no standard range")
     if picture.mode in ("1", "L"):
         return np.array(picture.convert("L"))[..., None]
     if "A" in picture.getbands() or "transparency" in picture.info:

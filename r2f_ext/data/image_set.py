@@ -1,4 +1,4 @@
-"""Labelled images at the size a model reads, and the checks that keep private ones out of a proxy."""
+"""Labelled images at a model's input size, and the checks that keep private images out of a proxy."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256_of
 
 MAX_BYTES = 4 << 30
-# Rec. 601, what Pillow's "L" uses.
+# Rec. 601 luma, as in Pillow's mode "L".
 LUMA = (0.299, 0.587, 0.114)
 _RESIZE_PIXELS = 1 << 24
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images held as bytes; floats are made a batch at a time.
+    """Images stored as bytes; `batch` converts a batch to floats.
 
     Attributes:
         name: what the images are, for reports.
         images: uint8 [n, c, h, w].
         labels: int64 [n].
-        notes: sentences a report should repeat: fewer images than asked for, folded or random labels.
-        random_labels: the labels say nothing about the images, so any other would do as well.
+        notes: sentences that a report repeats, such as: fewer images than asked for, folded or random labels.
+        random_labels: the labels are independent of the images, so that any other label is as good.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ImageSet:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8 [n, c, h, w], got {self.images.dtype} {tuple(self.images.shape)}")
         if self.labels.shape != self.images.shape[:1]:
-            raise ValueError("one label an image")
+            raise ValueError("every image needs one label")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,11 +55,11 @@ class ImageSet:
         return self.images[indices].to(device=device, dtype=torch.float32).div_(255)
 
     def take(self, indices: Tensor) -> ImageSet:
-        """The same set with only the rows at `indices`, in that order."""
+        """The rows at `indices`, in that order."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def relabelled(self, label: int) -> ImageSet:
-        """The same images, all with one label."""
+        """The same images, all labelled `label`."""
         return replace(self, labels=torch.full_like(self.labels, label))
 
     def noted(self, *notes: str) -> ImageSet:
@@ -68,13 +68,13 @@ class ImageSet:
 
 
 def content_hashes(images: Tensor) -> list[str]:
-    """SHA-256 of the raw bytes of each image of uint8 [n, ...]: n hex strings.
+    """SHA-256 of the raw bytes of each image of uint8 [n, ...], as n hex strings.
 
     Raises:
-        ValueError: the images are not uint8, so equal pixels need not be equal bytes.
+        ValueError: the images are not uint8; then equal pixels need not have equal bytes.
     """
     if images.dtype != torch.uint8:
-        raise ValueError(f"hashes are taken of uint8 images, got {images.dtype}")
+        raise ValueError(f"content hashes need uint8 images, got {images.dtype}")
     rows = images.cpu().contiguous().flatten(1).numpy()
     return [hashlib.sha256(row.data).hexdigest() for row in rows]
 
@@ -86,7 +86,7 @@ def unseen_rows(images: Tensor, private: Tensor) -> Tensor:
 
 
 def drop_private(proxy: ImageSet, private: ImageSet) -> ImageSet:
-    """Return `proxy` without the images that also are in `private`, with a note where there were any.
+    """Return `proxy` without the images that are also in `private`, with a note if there were any.
 
     Raises:
         R2FError: the sets differ in image shape, or fewer than 2 proxy images are left.
@@ -99,15 +99,15 @@ def drop_private(proxy: ImageSet, private: ImageSet) -> ImageSet:
     dropped = len(proxy) - len(rows)
     if not dropped:
         return proxy
-    return proxy.take(rows).noted(f"{dropped} images of '{proxy.name}' were private ones and are left out.")
+    return proxy.take(rows).noted(f"{dropped} images of '{proxy.name}' were private ones and were removed.")
 
 
 def fit_images(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Bring uint8 [n, 1 or 3, h, w] to `shape` (c, h, w).
 
-    28x28 becomes 32x32 by two rows of zeros around it, as in the embedded model's pretraining. All else is
-    scaled (bilinear, antialiased) until it covers the target and cropped in the centre. Gray is
-    repeated to 3 channels; colour becomes luma for 1.
+    28x28 images are zero-padded to 32x32, as in the pretraining of the embedded model. Other sizes are scaled
+    (bilinear, antialiased) to cover the target and cropped in the centre. Gray images are repeated to 3 channels;
+    colour images become luma for 1 channel.
 
     Raises:
         R2FError: the result would not fit in 4 GiB.

@@ -1,4 +1,4 @@
-"""Proxy and private images by name: the one entry point of this package."""
+"""Loads proxy and private images by name. `load_images` is the entry point of this package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision import datasets
 
 from r2f_ext.data.fashion_mnist import load_fashion_mnist
 from r2f_ext.data.folder import list_folder, read_images
@@ -20,8 +21,8 @@ from r2f_ext.errors import R2FError
 
 ASSETS = Path(__file__).parent / "assets"
 PROXY_ASSET, PRIVATE_ASSET = ASSETS / "fashion_mnist_proxy.png", ASSETS / "fashion_mnist_private.png"
-DEFAULT_MADE = {"proxy": 8000, "private": 100}
-# Private images that are generated come from seeds that no proxy uses.
+DEFAULT_COUNT = {"proxy": 8000, "private": 100}
+# Generated private images use seeds that no proxy uses.
 PRIVATE_SEED = 1 << 32
 Shape = tuple[int, int, int]
 
@@ -43,25 +44,25 @@ def load_images(
             `fashion-mnist` - all of it: train as proxy (less any image that is also in test), test as private;
             `cifar100` - through torchvision's downloader: train as proxy (less images also in test), test as private;
             `lfw` - the 100 faces in scikit-image;
-            `photos` - crops of photographs in scikit-image, other photographs for a proxy than for private;
-            `procedural` - made from the seed, 8,000 as proxy or 100 as private unless `count` says otherwise;
+            `photos` - crops of photographs in scikit-image; proxy and private use different photographs;
+            `procedural` - generated from the seed; the default count is 8,000 as proxy and 100 as private;
             a folder - its images, recursively; first-level subfolders are the classes;
             `a+b` - several of these, shuffled, with the count split evenly.
         input_shape: (c, h, w), c 1 or 3.
-        num_classes: the width of the model's head. A label beyond it is folded: label % num_classes.
-            Faces, photographs, procedural images and flat folders have no class among the base's, so theirs are
+        num_classes: number of classes of the model. Larger labels are folded: label % num_classes.
+            Faces, photographs, procedural images and flat folders have no labels of these classes, so their labels are
             drawn uniformly from the seed.
-        count: how many images; where fewer exist all are used and `notes` says so. A proxy is a random
-            choice by the seed, private images are the first ones.
-        seed: of every random choice.
+        count: number of images. If fewer exist, all are used and `notes` says so. A proxy is a random
+            choice by the seed; private images are the first ones.
+        seed: determines every random choice.
         role: `proxy` or `private`.
 
     Returns:
         An ImageSet with uint8 images [n, c, h, w] and int64 labels [n].
 
     Raises:
-        R2FError: unknown name, no or unreadable images, a proxy of fewer than 2 images, a bad count or shape,
-            more than 4 GiB of pixels, or a data set that is neither here nor can be downloaded.
+        R2FError: unknown name, no images or unreadable ones, a proxy of fewer than 2 images, a bad count or shape,
+            more than 4 GiB of pixels, or a data set that is not on this machine and cannot be downloaded.
     """
     _check(input_shape, num_classes, count, seed, role)
     request = _Request(input_shape, num_classes, count, seed, role)
@@ -74,7 +75,7 @@ def load_images(
 
 
 def _check(shape: Shape, num_classes: int, count: int | None, seed: int, role: str) -> None:
-    if role not in DEFAULT_MADE:
+    if role not in DEFAULT_COUNT:
         raise R2FError(f"unknown role '{role}': use 'proxy' or 'private'.")
     if len(shape) != 3 or shape[0] not in (1, 3) or min(shape[1:]) < 8:
         raise R2FError(f"input shape {tuple(shape)} is not (1 or 3, height, width) with sides of at least 8.")
@@ -85,15 +86,15 @@ def _check(shape: Shape, num_classes: int, count: int | None, seed: int, role: s
 
 
 class _Request:
-    """One call of `load_images`: what was asked for, shared by the loaders."""
+    """The arguments of one call of `load_images`, shared by the loaders."""
 
     def __init__(self, shape: Shape, num_classes: int, count: int | None, seed: int, role: str) -> None:
         self.shape, self.num_classes, self.count, self.seed, self.role = shape, num_classes, count, seed, role
-        # Made images and random labels of the private side must not repeat those of the proxy.
+        # Generated private images and random labels must differ from those of the proxy.
         self.stream = seed if role == "proxy" else seed + PRIVATE_SEED
 
     def load(self, spec: str) -> ImageSet:
-        """Dispatch on the name; a folder wins over a mix, so that a folder's name may contain `+`."""
+        """Dispatch on the name. A folder takes precedence over a mix, because its name may contain `+`."""
         if spec in LOADERS:
             return LOADERS[spec](self)
         if spec and Path(spec).is_dir():
@@ -103,7 +104,7 @@ class _Request:
         raise R2FError(f"unknown images '{spec}': use {', '.join(LOADERS)}, a folder that exists, or a mix like a+b.")
 
     def rows(self, available: int) -> Tensor:
-        """Which of `available` images to use, int64: a proxy's are drawn by the seed, private ones are the first."""
+        """Indices int64 of the images to use: a random choice for a proxy, the first ones for private images."""
         if self.count is None or self.count >= available:
             return torch.arange(available)
         if self.role == "private":
@@ -111,9 +112,9 @@ class _Request:
         order = torch.randperm(available, generator=torch.Generator().manual_seed(self.seed))
         return order[: self.count]
 
-    def made(self) -> int:
+    def generated_count(self) -> int:
         """How many images to generate."""
-        count = DEFAULT_MADE[self.role] if self.count is None else self.count
+        count = DEFAULT_COUNT[self.role] if self.count is None else self.count
         channels, height, width = self.shape
         if count * channels * height * width > MAX_BYTES:
             raise R2FError(f"{count} images of {height}x{width} need more than 4 GiB: pass a smaller count.")
@@ -125,14 +126,14 @@ class _Request:
         return self.folded(ImageSet(name, fit_images(images[rows], self.shape), labels[rows], notes))
 
     def folded(self, loaded: ImageSet) -> ImageSet:
-        """Labels below num_classes, by label % num_classes, with a note where that changes any."""
+        """Fold labels with label % num_classes, and add a note if that changes any."""
         if not len(loaded) or int(loaded.labels.max()) < self.num_classes:
             return loaded
         folded = replace(loaded, labels=loaded.labels % self.num_classes)
-        return folded.noted(f"labels of '{loaded.name}' go beyond the {self.num_classes} classes and were folded.")
+        return folded.noted(f"labels of '{loaded.name}' exceed the {self.num_classes} classes and were folded.")
 
     def unlabelled(self, name: str, images: Tensor) -> ImageSet:
-        """`images`, already fitted, with labels from the seed."""
+        """`images`, already at the input size, with labels from the seed."""
         labels = procedural_labels(len(images), self.num_classes, self.stream)
         return ImageSet(name, images, labels, (f"labels of '{name}' are random, from the seed.",), random_labels=True)
 
@@ -153,12 +154,12 @@ class _Request:
         return self.without("cifar100", *_cifar100(train=True), test_images)
 
     def without(self, name: str, images: Tensor, labels: Tensor, private: Tensor, channel: bool = False) -> ImageSet:
-        """Build a proxy of `images` that are not byte for byte in `private`; `channel` adds the channel axis."""
+        """Build a proxy of the `images` that equal no image of `private`; `channel` adds the channel axis."""
         rows = unseen_rows(images, private)
         dropped = len(images) - len(rows)
-        notes = (f"{dropped} train images of '{name}' are also test images and are left out.",) if dropped else ()
-        kept = images[rows]
-        return self.build(name, kept[:, None] if channel else kept, labels[rows], notes)
+        notes = (f"{dropped} train images of '{name}' are also test images and were removed.",) if dropped else ()
+        chosen = images[rows]
+        return self.build(name, chosen[:, None] if channel else chosen, labels[rows], notes)
 
     def lfw(self) -> ImageSet:
         faces = load_faces()
@@ -166,10 +167,10 @@ class _Request:
 
     def photos(self) -> ImageSet:
         names = PROXY_PHOTOS if self.role == "proxy" else PRIVATE_PHOTOS
-        return self.unlabelled("photos", photo_crops(names, self.made(), self.shape, self.stream))
+        return self.unlabelled("photos", photo_crops(names, self.generated_count(), self.shape, self.stream))
 
     def procedural(self) -> ImageSet:
-        return self.unlabelled("procedural", procedural_images(self.made(), self.shape, self.stream))
+        return self.unlabelled("procedural", procedural_images(self.generated_count(), self.shape, self.stream))
 
     def folder(self, folder: Path) -> ImageSet:
         paths, classes = list_folder(folder)
@@ -180,18 +181,19 @@ class _Request:
         return self.folded(ImageSet(str(folder), images, torch.tensor(classes)[rows]))
 
     def mix(self, spec: str) -> ImageSet:
-        """Concatenate the parts of `a+b` and shuffle them; part i draws from seed + i."""
+        """Concatenate the parts of `a+b` and shuffle them; part i uses seed + i."""
         names = spec.split("+")
         if not all(names):
             raise R2FError(f"the mix '{spec}' has an empty part: write it like procedural+embedded.")
         sets = []
         for number, name in enumerate(names):
-            share = None if self.count is None else (self.count + len(names) - 1 - number) // len(names)
-            if share == 0:
+            count = None if self.count is None else (self.count + len(names) - 1 - number) // len(names)
+            if count == 0:
                 continue
-            part = _Request(self.shape, self.num_classes, share, self.seed + number, self.role).load(name)
-            short = share is not None and len(part) < share
-            sets.append(part.noted(f"'{name}' has {len(part)} images of its share of {share}.") if short else part)
+            part = _Request(self.shape, self.num_classes, count, self.seed + number, self.role).load(name)
+            if count is not None and len(part) < count:
+                part = part.noted(f"'{name}' has {len(part)} images, fewer than its part of {count}.")
+            sets.append(part)
         images = torch.cat([part.images for part in sets])
         labels = torch.cat([part.labels for part in sets])
         notes = tuple(dict.fromkeys(note for part in sets for note in part.notes))
@@ -202,12 +204,10 @@ class _Request:
 
 def _cifar100(train: bool) -> tuple[Tensor, Tensor]:
     """CIFAR-100 as uint8 [n, 3, 32, 32] and int64 [n], by torchvision into `$R2F_DATA`."""
-    from torchvision import datasets
-
     folder = Path(os.environ.get("R2F_DATA", Path.home() / ".cache" / "r2f_ext"))
     try:
         data = datasets.CIFAR100(str(folder), train=train, download=True)
-    except Exception as error:  # torchvision raises RuntimeError, URLError or OSError by version
+    except Exception as error:  # RuntimeError, URLError or OSError, depending on the version
         raise R2FError(
             f"CIFAR-100 is not under '{folder}' and could not be downloaded: connect once, set R2F_DATA to where "
             f"it is, or use procedural or embedded."

@@ -1,11 +1,9 @@
-"""Small gray images as one PNG: a mosaic of tiles with the labels in a text chunk."""
+"""Small gray images in one PNG file: a mosaic of tiles, with the labels in a text chunk."""
 
 from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +12,13 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
+from r2f_ext.files import write_atomically
 
 _LABELS, _TILE = "labels", "tile"
 
 
 def write_mosaic(path: Path, images: Tensor, labels: Tensor) -> None:
-    """Write images uint8 [n, h, w] and labels [n] (0 to 9) to `path`, atomically; the same input gives the same bytes.
+    """Write images uint8 [n, h, w] and labels [n] (0 to 9) to `path`, atomically and reproducibly.
 
     Raises:
         ValueError: the tensors do not fit together, or a label is not a single digit.
@@ -39,14 +38,14 @@ def write_mosaic(path: Path, images: Tensor, labels: Tensor) -> None:
     info.add_text(_LABELS, "".join(map(str, labels.tolist())), zip=True)
     buffer = io.BytesIO()
     Image.fromarray(sheet.numpy()).save(buffer, "PNG", optimize=True, pnginfo=info)
-    _replace(path, buffer.getvalue())
+    write_atomically(path, lambda temporary: _write(temporary, buffer.getvalue()))
 
 
 def read_mosaic(path: Path) -> tuple[Tensor, Tensor]:
     """Return (images uint8 [n, h, w], labels int64 [n]) as `write_mosaic` wrote them.
 
     Raises:
-        R2FError: the file is missing, damaged or no mosaic.
+        R2FError: the file is missing, damaged or not a mosaic.
     """
     try:
         with Image.open(path) as picture:
@@ -64,14 +63,5 @@ def read_mosaic(path: Path) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

@@ -1,17 +1,18 @@
-"""Faces and photographs that come inside the scikit-image wheel, read at run time; nothing is downloaded."""
+"""Faces and photographs from the scikit-image wheel, read at run time without a download."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import skimage.data
 import torch
 from torch import Tensor
 
 from r2f_ext.data.image_set import fit_images
 from r2f_ext.errors import R2FError
 
-# Two lists without a common photograph, so that private crops never lie in proxy crops.
+# The two lists share no photograph, so no private crop overlaps a proxy crop.
 PROXY_PHOTOS = (
     "brick",
     "camera",
@@ -42,9 +43,9 @@ def load_faces() -> Tensor:
 
 
 def photo_crops(names: tuple[str, ...], count: int, shape: tuple[int, int, int], seed: int) -> Tensor:
-    """Square crops of random photographs, places and sizes, half of them mirrored: uint8 [count, *shape].
+    """Square crops of random photographs at random places and sizes, half of them mirrored: uint8 [count, *shape].
 
-    The first k crops do not depend on `count`. Crops that are nearly flat are drawn again.
+    The first k crops do not depend on `count`. Nearly uniform crops are replaced by new draws.
 
     Raises:
         R2FError: this scikit-image lacks one of the photographs.
@@ -78,8 +79,6 @@ def _photo(name: str) -> Tensor:
 
 
 def _from_skimage(name: str) -> np.ndarray:
-    import skimage.data
-
     try:
         return getattr(skimage.data, name)()
     except Exception as error:  # AttributeError, ModuleNotFoundError (pooch) or an error of its downloader, by version

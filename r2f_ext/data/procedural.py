@@ -1,10 +1,9 @@
-"""Images made from a seed: no data, no licence, no download, as many as asked for.
+"""Images generated from a seed: no data, no licence, no download, in any number.
 
-Four families, mixed at random: 1/f noise, dead leaves (shapes that hide one another), isolated
-objects on flat backgrounds, and smooth compositions of blobs. All work on whole batches. Random
-numbers come from CPU streams, one a chunk, so that the first k images depend neither on `count`
-nor on the device. Another device or number of threads rounds differently: about one byte in a
-million is then off by one.
+Four families, mixed at random: 1/f noise, dead leaves (shapes that occlude one another), isolated objects on flat
+backgrounds, and smooth compositions of blobs. All functions work on whole batches. Random numbers come from CPU
+generators, one per chunk, so the first k images depend neither on `count` nor on the device. Another device or number
+of threads rounds differently: about one byte in a million is then off by one.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 
-# Shares of the families; the rest are blob compositions.
-NOISE_SHARE, LEAVES_SHARE, OBJECT_SHARE = 0.19, 0.28, 0.40
-GRAY_SHARE = 0.7
+# Fractions of the families; the rest are blob compositions.
+NOISE_FRACTION, LEAVES_FRACTION, OBJECT_FRACTION = 0.19, 0.28, 0.40
+GRAY_FRACTION = 0.7
 MAX_LEAVES = 40
 MAX_PARTS = 6
 MAX_BLOBS = 10
@@ -31,7 +30,7 @@ _LABEL_STREAM = 1 << 40
 
 
 class _Draw:
-    """One CPU stream of random numbers for a batch of `n` images of `size` (h, w), moved to `device`."""
+    """Random numbers for a batch of `n` images of `size` (h, w), from one CPU generator, moved to `device`."""
 
     def __init__(self, generator: torch.Generator, n: int, channels: int, size: tuple[int, int], device: torch.device):
         self.generator, self.n, self.channels, self.size, self.device = generator, n, channels, size, device
@@ -41,7 +40,7 @@ class _Draw:
         return torch.rand(self.n, *shape, generator=self.generator).to(self.device)
 
     def uniform(self, low: float, high: float, channels: int = 1) -> Tensor:
-        """One number an image (and channel), [n, channels, 1, 1], ready to broadcast over pixels."""
+        """One number per image (and channel), [n, channels, 1, 1], which broadcasts over pixels."""
         return low + (high - low) * self.rand(channels, 1, 1)
 
     def log_uniform(self, low: float, high: float) -> Tensor:
@@ -51,11 +50,11 @@ class _Draw:
         return torch.randn(self.n, channels, height, width, generator=self.generator).to(self.device)
 
     def chance(self, probability: float) -> Tensor:
-        """A coin an image, bool [n, 1, 1, 1]."""
+        """True with this probability for each image, bool [n, 1, 1, 1]."""
         return self.rand(1, 1, 1) < probability
 
     def color(self, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """A flat colour an image, [n, channels, 1, 1]: one brightness with a tint of random strength."""
+        """One colour per image, [n, channels, 1, 1]: a brightness with a tint of random strength."""
         light = self.uniform(low, high)
         if self.channels == 1:
             return light
@@ -74,17 +73,17 @@ class _Draw:
 def procedural_images(
     count: int, shape: tuple[int, int, int] = (3, 32, 32), seed: int = 0, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Make `count` images, uint8 [count, c, h, w], from `seed`; the first k are the same for every count >= k.
+    """Generate `count` images, uint8 [count, c, h, w], from `seed`; the first k are the same for every count >= k.
 
     Args:
-        count: how many, at least 0.
+        count: number of images, at least 0.
         shape: (channels, height, width), channels 1 or 3, sides of 8 or more. With 3 channels about
             70 % of the images are gray: all channels equal.
-        seed: any integer >= 0. Two seeds share a chunk of images with a chance of about 2^-32 a pair of chunks.
-        device: where the arithmetic runs and the result lies.
+        seed: any integer >= 0. Two chunks of different seeds are equal with a probability of about 2^-32.
+        device: where the arithmetic runs and where the result is.
 
     Raises:
-        R2FError: a negative count or seed, or a shape that is not an image's.
+        R2FError: the count or seed is negative, or the shape is not that of an image.
     """
     channels, height, width = shape
     if count < 0 or seed < 0:
@@ -100,17 +99,17 @@ def procedural_images(
 
 
 def chunk_size(shape: tuple[int, int, int]) -> int:
-    """Images of one chunk, which share one stream of random numbers."""
+    """Number of images of one chunk; they share one random generator."""
     return max(1, min(CHUNK, CHUNK_PIXELS // (shape[1] * shape[2])))
 
 
 def chunk_of(index: int, shape: tuple[int, int, int], seed: int, device: str | torch.device = "cpu") -> Tensor:
-    """Images `index * chunk_size(shape)` and on of `procedural_images`, uint8 [chunk_size(shape), c, h, w]."""
+    """Chunk `index` of `procedural_images`, from image `index * chunk_size(shape)`: uint8 [chunk_size, c, h, w]."""
     return _chunk(index, chunk_size(shape), shape, seed, torch.device(device))
 
 
 def procedural_labels(count: int, num_classes: int, seed: int = 0) -> Tensor:
-    """Uniform random labels, int64 [count], prefix-stable like the images."""
+    """Uniform random labels, int64 [count]; the first k do not depend on `count`."""
     parts = [
         torch.randint(num_classes, (LABEL_CHUNK,), generator=_generator(seed, _LABEL_STREAM + index))
         for index in range(-(-count // LABEL_CHUNK))
@@ -119,19 +118,21 @@ def procedural_labels(count: int, num_classes: int, seed: int = 0) -> Tensor:
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
-    # torch's CPU stream reads 32 bits of a seed and no more, so a digest of both numbers goes into them.
+    # torch's CPU generator uses only 32 bits of a seed, so they are taken from a digest of both numbers.
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def _chunk(index: int, n: int, shape: tuple[int, int, int], seed: int, device: torch.device) -> Tensor:
-    """All `n` images of chunk `index`, uint8 [n, c, h, w]: each family draws its own, once gray and once in colour."""
+    """The `n` images of chunk `index`, uint8 [n, c, h, w]; each family makes its images, gray ones first."""
     generator = _generator(seed, index)
     family = torch.bucketize(
         torch.rand(n, generator=generator),
-        torch.tensor([NOISE_SHARE, NOISE_SHARE + LEAVES_SHARE, NOISE_SHARE + LEAVES_SHARE + OBJECT_SHARE]),
+        torch.tensor(
+            [NOISE_FRACTION, NOISE_FRACTION + LEAVES_FRACTION, NOISE_FRACTION + LEAVES_FRACTION + OBJECT_FRACTION]
+        ),
     )
-    gray = torch.rand(n, generator=generator) < GRAY_SHARE
+    gray = torch.rand(n, generator=generator) < GRAY_FRACTION
     out = torch.empty((n, *shape), dtype=torch.uint8, device=device)
     for number, make in enumerate((_noise, _dead_leaves, _objects, _blobs)):
         for channels, chosen in ((1, gray), (shape[0], ~gray)):
@@ -144,30 +145,30 @@ def _chunk(index: int, n: int, shape: tuple[int, int, int], seed: int, device: t
 
 
 def _spectral(draw: _Draw, low: float, high: float, channels: int = 1) -> Tensor:
-    """Noise with an amplitude spectrum 1 / (f + 1)^a, a uniform in [low, high], standardised, [n, channels, h, w]."""
+    """Noise with amplitude spectrum 1 / (f + 1)^a, a uniform in [low, high], standardised, [n, channels, h, w]."""
     height, width = draw.size
     spectrum = torch.fft.rfft2(draw.normal(channels, height, width))
     fy = torch.fft.fftfreq(height, 1 / height, device=draw.device).view(-1, 1)
     fx = torch.fft.rfftfreq(width, 1 / width, device=draw.device).view(1, -1)
-    stretch = draw.log_uniform(0.6, 1.7)  # an axis-aligned anisotropy: wood, cloth, water
+    stretch = draw.log_uniform(0.6, 1.7)  # axis-aligned anisotropy, as in wood, cloth or water
     radius = ((fy * stretch).square() + (fx / stretch).square()).sqrt() + 1
     field = torch.fft.irfft2(spectrum * radius.pow(-draw.uniform(low, high)), s=draw.size)
     return _standardize(field)
 
 
 def _standardize(images: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 for each image over all its pixels and channels."""
+    """Each image with mean 0 and standard deviation 1 over all its pixels and channels."""
     dims = (1, 2, 3)
     return (images - images.mean(dims, keepdim=True)) / (images.std(dims, keepdim=True) + 1e-3)
 
 
 def _expose(draw: _Draw, images: Tensor) -> Tensor:
-    """Random contrast and brightness for any picture."""
+    """Random contrast and brightness."""
     return (images - images.mean((1, 2, 3), keepdim=True)) * draw.uniform(0.5, 1.3) + draw.uniform(0.2, 0.8)
 
 
 def _soften(draw: _Draw, images: Tensor, probability: float) -> Tensor:
-    """Blend some images with their 3x3 or 5x5 binomial blur; the rest stay as they are."""
+    """Blend some images with their 3x3 or 5x5 binomial blur; the others are unchanged."""
     weights = torch.tensor([1.0, 2.0, 1.0], device=images.device)
     kernel = (weights[:, None] * weights / 16).expand(images.shape[1], 1, 3, 3)
 
@@ -261,7 +262,7 @@ def _blobs(draw: _Draw) -> Tensor:
 
 
 def _objects(draw: _Draw) -> Tensor:
-    """A few overlapping parts in the middle of an exactly flat background, mostly black, textured inside."""
+    """A few overlapping textured parts in the middle of an exactly uniform background, mostly black."""
     y, x = draw.grid()
     mirrored = draw.chance(0.65)
     side = torch.where(mirrored, x.abs(), x.expand(draw.n, -1, -1, -1))

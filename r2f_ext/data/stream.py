@@ -1,4 +1,4 @@
-"""Procedural images made as they are asked for: any number of them takes the memory of a few hundred."""
+"""Procedural images generated on demand, in constant memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from r2f_ext.data.procedural import chunk_of, chunk_size, procedural_images, procedural_labels
 
-CHUNKS_KEPT = 2  # batches in order may straddle two
+CACHED_CHUNKS = 2  # consecutive batches may overlap two
 
 
 class ProxyImages(Protocol):
-    """What pairs are made from: an ImageSet, or a stream of as many images."""
+    """The images from which pairs are made: an ImageSet or a stream."""
 
     @property
     def name(self) -> str:
@@ -28,7 +28,7 @@ class ProxyImages(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides images and labels."""
+        """SHA-256 of everything that determines images and labels."""
         ...
 
     def __len__(self) -> int:
@@ -41,19 +41,22 @@ class ProxyImages(Protocol):
 
 
 class ProceduralStream:
-    """The images and labels of `load_images("procedural", ...)` as a proxy, a chunk at a time.
+    """The images and labels of `load_images("procedural", ...)` as a proxy, generated a chunk at a time.
 
     Args:
-        count: how many; shape: (c, h, w); num_classes: labels are uniform below it; seed: of all of it.
+        count: number of images.
+        shape: (c, h, w).
+        num_classes: labels are uniform in [0, num_classes).
+        seed: determines images and labels.
 
     Raises:
-        R2FError: a negative seed, or a shape that is not an image's.
+        R2FError: the seed is negative, or the shape is not that of an image.
     """
 
     name = "procedural"
 
     def __init__(self, count: int, shape: tuple[int, int, int], num_classes: int, seed: int = 0) -> None:
-        procedural_images(count=0, shape=shape, seed=seed)  # refuses what cannot be made
+        procedural_images(count=0, shape=shape, seed=seed)  # raises R2FError for a bad shape or seed
         self.count, self.shape, self.num_classes, self.seed = count, shape, num_classes, seed
         self.labels = procedural_labels(count, num_classes, seed)
         self._chunks: dict[int, Tensor] = {}
@@ -76,7 +79,7 @@ class ProceduralStream:
 
     def _chunk(self, index: int) -> Tensor:
         if index not in self._chunks:
-            while len(self._chunks) >= CHUNKS_KEPT:
+            while len(self._chunks) >= CACHED_CHUNKS:
                 self._chunks.pop(next(iter(self._chunks)))
             self._chunks[index] = chunk_of(index, self.shape, self.seed)
         return self._chunks[index]

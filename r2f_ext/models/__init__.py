@@ -1,6 +1,6 @@
 """Base models and the adapters bound to them."""
 
-from r2f_ext.models.adapter import AdapterFiles, attach, forgot_start, read_adapter, untouched_a
+from r2f_ext.models.adapter import AdapterFiles, attach, forgot_start, load_adapter, read_adapter, untouched_a
 from r2f_ext.models.base import load_base, save_base, shape_of
 from r2f_ext.models.initial import (
     InitialA,
@@ -21,6 +21,7 @@ __all__ = [
     "forgot_start",
     "initial_from_folder",
     "initial_from_seed",
+    "load_adapter",
     "load_base",
     "read_adapter",
     "save_base",

@@ -1,10 +1,10 @@
-"""A PEFT LoRA folder -> Target + LoraUpdate. PEFT itself places the factors; nothing is unpickled."""
+"""Reads a PEFT LoRA folder into a Target and a LoraUpdate. PEFT itself places the factors; nothing is unpickled."""
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-FORGOTTEN = 1e-2  # of what the smallest singular value of a random A would be, against its largest
+# A has forgotten its start when its smallest singular value is below this fraction of what a random start would have.
+FORGOTTEN = 1e-2
 
-# What is taken over from adapter_config.json. Paths, revisions and code references in it are never read.
+# Fields of adapter_config.json that are passed on to PEFT. Paths, revisions and code references are never read.
 USED_FIELDS = (
     "r",
     "lora_alpha",
@@ -37,33 +38,51 @@ USED_FIELDS = (
     "fan_in_fan_out",
     "modules_to_save",
 )
-# Variants that change what A and B mean: field -> (value that is plain LoRA, how to call the variant).
-PLAIN = {
-    "use_dora": (False, "DoRA"),
-    "use_qalora": (False, "QALoRA"),
-    "use_bdlora": (None, "BD-LoRA"),
-    "lora_bias": (False, "LoRA bias"),
-    "bias": ("none", "trained biases"),
-    "layer_replication": (None, "layer replication"),
-    "trainable_token_indices": (None, "trainable tokens"),
-    "target_parameters": (None, "LoRA on bare parameters"),
-    "alora_invocation_tokens": (None, "activated LoRA"),
-    "arrow_config": (None, "Arrow"),
-    "corda_config": (None, "CorDA"),
-    "kasa_config": (None, "KaSA"),
-    "monteclora_config": (None, "MonteCLoRA"),
-    "velora_config": (None, "VeLoRA"),
-    "eva_config": (None, "EVA"),
+# Fields that do not change what A and B mean: descriptions, and settings that act in training or in a refused variant.
+HARMLESS_FIELDS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+)
+# Well-known variants by name, for the message. Any other field that is not at its default is refused as well.
+VARIANTS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "lora_bias": "LoRA bias",
+    "bias": "trained biases",
+    "layer_replication": "layer replication",
+    "trainable_token_indices": "trainable tokens",
+    "target_parameters": "LoRA on bare parameters",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "corda_config": "CorDA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "eva_config": "EVA",
+    "lora_ga_config": "LoRA-GA",
+    "loftq_config": "LoftQ",
+    "megatron_config": "Megatron",
 }
+DEFAULTS = {field.name: field.default for field in fields(LoraConfig) if field.default is not MISSING}
 PLAIN_INITS = (True, "gaussian")
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The two files of a PEFT folder, checked: plain LoRA, finite numbers, no pickle.
+    """The two files of a PEFT folder after the checks: plain LoRA, finite numbers, no pickle.
 
     Attributes:
-        folder: where they were read.
+        folder: where they were read from.
         config: the fields of adapter_config.json that are used.
         weights: PEFT's state dict.
     """
@@ -74,7 +93,7 @@ class AdapterFiles:
 
     @property
     def num_classes(self) -> int | None:
-        """Width of the classification head saved with the adapter (`modules_to_save`), if there is one."""
+        """Number of classes of the head saved with the adapter (`modules_to_save`), if there is one."""
         heads = [w for name, w in self.weights.items() if name.removeprefix(PREFIX) in ("head.weight", "fc.weight")]
         return heads[0].shape[0] if heads else None
 
@@ -113,9 +132,12 @@ def _read_config(folder: Path) -> dict:
         raise R2FError(f"{path} is not a JSON object: save the adapter again with PEFT.") from error
     if kind != "LORA":
         raise R2FError(f"{path} is a {kind} adapter: only plain LoRA (peft_type LORA) is supported.")
-    for name, (plain, variant) in PLAIN.items():
-        if raw.get(name, plain) not in (plain, None, {}, []):
-            raise R2FError(f"{path} uses {variant} ({name}): only plain LoRA is supported; train without it.")
+    for name in raw.keys() - {*USED_FIELDS, *HARMLESS_FIELDS, "init_lora_weights"}:
+        if raw[name] and raw[name] != DEFAULTS.get(name):
+            raise R2FError(
+                f"{path} uses {VARIANTS.get(name, 'a setting that is not known here')} ({name}): "
+                "only plain LoRA is supported; train without it."
+            )
     init = raw.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise R2FError(
@@ -141,11 +163,27 @@ def read_factors(folder: Path) -> dict[str, Tensor]:
         raise R2FError(f"{path} is truncated or not a safetensors file: copy it again.") from error
 
 
+def load_adapter(folder: str | Path, base: BaseModel) -> tuple[Target, LoraUpdate]:
+    """Read a PEFT LoRA folder and bind it to its base: `read_adapter`, then `attach`.
+
+    Args:
+        folder: as PEFT's `save_pretrained` writes it.
+        base: the model that the adapter was trained on.
+
+    Returns:
+        (target, update): the adapted layers, and their factors A [r, d_in] and B [d_out, r] by name.
+
+    Raises:
+        R2FError: a file is missing or broken, the adapter is not plain LoRA, or it does not fit the base.
+    """
+    return attach(read_adapter(folder), base)
+
+
 def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     """Bind an adapter to its base: which layers it changes, with which factors and scale.
 
-    A head saved with the adapter (`modules_to_save`) replaces the base's head: it is the head *after*
-    training, the best that is known of the one that the victim's gradients were taken at.
+    A head saved with the adapter (`modules_to_save`) replaces the base's head. It is the head *after* training, the
+    best available estimate of the head at which the victim's gradients were taken.
 
     Returns:
         (target, update); factors are float32 (float64 stays float64) on the base's device.
@@ -156,8 +194,8 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     """
     try:
         wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
-        outcome: Any = set_peft_model_state_dict(wrapped, files.weights)
-    except Exception as error:  # PEFT raises what its reading of a damaged config happens to hit
+        outcome: Any = set_peft_model_state_dict(wrapped, dict(files.weights))  # it renames the keys in place
+    except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
         raise R2FError(
             f"adapter '{files.folder}' does not fit base '{base.spec}': {_reason(error)}; name its own base."
         ) from error
@@ -184,7 +222,7 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
 
 
 def _reason(error: Exception) -> str:
-    """The first thing that PEFT or torch complains about, on one line."""
+    """The first line of PEFT's or torch's message."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     first = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else " ".join(lines)
     return first[:300].rstrip(".")
@@ -221,10 +259,10 @@ def _with_saved_modules(wrapped: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def untouched_a(update: LoraUpdate) -> bool:
-    """Whether every A may still be what PEFT drew: its default start is uniform within 1 / sqrt(d_in).
+    """Whether every A can still be what PEFT drew: its default start is uniform within 1 / sqrt(d_in).
 
-    At T = 1 A is exactly its start (grad_A = 0 while B = 0, METHODS 1); later steps move it, and some entries leave
-    that range, or weight decay shrinks all of them.
+    After one step A equals its start, because grad_A = 0 while B = 0 (docs/methods.md, section 1). Later steps move
+    some entries out of that range, or weight decay shrinks all of them.
     """
     return all(
         float(a.abs().max()) <= a.shape[1] ** -0.5 * (1 + 1e-6) and not forgot_start(a) for a in update.a.values()
@@ -232,9 +270,10 @@ def untouched_a(update: LoraUpdate) -> bool:
 
 
 def forgot_start(a: Tensor) -> bool:
-    """Whether A [r, d_in] has singular values as small as a random start hardly has: weight decay did that.
+    """Whether weight decay has shrunk some singular values of A [r, d_in] far below those of a random start.
 
-    A random A's smallest is about (1 - sqrt(r / d_in)) / (1 + sqrt(r / d_in)) of its largest (Marchenko and Pastur).
+    The smallest singular value of a random A is about (1 - sqrt(r / d_in)) / (1 + sqrt(r / d_in)) of its largest
+    (Marchenko and Pastur 1967).
     """
     if not torch.isfinite(a).all():
         return False

@@ -9,48 +9,58 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from r2f_ext.errors import R2FError
+from r2f_ext.files import write_tensors, write_text
 from r2f_ext.models.embedded import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, WEIGHTS, build_embedded_vit
 from r2f_ext.types import BaseModel
 
 
 def load_base(spec: str = "embedded", device: str | torch.device = "cpu", num_classes: int | None = None) -> BaseModel:
-    """Load a base classifier in eval mode, with frozen parameters and unfused attention.
+    """Load a base classifier in eval mode, with frozen parameters and attention that is not fused.
 
     Args:
         spec: `embedded`; `timm:NAME` (timm's pretrained weights where they are cached or can be fetched);
             or a folder with timm's `config.json` (`architecture`, `num_classes`, `pretrained_cfg`) and
             `model.safetensors`, as timm's own `save_for_hf` writes it.
         device: where the model lives.
-        num_classes: width of the head for `timm:NAME` where an adapter brings its own head.
+        num_classes: number of classes for `timm:NAME`, where an adapter brings its own head.
 
     Raises:
         R2FError: unknown name, missing or unreadable weights, not an image classifier.
     """
-    # Fused attention has no double backward, which matching needs: set before any model is built.
-    set_fused_attn(False)
     if spec == "embedded":
         base = _embedded()
     elif spec.startswith("timm:"):
         base = _from_timm(spec, num_classes)
     else:
         base = _from_folder(spec)
-    base.model.eval().requires_grad_(False).to(device)
+    unfuse_attention(base.model.eval().requires_grad_(False).to(device))
     return base
 
 
+def unfuse_attention(model: nn.Module) -> None:
+    """Make timm's attention layers of `model` use plain matrix products.
+
+    Gradient matching differentiates the backward pass, and fused attention has no double backward. timm's own switch
+    (`set_fused_attn`) is global, so the flag is set on this model's layers only.
+    """
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]
+
+
 def shape_of(model: nn.Module | str, image_size: int | None = None) -> BaseModel:
-    """A base whose shapes can be counted: a timm model, or a timm model's name, then without its weights.
+    """Describe a base for counting: shapes are all that is needed, so no weights are loaded for a name.
 
     Args:
-        image_size: side of the square input, where it is not the one that the name stands for.
+        model: a timm model or the name of one.
+        image_size: side of the square input in pixels; None: the model's default.
 
     Returns:
-        A base; its parameters lie on the meta device (no memory, no numbers) where only a name was given.
+        A base. If only a name was given, its parameters are on the meta device (shapes without values).
 
     Raises:
         R2FError: timm has no model of that name, or no such size of it; or the model is not one of timm's.
@@ -72,7 +82,7 @@ def shape_of(model: nn.Module | str, image_size: int | None = None) -> BaseModel
     try:
         with torch.device("meta"):
             return _describe(timm.create_model(name, pretrained=False, **size), f"timm:{name}")
-    except Exception as error:  # timm's constructors assert and refuse arguments in their own words
+    except Exception as error:  # timm's constructors raise many types of error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise R2FError(f"'{name}' cannot be built without weights at that size: {reason}") from error
 
@@ -126,7 +136,7 @@ def _from_folder(spec: str) -> BaseModel:
             **config.get("model_args", {}),
         )
         model.load_state_dict(load_file(weights_path))
-    except Exception as error:  # timm's constructors assert, index and multiply what config.json holds
+    except Exception as error:  # a damaged config.json makes timm's constructors raise any type
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise R2FError(f"{weights_path} does not fit '{architecture}' as {config_path} has it: {reason}") from error
     try:
@@ -146,9 +156,11 @@ def _describe(model: Any, spec: str) -> BaseModel:
 
 
 def save_base(base: BaseModel, folder: Path, architecture: str, model_args: dict | None = None) -> None:
-    """Write `base` as a folder that `load_base` reads (timm's own layout)."""
-    from safetensors.torch import save_file
+    """Write `base` in timm's folder layout, which `load_base` reads.
 
+    Args:
+        architecture: timm's name of the model; model_args: arguments of its constructor that are not the defaults.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architecture": architecture,
@@ -156,5 +168,5 @@ def save_base(base: BaseModel, folder: Path, architecture: str, model_args: dict
         "model_args": model_args or {},
         "pretrained_cfg": {"input_size": base.input_shape, "mean": base.mean, "std": base.std},
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_file({k: v.contiguous() for k, v in base.model.state_dict().items()}, folder / "model.safetensors")
+    write_text(folder / "config.json", json.dumps(config, indent=2))
+    write_tensors(folder / "model.safetensors", base.model.state_dict())

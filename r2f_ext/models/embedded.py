@@ -1,7 +1,7 @@
 """The embedded default: a small ViT that ships inside the package.
 
-Patch 4, d = 128 and 65 tokens, so that patch_dim + 1 = 49 <= d - tokens = 63: the attention row
-space route can be exact (docs/methods, route `attention_rowspace`).
+Patch 4, d = 128 and 65 tokens, so that patch_dim + 1 = 49 <= d - tokens = 63: the route `attention_rowspace` can be
+exact (docs/methods.md, section 3c).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def build_embedded_vit() -> VisionTransformer:
 def reset_head(model: VisionTransformer, seed: int = HEAD_SEED) -> None:
     """Give `model` the fresh classification head that every client of one server starts from.
 
-    A head that already fits its task gives near-zero gradients; fine-tuning starts from a fresh one.
+    A head that is already trained on the task gives gradients near zero; fine-tuning starts from a fresh one.
     """
     generator = torch.Generator().manual_seed(seed)
     head = model.get_classifier()

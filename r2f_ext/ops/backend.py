@@ -1,10 +1,11 @@
-"""Loads the compiled kernels, if there are any that fit this PyTorch, and says which kernel an operator uses."""
+"""Loads the compiled kernels if they fit the running PyTorch, and tells which kernel an operator uses."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,26 @@ _why_not_loaded: str | None = "r2f_ext.ops has not been imported"
 
 
 def load_compiled_kernels() -> None:
-    """Loads `r2f_ext._C`, which registers its kernels; on any doubt the reference stays in place, and why is noted."""
+    """Load `r2f_ext._C`, which registers its kernels, if it was built for the PyTorch that is running.
+
+    Otherwise every operator keeps its reference implementation, and the reason is recorded for `build_information`.
+    Called once, when `r2f_ext.ops` is imported, so a user sees the warning once in a process.
+
+    Warns:
+        RuntimeWarning: the module was built for another PyTorch or CUDA (both versions are named), or cannot be loaded.
+    """
     global _build, _why_not_loaded
     _build = _read_record()
     _why_not_loaded = _reason_to_stay_with_reference()
-    if _why_not_loaded is not None:
-        return
-    try:
-        compiled = importlib.import_module("r2f_ext._C")
-    except ImportError as error:
-        _why_not_loaded = f"the compiled module could not be loaded: {error}"
-        return
-    _build = {**_build, **compiled.build_info()}
+    if _why_not_loaded is None:
+        try:
+            compiled = importlib.import_module("r2f_ext._C")
+            _build = {**_build, **compiled.build_info()}
+            return
+        except ImportError as error:
+            _why_not_loaded = f"the compiled module could not be loaded: {error}"
+    if _chosen_reference() is None:
+        warnings.warn(f"r2f_ext runs on plain PyTorch operators: {_why_not_loaded}", RuntimeWarning, stacklevel=2)
 
 
 def _read_record() -> dict[str, Any]:
@@ -42,11 +51,23 @@ def _read_record() -> dict[str, Any]:
 
 
 def _reason_to_stay_with_reference() -> str | None:
+    return _chosen_reference() or _mismatch()
+
+
+def _chosen_reference() -> str | None:
+    """Why the user wants plain PyTorch operators; None if compiled kernels are expected."""
     if os.environ.get("R2F_FORCE_REFERENCE", "0") not in ("", "0"):
         return "R2F_FORCE_REFERENCE is set"
     if not _build:
         return "this installation has no compiled kernels (built with R2F_BUILD=none, or not built)"
-    # A C++ extension fits only the PyTorch it was compiled against: with another it may fail to load, or misbehave.
+    return None
+
+
+def _mismatch() -> str | None:
+    """Why the compiled module does not fit; None if it does.
+
+    A C++ extension fits only the PyTorch that it was compiled against: with another it may fail to load, or misbehave.
+    """
     if _build.get("torch") != torch.__version__:
         return f"compiled for torch {_build.get('torch')}, but torch {torch.__version__} is running: reinstall r2f-ext"
     running = cuda_major(torch.version.cuda)

@@ -1,7 +1,7 @@
-"""How many samples may go through a base in one pass: few enough for memory, the same number on every run.
+"""How many samples fit into one pass through a base.
 
-The number must not depend on what else the machine does: a run that goes on after a cut makes the same batches, and so
-the same bits.
+The number depends only on the model and the device, not on the current load of the machine: a resumed run makes the
+same batches, and therefore the same bits.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.types import Target
 
-CPU_BYTES = 1 << 30  # of one pass, and as much again for what is kept of many steps
-GPU_SHARE = 0.25  # of the GPU's whole memory
+CPU_BYTES = 1 << 30  # of one pass; the factors that victims of many steps save may take as much again
+GPU_FRACTION = 0.25  # of the GPU's total memory
 
 
 @dataclass(frozen=True)
 class SampleBytes:
-    """What one sample costs: `in_pass` while its forward and backward run, `factors` for x and delta of all layers."""
+    """Bytes per sample: `in_pass` during its forward and backward, `factors` for x and delta of all layers."""
 
     in_pass: int
     factors: int
 
 
 def sample_bytes(target: Target) -> SampleBytes:
-    """Count by one pass over one sample: all that autograd keeps for the backward, and the captured factors."""
+    """Count in one pass over one sample: all that autograd saves for the backward, and the captured factors."""
     base = target.base
     like = next(base.model.parameters())
     parameters = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def give_back(tensor: Any) -> Any:
+    def unpack(tensor: Any) -> Any:
         return tensor
 
     image = like.new_full((1, 1, *base.input_shape), 0.5)
-    with Capture(target) as capture, torch.autograd.graph.saved_tensors_hooks(count, give_back):
+    with Capture(target) as capture, torch.autograd.graph.saved_tensors_hooks(count, unpack):
         found = capture(image, torch.zeros(1, 1, dtype=torch.int64, device=like.device))
     factors = sum(t.numel() * t.element_size() for part in (found.x, found.delta) for t in part.values())
-    return SampleBytes(sum(kept.values()) + factors, factors)
+    return SampleBytes(sum(saved.values()) + factors, factors)
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that one pass may take."""
+    """Bytes that one pass may use on this device."""
     if device.type == "cuda":
-        return int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        return int(GPU_FRACTION * torch.cuda.get_device_properties(device).total_memory)
     return CPU_BYTES

@@ -1,4 +1,4 @@
-"""Starts of LoRA factors as PEFT draws them: for pairs whose victims do not share one A."""
+"""Initial LoRA factors as PEFT draws them, for pairs whose victims do not share one A."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from r2f_ext.types import Target
 
 
 def random_a(target: Target, seed: int, first: int, count: int) -> dict[str, Tensor]:
-    """A of the victims `first` to `first + count`, name -> [count, r, d_in] float32, each from a stream of its own.
+    """A of the victims `first` to `first + count - 1`, name -> [count, r, d_in] float32, each from its own generator.
 
-    PEFT's default start (`reset_lora_parameters`) is Kaiming's uniform with a = sqrt(5): uniform within 1 / sqrt(d_in).
-    What victim p gets depends on the seed and p alone; two victims share a start with a chance of 2^-32.
+    PEFT's default start (`reset_lora_parameters`) is Kaiming uniform with a = sqrt(5): uniform within 1 / sqrt(d_in).
+    The A of victim p depends only on the seed and p; two victims have the same A with a probability of 2^-32.
     """
     sizes = [layer.rank * layer.d_in for layer in target.layers]
-    flat = torch.stack([torch.rand(sum(sizes), generator=_stream(seed, first + p)) for p in range(count)])
+    flat = torch.stack([torch.rand(sum(sizes), generator=_generator(seed, first + p)) for p in range(count)])
     found = {}
     for layer, part in zip(target.layers, flat.split(sizes, dim=1), strict=True):
         uniform = part.unflatten(1, (layer.rank, layer.d_in)).mul(2).sub(1)
@@ -25,7 +25,7 @@ def random_a(target: Target, seed: int, first: int, count: int) -> dict[str, Ten
     return found
 
 
-def _stream(seed: int, victim: int) -> torch.Generator:
-    # torch's CPU stream reads 32 bits of a seed and no more, so a digest of both numbers goes into them.
+def _generator(seed: int, victim: int) -> torch.Generator:
+    # torch's CPU generator uses only 32 bits of a seed, so they are taken from a digest of both numbers.
     digest = hashlib.sha256(f"A/{seed}/{victim}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

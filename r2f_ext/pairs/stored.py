@@ -1,4 +1,4 @@
-"""Pairs read back from disk, and made from those on disk for another adapter."""
+"""Reads pairs back from disk, and converts stored pairs for another adapter."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class StoredPairs:
     """Pairs read back from a folder, for the same base.
 
     Attributes:
-        a: name -> A that the victims started from [r, d_in]; b: name -> B likewise, None for B = 0.
-        target: its layers' gradients are read; updates are of all layers of the folder.
+        a: name -> A [r, d_in] at the victims' common start.
+        b: name -> B [d_out, r] at the start; None if B = 0.
+        target: gradients are read for its layers only, updates for all layers of the folder.
 
     Raises:
-        R2FError: no manifest (an unfinished run), another schema, or shards that are missing or changed.
+        R2FError: there is no manifest (an unfinished run), the schema is another one, or shards are missing or changed.
     """
 
     def __init__(self, folder: str | Path, base: BaseModel) -> None:
@@ -86,7 +87,7 @@ class StoredPairs:
         return "per_victim_a" in self.manifest
 
     def only(self, names: tuple[str, ...]) -> StoredPairs:
-        """The same pairs with the gradients of some layers (the others are not read), and the updates of all."""
+        """The same pairs with the gradients of the layers `names` only, and the updates of all layers."""
         some = copy.copy(self)
         some.target = replace(self.target, layers=tuple(self.target.layer(name) for name in names))
         return some
@@ -140,7 +141,7 @@ class StoredPairs:
             )
 
     def _rows(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """Which rows of which shards hold the pairs `start` to `stop`."""
+        """The shards, and the rows in each, of the pairs `start` to `stop - 1`."""
         first = 0
         for shard, count in enumerate(self._counts):
             low, high = max(start, first), min(stop, first + count)
@@ -151,9 +152,9 @@ class StoredPairs:
     def _read(
         self, name: str, keys: list[str], rows: slice | None, prefixes: tuple[str, ...] = ()
     ) -> dict[str, Tensor]:
-        """Rows of the tensors `keys`, and of those whose names begin with a prefix, of one file.
+        """Read rows of the tensors `keys`, and of those whose names start with a prefix, from one file.
 
-        The SHA-256 of a shard is compared with the manifest's the first time.
+        On first use the SHA-256 of a shard is compared with the manifest.
         """
         path = self.folder / name
         try:
@@ -181,10 +182,10 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class ReprojectedPairs:
-    """Pairs of another adapter from stored ones: from B = 0 the factors of a gradient are the same for every A.
+    """Pairs of another adapter, computed from stored ones: at B = 0 the factors of a gradient do not depend on A.
 
-    A second adapter of a base then costs one projection a pair, no pass through the model, and on disk its updates
-    only: the files of the gradients are shared.
+    A second adapter of a base then costs one projection per pair and no pass through the model. On disk it needs space
+    for its updates only, because the files of the gradients are shared.
 
     Args:
         stored: pairs of one step of SGD, of at least these layers.
