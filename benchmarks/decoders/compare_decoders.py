@@ -11,7 +11,6 @@ by count: 6.5 GB at 20,000 pairs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json
+from measure import json_parser, write_json
 
 from r2f_ext.audit.victims import VictimConfig, train_victim
 from r2f_ext.data import load_images
@@ -49,13 +48,12 @@ DEFAULT_ROWS = (*CONTROLS, *KINDS, *ANY_A)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = json_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=20_000, help="fitted pairs (default 20000)")
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=ROWS)
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of kinds that learn by descent")
-    parser.add_argument("--json")
     options = parser.parse_args()
     Decoder.precision = PRECISIONS[options.precision]
     pairs = make_pairs(options.proxy, options.pairs + options.held_out)

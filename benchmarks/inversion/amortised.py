@@ -10,7 +10,6 @@ about 3 minutes on 2 cores, unet 8, full 30 and 4 GB; the rows of the parts not 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json
+from measure import json_parser, write_json
 
 from r2f_ext.audit.controls import make_controls
 from r2f_ext.audit.metrics import psnr_db
@@ -49,8 +48,7 @@ Updates = dict[str, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json")
+    parser = json_parser(__doc__)
     parser.add_argument("--only", choices=PARTS)
     options = parser.parse_args()
     sets = {"fashion_mnist": load_images("embedded", role="private"), "lfw": load_images("lfw", role="private")}

@@ -10,7 +10,6 @@ trying seeds, or not needed where weight decay has made A forget it (rows `decay
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json
+from measure import json_parser, write_json
 
 from r2f_ext.audit.assign import assign
 from r2f_ext.audit.metrics import psnr_db
@@ -157,8 +156,7 @@ def _row(case: str, route: str, psnr: Tensor, seconds: float, details: dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json")
+    parser = json_parser(__doc__)
     options = parser.parse_args()
     rows = []
     for part in (embedded, adapters, batch_of_two, large_shapes):

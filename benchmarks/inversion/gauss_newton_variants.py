@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,10 +27,12 @@ import torch
 from timm.layers import set_fused_attn
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measure import json_parser, write_json
+
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.capture import Capture
 from r2f_ext.data import ImageSet, drop_private, load_images
-from r2f_ext.files import write_text
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.gauss_newton import (
     SUBSPACE_IMAGES,
@@ -42,7 +45,6 @@ from r2f_ext.inversion.gauss_newton import (
 )
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
-from r2f_ext.malloc import keep_freed_memory
 from r2f_ext.models import load_base
 from r2f_ext.pairs import Training, Victims, simulate
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
@@ -133,8 +135,7 @@ class Problem:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    parser = json_parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(CASES), help="cases, see --list")
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
     parser.add_argument("--starts", nargs="+", choices=("amortised", "oracle"), default=["amortised", "oracle"])
@@ -150,7 +151,6 @@ def main() -> None:
     unknown = [name for name in options.only if name not in CASES]
     if unknown:
         parser.error(f"there is no case '{unknown[0]}': see --list")
-    keep_freed_memory()
     path = Path(options.json) if options.json else None
     record = json.loads(path.read_text()) if path and path.exists() else {"rows": []}
     for name in options.only:
@@ -160,7 +160,7 @@ def main() -> None:
             record["rows"].append(row)
             record["summary"] = summary(record["rows"])
             if path:
-                write_text(path, json.dumps(record, indent=1))
+                write_json(path, record)
     for line in summary(record["rows"]):
         print(line)
 

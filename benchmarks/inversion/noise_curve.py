@@ -10,14 +10,13 @@ least, over images, of `with_public` less the mean image.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json
+from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import load_images
@@ -31,9 +30,8 @@ SETS = (("embedded", "embedded"), ("lfw", "procedural"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = json_parser(__doc__)
     parser.add_argument("--count", type=int, default=8, help="images of each set (default 8)")
-    parser.add_argument("--json")
     options = parser.parse_args()
     base = load_base("embedded")
     rows = []

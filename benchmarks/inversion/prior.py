@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from common import write_json
+from measure import json_parser, write_json
 from train_prior import train
 
 from r2f_ext.audit.metrics import score
@@ -39,8 +38,7 @@ ALONE_STEPS = 120
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json")
+    parser = json_parser(__doc__)
     parser.add_argument("--prior", metavar="FOLDER", help="a local diffusers folder")
     options = parser.parse_args()
     private = load_images("embedded", role="private", count=VICTIMS)
