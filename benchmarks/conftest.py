@@ -3,8 +3,8 @@
 What an entry of the JSON holds:
 
 * `stats`: wall seconds of one call of ours, measured by `benchmark.pedantic`. A round draws a random order of all
-  functions. Those before ours run in pedantic's `setup`, those after ours in its `teardown`, so that ours and the rivals
-  are measured in the same rounds, each as often in every place.
+  functions. Those before ours run in pedantic's `setup`, those after ours in its `teardown`, so that ours and the
+  rivals are measured in the same rounds.
 * `extra_info`: the line of `measure.row`: the medians of ours and of all rivals in milliseconds (over the number of
   items, where a call makes several), the best rival, the ratio and the share of the roofline. On a GPU also the times
   on the device (see `device_time`).
@@ -123,10 +123,13 @@ class Versus:
         functions = make()
         if tolerance is not None:
             require_same(functions, tolerance)
+        if not self.benchmark.enabled:  # --benchmark-disable: only whether the row runs
+            self.benchmark.pedantic(functions["ours"])
+            for name in functions.keys() - {"ours"}:
+                functions[name]()
+            return
         counts = items if isinstance(items, Mapping) else dict.fromkeys(functions, items)
         medians = {each: time / counts[each] for each, time in self._wall(functions).items()}
-        if not medians:  # --benchmark-disable
-            return
         line = row(name, shape, dtype, medians, self.device, traffic, flops)
         if self.device == "cuda" and captured:
             line |= self._on_device(make, counts, dtype, traffic, flops)
@@ -160,8 +163,6 @@ class Versus:
             self.benchmark.pedantic(timed["ours"], setup=before, teardown=after, rounds=rounds)
         finally:
             gc.enable()
-        if not self.benchmark.enabled:
-            return {}
         medians = {"ours": self.benchmark.stats["median"]}
         medians |= {name: statistics.median(each) for name, each in times.items()}
         return {name: 1e3 * seconds for name, seconds in medians.items()}

@@ -112,7 +112,18 @@ def side_by_side(records: list[dict[str, Any]]) -> str:
     return table(head, [[*key, *(cell(rows.get(key)) for rows in found)] for key in keys])
 
 
+def by_processor(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each processor: suites that were recorded one by one are joined."""
+    joined: dict[str, dict[str, Any]] = {}
+    for record in records:
+        name = processor(record["machine_info"])
+        before = joined[name]["benchmarks"] if name in joined else []
+        joined[name] = {**record, "benchmarks": [*before, *record["benchmarks"]]}
+    return list(joined.values())
+
+
 def document(records: list[dict[str, Any]]) -> str:
+    records = by_processor(records)
     parts = ["# Benchmarks", "Written by `python benchmarks/tables.py`; [what the figures mean](../../README.md)."]
     if len(records) > 1:
         parts += ["## Side by side", "Time of ours, and the best rival's time over it.", side_by_side(records)]
@@ -125,10 +136,11 @@ def document(records: list[dict[str, Any]]) -> str:
 
 
 def default_records() -> list[Path]:
-    """The records of the installed version."""
+    """The records of the installed version: of all suites, or of one each."""
     import r2f_ext  # the only need of it: a table of named files is made without torch
 
-    return sorted((RESULTS / r2f_ext.__version__).glob("*-ops.json"))
+    folder = RESULTS / r2f_ext.__version__
+    return sorted(path for suite in ("ops", "pairs") for path in folder.glob(f"*-{suite}.json"))
 
 
 def main() -> None:
