@@ -125,7 +125,7 @@ def measure(name: str, pairs: GeneratedPairs, count: int, updates: Updates) -> d
 
 def many_a(pairs: GeneratedPairs, count: int) -> AgnosticPairs:
     """The same gradients, each seen through an A of its own."""
-    own = GeneratedPairs(pairs.target, pairs.a, pairs.proxy, own_a=1)
+    own = GeneratedPairs(pairs.target, pairs.a, pairs.proxy, per_victim_a=1)
     return AgnosticPairs(own, Core.of(own, count, SIZE))
 
 

@@ -26,13 +26,14 @@ from measure import json_parser, write_json
 
 from r2f_ext.audit.controls import make_controls
 from r2f_ext.audit.metrics import psnr_db
-from r2f_ext.audit.run import refine
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion import amortised
 from r2f_ext.inversion.amortised import AmortisedInverter, invert_by_label
+from r2f_ext.inversion.route import Problem
+from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.inversion.unet import UNetInverter
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
@@ -134,8 +135,9 @@ def full_size(
     found = invert_by_label(target, a, proxy, observed, made.append)
     far, start = found.far_from_proxy, found.reconstruction
     rows = lines("by label", proxy, sum(made), start, far, start.seconds, sets)
-    refined = refine(target, a, observed, start, AuditConfig().refinement, lambda units: None)
-    refined = replace(refined, details=start.details)
+    refinement = AuditConfig().refinement
+    problem = Problem(target.base, target, a=a, observed=observed, refinement=refinement, found={"amortised": start})
+    refined = replace(AmortisedRefined().run(problem, lambda steps: None), details=start.details)
     return rows + lines("refined", proxy, sum(made), refined, far, start.seconds + refined.seconds, sets)
 
 

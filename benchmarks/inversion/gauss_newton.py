@@ -33,7 +33,8 @@ from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import invert_by_label
-from r2f_ext.inversion.gauss_newton import EXACT, SUBSPACE_IMAGES, GaussNewtonConfig, Subspace, gauss_newton
+from r2f_ext.inversion.gauss_newton import SUBSPACE_IMAGES, GaussNewtonConfig, Subspace, gauss_newton
+from r2f_ext.inversion.newton import EXACT
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.types import BaseModel, Reconstruction, Target
 
@@ -113,7 +114,6 @@ def run(file: Path, victims: list[int], workers: int) -> Any:
 def _start_worker(file: Path) -> None:
     global PROBLEM
     torch.set_num_threads(1)
-    load_base()  # sets what a model is built with
     PROBLEM = torch.load(file, weights_only=False)  # written by this script
 
 
@@ -128,9 +128,9 @@ def one(victim: int) -> dict[str, Any]:
         "victim": victim,
         "start_psnr_db": float(psnr_db(start.images, original)),
         "psnr_db": float(psnr_db(found.images, original)),
-        "residual": found.details["residual_0"],
-        "start_residual": found.details["start_residual_0"],
-        "passes": int(found.details["passes_0"]),
+        "residual": float(found.per_victim["residual"][0]),
+        "start_residual": float(found.per_victim["start_residual"][0]),
+        "passes": int(found.per_victim["passes"][0]),
         "seconds": found.seconds,
     }
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import set_fused_attn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,15 +36,16 @@ from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.gauss_newton import (
     SUBSPACE_IMAGES,
     GaussNewtonConfig,
-    Search,
     Subspace,
     UpdateMap,
     flat_units,
     search,
 )
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
+from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
 from r2f_ext.models import load_base
+from r2f_ext.models.base import unfuse_attention
 from r2f_ext.pairs import Training, Victims, simulate
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
 
@@ -83,9 +83,9 @@ class Case:
 
 def vit_b16_at_32() -> BaseModel:
     """ViT-B/16 for 32x32 images and 10 classes, random weights."""
-    set_fused_attn(False)
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_224", img_size=32, num_classes=10, pretrained=False).eval()
+    unfuse_attention(model)
     half = (0.5, 0.5, 0.5)
     return BaseModel(model.requires_grad_(False), "timm:vit_base_patch16_224", (3, 32, 32), half, half, 10)
 
@@ -117,7 +117,7 @@ class Start:
 
     images: Tensor
     labels: Tensor
-    usual_errors: dict[int, Tensor] = field(default_factory=dict)
+    loo_errors: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Problem:
 
     Attributes:
         originals: [V, owned, c, h, w]; starts: name -> Start.
-        find: (victim, start point, labels, what the start usually gets wrong) -> Search.
+        find: (victim, start point, labels, what the start gets wrong on proxies) -> Search.
     """
 
     originals: Tensor
@@ -184,7 +184,7 @@ def rows_of(name: str, known: list[dict[str, Any]], options: argparse.Namespace)
 def one(problem: Problem, start: Start, victim: int) -> dict[str, Any]:
     original, image, labels = problem.originals[victim], start.images[victim], start.labels[victim]
     began = time.perf_counter()
-    found = problem.find(victim, image.flatten(), labels, start.usual_errors.get(int(labels[0])))
+    found = problem.find(victim, image.flatten(), labels, start.loo_errors.get(int(labels[0])))
     seconds = time.perf_counter() - began
     return {
         "start_psnr_db": float(psnr_db(image, original).mean()),
@@ -295,7 +295,7 @@ def amortised(target: Target, victims: Victims, public: ImageSet) -> Start:
     found = invert_by_label(target, {name: a.mean(0) for name, a in victims.a.items()}, public, observed).reconstruction
     print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
     assert found.labels is not None
-    return Start(found.images[:, None], found.labels[:, None], found.usual_errors)
+    return Start(found.images[:, None], found.labels[:, None], found.loo_errors)
 
 
 def near(images: Tensor, subspace: Subspace, decibels: float) -> Tensor:

@@ -21,7 +21,7 @@ from measure import json_parser, write_json
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import load_images
 from r2f_ext.inversion.attention_rowspace import invert_attention_rowspace
-from r2f_ext.inversion.identifiability import QKV_WEIGHT
+from r2f_ext.inversion.geometry import QKV_WEIGHT
 from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.models import load_base
 
