@@ -35,6 +35,11 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in rows)
 
 
+def ms(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100 * fraction:.0f} %"
 
@@ -46,7 +51,7 @@ def ratio(value: float | None) -> str:
 def rival(row: Row, prefix: str = "") -> str:
     """The best rival and its time; `prefix` "device_" for the device's."""
     name = row[f"{prefix}best_rival"]
-    return "" if name is None else f"{name}: {row[f'{prefix}rivals_ms'][name]:.3g}"
+    return "" if name is None else f"{name}: {ms(row[f'{prefix}rivals_ms'][name])}"
 
 
 def processor(machine: dict[str, Any]) -> str:
@@ -86,13 +91,13 @@ def group_table(rows: list[Row]) -> str:
     for row in rows:
         line = [
             *key_of(row),
-            f"{row['ours_ms']:.3g}",
+            ms(row["ours_ms"]),
             rival(row),
             ratio(row["ratio"]),
             percent(row["roofline_fraction"]),
         ]
         if "device_ms" in row:
-            line += [f"{row['device_ms']:.3g}", rival(row, "device_"), ratio(row["device_ratio"])]
+            line += [ms(row["device_ms"]), rival(row, "device_"), ratio(row["device_ratio"])]
             line.append(percent(row["device_roofline_fraction"]))
         lines.append(line + [""] * (len(head) - len(line)))
     return table(head, lines)
@@ -106,7 +111,7 @@ def side_by_side(records: list[dict[str, Any]]) -> str:
     def cell(row: Row | None) -> str:
         if row is None:
             return ""
-        return f"{row['ours_ms']:.3g} ms" + ("" if row["ratio"] is None else f", {row['ratio']:.2f}")
+        return f"{ms(row['ours_ms'])} ms" + ("" if row["ratio"] is None else f", {row['ratio']:.2f}")
 
     head = ["what", "shape", "dtype", *(processor(record["machine_info"]) for record in records)]
     return table(head, [[*key, *(cell(rows.get(key)) for rows in found)] for key in keys])
