@@ -2,11 +2,11 @@
 
     python benchmarks/decoders/compare_decoders.py --json benchmarks/results/0.1.0/decoders.json
 
-Fashion-MNIST as proxy, the embedded model, one adapter's own A (r = 8; qkv, proj, fc1, fc2 of four blocks). Every row
-is written as soon as it is done, and rows that the file holds already are not made again. `fit_s` contains making the
-pairs, `walk_s` is that alone. Rows ending in _any_a are fitted over an A of its own for every pair and asked about one
-that they never saw: their distance to the same kind without is the price of not fitting to the adapter. Memory,
-by count: 6.5 GB at 20,000 pairs.
+Fashion-MNIST as proxy, the embedded model, one adapter's A (r = 8; qkv, proj, fc1, fc2 of four blocks). Every row is
+written as soon as it is measured; rows that are in the file already are not measured again. `fit_s` includes the pass
+that makes the pairs, `walk_s` is the time of that pass alone. Decoders of rows that end in _any_a are fitted on pairs
+with a different A each and decode updates of an A that they have not seen; the difference from the same kind without
+_any_a is the cost of not fitting to the adapter. Memory, by counting tensors: 6.5 GB at 20,000 pairs.
 """
 
 from __future__ import annotations

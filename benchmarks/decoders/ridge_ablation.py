@@ -1,4 +1,4 @@
-"""What the ridge decoder's kernel should read: held-out cosine on both shipped proxies.
+"""Which updates the ridge decoder's kernel should read: held-out cosine on both shipped proxies.
 
     python benchmarks/decoders/ridge_ablation.py --json benchmarks/results/0.1.0/ridge_ablation.json
 

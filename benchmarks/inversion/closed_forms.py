@@ -57,7 +57,7 @@ def random_vit(dtype: torch.dtype = torch.float32, **options: Any) -> BaseModel:
 
 
 def trained_seventeen(steps: int = 200) -> BaseModel:
-    """The small model trained on Fashion-MNIST for a moment, then given a fresh head, in float64."""
+    """A small model after a short training on Fashion-MNIST, with a new random head, in float64."""
     base = random_vit(img_size=32, patch_size=8, in_chans=1, embed_dim=96, depth=4, num_heads=4)
     proxy = load_images("embedded", count=5000)
     model = base.model.train().requires_grad_(True)

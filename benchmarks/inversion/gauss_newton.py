@@ -3,9 +3,9 @@
     python benchmarks/inversion/gauss_newton.py --json benchmarks/results/0.1.0/gauss_newton.json
 
 Real PEFT adapters (r = 8, all linear layers, one SGD step, float32 files), one for each of the first --victims
-Fashion-MNIST test images; start: the amortised route on the proxy of --proxy. Nothing of the originals is used but to
-score. Victims are shared out to --workers processes of one thread each: `seconds` are those of one thread. Rows are
-written as they come, and those that the file has are not computed again. What victims that do otherwise give away:
+Fashion-MNIST test images; start: the amortised route on the proxy of --proxy. The originals are used for the scores
+only. Victims are divided among --workers processes of one thread each: `seconds` are those of one thread. Rows are
+written as they come, and those that are in the file already are not computed again. Other kinds of victims:
 gauss_newton_variants.py.
 """
 

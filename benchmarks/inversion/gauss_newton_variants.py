@@ -1,4 +1,4 @@
-"""Gauss-Newton where a victim does one thing otherwise than the protocol's default: rank, layers, recipe, file, model.
+"""Gauss-Newton where a victim differs in one thing from the protocol's default: rank, layers, recipe, file or model.
 
     python benchmarks/inversion/gauss_newton_variants.py --list
     python benchmarks/inversion/gauss_newton_variants.py --only "T = 2" "b = 2" --json FILE
@@ -6,9 +6,9 @@
 
 Victims are trained by `simulate`, which equals PEFT. The attacker knows A before the first step and, where one plain
 step does not cancel it, the recipe. Each victim is searched for from two starts: `amortised`, the attacker's own, where
-that route exists; and `oracle`, the original plus smooth noise at --oracle-db and its true label, which separates how
-far the search reaches from how good a start is. An oracle is no attack: its rows say so. No case begins another search
-after --minutes; rows are written as they come, and those that the file has are not computed again.
+that route exists; and `oracle`, the original plus smooth noise at --oracle-db and its true label, which separates the
+reach of the search from the quality of the start. An oracle is not an attack. No case begins another search after
+--minutes; rows are written as they come, and those that are in the file already are not computed again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Find = Callable[[int, Tensor, Tensor, Tensor | None], Search]
 
 @dataclass(frozen=True)
 class Case:
-    """What a victim does otherwise; `exact_gradients`: it shares the layers' full gradients, not an adapter."""
+    """How a victim differs; `exact_gradients`: it shares the layers' full gradients, not an adapter."""
 
     rank: int = 8
     layers: tuple[str, ...] = LINEAR

@@ -1,11 +1,11 @@
-"""PSNR of the row-space closed form against noise on the gradient, beside the mean image: how it degrades.
+"""PSNR of the row-space closed form as noise on the gradient grows, next to that of the mean image.
 
     python benchmarks/inversion/noise_curve.py --json benchmarks/results/0.1.0/noise_curve.json
 
-Gaussian noise of the given relative size (Frobenius norm against the gradient's) is added to the embedded model's
-float32 gradients (0: as they are). `route`: no public image known. `with_public`: the solve falls back on 1,000 public
-images (Fashion-MNIST train for Fashion-MNIST, procedural for faces), whose mean image is the control. `worst_gain`: the
-least, over images, of `with_public` less the mean image.
+Gaussian noise of the given size (its Frobenius norm over the gradient's) is added to the embedded model's float32
+gradients (0: none). `route`: without public images. `with_public`: with 1,000 public images as a prior of the solve
+(Fashion-MNIST train for Fashion-MNIST, procedural for faces); their mean image is the control. `worst_gain`: the
+smallest difference between `with_public` and the mean image over all images.
 """
 
 from __future__ import annotations

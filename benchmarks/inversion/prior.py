@@ -1,4 +1,4 @@
-"""What a generative prior adds: matching of decoded gradients and of LoRA updates with and without it, and it alone.
+"""What a generative prior adds: matching of decoded gradients and of LoRA updates with it, without it, and it alone.
 
     python benchmarks/inversion/prior.py --json benchmarks/results/0.1.0/prior.json [--prior FOLDER]
 
