@@ -70,12 +70,12 @@ step() {
   case $1 in
     ops) tests ops python_tests/ops ;;
     pipeline) tests pipeline python_tests --ignore=python_tests/ops ;;
-    # Every tensor in memory of its own, so that an access beyond one is seen; that rules out the capture of CUDA graphs.
+    # Every tensor gets an allocation of its own, so that an access beyond it is seen. CUDA graphs cannot be captured so.
     memcheck) PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer memcheck "cuda and not compile and not graph" ;;
     racecheck) sanitizer racecheck "cuda and not compile and not graph" ;;
     bench-ops) bench ops ;;
     bench-pairs) bench pairs ;;
-    tables) "$python" -P benchmarks/tables.py --write "$out/$device.md" "$out/$device-ops.json" "$out/$device-pairs.json" ;;
+    tables) "$python" -P benchmarks/tables.py --write "$out/$device.md" "$out/$device"-{ops,pairs}.json ;;
     *) echo "gpu.sh: there is no step $1"; return 1 ;;
   esac
 }
