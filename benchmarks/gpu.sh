@@ -70,7 +70,7 @@ step() {
   case $1 in
     ops) tests ops python_tests/ops ;;
     pipeline) tests pipeline python_tests --ignore=python_tests/ops ;;
-    # Every tensor gets an allocation of its own, so that an access beyond it is seen. CUDA graphs cannot be captured so.
+    # Every tensor gets an allocation of its own, so that an access beyond it is seen. This rules out CUDA graphs.
     memcheck) PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer memcheck "cuda and not compile and not graph" ;;
     racecheck) sanitizer racecheck "cuda and not compile and not graph" ;;
     bench-ops) bench ops ;;
