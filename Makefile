@@ -35,8 +35,10 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/mypy
 
+# The record goes to benchmarks/results/<version>/<processor>-ops.json, the tables of all records beside it.
 bench: $(VENV)/peers
-	$(BIN)/python benchmarks/run.py
+	record=$$($(BIN)/python benchmarks/measure.py) && $(BIN)/pytest benchmarks --benchmark-json=$$record && \
+	  $(BIN)/python benchmarks/tables.py --write $$(dirname $$record)/README.md
 
 # The packages first: the extension is compiled against the torch that will load it.
 $(VENV)/packages: pyproject.toml

@@ -2,16 +2,15 @@
 
     python benchmarks/decoders/compare_decoders.py --json benchmarks/results/0.1.0/decoders.json
 
-Fashion-MNIST as proxy, the embedded model, one adapter's own A (r = 8; qkv, proj, fc1, fc2 of four blocks). Every row
-is written as soon as it is done, and rows that the file holds already are not made again. `fit_s` contains making the
-pairs, `walk_s` is that alone. Rows ending in _any_a are fitted over an A of its own for every pair and asked about one
-that they never saw: their distance to the same kind without is the price of not fitting to the adapter. Memory,
-by count: 6.5 GB at 20,000 pairs.
+Fashion-MNIST as proxy, the embedded model, one adapter's A (r = 8; qkv, proj, fc1, fc2 of four blocks). Every row is
+written as soon as it is measured; rows that are in the file already are not measured again. `fit_s` includes the pass
+that makes the pairs, `walk_s` is the time of that pass alone. Decoders of rows that end in _any_a are fitted on pairs
+with a different A each and decode updates of an A that they have not seen; the difference from the same kind without
+_any_a is the cost of not fitting to the adapter. Memory, by counting tensors: 6.5 GB at 20,000 pairs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json
+from measure import json_parser, write_json
 
 from r2f_ext.audit.victims import VictimConfig, train_victim
 from r2f_ext.data import load_images
@@ -49,13 +48,12 @@ DEFAULT_ROWS = (*CONTROLS, *KINDS, *ANY_A)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = json_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=20_000, help="fitted pairs (default 20000)")
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=ROWS)
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of kinds that learn by descent")
-    parser.add_argument("--json")
     options = parser.parse_args()
     Decoder.precision = PRECISIONS[options.precision]
     pairs = make_pairs(options.proxy, options.pairs + options.held_out)
@@ -127,7 +125,7 @@ def measure(name: str, pairs: GeneratedPairs, count: int, updates: Updates) -> d
 
 def many_a(pairs: GeneratedPairs, count: int) -> AgnosticPairs:
     """The same gradients, each seen through an A of its own."""
-    own = GeneratedPairs(pairs.target, pairs.a, pairs.proxy, own_a=1)
+    own = GeneratedPairs(pairs.target, pairs.a, pairs.proxy, per_victim_a=1)
     return AgnosticPairs(own, Core.of(own, count, SIZE))
 
 

@@ -1,4 +1,4 @@
-"""What the ridge decoder's kernel should read: held-out cosine on both shipped proxies.
+"""Which updates the ridge decoder's kernel should read: held-out cosine on both shipped proxies.
 
     python benchmarks/decoders/ridge_ablation.py --json benchmarks/results/0.1.0/ridge_ablation.json
 
@@ -8,7 +8,6 @@ the default.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json
+from measure import json_parser, write_json
 
 from r2f_ext.audit.victims import VictimConfig, train_victim
 from r2f_ext.data import load_images
@@ -29,8 +28,7 @@ HELD_OUT = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json")
+    parser = json_parser(__doc__)
     options = parser.parse_args()
     base = load_base()
     rows = []

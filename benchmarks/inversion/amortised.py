@@ -10,7 +10,6 @@ about 3 minutes on 2 cores, unet 8, full 30 and 4 GB; the rows of the parts not 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,17 +22,18 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json
+from measure import json_parser, write_json
 
 from r2f_ext.audit.controls import make_controls
 from r2f_ext.audit.metrics import psnr_db
-from r2f_ext.audit.run import refine
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion import amortised
 from r2f_ext.inversion.amortised import AmortisedInverter, invert_by_label
+from r2f_ext.inversion.route import Problem
+from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.inversion.unet import UNetInverter
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
@@ -49,8 +49,7 @@ Updates = dict[str, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json")
+    parser = json_parser(__doc__)
     parser.add_argument("--only", choices=PARTS)
     options = parser.parse_args()
     sets = {"fashion_mnist": load_images("embedded", role="private"), "lfw": load_images("lfw", role="private")}
@@ -136,8 +135,9 @@ def full_size(
     found = invert_by_label(target, a, proxy, observed, made.append)
     far, start = found.far_from_proxy, found.reconstruction
     rows = lines("by label", proxy, sum(made), start, far, start.seconds, sets)
-    refined = refine(target, a, observed, start, AuditConfig().refinement, lambda units: None)
-    refined = replace(refined, details=start.details)
+    refinement = AuditConfig().refinement
+    problem = Problem(target.base, target, a=a, observed=observed, refinement=refinement, found={"amortised": start})
+    refined = replace(AmortisedRefined().run(problem, lambda steps: None), details=start.details)
     return rows + lines("refined", proxy, sum(made), refined, far, start.seconds + refined.seconds, sets)
 
 

@@ -5,12 +5,11 @@
 Large models have timm's random weights (no download; block 0 and the embeddings decide, so L/14 has two blocks only).
 Seconds are those of the route, the gradient not counted. Adapters are PEFT's, float64, trained by plain SGD on one
 Fashion-MNIST test image from a model of 17 tokens (trained here for 200 steps), saved and read back; A_0 is found by
-trying seeds, or not needed where weight decay has made A forget it (rows `decay`: METHODS 6).
+trying seeds, or not needed where weight decay has made A forget it (rows `decay`).
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import tempfile
@@ -21,22 +20,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json
+from measure import json_parser, write_json
 
 from r2f_ext.audit.assign import assign
 from r2f_ext.audit.metrics import psnr_db
-from r2f_ext.audit.row_space import run_row_space
 from r2f_ext.data import load_images
 from r2f_ext.inversion.attention_rowspace import invert_attention_rowspace, solve_from_rows
-from r2f_ext.inversion.identifiability import QKV_WEIGHT, base_geometry
+from r2f_ext.inversion.geometry import QKV_WEIGHT, base_geometry
 from r2f_ext.inversion.patch_position import invert_patch_position
 from r2f_ext.inversion.phase0 import exact_gradients
+from r2f_ext.inversion.route import Certainty, adapter_problem
+from r2f_ext.inversion.routes.adapter_rowspace import AdapterRowspace
 from r2f_ext.models import attach, load_base, read_adapter
+from r2f_ext.models.base import unfuse_attention
 from r2f_ext.types import BaseModel
 
 INVERTERS = {"patch_position": invert_patch_position, "attention_rowspace": invert_attention_rowspace}
@@ -48,16 +48,16 @@ STORED = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 def random_vit(dtype: torch.dtype = torch.float32, **options: Any) -> BaseModel:
-    set_fused_attn(False)
     torch.manual_seed(0)
     model = VisionTransformer(num_classes=10, **options).to(dtype).eval().requires_grad_(False)
+    unfuse_attention(model)
     channels = options.get("in_chans", 3)
     shape = (channels, options["img_size"], options["img_size"])
     return BaseModel(model, "random", shape, (0.5,) * channels, (0.5,) * channels, 10)
 
 
 def trained_seventeen(steps: int = 200) -> BaseModel:
-    """The small model trained on Fashion-MNIST for a moment, then given a fresh head, in float64."""
+    """A small model after a short training on Fashion-MNIST, with a new random head, in float64."""
     base = random_vit(img_size=32, patch_size=8, in_chans=1, embed_dim=96, depth=4, num_heads=4)
     proxy = load_images("embedded", count=5000)
     model = base.model.train().requires_grad_(True)
@@ -122,13 +122,14 @@ def _adapter(
         warnings.simplefilter("ignore")
         model.to(STORED[stored]).save_pretrained(folder)
         target, update = attach(read_adapter(folder), base)
-    outcome = run_row_space(target, [update])
+    route, problem = AdapterRowspace(), adapter_problem(target, [update])
+    verdict = route.verdict(problem)
     name = f"17 tokens, r {rank}, T {steps}, {stored}{f', decay {decay:g}' if decay else ''}"
-    if outcome.found is None:
-        return {"case": name, "route": "adapter_rowspace", "psnr_db": None, "why": outcome.why}
-    psnr = psnr_db(outcome.found.images.double(), image)
-    row = _row(name, "adapter_rowspace", psnr, outcome.found.seconds, outcome.found.details)
-    return {**row, "why": outcome.why}
+    if verdict.certainty is Certainty.REFUSED:
+        return {"case": name, "route": route.name, "psnr_db": None, "why": verdict.why}
+    found = route.run(problem, lambda victims: None)
+    row = _row(name, route.name, psnr_db(found.images.double(), image), found.seconds, found.details)
+    return {**row, "why": found.why}
 
 
 def batch_of_two() -> list[dict[str, Any]]:
@@ -157,8 +158,7 @@ def _row(case: str, route: str, psnr: Tensor, seconds: float, details: dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json")
+    parser = json_parser(__doc__)
     options = parser.parse_args()
     rows = []
     for part in (embedded, adapters, batch_of_two, large_shapes):

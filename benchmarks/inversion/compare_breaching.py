@@ -17,9 +17,7 @@ breaching's loss and by `watch` of `match`; the table says when each first reach
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import logging
 import sys
 import time
@@ -32,6 +30,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import load_images
@@ -265,12 +266,11 @@ def compare_april(count: int, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = json_parser(__doc__)
     parser.add_argument("--steps", type=int, default=400, help="of every search, on each image")
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--only", choices=["conv", "vit", "april"])
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", metavar="FILE")
     asked = parser.parse_args()
     if asked.threads:
         torch.set_num_threads(asked.threads)
@@ -292,7 +292,7 @@ def main() -> None:
             for level, times in record[name].get("race", {}).items():
                 say(f"  {level}: breaching {times['breaching_s']} s, match {times['ours_s']} s, ratio {times['ratio']}")
             if asked.json:
-                Path(asked.json).write_text(json.dumps(record, indent=1) + "\n")
+                write_json(asked.json, record)
 
 
 if __name__ == "__main__":

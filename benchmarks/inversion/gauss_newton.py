@@ -3,15 +3,14 @@
     python benchmarks/inversion/gauss_newton.py --json benchmarks/results/0.1.0/gauss_newton.json
 
 Real PEFT adapters (r = 8, all linear layers, one SGD step, float32 files), one for each of the first --victims
-Fashion-MNIST test images; start: the amortised route on the proxy of --proxy. Nothing of the originals is used but to
-score. Victims are shared out to --workers processes of one thread each: `seconds` are those of one thread. Rows are
-written as they come, and those that the file has are not computed again. What victims that do otherwise give away:
+Fashion-MNIST test images; start: the amortised route on the proxy of --proxy. The originals are used for the scores
+only. Victims are divided among --workers processes of one thread each: `seconds` are those of one thread. Rows are
+written as they come, and those that are in the file already are not computed again. Other kinds of victims:
 gauss_newton_variants.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -27,15 +26,15 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
-from r2f_ext.files import write_text
 from r2f_ext.inversion.amortised import invert_by_label
-from r2f_ext.inversion.gauss_newton import EXACT, SUBSPACE_IMAGES, GaussNewtonConfig, Subspace, gauss_newton
-from r2f_ext.malloc import keep_freed_memory
+from r2f_ext.inversion.gauss_newton import SUBSPACE_IMAGES, GaussNewtonConfig, Subspace, gauss_newton
+from r2f_ext.inversion.newton import EXACT
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.types import BaseModel, Reconstruction, Target
 
@@ -53,14 +52,12 @@ class Problem:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True)
+    parser = json_parser(__doc__, required=True)
     parser.add_argument("--victims", type=int, default=100)
     parser.add_argument("--problem", type=Path, help="file to keep the victims and their starts in between runs")
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    keep_freed_memory()
     base, path = load_base(), Path(options.json)
     record = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
     done = {row["victim"] for row in record["rows"]}
@@ -72,9 +69,9 @@ def main() -> None:
             for row in run(file, [v for v in range(options.victims) if v not in done], options.workers):
                 record["rows"].append({"case": "peft", **row})
                 record["summary"]["peft"] = summary(record["rows"])
-                write_text(path, json.dumps(record, indent=1))
+                write_json(path, record)
     record["summary"]["peft"] = summary(record["rows"])
-    write_text(path, json.dumps(record, indent=1))
+    write_json(path, record)
     print(record["summary"]["peft"], flush=True)
 
 
@@ -117,8 +114,6 @@ def run(file: Path, victims: list[int], workers: int) -> Any:
 def _start_worker(file: Path) -> None:
     global PROBLEM
     torch.set_num_threads(1)
-    keep_freed_memory()
-    load_base()  # sets what a model is built with
     PROBLEM = torch.load(file, weights_only=False)  # written by this script
 
 
@@ -133,9 +128,9 @@ def one(victim: int) -> dict[str, Any]:
         "victim": victim,
         "start_psnr_db": float(psnr_db(start.images, original)),
         "psnr_db": float(psnr_db(found.images, original)),
-        "residual": found.details["residual_0"],
-        "start_residual": found.details["start_residual_0"],
-        "passes": int(found.details["passes_0"]),
+        "residual": float(found.per_victim["residual"][0]),
+        "start_residual": float(found.per_victim["start_residual"][0]),
+        "passes": int(found.per_victim["passes"][0]),
         "seconds": found.seconds,
     }
 

@@ -1,4 +1,4 @@
-"""Gauss-Newton where a victim does one thing otherwise than the protocol's default: rank, layers, recipe, file, model.
+"""Gauss-Newton where a victim differs in one thing from the protocol's default: rank, layers, recipe, file or model.
 
     python benchmarks/inversion/gauss_newton_variants.py --list
     python benchmarks/inversion/gauss_newton_variants.py --only "T = 2" "b = 2" --json FILE
@@ -6,15 +6,16 @@
 
 Victims are trained by `simulate`, which equals PEFT. The attacker knows A before the first step and, where one plain
 step does not cancel it, the recipe. Each victim is searched for from two starts: `amortised`, the attacker's own, where
-that route exists; and `oracle`, the original plus smooth noise at --oracle-db and its true label, which separates how
-far the search reaches from how good a start is. An oracle is no attack: its rows say so. No case begins another search
-after --minutes; rows are written as they come, and those that the file has are not computed again.
+that route exists; and `oracle`, the original plus smooth noise at --oracle-db and its true label, which separates the
+reach of the search from the quality of the start. An oracle is not an attack. No case begins another search after
+--minutes; rows are written as they come, and those that are in the file already are not computed again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,27 +24,28 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import set_fused_attn
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.capture import Capture
 from r2f_ext.data import ImageSet, drop_private, load_images
-from r2f_ext.files import write_text
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.gauss_newton import (
     SUBSPACE_IMAGES,
     GaussNewtonConfig,
-    Search,
     Subspace,
     UpdateMap,
     flat_units,
     search,
 )
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
+from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
-from r2f_ext.malloc import keep_freed_memory
 from r2f_ext.models import load_base
+from r2f_ext.models.base import unfuse_attention
 from r2f_ext.pairs import Training, Victims, simulate
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
 
@@ -57,7 +59,7 @@ Find = Callable[[int, Tensor, Tensor, Tensor | None], Search]
 
 @dataclass(frozen=True)
 class Case:
-    """What a victim does otherwise; `exact_gradients`: it shares the layers' full gradients, not an adapter."""
+    """How a victim differs; `exact_gradients`: it shares the layers' full gradients, not an adapter."""
 
     rank: int = 8
     layers: tuple[str, ...] = LINEAR
@@ -81,9 +83,9 @@ class Case:
 
 def vit_b16_at_32() -> BaseModel:
     """ViT-B/16 for 32x32 images and 10 classes, random weights."""
-    set_fused_attn(False)
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_224", img_size=32, num_classes=10, pretrained=False).eval()
+    unfuse_attention(model)
     half = (0.5, 0.5, 0.5)
     return BaseModel(model.requires_grad_(False), "timm:vit_base_patch16_224", (3, 32, 32), half, half, 10)
 
@@ -115,7 +117,7 @@ class Start:
 
     images: Tensor
     labels: Tensor
-    usual_errors: dict[int, Tensor] = field(default_factory=dict)
+    loo_errors: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Problem:
 
     Attributes:
         originals: [V, owned, c, h, w]; starts: name -> Start.
-        find: (victim, start point, labels, what the start usually gets wrong) -> Search.
+        find: (victim, start point, labels, what the start gets wrong on proxies) -> Search.
     """
 
     originals: Tensor
@@ -133,8 +135,7 @@ class Problem:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    parser = json_parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(CASES), help="cases, see --list")
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
     parser.add_argument("--starts", nargs="+", choices=("amortised", "oracle"), default=["amortised", "oracle"])
@@ -150,7 +151,6 @@ def main() -> None:
     unknown = [name for name in options.only if name not in CASES]
     if unknown:
         parser.error(f"there is no case '{unknown[0]}': see --list")
-    keep_freed_memory()
     path = Path(options.json) if options.json else None
     record = json.loads(path.read_text()) if path and path.exists() else {"rows": []}
     for name in options.only:
@@ -160,7 +160,7 @@ def main() -> None:
             record["rows"].append(row)
             record["summary"] = summary(record["rows"])
             if path:
-                write_text(path, json.dumps(record, indent=1))
+                write_json(path, record)
     for line in summary(record["rows"]):
         print(line)
 
@@ -184,7 +184,7 @@ def rows_of(name: str, known: list[dict[str, Any]], options: argparse.Namespace)
 def one(problem: Problem, start: Start, victim: int) -> dict[str, Any]:
     original, image, labels = problem.originals[victim], start.images[victim], start.labels[victim]
     began = time.perf_counter()
-    found = problem.find(victim, image.flatten(), labels, start.usual_errors.get(int(labels[0])))
+    found = problem.find(victim, image.flatten(), labels, start.loo_errors.get(int(labels[0])))
     seconds = time.perf_counter() - began
     return {
         "start_psnr_db": float(psnr_db(image, original).mean()),
@@ -295,7 +295,7 @@ def amortised(target: Target, victims: Victims, public: ImageSet) -> Start:
     found = invert_by_label(target, {name: a.mean(0) for name, a in victims.a.items()}, public, observed).reconstruction
     print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
     assert found.labels is not None
-    return Start(found.images[:, None], found.labels[:, None], found.usual_errors)
+    return Start(found.images[:, None], found.labels[:, None], found.loo_errors)
 
 
 def near(images: Tensor, subspace: Subspace, decibels: float) -> Tensor:

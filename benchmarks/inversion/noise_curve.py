@@ -1,28 +1,27 @@
-"""PSNR of the row-space closed form against noise on the gradient, beside the mean image: how it degrades.
+"""PSNR of the row-space closed form as noise on the gradient grows, next to that of the mean image.
 
     python benchmarks/inversion/noise_curve.py --json benchmarks/results/0.1.0/noise_curve.json
 
-Gaussian noise of the given relative size (Frobenius norm against the gradient's) is added to the embedded model's
-float32 gradients (0: as they are). `route`: no public image known. `with_public`: the solve falls back on 1,000 public
-images (Fashion-MNIST train for Fashion-MNIST, procedural for faces), whose mean image is the control. `worst_gain`: the
-least, over images, of `with_public` less the mean image.
+Gaussian noise of the given size (its Frobenius norm over the gradient's) is added to the embedded model's float32
+gradients (0: none). `route`: without public images. `with_public`: with 1,000 public images as a prior of the solve
+(Fashion-MNIST train for Fashion-MNIST, procedural for faces); their mean image is the control. `worst_gain`: the
+smallest difference between `with_public` and the mean image over all images.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json
+from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import load_images
 from r2f_ext.inversion.attention_rowspace import invert_attention_rowspace
-from r2f_ext.inversion.identifiability import QKV_WEIGHT
+from r2f_ext.inversion.geometry import QKV_WEIGHT
 from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.models import load_base
 
@@ -31,9 +30,8 @@ SETS = (("embedded", "embedded"), ("lfw", "procedural"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = json_parser(__doc__)
     parser.add_argument("--count", type=int, default=8, help="images of each set (default 8)")
-    parser.add_argument("--json")
     options = parser.parse_args()
     base = load_base("embedded")
     rows = []

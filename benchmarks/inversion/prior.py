@@ -1,4 +1,4 @@
-"""What a generative prior adds: matching of decoded gradients and of LoRA updates with and without it, and it alone.
+"""What a generative prior adds: matching of decoded gradients and of LoRA updates with it, without it, and it alone.
 
     python benchmarks/inversion/prior.py --json benchmarks/results/0.1.0/prior.json [--prior FOLDER]
 
@@ -8,10 +8,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from common import write_json
+from measure import json_parser, write_json
 from train_prior import train
 
 from r2f_ext.audit.metrics import score
-from r2f_ext.audit.run import match_decoded, refine
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import Ridge, stack_updates
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.prior import ScoreDistillation
+from r2f_ext.inversion.route import Problem
+from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
+from r2f_ext.inversion.routes.matching import Matching
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
 
@@ -39,8 +41,7 @@ ALONE_STEPS = 120
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json")
+    parser = json_parser(__doc__)
     parser.add_argument("--prior", metavar="FOLDER", help="a local diffusers folder")
     options = parser.parse_args()
     private = load_images("embedded", role="private", count=VICTIMS)
@@ -58,12 +59,25 @@ def main() -> None:
     decoded = decoder.decode(observed)
 
     config, rows = AuditConfig(), [line("amortised", None, amortised.images, private, amortised.seconds)]
+    problem = Problem(
+        base,
+        target,
+        observed=observed,
+        a=a,
+        decoded=decoded,
+        found={"amortised": amortised},
+        matching=config.matching,
+        refinement=config.refinement,
+    )
+    routes = {
+        "matching of decoded gradients, from gray": Matching(),
+        "matching of updates, from amortised": AmortisedRefined(),
+    }
     for weight, prior in zip(WEIGHTS, priors, strict=True):
-        pull = prior.gradient if weight else None
-        found = match_decoded(target, decoded, amortised, config.matching, lambda units: None, pull)
-        rows.append(line("matching of decoded gradients, from gray", weight, found.images, private, found.seconds))
-        found = refine(target, a, observed, amortised, config.refinement, lambda units: None, pull)
-        rows.append(line("matching of updates, from amortised", weight, found.images, private, found.seconds))
+        posed = replace(problem, prior=prior.gradient if weight else None)
+        for name, route in routes.items():
+            found = route.run(posed, lambda steps: None)
+            rows.append(line(name, weight, found.images, private, found.seconds))
     for start, images in (("gray", torch.full_like(amortised.images, 0.5)), ("amortised", amortised.images)):
         began = time.perf_counter()
         found_images = alone(priors[-1], images, config.matching.step_size if start == "gray" else 0.005)

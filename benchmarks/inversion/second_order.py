@@ -9,7 +9,6 @@ two slopes, and the change of the loss after every pixel moved by 0.001 and by 0
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import warnings
@@ -19,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compare_breaching import conv_base, images_of
+from measure import json_parser, write_json
 
 from r2f_ext.inversion.candidates import ParameterGradients
 from r2f_ext.models import load_base
@@ -59,15 +59,13 @@ def measure(name: str, base: BaseModel, dtype: torch.dtype) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE")
-    asked = parser.parse_args()
+    asked = json_parser(__doc__).parse_args()
     rows = [measure("embedded ViT", load_base("embedded"), torch.float32)]
     rows.append(measure("breaching ConvNet", conv_base(seed=0), torch.float32))
     for row in rows:
         print(json.dumps(row), flush=True)
     if asked.json:
-        Path(asked.json).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        write_json(asked.json, {"rows": rows})
 
 
 if __name__ == "__main__":

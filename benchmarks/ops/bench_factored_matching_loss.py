@@ -1,48 +1,44 @@
-"""factored_matching_loss, forward and backward, against the best plain PyTorch form.
-
-python benchmarks/ops/bench_factored_matching_loss.py [--device cuda] [--json FILE]
-"""
+"""factored_matching_loss with total variation, forward and backward, against the best plain PyTorch form."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import pytest
 import torch
+from layers import EMBEDDED, EMBEDDED_TOKENS, VIT_B_BLOCK, VIT_B_TOKENS
+from measure import Functions
+from plain import TV_WEIGHT, variation
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import interleaved_medians, options, row, say, write_json
 
 from r2f_ext.ops import factored_matching_loss
 
-EMBEDDED = [(384, 128), (128, 128), (256, 128), (128, 256)] * 4  # d_out, d_in
-VIT_B = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 3
+pytestmark = pytest.mark.benchmark(group="factored_matching_loss")
+SIDES = {EMBEDDED_TOKENS: 32, VIT_B_TOKENS: 224}  # of the images with so many tokens
 
 
 class Case(NamedTuple):
     model: str
-    layers: list[tuple[int, int]]
+    layers: list[tuple[int, int]]  # d_out, d_in
     trials: int
     tokens: int
-    factored: bool  # the observed gradient
+    factored: bool  # the observed gradient is given as factors too
+
+    def __str__(self) -> str:
+        return f"{self.model}-T{self.trials}-{'factored' if self.factored else 'dense'}"
 
 
 CASES = [
-    Case("embedded", EMBEDDED, 1, 65, False),
-    Case("embedded", EMBEDDED, 8, 65, False),
-    Case("embedded", EMBEDDED, 8, 65, True),
-    Case("3 blocks of ViT-B", VIT_B, 1, 197, False),
-    Case("3 blocks of ViT-B", VIT_B, 1, 197, True),
+    *(Case("embedded", EMBEDDED, trials, EMBEDDED_TOKENS, f) for trials in (1, 8) for f in (False, True)),
+    *(Case("3 blocks of ViT-B", VIT_B_BLOCK * 3, 1, VIT_B_TOKENS, factored) for factored in (False, True)),
 ]
 
 
 def plain_forms(
     observed: list[Tensor], star: list[Tensor]
 ) -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
-    """1 - cos averaged over layers, each in its own way. What depends on observed alone is not counted."""
+    """1 - cos averaged over layers. What depends on the observed gradient alone is prepared before the clock starts."""
     dense = [d.mT @ o for o, d in zip(observed, star, strict=True)] if star else observed
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in dense])
     stars = star or [None] * len(observed)
@@ -67,47 +63,41 @@ def plain_forms(
         inner = [((x @ o.mT) * d).sum((1, 2)) for x, d, o in zip(xs, ds, dense, strict=True)]
         return average(inner, [gram(x, d, x, d) for x, d in zip(xs, ds, strict=True)])
 
-    return {"factors": factors, "written out": written_out, "x G*^T": half_written_out}
+    return {"factors": factors, "x G*^T": half_written_out, "written out": written_out}
 
 
-def measure(case: Case, device: str) -> dict[str, Any]:
-    trials, tokens = case.trials, case.tokens
-    x = [torch.randn(trials, tokens, d_in, device=device).requires_grad_() for _, d_in in case.layers]
-    delta = [torch.randn(trials, tokens, d_out, device=device).requires_grad_() for d_out, _ in case.layers]
-    star = [torch.randn(1, tokens, d_out, device=device) for d_out, _ in case.layers] if case.factored else []
-    observed = [
-        torch.randn(1, *((tokens, d_in) if case.factored else (d_out, d_in)), device=device)
-        for d_out, d_in in case.layers
-    ]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_factored_matching_loss(versus: Callable[..., None], device: str, case: Case) -> None:
+    trials, tokens, side = case.trials, case.tokens, SIDES[case.tokens]
 
-    def both(loss: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: torch.autograd.grad(loss().sum(), [*x, *delta])
+    def make() -> Functions:
+        x = [torch.randn(trials, tokens, d_in, device=device).requires_grad_() for _, d_in in case.layers]
+        delta = [torch.randn(trials, tokens, d_out, device=device).requires_grad_() for d_out, _ in case.layers]
+        star = [torch.randn(1, tokens, d_out, device=device) for d_out, _ in case.layers] if case.factored else []
+        observed = [
+            torch.randn(1, *((tokens, d_in) if case.factored else (d_out, d_in)), device=device)
+            for d_out, d_in in case.layers
+        ]
+        images = torch.rand(trials, 3, side, side, device=device).requires_grad_()
 
-    functions = {"ours": both(lambda: factored_matching_loss(x, delta, observed, star or None))}
-    for form, function in plain_forms(observed, star).items():
-        functions[form] = both(lambda function=function: function(x, delta))
-    expected = torch.cat([g.flatten() for g in functions["factors"]()])
-    for form, function in functions.items():
-        found = torch.cat([g.flatten() for g in function()])
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=form)
-    # Multiply-adds that ours needs: of Gram matrices half, forward and backward, and their products; dense: 3 products.
+        def both(loss: Callable[[], Tensor]) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(loss().sum(), [*x, *delta, images])
+
+        def ours() -> Tensor:
+            return factored_matching_loss(x, delta, observed, star or None, images=images, tv_weight=TV_WEIGHT)
+
+        def plain(form: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Callable[[], object]:
+            return both(lambda: form(x, delta) + TV_WEIGHT * variation(images))
+
+        return {"ours": both(ours), **{name: plain(form) for name, form in plain_forms(observed, star).items()}}
+
+    # Multiply-adds: half of the Gram matrices, forward and backward, and their products; dense: 3 products a layer.
     grams = sum(tokens**2 * (d_out + d_in) for d_out, d_in in case.layers)
     work = 2 * grams + (4 * grams if case.factored else 2 * tokens * sum(a * b for a, b in case.layers))
-    name = f"factored_matching_loss, {'factored' if case.factored else 'dense'} observed, {case.model}"
-    medians = interleaved_medians(functions, 5 if case.model != "embedded" else 15, device)
-    shape = [trials, tokens, len(case.layers)]
-    return row(name, shape, torch.float32, medians, device, flops=2 * trials * work)
-
-
-def main() -> None:
-    asked = options(__doc__)
-    rows = []
-    for case in CASES:
-        rows.append(measure(case, asked.device))
-        say(rows[-1])
-    if asked.json:
-        write_json(asked.json, rows)
-
-
-if __name__ == "__main__":
-    main()
+    versus(
+        f"factored_matching_loss + TV, {'factored' if case.factored else 'dense'} observed, {case.model}",
+        [trials, tokens, len(case.layers)],
+        make,
+        flops=2 * trials * work,
+        tolerance=1e-2,
+    )

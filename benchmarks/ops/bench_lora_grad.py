@@ -1,74 +1,120 @@
-"""lora_grad against the best plain PyTorch form.
-
-python benchmarks/ops/bench_lora_grad.py [--device cuda] [--json FILE]
-"""
+"""lora_grad of all layers in one call, against the best plain PyTorch form, layer by layer."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import pytest
 import torch
+from layers import EMBEDDED, EMBEDDED_TOKENS, VIT_B_TOKENS
+from measure import Functions
 from torch import Tensor
 from torch.nn.functional import linear
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import interleaved_medians, options, row, say, write_json
-
 from r2f_ext.ops import lora_grad
 
-SHAPES = [(64, 65, 128, 384), (32, 197, 768, 768), (16, 197, 768, 3072)]  # P, N, d_in, d_out
-RANKS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-ROUNDS = 15
+pytestmark = pytest.mark.benchmark(group="lora_grad")
+VIT_B_LAYER = [(768, 768)]
+RANKS = (1, 4, 8, 16, 32)
 
 
-def plain_forms(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None) -> dict[str, Callable[[], object]]:
-    """The same results in plain PyTorch, each in its own way. All but one leave grad_B as a transposed view."""
-    columns, shared = A.mT.contiguous(), A.mT.expand(len(x), *A.mT.shape)  # made before the clock starts
+class Case(NamedTuple):
+    model: str
+    layers: list[tuple[int, int]]  # d_out, d_in
+    groups: int
+    tokens: int
+    rank: int
+    dtype: torch.dtype = torch.float32
+    with_B: bool = False
+    per_group_A: bool = False
 
-    def both(grad_B: Tensor) -> object:
-        return grad_B if B is None else (grad_B, (delta @ B).mT @ x)
+    @property
+    def more(self) -> str:
+        return f"{', with B' if self.with_B else ''}{', per-group A' if self.per_group_A else ''}"
 
-    return {
-        "(UᵀD)ᵀ": lambda: both(((x @ A.mT).mT @ delta).mT),
-        "(UᵀD)ᵀ contiguous": lambda: both(((x @ A.mT).mT @ delta).mT.contiguous()),
-        "(UᵀD)ᵀ, Aᵀ contiguous": lambda: both(((x @ columns).mT @ delta).mT),
-        "(UᵀD)ᵀ, linear": lambda: both((linear(x, A).mT @ delta).mT),
-        "((Axᵀ)D)ᵀ": lambda: both(((A @ x.mT) @ delta).mT),
-        "bmm": lambda: both(torch.bmm(torch.bmm(x, shared).mT, delta).mT),
-        "DᵀU": lambda: both(delta.mT @ (x @ columns)),
-        "einsum": lambda: both(torch.einsum("pno,pnr->por", delta, torch.einsum("pni,ri->pnr", x, A))),
+    def __str__(self) -> str:
+        text = f"{self.model}-P{self.groups}-r{self.rank}{self.more}-{self.dtype}"
+        return text.replace("torch.", "").replace(", ", "-").replace(" ", "_")
+
+
+def embedded(groups: int, rank: int, dtype: torch.dtype = torch.float32, **more: bool) -> Case:
+    return Case("embedded", EMBEDDED, groups, EMBEDDED_TOKENS, rank, dtype, **more)
+
+
+def vit_b(groups: int, rank: int, dtype: torch.dtype = torch.float32, **more: bool) -> Case:
+    return Case("ViT-B layer", VIT_B_LAYER, groups, VIT_B_TOKENS, rank, dtype, **more)
+
+
+CASES = [
+    *(embedded(100, rank) for rank in RANKS),
+    *(embedded(100, rank, torch.bfloat16) for rank in RANKS),
+    embedded(100, 8, torch.float64),
+    embedded(100, 8, with_B=True),
+    embedded(100, 8, per_group_A=True),
+    embedded(1, 8),
+    *(vit_b(32, rank) for rank in RANKS),
+    vit_b(8, 8),
+    vit_b(32, 8, torch.bfloat16),
+    vit_b(32, 8, with_B=True),
+    vit_b(1, 8),
+]
+
+
+def plain_forms(
+    x: list[Tensor], delta: list[Tensor], A: list[Tensor], B: list[Tensor] | None
+) -> dict[str, Callable[[], object]]:
+    """The same results in plain PyTorch. All but "DᵀU" and "einsum" give grad_B as a transposed view."""
+    if A[0].ndim == 2:  # made before the clock starts
+        columns, shared = [a.mT.contiguous() for a in A], [a.mT.expand(len(x[0]), *a.mT.shape) for a in A]
+    else:
+        columns, shared = [a.mT.contiguous() for a in A], [a.mT for a in A]
+
+    def every_layer(grad_B: Callable[[int], Tensor]) -> Callable[[], object]:
+        def run() -> list[Tensor]:
+            results = [grad_B(layer) for layer in range(len(x))]
+            if B is not None:
+                results += [(d @ b).mT @ x_l for x_l, d, b in zip(x, delta, B, strict=True)]
+            return results
+
+        return run
+
+    forms = {
+        "bmm": every_layer(lambda i: torch.bmm(torch.bmm(x[i], shared[i]).mT, delta[i]).mT),
+        "((Axᵀ)D)ᵀ": every_layer(lambda i: ((A[i] @ x[i].mT) @ delta[i]).mT),
+        "(UᵀD)ᵀ": every_layer(lambda i: ((x[i] @ columns[i]).mT @ delta[i]).mT),
+        "DᵀU": every_layer(lambda i: delta[i].mT @ (x[i] @ columns[i])),
     }
+    if A[0].ndim == 2:
+        forms["(UᵀD)ᵀ, linear"] = every_layer(lambda i: (linear(x[i], A[i]).mT @ delta[i]).mT)
+    return forms
 
 
-def measure(device: str, dtype: torch.dtype, shape: tuple[int, ...], rank: int, with_B: bool = False) -> dict[str, Any]:
-    P, N, d_in, d_out = shape
-    like = {"device": device, "dtype": dtype}
-    x, delta, A = torch.randn(P, N, d_in, **like), torch.randn(P, N, d_out, **like), torch.randn(rank, d_in, **like)
-    B = torch.randn(d_out, rank, **like) if with_B else None
-    functions = {"ours": lambda: lora_grad(x, delta, A, B, scale=1.0), **plain_forms(x, delta, A, B)}
-    elements = x.numel() + delta.numel()  # read once; each meets the rank's numbers of one factor, with B of both
-    name = f"lora_grad r={rank}{', with B' if with_B else ''}"
-    traffic, flops = elements * x.element_size(), 2 * rank * elements * (2 if with_B else 1)
-    return row(name, list(shape), dtype, interleaved_medians(functions, ROUNDS, device), device, traffic, flops)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_lora_grad(versus: Callable[..., None], device: str, case: Case) -> None:
+    P, N, r = case.groups, case.tokens, case.rank
+    like = {"device": device, "dtype": case.dtype}
 
+    def make() -> Functions:
+        x = [torch.randn(P, N, d_in, **like) for _, d_in in case.layers]
+        delta = [torch.randn(P, N, d_out, **like) for d_out, _ in case.layers]
+        A = [torch.randn(*([P] if case.per_group_A else []), r, d_in, **like) for _, d_in in case.layers]
+        B = [torch.randn(d_out, r, **like) for d_out, _ in case.layers] if case.with_B else None
+        scales = [1.0] * len(x)
 
-def main() -> None:
-    asked = options(__doc__)
-    cases: list[tuple[torch.dtype, tuple[int, ...], int, bool]]
-    cases = [(torch.float32, shape, rank, False) for shape in SHAPES for rank in RANKS]
-    cases += [(torch.float32, shape, 8, True) for shape in SHAPES]
-    cases += [(dtype, shape, 8, False) for shape in SHAPES for dtype in (torch.float64, torch.bfloat16)]
-    cases += [(torch.float32, (1, 197, 768, 768), 8, False)]
-    rows = []
-    for case in cases:
-        rows.append(measure(asked.device, *case))
-        say(rows[-1])
-    if asked.json:
-        write_json(asked.json, rows)
+        def ours() -> list[Tensor]:
+            found = lora_grad(x, delta, A, B, scales=scales)
+            return [*found.grad_B, *(found.grad_A if case.with_B else [])]
 
+        return {"ours": ours, **plain_forms(x, delta, A, B)}
 
-if __name__ == "__main__":
-    main()
+    elements = P * N * sum(d_out + d_in for d_out, d_in in case.layers)  # read once; each meets r numbers, with B 2 r
+    versus(
+        f"lora_grad {case.model} r={r}{case.more}",
+        [P, N, len(case.layers)],
+        make,
+        dtype=case.dtype,
+        traffic=elements * case.dtype.itemsize,
+        flops=2 * r * elements * (2 if case.with_B else 1),
+        tolerance=2e-2 if case.dtype == torch.bfloat16 else 1e-4,
+    )

@@ -1,52 +1,41 @@
-"""matching_loss with total variation, forward and backward, against the best plain PyTorch form.
-
-python benchmarks/ops/bench_matching_loss.py [--device cuda] [--json FILE]
-"""
+"""matching_loss with total variation, forward and backward, against the best plain PyTorch form and breaching's own."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+from layers import EMBEDDED, VIT_B_BLOCK
+from measure import Functions
+from plain import TV_WEIGHT, variation
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import interleaved_medians, options, row, say, write_json
 
 from r2f_ext.ops import matching_loss
 
-EMBEDDED = [(384, 128), (128, 128), (256, 128), (128, 256)] * 4  # d_out, d_in of its linear layers
-VIT_B = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12  # 85 million numbers
-NUMBERS = [(1, 1)] * 16  # nothing to compute: what the call and autograd's graph cost
-TV_WEIGHT = 0.05
+pytestmark = pytest.mark.benchmark(group="matching_loss")
+VIT_B = VIT_B_BLOCK * 12  # 85 million numbers
+NUMBERS = [(1, 1)] * 16  # nothing to compute: the cost of the call and of autograd's graph
 
 
 class Case(NamedTuple):
     model: str
-    layers: list[tuple[int, int]]
+    layers: list[tuple[int, int]]  # d_out, d_in
     trials: int
     image: tuple[int, int, int]
     kind: str
 
+    def __str__(self) -> str:
+        return f"{self.model}-T{self.trials}-{self.kind}"
+
 
 CASES = [
-    Case("embedded", EMBEDDED, 1, (3, 32, 32), "layer_cosine"),
-    Case("embedded", EMBEDDED, 1, (3, 32, 32), "cosine"),
-    Case("embedded", EMBEDDED, 1, (3, 32, 32), "l2"),
-    Case("16 numbers", NUMBERS, 1, (1, 2, 2), "l2"),
-    Case("embedded", EMBEDDED, 8, (3, 32, 32), "layer_cosine"),
-    Case("embedded", EMBEDDED, 8, (3, 32, 32), "l2"),
+    *(Case("embedded", EMBEDDED, trials, (3, 32, 32), kind) for trials in (1, 8) for kind in ("layer_cosine", "l2")),
+    *(Case("embedded", EMBEDDED, trials, (3, 32, 32), "cosine") for trials in (1, 8)),
+    Case("numbers", NUMBERS, 1, (1, 2, 2), "l2"),
     Case("ViT-B", VIT_B, 1, (3, 224, 224), "layer_cosine"),
-    Case("ViT-B", VIT_B, 1, (3, 224, 224), "cosine"),
 ]
-
-
-def variation(images: Tensor) -> Tensor:
-    rows = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((1, 2, 3))
-    return rows + (images[..., :, 1:] - images[..., :, :-1]).abs().mean((1, 2, 3))
 
 
 def from_sums(inner: Tensor, candidate: Tensor, observed: Tensor, kind: str) -> Tensor:
@@ -58,12 +47,11 @@ def from_sums(inner: Tensor, candidate: Tensor, observed: Tensor, kind: str) -> 
 
 
 def plain_forms(observed: list[Tensor], kind: str) -> dict[str, Callable[[list[Tensor]], Tensor]]:
-    """The same loss in plain PyTorch, each in its own way. What depends on observed alone is not counted."""
+    """The same loss in plain PyTorch. What depends on `observed` alone is prepared before the clock starts."""
     flat = [o.flatten(1) for o in observed]
     squares = torch.stack([o.square().sum(1) for o in flat])
-    norms = squares.sqrt()
     columns, long = [o[0, :, None] for o in flat], torch.cat(flat, 1)
-    long_norm = norms.square().sum(0).sqrt()
+    long_norm = squares.sum(0).sqrt()
 
     def sums(candidate: list[Tensor]) -> Tensor:
         rows = [c.flatten(1) for c in candidate]
@@ -92,50 +80,81 @@ def plain_forms(observed: list[Tensor], kind: str) -> dict[str, Callable[[list[T
             return (c - long).square().sum(1) / len(candidate)
         return 1 - (c @ long[0]) / (torch.linalg.vector_norm(c, dim=1) * long_norm)
 
-    forms: dict[str, Callable[[list[Tensor]], Tensor]] = {"sums": sums}
-    if kind != "l2":
-        forms["products"] = products
-    if kind != "cosine":
-        forms["library"] = library
+    forms: dict[str, Callable[[list[Tensor]], Tensor]] = {}
     if kind != "layer_cosine":
         forms["joined"] = joined
-    return forms
+    if kind != "cosine":
+        forms["library"] = library
+    if kind != "l2":
+        forms["products"] = products
+    return {**forms, "sums": sums}
 
 
-def measure(case: Case, device: str) -> dict[str, Any]:
-    observed = [torch.randn(1, *shape, device=device) for shape in case.layers]
-    candidate = [torch.randn(case.trials, *shape, device=device).requires_grad_() for shape in case.layers]
-    images = torch.rand(case.trials, *case.image, device=device).requires_grad_()
-
-    def both(loss: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: torch.autograd.grad(loss().sum(), [*candidate, images])
-
-    functions = {
-        "ours": both(lambda: matching_loss(candidate, observed, kind=case.kind, images=images, tv_weight=TV_WEIGHT))
-    }
-    for form, function in plain_forms(observed, case.kind).items():
-        functions[form] = both(lambda function=function: function(candidate) + TV_WEIGHT * variation(images))
-    expected = torch.cat([g.flatten() for g in functions["sums"]()])
-    for form, function in functions.items():
-        found = torch.cat([g.flatten() for g in function()])
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=form)
-    medians = interleaved_medians(functions, 7 if case.model == "ViT-B" else 45, device)
-    # Any method reads both lists at least once, and writes one.
-    shared, own = sum(o.numel() for o in observed), sum(c.numel() for c in candidate)
-    shape = [case.trials, shared, *case.image]
-    name = f"matching_loss {case.kind} + TV, {case.model}"
-    return row(name, shape, torch.float32, medians, device, traffic=4 * (2 * own + shared + 2 * images.numel()))
+def traffic(layers: list[tuple[int, int]], trials: int, pixels: int) -> float:
+    """Bytes that any method moves: it reads both lists and the images at least once, and writes gradients of all."""
+    size = sum(d_out * d_in for d_out, d_in in layers)
+    return 4.0 * (2 * trials * size + size + 2 * trials * pixels)
 
 
-def main() -> None:
-    asked = options(__doc__)
-    rows = []
-    for case in CASES:
-        rows.append(measure(case, asked.device))
-        say(rows[-1])
-    if asked.json:
-        write_json(asked.json, rows)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_matching_loss(versus: Callable[..., None], device: str, case: Case) -> None:
+    def make() -> Functions:
+        observed = [torch.randn(1, *shape, device=device) for shape in case.layers]
+        candidate = [torch.randn(case.trials, *shape, device=device).requires_grad_() for shape in case.layers]
+        images = torch.rand(case.trials, *case.image, device=device).requires_grad_()
+
+        def both(loss: Callable[[], Tensor]) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(loss().sum(), [*candidate, images])
+
+        def plain(form: Callable[[list[Tensor]], Tensor]) -> Callable[[], object]:
+            return both(lambda: form(candidate) + TV_WEIGHT * variation(images))
+
+        ours = both(lambda: matching_loss(candidate, observed, kind=case.kind, images=images, tv_weight=TV_WEIGHT))
+        return {"ours": ours, **{name: plain(form) for name, form in plain_forms(observed, case.kind).items()}}
+
+    versus(
+        f"matching_loss {case.kind} + TV, {case.model}",
+        [case.trials, sum(d_out * d_in for d_out, d_in in case.layers), *case.image],
+        make,
+        traffic=traffic(case.layers, case.trials, torch.Size(case.image).numel()),
+    )
 
 
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("kind", ["cosine", "l2"])
+def bench_breaching(versus: Callable[..., None], device: str, kind: str) -> None:
+    """Against the objective and the regulariser of breaching's own package (Geiping et al., 2020, and later).
+
+    It knows one trial and no layer weights. Its squares are halved and summed where ours are averaged over layers, and
+    its total variation is a mean over pixels with a border of zeros where ours is over pairs of neighbours: the same
+    factors are applied to both, and the images have a border of zeros.
+    """
+    objectives = pytest.importorskip("breaching.attacks.auxiliaries.objectives")
+    regularizers = pytest.importorskip("breaching.attacks.auxiliaries.regularizers")
+    side, factor = 32, 1.0 if kind == "cosine" else len(EMBEDDED) / 2
+    peer = objectives.CosineSimilarity() if kind == "cosine" else objectives.Euclidean()
+    setup: Any = {"device": torch.device(device), "dtype": torch.float32}
+    roughness = regularizers.TotalVariation(setup, scale=factor * TV_WEIGHT * side / (side - 1))
+
+    def make() -> Functions:
+        observed = [torch.randn(shape, device=device) for shape in EMBEDDED]
+        candidate = [torch.randn(shape, device=device).requires_grad_() for shape in EMBEDDED]
+        images = torch.zeros(1, 3, side, side, device=device)
+        images[..., 1:-1, 1:-1] = torch.rand(1, 3, side - 2, side - 2, device=device)
+        images.requires_grad_()
+        trials = [o[None] for o in observed]
+
+        def ours() -> Tensor:
+            gradients = [c[None] for c in candidate]
+            return factor * matching_loss(gradients, trials, kind=kind, images=images, tv_weight=TV_WEIGHT).sum()
+
+        def theirs() -> Tensor:
+            return peer.gradient_based_loss(candidate, observed) + roughness(images)
+
+        def both(loss: Callable[[], Tensor]) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(loss(), [*candidate, images])
+
+        return {"ours": both(ours), "breaching": both(theirs)}
+
+    size = sum(d_out * d_in for d_out, d_in in EMBEDDED)
+    name = f"matching_loss {kind} + TV, against breaching"
+    versus(name, [1, size, 3, side, side], make, traffic=traffic(EMBEDDED, 1, 3 * side**2))

@@ -1,51 +1,48 @@
-"""Pair generation against everything else that does the same work, in one run.
-
-    python benchmarks/pairs/bench_pairs.py [--device cuda] [--json FILE]
+"""Pair generation against everything else that makes per-sample gradients of an adapter.
 
 ours               batched capture and projection from one A: updates, and gradients as factors
-ours, dense G      the same, every full gradient written out
-ours, bfloat16     the same as `ours`, the model under bfloat16 autocast
-bare model         forward and backward to the pixels of the base alone: no gradient of any weight
-sequential PEFT    the brief's loop, literally: one batch-1 forward and backward of the PEFT model gives the full
+sequential PEFT    the definition, one image at a time: one forward and backward of the PEFT model gives the full
                    gradients and those of A and B; one SGD step; record B1 A1 and G; reset
 vmap(grad)         torch.func, per-sample gradients of the PEFT model's B factors, in the same batches as ours
 opacus             per-sample gradients of the same B factors by Opacus' hooks (only where opacus is installed)
+bare model         forward and backward to the pixels of the base alone, with no gradient of any weight: a lower bound
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+from measure import Functions
 from peft import LoraConfig, get_peft_model
+from targets import ALPHA, RANK, all_linear, bare_model, initial_a
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import interleaved_medians, options, row, say, write_json
-
-from r2f_ext.audit.victims import TARGET_MODULES, VictimConfig, train_victim
-from r2f_ext.data import load_images
-from r2f_ext.models import attach, load_base, read_adapter
+from r2f_ext.audit.victims import TARGET_MODULES
+from r2f_ext.data import ProceduralStream, load_images
+from r2f_ext.models import load_base
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import BaseModel
 
-ROUNDS, SEQUENTIAL, BATCHED, BATCH = 7, 40, 400, 100
+pytestmark = pytest.mark.benchmark(group="pairs")
+SEQUENTIAL, BATCHED, BATCH, STREAMED = 40, 400, 100, 500
 LR = 0.1
+
+
+def layer_name(parameter: str) -> str:
+    return parameter.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 def peft_model(base: BaseModel, a: dict[str, Tensor]) -> nn.Module:
     """PEFT's own model at its default start, with the given A."""
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGET_MODULES))
-    model = get_peft_model(copy.deepcopy(base.model), lora)
+    model = get_peft_model(
+        copy.deepcopy(base.model), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGET_MODULES))
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
@@ -53,12 +50,8 @@ def peft_model(base: BaseModel, a: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def layer_name(parameter: str) -> str:
-    return parameter.removeprefix("base_model.model.").partition(".lora_")[0]
-
-
 class SequentialPeft:
-    """The brief's loop: step, record, reset."""
+    """One image after another: step, record, reset."""
 
     def __init__(self, base: BaseModel, a: dict[str, Tensor]) -> None:
         self.base, self.model = base, peft_model(base, a)
@@ -76,6 +69,7 @@ class SequentialPeft:
         self.optimizer = torch.optim.SGD(self.factors.values(), lr=LR)
 
     def pair(self, image: Tensor, label: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The updates B1 A1 and the full gradients, layer by layer."""
         self.model.zero_grad(set_to_none=True)
         F.cross_entropy(self.model(self.base.normalize(image[None])), label[None]).backward()
         gradients = {name: p.grad for name, p in self.full.items()}
@@ -88,7 +82,7 @@ class SequentialPeft:
 
 
 def vmap_grad(base: BaseModel, a: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """Per-sample gradients of B for one batch after another, by torch.func."""
+    """Per-sample gradients of B by torch.func, batch after batch; returns those of the last batch."""
     model = peft_model(base, a)
     fixed = {name: p.detach() for name, p in (*model.named_parameters(), *model.named_buffers())}
     factors = {name: fixed.pop(name) for name in list(fixed) if "lora_B" in name}
@@ -110,7 +104,7 @@ def vmap_grad(base: BaseModel, a: dict[str, Tensor], inputs: Tensor, labels: Ten
 def opacus_hooks(
     base: BaseModel, a: dict[str, Tensor], inputs: Tensor, labels: Tensor
 ) -> Callable[[], dict[str, Tensor]]:
-    """The same by Opacus' grad samplers, which record on every module with a trainable parameter: here those of B."""
+    """The same by Opacus' grad samplers, which record for every module with a trainable parameter: here B's."""
     from opacus import GradSampleModule
 
     model = peft_model(base, a)
@@ -129,73 +123,107 @@ def opacus_hooks(
     return run
 
 
-def main() -> None:
-    asked = options(__doc__)
-    warnings.filterwarnings("ignore")  # Opacus and PEFT comment on how they are used
-    base = load_base(device=asked.device)
-    proxy = load_images("embedded", count=BATCHED)
-    images, labels = proxy.batch(slice(None)).to(asked.device), proxy.labels.to(asked.device)
-    with tempfile.TemporaryDirectory() as folder:
-        victim = train_victim(base, images[0], int(labels[0]), Path(folder), VictimConfig(lr=LR))
-        target, adapter = attach(read_adapter(victim), base)
-    full, low = (GeneratedPairs(target, adapter.a, proxy, precision=p) for p in ("float32", "bfloat16"))
-    loop, inputs = SequentialPeft(base, adapter.a), base.normalize(images)
+class Pairs:
+    """The embedded model, 400 of its images, and every way to make their pairs."""
 
-    def sequential() -> None:
-        for i in range(SEQUENTIAL):
-            loop.pair(images[i], labels[i])
+    def __init__(self, device: str) -> None:
+        self.base = load_base(device=device)
+        proxy = load_images("embedded", count=BATCHED)
+        self.images, self.labels = proxy.batch(slice(None)).to(device), proxy.labels.to(device)
+        self.inputs = self.base.normalize(self.images)
+        self.target = all_linear(self.base)
+        self.a = initial_a(self.target)
+        self.pairs = {p: GeneratedPairs(self.target, self.a, proxy, precision=p) for p in ("float32", "bfloat16")}
 
-    def dense() -> None:
-        for batch in full.batches():
-            for name in target.names:
+    def ours(self, precision: str = "float32") -> Callable[[], None]:
+        def run() -> None:
+            for _ in self.pairs[precision].batches():
+                pass
+
+        return run
+
+    def dense(self) -> None:
+        """Ours, with every full gradient written out."""
+        for batch in self.pairs["float32"].batches():
+            for name in self.target.names:
                 batch.gradients.dense(name)
 
-    def bare() -> None:
-        for first in range(0, BATCHED, BATCH):
-            x = inputs[first : first + BATCH].clone().requires_grad_()
-            loss = F.cross_entropy(base.model(x), labels[first : first + BATCH], reduction="sum")
-            torch.autograd.grad(loss, x)
+    def sequential(self) -> Callable[[], None]:
+        loop = SequentialPeft(self.base, self.a)
 
-    functions: dict[str, Callable[[], object]] = {
-        "ours": lambda: [None for _ in full.batches()],
-        "ours, dense G": dense,
-        "ours, bfloat16": lambda: [None for _ in low.batches()],
-        "bare model": bare,
-        "sequential PEFT": sequential,
-        "vmap(grad)": vmap_grad(base, adapter.a, inputs, labels),
-    }
-    if importlib.util.find_spec("opacus") is not None:
-        functions["opacus"] = opacus_hooks(base, adapter.a, inputs, labels)
-    *_, last = full.batches()
-    for rival in ("vmap(grad)", "opacus"):  # they must do the same work
-        for name, found in functions[rival]().items() if rival in functions else ():
-            expected = last.updates[name]
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    counts = {"sequential PEFT": SEQUENTIAL}
-    measured = interleaved_medians(functions, ROUNDS, asked.device)
-    per_pair = {name: time / counts.get(name, BATCHED) for name, time in measured.items()}
+        def run() -> None:
+            for i in range(SEQUENTIAL):
+                loop.pair(self.images[i], self.labels[i])
 
-    for name, milliseconds in per_pair.items():
-        print(f"{name:16} {1e3 / milliseconds:8.1f} pairs/s")
-    sample = inputs[:1].clone().requires_grad_()
-    with FlopCounterMode(display=False) as counter:  # what the model itself costs
-        F.cross_entropy(base.model(sample), labels[:1]).backward()
-    flops = counter.get_total_flops()
+        return run
 
-    def line(name: str, dtype: torch.dtype, ours: str, rival: str, label: str | None = None) -> dict[str, Any]:
-        times = {"ours": per_pair[ours], label or rival: per_pair[rival]}
-        return row(name, [1, *base.input_shape], dtype, times, asked.device, flops=flops)
+    def batched_rivals(self) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        """Those whose last batch must agree with ours."""
+        makers = {"vmap(grad)": vmap_grad}
+        if importlib.util.find_spec("opacus") is not None:
+            makers["opacus"] = opacus_hooks
+        *_, last = self.pairs["float32"].batches()
+        rivals = {name: make(self.base, self.a, self.inputs, self.labels) for name, make in makers.items()}
+        for name, rival in rivals.items():
+            for layer, found in rival().items():
+                expected = last.updates[layer]
+                limit = 1e-3 * float(expected.abs().max())
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=limit, msg=f"{name}, {layer}")
+        return rivals
 
-    rivals = [name for name in functions if not name.startswith("ours")]
-    rows = [line("pairs", torch.float32, "ours", rival) for rival in rivals]
-    rows.append(line("pairs, dense G", torch.float32, "ours, dense G", "sequential PEFT"))
-    rows.append(line("pairs", torch.bfloat16, "ours, bfloat16", "ours", "pairs in float32"))
-    rows.append(line("pairs", torch.bfloat16, "ours, bfloat16", "sequential PEFT"))
-    for each in rows:
-        say(each)
-    if asked.json:
-        write_json(asked.json, rows)
+    def flops(self) -> float:
+        """Operations of the bare model's pass over one image."""
+        with FlopCounterMode(display=False) as counter:
+            bare_model(self.base, self.images[:1], self.labels[:1], 1)()
+        return counter.get_total_flops()
 
 
-if __name__ == "__main__":
-    main()
+@pytest.fixture(scope="module")
+def pairs(device: str) -> Pairs:
+    return Pairs(device)
+
+
+ROWS: dict[str, tuple[torch.dtype, Callable[[Pairs], Functions]]] = {
+    "pairs": (
+        torch.float32,
+        lambda p: {"ours": p.ours(), "sequential PEFT": p.sequential(), **p.batched_rivals()},
+    ),
+    "pairs, dense G": (torch.float32, lambda p: {"ours": p.dense, "sequential PEFT": p.sequential()}),
+    "pairs, bfloat16": (
+        torch.bfloat16,
+        lambda p: {"ours": p.ours("bfloat16"), "pairs in float32": p.ours(), "sequential PEFT": p.sequential()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def bench_pairs(versus: Callable[..., None], pairs: Pairs, name: str) -> None:
+    dtype, functions = ROWS[name]
+    items = {"ours": BATCHED, "sequential PEFT": SEQUENTIAL}
+    items |= dict.fromkeys(("vmap(grad)", "opacus", "pairs in float32"), BATCHED)
+    versus(
+        name,
+        [1, *pairs.base.input_shape],
+        lambda: functions(pairs),
+        dtype=dtype,
+        flops=pairs.flops(),
+        items=items,
+        tolerance=None,
+        captured=False,
+    )
+
+
+def bench_stream(versus: Callable[..., None], pairs: Pairs, device: str) -> None:
+    """Procedural images are made while the stream runs; those of the bare model are at hand."""
+    base = pairs.base
+    stream = GeneratedPairs(pairs.target, pairs.a, ProceduralStream(STREAMED, base.input_shape, base.num_classes))
+
+    def make() -> Functions:
+        images = torch.rand(STREAMED, *base.input_shape, device=device)
+        labels = torch.zeros(STREAMED, dtype=torch.int64, device=device)
+        return {
+            "ours": lambda: [None for _ in stream.batches()],
+            "bare model": bare_model(base, images, labels, BATCH),
+        }
+
+    versus("stream of pairs", [STREAMED, *base.input_shape], make, items=STREAMED, tolerance=None, captured=False)

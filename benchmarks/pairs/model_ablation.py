@@ -1,9 +1,9 @@
-"""What might make the bare model's passes faster: fused attention, samples a pass, a model held in bfloat16.
+"""Which changes make the bare model's passes faster: fused attention, samples a pass, a model held in bfloat16.
 
     python benchmarks/pairs/model_ablation.py [--device cuda] [--json FILE]
 
-Forward and backward to the inputs of the embedded model, nothing captured; `ours` is what pair generation runs (100
-samples a pass, attention in single products, bfloat16 by autocast), each rival one change of it.
+Forward and backward to the inputs of the embedded model, nothing captured. `ours` is the pass of pair generation (100
+samples a pass, unfused attention, bfloat16 by autocast); each rival changes one thing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import interleaved_medians, options, row, say, write_json
+from measure import device_parser, interleaved_medians, row, sentence, write_json
 
 from r2f_ext.data import load_images
 from r2f_ext.models import load_base
@@ -27,7 +27,7 @@ SAMPLES = 200
 
 
 def main() -> None:
-    asked = options(__doc__)
+    asked = device_parser(__doc__).parse_args()
     base = load_base(device=asked.device)
     proxy = load_images("embedded", count=SAMPLES)
     inputs, labels = base.normalize(proxy.batch(slice(None)).to(asked.device)), proxy.labels.to(asked.device)
@@ -68,7 +68,7 @@ def main() -> None:
             if rival != "ours":
                 pair = {"ours": medians["ours"] / SAMPLES, rival: medians[rival] / SAMPLES}
                 rows.append(row("model passes", [1, *base.input_shape], dtype, pair, asked.device))
-                say(rows[-1])
+                print(sentence(rows[-1]), flush=True)
     if asked.json:
         write_json(asked.json, rows)
 

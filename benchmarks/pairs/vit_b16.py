@@ -17,47 +17,36 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
-from bench_scale import all_linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import gemm_flops, interleaved_medians, machine, options, row, say, write_json
+from measure import device_parser, gemm_flops, interleaved_medians, machine, row, sentence, write_json
+from targets import all_linear, bare_model, initial_a
 
 from r2f_ext.data import ProceduralStream
 from r2f_ext.models import load_base
-from r2f_ext.pairs import GeneratedPairs, random_a
+from r2f_ext.models.base import unfuse_attention
+from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.pairs.memory import sample_bytes
 from r2f_ext.types import BaseModel, Target
 
-MORE = {
-    "--count": {"type": int, "default": 48, "help": "pairs of each kind (default 48)"},
-    "--weights": {"metavar": "FOLDER", "help": "a base folder instead of random weights"},
-}
-
 
 def random_vit_b16(device: str) -> BaseModel:
-    load_base()  # unfused attention, as for every base
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_224", pretrained=False).eval().requires_grad_(False).to(device)
+    unfuse_attention(model)
     return BaseModel(model, "timm:vit_base_patch16_224", (3, 224, 224), (0.5,) * 3, (0.5,) * 3, 1000)
 
 
 def bare_ms(base: BaseModel, samples: int, device: str) -> float:
-    """Milliseconds of the bare model's forward and input-gradient backward, a sample, in passes of `samples`."""
+    """Milliseconds of the bare model's pass, a sample, in passes of `samples`."""
     images = torch.rand(samples, *base.input_shape, device=device)
     labels = torch.zeros(samples, dtype=torch.int64, device=device)
-
-    def bare() -> None:
-        x = base.normalize(images).requires_grad_()
-        torch.autograd.grad(F.cross_entropy(base.model(x), labels, reduction="sum"), x)
-
-    return interleaved_medians({"bare": bare}, 5, device)["bare"] / samples
+    return interleaved_medians({"bare": bare_model(base, images, labels, samples)}, 5, device)["bare"] / samples
 
 
 def measure(target: Target, count: int, device: str) -> dict[str, Any]:
-    a = {name: each[0] for name, each in random_a(target, 0, 0, 1).items()}
     proxy = ProceduralStream(count, target.base.input_shape, target.base.num_classes)
-    pairs, cost = GeneratedPairs(target, a, proxy), sample_bytes(target)
+    pairs, cost = GeneratedPairs(target, initial_a(target), proxy), sample_bytes(target)
     began, in_batches = time.perf_counter(), 0.0
     for batch in pairs.batches():
         in_batches += float(sum(update.square().sum() for update in batch.updates.values()))
@@ -65,7 +54,7 @@ def measure(target: Target, count: int, device: str) -> dict[str, Any]:
     assert in_batches > 0
     return {
         "pairs": count,
-        "at_once": pairs.at_once,
+        "batch_groups": pairs.batch_groups,
         "seconds_per_pair": seconds / count,
         "pass_mb_per_sample": cost.in_pass / 1e6,
         "factors_mb_bfloat16": cost.factors / 2e6,
@@ -76,18 +65,21 @@ def measure(target: Target, count: int, device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    asked = options(__doc__, **MORE)
+    parser = device_parser(__doc__)
+    parser.add_argument("--count", type=int, default=48, help="pairs of each kind (default 48)")
+    parser.add_argument("--weights", metavar="FOLDER", help="a base folder instead of random weights")
+    asked = parser.parse_args()
     base = random_vit_b16(asked.device) if asked.weights is None else load_base(asked.weights, asked.device)
     everything = all_linear(base)
     qkv = replace(everything, layers=tuple(layer for layer in everything.layers if layer.name.endswith("attn.qkv")))
     rows: list[dict[str, Any]] = []
     for name, target in (("ViT-B/16, qkv", qkv), ("ViT-B/16, all linear layers", everything)):
         found = measure(target, asked.count, asked.device)
-        bare = bare_ms(base, found["at_once"], asked.device)
+        bare = bare_ms(base, found["batch_groups"], asked.device)
         medians = {"ours": 1e3 * found["seconds_per_pair"], "bare model": bare}
         line = row(name, [asked.count, *base.input_shape], torch.float32, medians, asked.device)
         rows.append({**line, **found})
-        say(line)
+        print(sentence(line))
         print({key: round(value, 3) for key, value in found.items()}, flush=True)
     print(f"this machine multiplies float32 matrices at {gemm_flops(torch.float32, asked.device) / 1e9:.0f} GFLOP/s")
     if asked.json:

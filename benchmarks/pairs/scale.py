@@ -1,12 +1,10 @@
 """Many pairs as a stream: pairs a second against the bare model, and peak memory at several counts.
 
-    python benchmarks/pairs/bench_scale.py [--counts 500 1000 2000] [--device cuda] [--json FILE]
+    python benchmarks/pairs/scale.py [--counts 5000 50000] [--device cuda] [--json FILE]
 
 Pairs of the embedded model, all its linear layers, r = 8, one step of SGD on one procedural image each; images are made
-on the way. Each count runs in a process of its own, so that its peak memory is its own. The bare model (forward and
-input-gradient backward, images at hand) is timed in the same process, before the stream and after it.
-
-The brief's 50,000 pairs: --counts 5000 50000
+while the stream runs. Each count runs in a process of its own, so that its peak memory is its own. The bare model
+(forward and backward to images that are at hand) is timed in the same process, before the stream and after it.
 """
 
 from __future__ import annotations
@@ -20,45 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import interleaved_medians, options, row, say, write_json
+from measure import device_parser, interleaved_medians, row, sentence, write_json
+from targets import all_linear, bare_model, initial_a
 
-from r2f_ext.audit.victims import TARGET_MODULES
 from r2f_ext.data import ProceduralStream
 from r2f_ext.models import load_base
-from r2f_ext.pairs import GeneratedPairs, random_a
-from r2f_ext.types import AdaptedLayer, BaseModel, Target
+from r2f_ext.pairs import GeneratedPairs
 
-RANK, ALPHA, BATCH = 8, 16, 100
-COUNTS = {"nargs": "+", "type": int, "default": [500, 1000, 2000], "help": "how many pairs, one run each"}
-
-
-def all_linear(base: BaseModel) -> Target:
-    """The layers that the issue calls all: qkv, proj, fc1 and fc2 of every block."""
-    layers = [
-        AdaptedLayer(name, *module.weight.shape, RANK, ALPHA / RANK)
-        for name, module in base.model.named_modules()
-        if name.endswith(TARGET_MODULES)
-    ]
-    return Target(base, tuple(layers))
+BATCH = 100
 
 
 def stream(count: int, device: str) -> dict[str, float]:
     """Walk through `count` pairs: seconds, peak memory of this process in MB, milliseconds of the bare model a pair."""
     base = load_base(device=device)
     target = all_linear(base)
-    a = {name: each[0] for name, each in random_a(target, 0, 0, 1).items()}
-    pairs = GeneratedPairs(target, a, ProceduralStream(count, base.input_shape, base.num_classes))
+    pairs = GeneratedPairs(target, initial_a(target), ProceduralStream(count, base.input_shape, base.num_classes))
     images = torch.rand(BATCH, *base.input_shape, device=device)
-    labels = torch.zeros(BATCH, dtype=torch.int64, device=device)
-
-    def bare() -> None:
-        x = base.normalize(images).requires_grad_()
-        torch.autograd.grad(F.cross_entropy(base.model(x), labels, reduction="sum"), x)
-
-    before = interleaved_medians({"bare": bare}, 5, device)["bare"]
+    bare = {"bare": bare_model(base, images, torch.zeros(BATCH, dtype=torch.int64, device=device), BATCH)}
+    before = interleaved_medians(bare, 5, device)["bare"]
     began, made = time.perf_counter(), 0
     for batch in pairs.batches():
         made += len(batch.labels)
@@ -66,13 +45,15 @@ def stream(count: int, device: str) -> dict[str, float]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     assert made == count
-    after = interleaved_medians({"bare": bare}, 5, device)["bare"]
+    after = interleaved_medians(bare, 5, device)["bare"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"seconds": seconds, "peak_rss_mb": peak, "bare_ms": (before + after) / 2 / BATCH}
 
 
 def main() -> None:
-    asked = options(__doc__, **{"--counts": COUNTS})
+    parser = device_parser(__doc__)
+    parser.add_argument("--counts", nargs="+", type=int, default=[500, 1000, 2000], help="pairs, one run each")
+    asked = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for count in asked.counts:
         context = multiprocessing.get_context("spawn")
@@ -82,7 +63,7 @@ def main() -> None:
         line = row("stream of pairs", [count, 3, 32, 32], torch.float32, medians, asked.device)
         extra = {"pairs": count, "seconds": found["seconds"], "pairs_per_second": count / found["seconds"]}
         rows.append({**line, **extra, "peak_rss_mb": found["peak_rss_mb"]})
-        say(line)
+        print(sentence(line))
         print(f"{count:,} pairs in {found['seconds']:.1f} s, {count / found['seconds']:.0f} a second, ", end="")
         print(f"peak memory {found['peak_rss_mb']:.0f} MB", flush=True)
     if asked.json:

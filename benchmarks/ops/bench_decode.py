@@ -1,0 +1,81 @@
+"""decode of all layers in one call, against the best plain PyTorch forms, on the embedded model's decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layers import EMBEDDED
+from measure import Functions
+from torch import Tensor
+
+from r2f_ext.ops import decode
+
+pytestmark = pytest.mark.benchmark(group="decode")
+SHAPES = {"stacked": [(256, 128)] * 16, "ragged": EMBEDDED}  # one shape for all layers, so that bmm applies, or several
+RANK, HIDDEN, OUT = 8, 256, 256
+
+
+def parameters(widths: list[int], device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases of a hidden and an output layer for each of the model's layers, decoder by decoder."""
+    shapes = [shape for width in widths for shape in ((HIDDEN, width), (OUT, HIDDEN))]
+    weights = [torch.randn(shape, device=device) / shape[1] ** 0.5 for shape in shapes]
+    return weights, [torch.randn(len(w), device=device) for w in weights]
+
+
+def loop(inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    """One layer of the model after another."""
+    return [
+        F.linear(F.gelu(F.linear(z, w1, b1)), w2, b2)
+        for z, w1, w2, b1, b2 in zip(inputs, weights[::2], weights[1::2], biases[::2], biases[1::2], strict=True)
+    ]
+
+
+def stacked(weights: list[Tensor], biases: list[Tensor], contiguous: bool) -> Callable[[Tensor], Tensor]:
+    """All layers by batched products, of weights that are stacked and transposed before the clock starts."""
+    w1, w2 = (torch.stack(weights[j::2]).mT for j in (0, 1))
+    b1, b2 = (torch.stack(biases[j::2])[:, None] for j in (0, 1))
+    if contiguous:
+        w1, w2 = w1.contiguous(), w2.contiguous()
+    return lambda z: torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, z, w1)), w2)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+@pytest.mark.parametrize("kind", SHAPES)
+def bench_decode(versus: Callable[..., None], device: str, kind: str, batch: int) -> None:
+    widths = [d_out * RANK for d_out, _ in SHAPES[kind]]
+
+    def make() -> Functions:
+        weights, biases = parameters(widths, device)
+        inputs = [torch.randn(batch, width, device=device) for width in widths]
+        functions: dict[str, Callable[[], object]] = {"ours": lambda: decode(inputs, weights, biases)}
+        if kind == "stacked":
+            together = torch.stack(inputs)
+            inputs = list(together)  # views: every form reads the same memory
+            copies, views = stacked(weights, biases, True), stacked(weights, biases, False)
+            functions |= {"stacked bmm": lambda: copies(together), "stacked bmm, views": lambda: views(together)}
+        return functions | {"loop of F.linear": lambda: loop(inputs, weights, biases)}
+
+    read = sum(HIDDEN * (width + 1) + OUT * (HIDDEN + 1) for width in widths)
+    with torch.no_grad():
+        versus(f"decode {kind}", [batch, len(widths)], make, traffic=4.0 * read, flops=2.0 * batch * read)
+
+
+def bench_decode_training(versus: Callable[..., None], device: str) -> None:
+    """Forward and backward to the weights and biases, as a step of the MLP decoder's training."""
+    widths, batch = [d_out * RANK for d_out, _ in EMBEDDED], 64
+
+    def make() -> Functions:
+        weights, biases = parameters(widths, device)
+        inputs = [torch.randn(batch, width, device=device) for width in widths]
+        leaves = [p.requires_grad_() for p in (*weights, *biases)]
+
+        def both(forward: Callable[..., list[Tensor]]) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(sum(o.square().sum() for o in forward(inputs, weights, biases)), leaves)
+
+        return {"ours": both(decode), "loop of F.linear": both(loop)}
+
+    products = sum(HIDDEN * (2 * width + 3 * OUT) for width in widths)
+    versus("decode, forward and backward", [batch, len(widths)], make, flops=2.0 * batch * products)

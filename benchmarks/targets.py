@@ -1,0 +1,43 @@
+"""Models that pairs are made of, and the bare model's pass that they are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2f_ext.audit.victims import TARGET_MODULES
+from r2f_ext.pairs import random_a
+from r2f_ext.types import AdaptedLayer, BaseModel, Target
+
+RANK, ALPHA = 8, 16
+
+
+def all_linear(base: BaseModel) -> Target:
+    """An adapter of rank 8 on qkv, proj, fc1 and fc2 of every block."""
+    layers = [
+        AdaptedLayer(name, *module.weight.shape, RANK, ALPHA / RANK)
+        for name, module in base.model.named_modules()
+        if name.endswith(TARGET_MODULES)
+    ]
+    return Target(base, tuple(layers))
+
+
+def initial_a(target: Target) -> dict[str, Tensor]:
+    """One A [r, d_in] a layer, as PEFT draws it."""
+    return {name: each[0] for name, each in random_a(target, 0, 0, 1).items()}
+
+
+def bare_model(base: BaseModel, images: Tensor, labels: Tensor, batch: int) -> Callable[[], None]:
+    """Forward and backward to the pixels of images [n, c, h, w], `batch` a pass, with no gradient of any weight."""
+    inputs = base.normalize(images)
+
+    def run() -> None:
+        for first in range(0, len(labels), batch):
+            x = inputs[first : first + batch].clone().requires_grad_()
+            loss = F.cross_entropy(base.model(x), labels[first : first + batch], reduction="sum")
+            torch.autograd.grad(loss, x)
+
+    return run
