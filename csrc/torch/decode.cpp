@@ -3,7 +3,9 @@
 // On CUDA, decoders of the same shapes form a group, which takes one batched product per linear layer: for small layers
 // a kernel launch costs more than the arithmetic. On the CPU each decoder is a group of its own, because stacking would
 // copy the weights.
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/baddbmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
@@ -38,10 +40,17 @@ struct PerDecoder {
   }
 };
 
-// The inverse of `gather`: result is [...] for one decoder, [decoders, ...] for several.
+// The inverse of `gather`: result is [...] for one decoder, [decoders, ...] for several. These are copied out of the
+// stack, in one kernel, because an operator's outputs must not share memory.
 void scatter(const at::Tensor& result, const Group& group, size_t per_decoder, size_t j, Tensors& to) {
-  for (size_t k = 0; k < group.size(); ++k)
-    to[group[k] * per_decoder + j] = group.size() == 1 ? result : result.select(0, static_cast<int64_t>(k));
+  Tensors parts{result};
+  if (group.size() > 1) {
+    const Tensors stacked = result.unbind();
+    parts.clear();
+    for (const at::Tensor& part : stacked) parts.push_back(at::empty(part.sizes(), part.options()));
+    at::_foreach_copy_(parts, stacked);
+  }
+  for (size_t k = 0; k < group.size(); ++k) to[group[k] * per_decoder + j] = parts[k];
 }
 
 size_t depth_of(at::TensorList inputs, at::TensorList weights) {

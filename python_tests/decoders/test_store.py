@@ -73,6 +73,14 @@ def test_damaged_decoders(damage, stored, fitted, tmp_path):
         load_decoder(folder, "ridge", stored[0])
 
 
+def test_decoders_of_another_schema_are_refused(stored, fitted, tmp_path):
+    folder = shutil.copytree(fitted[0], tmp_path / "copy")
+    record = json.loads((folder / "decoders.json").read_text())
+    (folder / "decoders.json").write_text(json.dumps({**record, "schema": 0}))
+    with pytest.raises(R2FError, match="have schema 0, this version reads 1: fit again"):
+        load_decoder(folder, "ridge", stored[0])
+
+
 def test_an_interrupted_save_leaves_no_old_record(stored, fitted, tmp_path, monkeypatch):
     folder = shutil.copytree(fitted[0], tmp_path / "copy")
     monkeypatch.setattr(store, "write_tensors", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
