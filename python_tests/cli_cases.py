@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from r2f_ext.cli import commands, main
+from r2f_ext.cli import commands, invert, main
 from r2f_ext.config import AuditConfig
 from r2f_ext.inversion.matching import MatchingConfig
 
@@ -15,7 +15,8 @@ from r2f_ext.inversion.matching import MatchingConfig
 def few_steps(patch: pytest.MonkeyPatch) -> None:
     steps = MatchingConfig(steps=2)
     sizes = partial(AuditConfig, decoder_pairs=40, held_out=10, matching=steps, refinement=steps)
-    patch.setattr(commands, "AuditConfig", sizes)
+    for module in (commands, invert):
+        patch.setattr(module, "AuditConfig", sizes)
 
 
 def run(*words: object) -> int:
