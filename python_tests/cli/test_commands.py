@@ -135,8 +135,10 @@ def test_audit_keeps_private_images_out_of_the_proxy(adapter_folder, tmp_path, m
         (secret / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
     from r2f_ext.cli import commands
 
-    seen, real = [], commands.audit
-    monkeypatch.setattr(commands, "audit", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest))
+    seen, real = [], commands.run_audit_stages
+    monkeypatch.setattr(
+        commands, "run_audit_stages", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest)
+    )
     public = tmp_path / "public"
     public.mkdir()
     for path in tmp_path.glob("*.png"):
