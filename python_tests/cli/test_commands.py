@@ -134,9 +134,9 @@ def test_audit_keeps_private_images_out_of_the_proxy(adapter_folder, tmp_path, m
     secret.mkdir()
     for i in (3, 7):
         (secret / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
-    seen, real = [], audit_stages.audit
+    seen, real = [], entry.run_audit_stages
     monkeypatch.setattr(
-        audit_stages, "audit", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest)
+        entry, "run_audit_stages", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest)
     )
     public = tmp_path / "public"
     public.mkdir()

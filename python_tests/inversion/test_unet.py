@@ -86,3 +86,14 @@ def test_odd_sides_are_refused(world):
     updates, _, labels = world
     with pytest.raises(R2FError, match=r"multiples of 4, got 6x6"):
         UNetInverter(AmortisedInverter(updates, torch.rand(400, 1, 6, 6), labels, 2))
+
+
+def test_its_seed_decides_and_the_global_state_is_left_alone(world, ridge):
+    updates, _, _ = world
+    found = []
+    for outside in (1, 2):
+        torch.manual_seed(outside)
+        state = torch.get_rng_state()
+        found.append(UNetInverter(ridge, UNetConfig(epochs=1, width=4)).invert(part(updates, slice(340, 345))).images)
+        assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(*found)

@@ -9,7 +9,17 @@ import torch
 from cases import changed_weights, peft_factors, peft_model, save, train, victim
 
 from r2f_ext.errors import R2FError
-from r2f_ext.models import attach, initial_from_folder, initial_from_seed, read_adapter
+from r2f_ext.models import (
+    InitialFactors,
+    attach,
+    common_a,
+    differing_layer,
+    initial_from_folder,
+    initial_from_seed,
+    read_adapter,
+)
+from r2f_ext.models import initial as module
+from r2f_ext.types import LoraUpdate
 
 MODULES = ["patch_embed.proj", "attn.qkv", "mlp.fc1"]
 
@@ -78,3 +88,37 @@ def test_folders_that_are_no_start_are_refused(trained, embedded, tmp_path):
     other = replace(update, a={name: torch.rand_like(a) - 0.5 for name, a in update.a.items()})
     with pytest.raises(R2FError, match="not where this adapter started"):
         initial_from_folder(folder / "start", target, other)
+
+
+def test_a_start_is_looked_for_once(trained, monkeypatch):
+    target, update, folder, start = trained
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return initial_from_seed(*arguments)
+
+    monkeypatch.setattr(module, "initial_from_seed", counted)
+    initial = InitialFactors(target, update)
+    assert not initial.named and calls == []
+    for _ in range(2):
+        assert initial.found is not None and torch.equal(initial.found.a[target.names[0]], start[target.names[0]])
+    assert len(calls) == 1
+    named = InitialFactors(target, update, folder / "start")
+    assert named.named and named.found is not None and "start" in named.found.source
+    with pytest.raises(R2FError, match="--a0-seed 77 does not draw"):
+        _ = InitialFactors(target, update, seed=77).found
+
+
+def test_one_tolerance_says_whether_a_is_the_same():
+    a = {"one": torch.linspace(-1, 1, 12).view(3, 4), "two": torch.eye(3)}
+    near, far = ({name: each + shift for name, each in a.items()} for shift in (0.009, 0.011))
+    assert differing_layer(a, a) is differing_layer(a, near) is None
+    assert differing_layer(a, far) == "one" and differing_layer(a, {**a, "two": torch.eye(4)}) == "two"
+    assert differing_layer(a, {"one": a["one"]}) == differing_layer({"one": a["one"]}, a) == "two"
+    small = {name: 1e-3 * each for name, each in a.items()}  # a share of the largest entry, whatever its size
+    assert differing_layer(small, {name: each + 1e-4 for name, each in small.items()}) == "one"
+    mean = common_a([LoraUpdate(a, {}), LoraUpdate(near, {})])
+    torch.testing.assert_close(mean["two"], a["two"] + 0.0045)
+    with pytest.raises(R2FError, match=r"A of one differs\): audit them one by one"):
+        common_a([LoraUpdate(a, {}), LoraUpdate(far, {})])

@@ -14,18 +14,16 @@ from torch import Tensor
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.report import SetReport
 from r2f_ext.files import write_atomically
+from r2f_ext.inversion.routes import registry
 
 MAX_COLUMNS = 16
 CELL_INCHES = 0.62
 ROW_NAMES = {
     "original": "original",
-    "amortised_refined": "amortised, refined",
     "mean_image": "control: mean image",
     "class_mean": "control: class mean",
     "nearest_proxy": "control: nearest proxy",
     "shuffled_adapter": "control: other adapter",
-    "patch_position": "exact gradient (3b)",
-    "attention_rowspace": "exact gradient (3c)",
 }
 
 
@@ -39,7 +37,8 @@ def rows_of(part: SetReport) -> list[tuple[str, Tensor]]:
 
 
 def row_name(key: str) -> str:
-    return ROW_NAMES.get(key, key)
+    route = registry().get(key)
+    return ROW_NAMES.get(key, key) if route is None else route.title or key
 
 
 def png_bytes(image: Tensor, scale: int = 2) -> bytes:

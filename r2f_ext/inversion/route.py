@@ -160,13 +160,15 @@ class Route(ABC):
     """A way from a Problem to images. A subclass in a module of `r2f_ext.inversion.routes` is found by its registry.
 
     Attributes:
-        name: unique; also the name in report.json and of the picture's row.
+        name: unique; also the name in report.json.
+        title: of its row in pictures; None: the name.
         reads: fields of Problem without which the route has nothing to work on.
         after: routes whose reconstructions it reads from `Problem.found`.
         by_default: whether the route is taken unless routes are named.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str | None] = None
     reads: ClassVar[tuple[str, ...]]
     after: ClassVar[tuple[str, ...]] = ()
     by_default: ClassVar[bool] = True

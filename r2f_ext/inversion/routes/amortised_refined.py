@@ -14,6 +14,7 @@ class AmortisedRefined(Route):
     """Images whose LoRA update is the observed one, searched for near the amortised estimate and with its labels."""
 
     name = "amortised_refined"
+    title = "amortised, refined"
     reads = ("target", "a", "observed")
     after = ("amortised",)
 

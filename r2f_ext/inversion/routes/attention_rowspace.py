@@ -13,6 +13,7 @@ class AttentionRowspace(Route):
     """See `inversion/attention_rowspace.py`."""
 
     name = ROUTE
+    title = "exact gradient (3c)"
     reads = ("gradients",)
     by_default = False
 

@@ -13,6 +13,7 @@ class PatchPosition(Route):
     """See `inversion/patch_position.py`."""
 
     name = ROUTE
+    title = "exact gradient (3b)"
     reads = ("gradients",)
     by_default = False
 
