@@ -26,7 +26,7 @@ def test_without_out_nothing_is_written(adapter_folder, tmp_path, monkeypatch):
     assert files_under(tmp_path) == []
     (part,) = report.sets
     assert part.name == "one" and len(part.originals) == 1 and part.labels is not None
-    assert [r.route for r in part.reconstructions][:3] == ["matching", "amortised", "amortised_refined"]
+    assert {"matching", "amortised", "amortised_refined"} <= {found.route for found in part.reconstructions}
     assert any(note.startswith("adapter_rowspace: Not exact") for note in report.notes)
     assert report.seconds["total"] >= report.seconds["pairs"]
 
