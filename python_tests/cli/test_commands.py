@@ -11,7 +11,7 @@ from cli_cases import few_steps, files_under, refused, run
 from PIL import Image
 from safetensors.torch import load_file
 
-from r2f_ext.audit import run as audit_stages
+from r2f_ext.audit import entry
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, load_images
 from r2f_ext.pairs import StoredPairs
@@ -231,7 +231,7 @@ def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private
 
 
 def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(audit_stages, "audit", lambda *args: pytest.fail("the audit ran"))
+    monkeypatch.setattr(entry, "run_audit_stages", lambda *args: pytest.fail("the audit ran"))
     words = ("audit", adapter_folder, adapter_folder, "--count", 40, "--private", "embedded:1", "--out", tmp_path)
     assert re.search("gives 1 images for 2 adapters", refused(capsys, *words))
 
