@@ -16,13 +16,13 @@ from r2f_ext.inversion.matching import MatchingConfig
 def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FASHION_VICTIMS", 3)
     monkeypatch.setattr(module, "FACE_VICTIMS", 2)
-    proxies, real = [], module.run.audit
+    proxies, real = [], module.run.run_audit_stages
 
     def seen(target, adapters, proxy, *rest):
         proxies.append(proxy)
         return real(target, adapters, proxy, *rest)
 
-    monkeypatch.setattr(module.run, "audit", seen)
+    monkeypatch.setattr(module.run, "run_audit_stages", seen)
     steps = MatchingConfig(steps=2)
     config = AuditConfig(pairs=80, decoder_pairs=60, held_out=12, matching=steps, refinement=steps)
     done = demo(tmp_path, config)

@@ -11,7 +11,7 @@ from cli_cases import few_steps, files_under, refused, run
 from PIL import Image
 from safetensors.torch import load_file
 
-from r2f_ext.audit import entry
+from r2f_ext.audit import run as audit_stages
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, load_images
 from r2f_ext.pairs import StoredPairs
@@ -97,7 +97,17 @@ def test_invert_and_audit_search_for_the_exact_image(stages, tmp_path, capsys):
     route = json.loads((tmp_path / "i.json").read_text())["routes"]["gauss_newton"]
     assert "of 1 images reproduce their update" in route["why"] and route["per_victim"]["passes"][0] >= 1
     assert (out / "gauss_newton.png").is_file()
-    audit = ("audit", stages.adapter, "--gauss-newton", "--count", 60, "--proxy", "embedded", "--out", tmp_path / "o")
+    audit = (
+        "audit",
+        stages.adapter,
+        "--gauss-newton",
+        "--count",
+        60,
+        "--proxy",
+        "embedded",
+        "--out",
+        tmp_path / "o",
+    )
     assert run(*audit) == 0
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     (figures,) = report["reconstruction"].values()
@@ -134,9 +144,9 @@ def test_audit_keeps_private_images_out_of_the_proxy(adapter_folder, tmp_path, m
     secret.mkdir()
     for i in (3, 7):
         (secret / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
-    seen, real = [], entry.run_audit_stages
+    seen, real = [], audit_stages.run_audit_stages
     monkeypatch.setattr(
-        entry, "run_audit_stages", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest)
+        audit_stages, "run_audit_stages", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest)
     )
     public = tmp_path / "public"
     public.mkdir()
@@ -231,7 +241,7 @@ def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private
 
 
 def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(entry, "run_audit_stages", lambda *args: pytest.fail("the audit ran"))
+    monkeypatch.setattr(audit_stages, "run_audit_stages", lambda *args: pytest.fail("the audit ran"))
     words = ("audit", adapter_folder, adapter_folder, "--count", 40, "--private", "embedded:1", "--out", tmp_path)
     assert re.search("gives 1 images for 2 adapters", refused(capsys, *words))
 

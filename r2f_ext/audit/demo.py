@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from r2f_ext.audit import run
 from r2f_ext.audit.inputs import load_adapters
 from r2f_ext.audit.phase0 import run_phase0
 from r2f_ext.audit.report import AuditReport, SetReport, set_report
-from r2f_ext.audit.run import AuditResult, run_audit_stages
+from r2f_ext.audit.run import AuditResult
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.audit.write import write_report
 from r2f_ext.config import AuditConfig
@@ -51,7 +52,7 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         for victim in parts.values():
             proxy = drop_private(proxy, private[victim])
         adapters = [update for victim in parts.values() for update in victims[victim]]
-        results[name] = run_audit_stages(target, adapters, proxy, config, Stages(stages.progress, f"{name}: "))
+        results[name] = run.run_audit_stages(target, adapters, proxy, config, Stages(stages.progress, f"{name}: "))
         sets += _split(results[name], proxy, {part: private[victim] for part, victim in parts.items()})
     seconds = {
         **stages.seconds,

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from r2f_ext.audit import run
 from r2f_ext.audit.inputs import load_adapters, load_private
 from r2f_ext.audit.record import Inputs, public_name
 from r2f_ext.audit.report import AuditReport, set_report
-from r2f_ext.audit.run import run_audit_stages
 from r2f_ext.audit.write import write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
@@ -30,20 +30,16 @@ class Prepared:
         target, updates: base, adapted layers and the V adapters' factors.
         proxy: public images, none of them private.
         private: the true images, at least V, or None.
-        initial: where to look for A before the first step.
-        verdicts: route -> verdict, of every route in the registry.
+        verdicts: route -> whether it can work.
         one_step: every A is as PEFT draws it, so one step was taken.
-        notes: sentences on the images.
     """
 
     target: Target
     updates: list[LoraUpdate]
     proxy: ImageSet
     private: ImageSet | None
-    initial: InitialFactors
     verdicts: dict[str, Verdict]
     one_step: bool
-    notes: tuple[str, ...]
 
 
 def audit(
@@ -81,38 +77,33 @@ def audit(
     began = time.perf_counter()
     folder = None if out is None else output_folder(out)
     config, stages = config or AuditConfig(), stages or Stages()
-    ready = _prepare(adapters, base, proxy, private, config, device, initial, a0_seed)
-    on_ready(ready)
-    result = run_audit_stages(ready.target, ready.updates, ready.proxy, config, stages, ready.initial, ready.verdicts)
-    given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, ready.target.base.device.type)
+    target, updates = load_adapters(adapters, base, device)
+    images, originals = _load_images(target, len(updates), proxy, private, config)
+    start = InitialFactors(target, updates[0], initial, a0_seed)
+    problem = adapter_problem(target, updates, start)
+    verdicts = verdicts_of(problem)
+    on_ready(Prepared(target, updates, images, originals, verdicts, problem.steps == 1))
+    result = run.run_audit_stages(target, updates, images, config, stages, start, verdicts)
+    given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, target.base.device.type)
     report = AuditReport(
-        target=ready.target,
-        verdicts=ready.verdicts,
-        results={ready.proxy.name: result},
-        sets=[set_report(Path(adapters[0]).resolve().name, result, ready.proxy, ready.private)],
+        target=target,
+        verdicts=result.verdicts,
+        results={images.name: result},
+        sets=[set_report(Path(adapters[0]).resolve().name, result, images, originals)],
         config=result.config,
         seconds={**result.seconds, "total": time.perf_counter() - began},
         inputs=given.relative_to(folder or Path()),
-        notes=(*ready.notes, *result.notes, *(f"{route}: {why}" for route, why in result.not_run.items())),
+        notes=(*images.notes, *result.notes, *(f"{route}: {why}" for route, why in result.not_run.items())),
     )
     if folder is not None:
         write_report(folder, report)
     return report
 
 
-def _prepare(
-    adapters: Sequence[str | Path],
-    base: str,
-    proxy: str,
-    private: str | None,
-    config: AuditConfig,
-    device: str,
-    initial: str | None,
-    a0_seed: int | None,
-) -> Prepared:
-    target, updates = load_adapters(adapters, base, device)
-    start = InitialFactors(target, updates[0], initial, a0_seed)
-    problem = adapter_problem(target, updates, start)
+def _load_images(
+    target: Target, victims: int, proxy: str, private: str | None, config: AuditConfig
+) -> tuple[ImageSet, ImageSet | None]:
+    """The proxy without any private image, and the private images."""
     images = load_images(
         proxy,
         input_shape=target.base.input_shape,
@@ -120,12 +111,11 @@ def _prepare(
         count=config.pairs,
         seed=config.seed,
     )
-    originals = None if private is None else load_private(private, target.base, config.seed, len(updates))
+    originals = None if private is None else load_private(private, target.base, config.seed, victims)
     if originals is not None:
         images = drop_private(images, originals)
     notes = tuple(_without_folders(note, proxy) for note in images.notes)
-    images = replace(images, name=public_name(proxy))
-    return Prepared(target, updates, images, originals, start, verdicts_of(problem), problem.steps == 1, notes)
+    return replace(images, name=public_name(proxy), notes=notes), originals
 
 
 def _without_folders(note: str, proxy: str) -> str:

@@ -65,7 +65,9 @@ def _setup_context(ctx: Any, inputs: tuple[list[Tensor], ...], output: tuple[lis
     ctx.save_for_backward(*z, *weights, *output[1])
 
 
-def _backward(ctx: Any, grads: list[Tensor], _: list[Tensor]) -> tuple[list[Tensor] | None, list[Tensor], list[Tensor]]:
+def _backward(
+    ctx: Any, grads: list[Tensor], _: list[Tensor]
+) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor]]:
     if torch.is_grad_enabled():
         raise RuntimeError("decode has no second derivative: call backward or grad without create_graph.")
     tensors, decoders, linear_layers = ctx.saved_tensors, ctx.decoders, ctx.linear_layers
