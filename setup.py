@@ -54,6 +54,8 @@ def gencode():
         number = arch.removesuffix("+PTX").replace(".", "")
         if not number.rstrip("af").isdigit():
             stop(f"TORCH_CUDA_ARCH_LIST has {arch!r}; write numbers, like 8.0;9.0+PTX.")
+        if int(number.rstrip("af")) < 80:
+            stop(f"TORCH_CUDA_ARCH_LIST has {arch!r}; the kernels need compute capability 8.0 or newer.")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -89,6 +91,8 @@ def extension(mode, toolkit):
         arch_flags, archs = gencode()
         report = subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
         cuda_version = report.split("release ")[1].split(",")[0]
+        if tuple(map(int, cuda_version.split(".")[:2])) < (12, 1):
+            stop(f"CUDA {cuda_version} was found, and 12.1 or newer is needed: set CUDA_HOME, or R2F_BUILD=cpu.")
     record = {
         "mode": mode,
         "torch": torch.__version__,

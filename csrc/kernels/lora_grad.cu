@@ -31,6 +31,7 @@ struct Table {
   int count;
   int64_t projects, accumulates;  // items
 };
+static_assert(sizeof(Table) <= 32764, "the kernel parameters of CUDA 12.1 and newer; older versions take 4 KB");
 
 // The layer of an item: the last one whose first item is not after it.
 template <int64_t Layer::* first>

@@ -31,7 +31,7 @@ inline void* current_stream(const at::Device& device) {
 }
 
 inline void check_launch(const char* op, const char* error) {
-  TORCH_CHECK(error == nullptr, op, ": CUDA says: ", error);
+  TORCH_CHECK(error == nullptr, op, " failed on CUDA: ", error);
 }
 
 // Null for a tensor of size 0, which stands for "not wanted".

@@ -105,3 +105,12 @@ def test_lists_of_wrong_lengths_and_other_dtypes_are_refused():
         add_weighted_gradients_([], [], [], [])
     with pytest.raises(TypeError, match="float16"):
         add_weighted_gradients_(totals, weights, [t.half() for t in x], [t.half() for t in delta])
+
+
+def test_nothing_is_recorded_for_autograd():
+    total, w = torch.zeros(1, 4, 5), torch.ones(1, 3)
+    x, delta = torch.randn(3, 2, 5, requires_grad=True), torch.randn(3, 2, 4)
+    add_weighted_gradients_([total], [w], [x], [delta])
+    assert not total.requires_grad
+    with pytest.raises(ValueError, match="negates lazily"):
+        add_weighted_gradients_([torch._neg_view(total)], [w], [x], [delta])

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from r2f_ext.ops import backend_of, build_information, reference
@@ -522,3 +523,16 @@ def test_images_of_any_strides_and_dtypes(device):
     torch.testing.assert_close(total_variation(strided), total_variation(images))
     half = images.bfloat16().requires_grad_()
     assert torch.autograd.grad(total_variation(half).sum(), half)[0].dtype == torch.bfloat16
+
+
+def test_under_activation_checkpointing(device):
+    """Checkpointing unpacks each saved tensor once."""
+    candidate, observed = make(2, False, device=device)
+    images, leaf = torch.rand(2, 1, 4, 4, device=device), candidate[0].clone().requires_grad_()
+
+    def loss(first: Tensor) -> Tensor:
+        return matching_loss([first * 2, *candidate[1:]], observed, images).sum()
+
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.utils.checkpoint.checkpoint(loss, leaf, use_reentrant=False).backward()
+    torch.testing.assert_close(leaf.grad, expected)

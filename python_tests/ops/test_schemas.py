@@ -125,3 +125,24 @@ def test_the_check_can_fail():
     ]
     every = calls_in("from r2f_ext import ops\nops.fake(*a, scale=1, offset=2)", functions)
     assert problems("fake", ["x", "scale", "offset"], fake, every["fake"]) == []
+
+
+def test_autocast_changes_no_result():
+    """Under autocast every operator keeps the dtypes and the precision that it documents."""
+    x, delta, a = torch.randn(3, 6, 8), torch.randn(3, 6, 5), torch.randn(2, 8)
+
+    def results() -> list[torch.Tensor]:
+        total = torch.zeros(1, 5, 8)
+        ops.add_weighted_gradients_([total], [torch.ones(1, 3)], [x], [delta])
+        (update,) = ops.lora_grad([x], [delta], [a], scales=[2.0]).grad_B
+        (tangent,) = ops.lora_grad_tangent([x], [delta], [x[None]], [delta[None]], [a], scales=[2.0])
+        (decoded,) = ops.decode([x[0]], [torch.ones(4, 8), torch.ones(3, 4)], [torch.ones(4), torch.ones(3)])
+        loss = ops.matching_loss([update], [update + 1], images=x[:, None])
+        factored = ops.factored_matching_loss([x], [delta], [x + 1], [delta], images=x[:, None])
+        return [total, update, tangent, decoded, loss, factored]
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = results()
+    for one, other in zip(plain, cast, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)

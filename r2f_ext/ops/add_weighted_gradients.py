@@ -42,7 +42,8 @@ def add_weighted_gradients_(
         TypeError: dtypes that are not supported or do not go together.
     """
     try:
-        torch.ops.r2f.add_weighted_gradients_(totals, weights, x, delta)
+        with torch.no_grad():
+            torch.ops.r2f.add_weighted_gradients_(totals, weights, x, delta)
     except Exception:
         check_add_weighted_gradients(totals, weights, x, delta)  # says which argument is wrong and how
         raise

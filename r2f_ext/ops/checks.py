@@ -120,8 +120,8 @@ def check_add_weighted_gradients(
             raise ValueError(f"{op}: weights [V, P], x [P, N, d_in] and delta [P, N, d_out] are needed; got {shapes}")
         if x_i.shape[1] != d.shape[1] or total.shape != (len(w), d.shape[2], x_i.shape[2]):
             raise ValueError(f"{op}: x and delta must share N, and totals be [V, d_out, d_in]; got {shapes}")
-        if not total.is_contiguous():
-            raise ValueError(f"{op}: totals[{i}] must be contiguous")
+        if not total.is_contiguous() or total.is_neg():
+            raise ValueError(f"{op}: totals[{i}] must be contiguous, and no view that negates lazily")
     _check_alike(op, {"x": x, "delta": delta}, dtype, device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     _check_alike(op, {"totals": totals, "weights": weights}, wide, device)

@@ -55,8 +55,9 @@ def matching_loss(
     inputs all is float64). Any strides. Deterministic.
 
     Differentiable in candidate and images; observed is a constant. The second derivative goes through ordinary PyTorch
-    operators, which takes their memory. Not under the transforms of `torch.func`. On the CPU, if every candidate
-    requires a gradient, the gradients are computed together with the loss, in one pass over memory.
+    operators, which takes their memory. Not under the transforms of `torch.func`, nor with `is_grads_batched`. On the
+    CPU, if every candidate requires a gradient, the gradients are computed together with the loss, in one pass over
+    memory.
 
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, unknown kind, bad weights, several devices; in
@@ -129,8 +130,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     to_images = None
     check_constant("matching_loss", ctx.needs_input_grad[1])
     if grad_loss is not None:
-        candidate, observed = ctx.saved_tensors[:count], ctx.saved_tensors[count : 2 * count]
-        images, sums, *gradients, grad_images = ctx.saved_tensors[2 * count :]
+        saved = ctx.saved_tensors  # read once: activation checkpointing unpacks a saved tensor once
+        candidate, observed = saved[:count], saved[count : 2 * count]
+        images, sums, *gradients, grad_images = saved[2 * count :]
         if torch.is_grad_enabled() or not gradients or not _can_reuse(grad_loss):
             if torch.is_grad_enabled():  # differentiable operators, so that the gradient has a graph
                 backward, sums = reference.matching_loss_backward, reference.matching_sums(candidate, observed)

@@ -7,6 +7,8 @@ kernels for CPU and CUDA tensors. The dispatcher picks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 NAMESPACE = "r2f"
@@ -60,5 +62,20 @@ SCHEMAS: dict[str, str] = {
     ),
 }
 
+_AUTOCAST = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _without_autocast(name: str, device: str) -> Callable[..., object]:
+    """The operator as it is without autocast: its results have the dtypes that its wrapper documents."""
+
+    def kernel(*args: object) -> object:
+        with torch.autocast(device, enabled=False):
+            return getattr(torch.ops.r2f, name).default(*args)
+
+    return kernel
+
+
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"{NAMESPACE}::{_name}", _schema)
+    for _device in ("cpu", "cuda"):
+        _AUTOCAST.impl(_name, _without_autocast(_name, _device), f"Autocast{_device.upper()}")
