@@ -200,13 +200,6 @@ R2F_INLINE void sum_chunks(const MatchingArgs& args, bool with_gradients, int64_
   });
 }
 
-// Either sums (perhaps with gradients) or, in the backward, gradients from given coefficients are computed.
-struct Mode {
-  MatchingSums* chunk_sums;                  // null: backward
-  const MatchingCoefficients* coefficients;  // of the backward
-  bool with_gradients;
-};
-
 // Whether the gradients exceed the caches. Then non-temporal stores are faster: an ordinary store first reads the line
 // that it writes to.
 bool exceed_caches(DType dtype, const MatchingArgs& args) {
@@ -215,28 +208,14 @@ bool exceed_caches(DType dtype, const MatchingArgs& args) {
   return numbers * (dtype == DType::kFloat64 ? 8 : 4) > kCaches;
 }
 
-template <typename T, int Bytes, Store How>
-R2F_INLINE void run_chunks(const MatchingArgs& args, const Mode& mode, int64_t first, int64_t last) {
-  if (mode.chunk_sums != nullptr)
-    sum_chunks<T, Bytes, How>(args, mode.with_gradients, first, last, mode.chunk_sums);
-  else
-    backward_chunks<T, Bytes, How>(args, mode.coefficients, first, last);
-}
-
-template <typename T, int Bytes>
-R2F_INLINE void run_dtype(DType dtype, const MatchingArgs& args, const Mode& mode, int64_t first, int64_t last) {
-  if (!exceed_caches(dtype, args)) return run_chunks<T, Bytes, Store::kOrdinary>(args, mode, first, last);
-  run_chunks<T, Bytes, Store::kNonTemporal>(args, mode, first, last);
-  simd::fence_nontemporal_stores();
-}
-
-void run(DType dtype, const MatchingArgs& args, const Mode& mode, int64_t first, int64_t last) {
-  simd::dispatch_isa([&]<int Bytes>() R2F_INLINE_LAMBDA {
-    switch (dtype) {
-      case DType::kFloat32: return run_dtype<float, Bytes>(dtype, args, mode, first, last);
-      case DType::kFloat64: return run_dtype<double, Bytes>(dtype, args, mode, first, last);
-      case DType::kBFloat16: return run_dtype<BFloat16, Bytes>(dtype, args, mode, first, last);
-    }
+// Calls kernel.operator()<T, Bytes, Store>() with the stores that suit the gradients' size.
+template <typename Kernel>
+void dispatch(DType dtype, const MatchingArgs& args, const Kernel& kernel) {
+  const bool nontemporal = exceed_caches(dtype, args);
+  simd::dispatch(dtype, [&]<typename T, int Bytes>() R2F_INLINE_LAMBDA {
+    if (!nontemporal) return kernel.template operator()<T, Bytes, Store::kOrdinary>();
+    kernel.template operator()<T, Bytes, Store::kNonTemporal>();
+    simd::fence_nontemporal_stores();
   });
 }
 
@@ -248,7 +227,9 @@ bool matching_in_one_pass(MatchingKind kind, const MatchingLayer& layer) {
 
 void matching_chunk_sums_cpu(DType dtype, const MatchingArgs& args, bool with_gradients, int64_t first, int64_t last,
                              MatchingSums* chunk_sums) {
-  run(dtype, args, {chunk_sums, nullptr, with_gradients}, first, last);
+  dispatch(dtype, args, [&]<typename T, int Bytes, Store How>() R2F_INLINE_LAMBDA {
+    sum_chunks<T, Bytes, How>(args, with_gradients, first, last, chunk_sums);
+  });
 }
 
 void matching_layer_sums_cpu(const MatchingArgs& args, const MatchingSums* chunk_sums, MatchingSums* sums) {
@@ -263,7 +244,9 @@ void matching_layer_sums_cpu(const MatchingArgs& args, const MatchingSums* chunk
 
 void matching_loss_backward_cpu(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,
                                 int64_t first, int64_t last) {
-  run(dtype, args, {nullptr, coefficients, false}, first, last);
+  dispatch(dtype, args, [&]<typename T, int Bytes, Store How>() R2F_INLINE_LAMBDA {
+    backward_chunks<T, Bytes, How>(args, coefficients, first, last);
+  });
 }
 
 }  // namespace r2f

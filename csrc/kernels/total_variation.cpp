@@ -218,69 +218,37 @@ R2F_INLINE void isotropic_gradient(const TotalVariationArgs& args, const Acc* pi
   }
 }
 
-template <typename T, int Bytes>
-R2F_INLINE void values(const TotalVariationArgs& args, int64_t first, int64_t last, double* plane_values) {
-  std::vector<Accumulation<T>> buffer;
-  for (int64_t plane = first; plane < last; ++plane)
-    plane_values[plane] = plane_value<T, Bytes>(args, plane_of<T>(args, plane, buffer));
-}
-
-template <typename T, int Bytes>
-R2F_INLINE void gradients(const TotalVariationArgs& args, const double* grads, double weight, void* grad_images,
-                          int64_t first, int64_t last) {
-  using Acc = Accumulation<T>;
-  std::vector<Acc> buffer;
-  for (int64_t plane = first; plane < last; ++plane) {
-    const Acc* pixels = plane_of<T>(args, plane, buffer);
-    const double factor = weight * grads[plane / args.channels];
-    Acc* grad = static_cast<Acc*>(grad_images) + plane * args.height * args.width;
-    if (args.isotropic)
-      isotropic_gradient<Acc, Bytes>(args, pixels, factor, grad);
-    else
-      anisotropic_gradient<Acc, Bytes>(args, pixels, factor, grad);
-  }
-}
-
-// Either values or gradients are computed.
-struct Mode {
-  double* plane_values;  // null: compute gradients
-  const double* grads;
-  double weight;
-  void* grad_images;
-};
-
-template <typename T, int Bytes>
-R2F_INLINE void run_planes(const TotalVariationArgs& args, const Mode& mode, int64_t first, int64_t last) {
-  if (args.height == 0 || args.width == 0) {
-    if (mode.plane_values != nullptr) std::fill(mode.plane_values + first, mode.plane_values + last, 0.0);
-    return;
-  }
-  if (mode.plane_values != nullptr)
-    values<T, Bytes>(args, first, last, mode.plane_values);
-  else
-    gradients<T, Bytes>(args, mode.grads, mode.weight, mode.grad_images, first, last);
-}
-
-void run(DType dtype, const TotalVariationArgs& args, const Mode& mode, int64_t first, int64_t last) {
-  simd::dispatch_isa([&]<int Bytes>() R2F_INLINE_LAMBDA {
-    switch (dtype) {
-      case DType::kFloat32: return run_planes<float, Bytes>(args, mode, first, last);
-      case DType::kFloat64: return run_planes<double, Bytes>(args, mode, first, last);
-      case DType::kBFloat16: return run_planes<BFloat16, Bytes>(args, mode, first, last);
-    }
-  });
-}
-
 }  // namespace
 
 void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t first, int64_t last,
                          double* plane_values) {
-  run(dtype, args, {plane_values, nullptr, 0, nullptr}, first, last);
+  if (args.height == 0 || args.width == 0) {
+    std::fill(plane_values + first, plane_values + last, 0.0);
+    return;
+  }
+  simd::dispatch(dtype, [&]<typename T, int Bytes>() R2F_INLINE_LAMBDA {
+    std::vector<Accumulation<T>> buffer;
+    for (int64_t plane = first; plane < last; ++plane)
+      plane_values[plane] = plane_value<T, Bytes>(args, plane_of<T>(args, plane, buffer));
+  });
 }
 
 void total_variation_backward_cpu(DType dtype, const TotalVariationArgs& args, const double* grads, double weight,
                                   void* grad_images, int64_t first, int64_t last) {
-  run(dtype, args, {nullptr, grads, weight, grad_images}, first, last);
+  if (args.height == 0 || args.width == 0) return;
+  simd::dispatch(dtype, [&]<typename T, int Bytes>() R2F_INLINE_LAMBDA {
+    using Acc = Accumulation<T>;
+    std::vector<Acc> buffer;
+    for (int64_t plane = first; plane < last; ++plane) {
+      const Acc* pixels = plane_of<T>(args, plane, buffer);
+      const double factor = weight * grads[plane / args.channels];
+      Acc* grad = static_cast<Acc*>(grad_images) + plane * args.height * args.width;
+      if (args.isotropic)
+        isotropic_gradient<Acc, Bytes>(args, pixels, factor, grad);
+      else
+        anisotropic_gradient<Acc, Bytes>(args, pixels, factor, grad);
+    }
+  });
 }
 
 }  // namespace r2f

@@ -234,7 +234,7 @@ GOOD = {"x": [torch.zeros(2, 3, 4)], "delta": [torch.zeros(2, 3, 5)], "observed"
         ({"observed": [torch.zeros(3, 5, 4)]}, ValueError, "or 1 for T"),
         ({"observed_delta": [torch.zeros(1, 5, 5)]}, None, ""),
         ({"observed_delta": [torch.zeros(1, 6, 5)]}, ValueError, r"observed_delta \[T, M, d_out\]"),
-        ({"delta": [torch.zeros(2, 3, 5).double()]}, TypeError, "share one dtype"),
+        ({"delta": [torch.zeros(2, 3, 5).double()]}, TypeError, r"delta\[0\] must be torch.float32"),
         ({"x": [torch.zeros(2, 3, 4).half()]}, TypeError, "float16"),
         ({"delta": [torch.zeros(2, 3, 5, device="meta")]}, ValueError, "one device"),
         ({"kind": "cos"}, ValueError, "kind must be one of"),

@@ -412,7 +412,11 @@ GOOD = {"candidate": [torch.zeros(2, 3), torch.zeros(2, 4, 5)], "observed": [tor
         ({"candidate": [torch.zeros(2, 3), torch.zeros(3, 4, 5)]}, ValueError, r"candidate must be tensors \[T"),
         ({"observed": [torch.zeros(2, 4), torch.zeros(1, 4, 5)]}, ValueError, "observed of the same shapes"),
         ({"candidate": [torch.zeros(()), torch.zeros(2, 4, 5)]}, ValueError, r"candidate must be tensors \[T"),
-        ({"observed": [torch.zeros(2, 3).double(), torch.zeros(1, 4, 5)]}, TypeError, "share one dtype; tensor 0"),
+        (
+            {"observed": [torch.zeros(2, 3).double(), torch.zeros(1, 4, 5)]},
+            TypeError,
+            r"observed\[0\] must be torch.float32",
+        ),
         ({"candidate": [torch.zeros(2, 3).half(), torch.zeros(2, 4, 5)]}, TypeError, "float16"),
         ({"observed": [torch.zeros(2, 3, device="meta"), torch.zeros(1, 4, 5)]}, ValueError, "one device"),
         ({"kind": "cos"}, ValueError, "kind must be one of"),

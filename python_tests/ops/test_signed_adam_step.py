@@ -129,7 +129,7 @@ def test_under_cuda_graph_capture():
     [
         ({"gradient": torch.zeros(3)}, ValueError, "must have image's shape"),
         ({"exp_avg_sq": torch.zeros(4, 1)}, ValueError, "must have image's shape"),
-        ({"exp_avg": torch.zeros(4).double()}, TypeError, "must have image's dtype"),
+        ({"exp_avg": torch.zeros(4).double()}, TypeError, r"exp_avg\[0\] must be torch.float32"),
         ({"image": torch.zeros(4).bfloat16()}, TypeError, "float32 or float64"),
         ({"gradient": torch.zeros(4, device="meta")}, ValueError, "one device"),
         ({"step": 0}, ValueError, "step counts from 1"),

@@ -6,7 +6,7 @@ refuses its arguments this says why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ def check_add_weighted_gradients(
     _check_alike(op, {"totals": totals, "weights": weights}, wide, device)
 
 
-def _check_alike(op: str, lists: dict[str, Sequence[Tensor]], dtype: torch.dtype, device: torch.device) -> None:
+def _check_alike(op: str, lists: Mapping[str, Sequence[Tensor]], dtype: torch.dtype, device: torch.device) -> None:
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
             if tensor.dtype != dtype:
@@ -155,12 +155,7 @@ def check_matching_loss(candidate: Sequence[Tensor], observed: Sequence[Tensor],
                 "matching_loss: candidate must be tensors [T, ...] and observed of the same shapes or [1, ...]; "
                 f"tensor {i} is {list(c_shape)} against {list(o_shape)}, T = {list(trials)}"
             )
-        if c.dtype != dtype or o.dtype != dtype:
-            raise TypeError(
-                f"matching_loss: candidate and observed must share one dtype; tensor {i} is {c.dtype} against {o.dtype}"
-            )
-        if c.device != device or o.device != device:
-            raise ValueError(f"matching_loss: all tensors must be on one device; tensor {i} is not on {device}")
+    _check_alike("matching_loss", {"candidate": candidate, "observed": observed}, dtype, device)
     if not trials:
         raise ValueError("matching_loss: candidate must be tensors [T, ...]; the first has no dimension")
     _check_images("matching_loss", images, trials[0], device)
@@ -199,24 +194,16 @@ def check_factored_matching_loss(
                 f"{op}: x must be tensors [T, N, d_in] and delta [T, N, d_out]; "
                 f"tensor {i} is {list(x_shape)} and {list(d_shape)}, T = {list(trials)}"
             )
-        given = [x[i], delta[i], observed[i]]
         if not observed_delta:
             fits, words = o_shape[1:] == (d_shape[2], x_shape[2]), "observed must be tensors [T, d_out, d_in]"
         else:
             star = observed_delta[i]
-            given.append(star)
             fits = len(o_shape) == 3 and o_shape[2] == x_shape[2] and star.shape == (*o_shape[:2], d_shape[2])
             words = "observed must be tensors [T, M, d_in] and observed_delta [T, M, d_out]"
         if not fits or (o_shape[:1] != trials and o_shape[0] != 1):
             raise ValueError(f"{op}: {words}, or 1 for T; tensor {i} is {list(o_shape)}")
-        for tensor in given:
-            if tensor.dtype != dtype:
-                raise TypeError(
-                    f"{op}: x, delta, observed and observed_delta must share one dtype; "
-                    f"layer {i} has {tensor.dtype} and x {dtype}"
-                )
-            if tensor.device != device:
-                raise ValueError(f"{op}: all tensors must be on one device; layer {i} is not on {device}")
+    lists = {"x": x, "delta": delta, "observed": observed, "observed_delta": observed_delta}
+    _check_alike(op, lists, dtype, device)
     _check_images(op, images, trials[0], device)
 
 
@@ -229,10 +216,5 @@ def check_signed_adam_step(image: Tensor, gradient: Tensor, exp_avg: Tensor, exp
         )
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"signed_adam_step_: image must be float32 or float64; got {dtype}")
-    if gradient.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
-        raise TypeError(
-            f"signed_adam_step_: gradient, exp_avg and exp_avg_sq must have image's dtype {dtype}; "
-            f"got {gradient.dtype}, {exp_avg.dtype}, {exp_avg_sq.dtype}"
-        )
-    if not image.device == gradient.device == exp_avg.device == exp_avg_sq.device:
-        raise ValueError("signed_adam_step_: image, gradient, exp_avg and exp_avg_sq must be on one device")
+    others = {"gradient": [gradient], "exp_avg": [exp_avg], "exp_avg_sq": [exp_avg_sq]}
+    _check_alike("signed_adam_step_", others, dtype, image.device)

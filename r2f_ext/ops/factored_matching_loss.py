@@ -117,11 +117,10 @@ def _fake(
     delta: list[Tensor],
     observed: list[Tensor],
     observed_delta: list[Tensor],
-    weights: list[float],
-    kind: str,
+    _weights: list[float],
+    _kind: str,
     images: Tensor,
-    tv_weight: float,
-    isotropic: bool,
+    *_settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_factored_matching_loss(x, delta, observed, observed_delta, images)
     trials, dtype = x[0].shape[0], accumulation_dtype(x[0].dtype)
@@ -135,17 +134,7 @@ def _fake(
 
 @torch.library.register_fake(f"{NAMESPACE}::factored_matching_loss_backward")
 def _fake_backward(
-    grad_loss: Tensor,
-    x: list[Tensor],
-    delta: list[Tensor],
-    observed: list[Tensor],
-    observed_delta: list[Tensor],
-    sums: Tensor,
-    saved: Tensor,
-    weights: list[float],
-    kind: str,
-    images: Tensor,
-    tv_weight: float,
-    isotropic: bool,
+    _: Tensor, x: list[Tensor], delta: list[Tensor], *inputs: Any
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    _observed, _observed_delta, _sums, _saved, _weights, _kind, images, *_settings = inputs
     return empty_gradients(x), empty_gradients(delta), empty_gradients([images])[0]

@@ -164,36 +164,21 @@ torch.library.register_autograd(f"{NAMESPACE}::matching_loss", _backward, setup_
 
 @torch.library.register_fake(f"{NAMESPACE}::matching_loss")
 def _fake(
-    candidate: list[Tensor],
-    observed: list[Tensor],
-    weights: list[float],
-    kind: str,
-    images: Tensor,
-    tv_weight: float,
-    isotropic: bool,
-    with_gradients: bool,
+    candidate: list[Tensor], observed: list[Tensor], _weights: list[float], _kind: str, images: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     check_matching_loss(candidate, observed, images)
     first = candidate[0]
     loss = first.new_empty(first.shape[:1], dtype=accumulation_dtype(first.dtype))
     sums = first.new_empty((len(candidate), first.shape[0], 4), dtype=torch.float64)
+    *_, with_gradients = settings
     if with_gradients:
         return loss, sums, empty_gradients(candidate), empty_gradients([images])[0]
     return loss, sums, [], images.new_empty(0, dtype=accumulation_dtype(images.dtype))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::matching_loss_backward")
-def _fake_backward(
-    grad_loss: Tensor,
-    candidate: list[Tensor],
-    observed: list[Tensor],
-    sums: Tensor,
-    weights: list[float],
-    kind: str,
-    images: Tensor,
-    tv_weight: float,
-    isotropic: bool,
-) -> tuple[list[Tensor], Tensor]:
+def _fake_backward(_: Tensor, candidate: list[Tensor], *inputs: Any) -> tuple[list[Tensor], Tensor]:
+    _observed, _sums, _weights, _kind, images, *_settings = inputs
     return empty_gradients(candidate), empty_gradients([images])[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,18 +63,5 @@ def signed_adam_step_(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::signed_adam_step_")
-def _fake(
-    image: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    low: float | None,
-    high: float | None,
-    sign: bool,
-) -> None:
+def _fake(image: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *_settings: Any) -> None:
     check_signed_adam_step(image, gradient, exp_avg, exp_avg_sq)

@@ -73,6 +73,18 @@ void dispatch_isa(const Kernel& kernel) {
 #endif
 }
 
+// Calls kernel.operator()<T, Bytes>() for the elements' type T; see dispatch_isa.
+template <typename Kernel>
+void dispatch(DType dtype, const Kernel& kernel) {
+  dispatch_isa([&]<int Bytes>() R2F_INLINE_LAMBDA {
+    switch (dtype) {
+      case DType::kFloat32: return kernel.template operator()<float, Bytes>();
+      case DType::kFloat64: return kernel.template operator()<double, Bytes>();
+      case DType::kBFloat16: return kernel.template operator()<BFloat16, Bytes>();
+    }
+  });
+}
+
 template <typename Acc, int Bytes>
 struct VectorOf {
   typedef Acc type __attribute__((vector_size(Bytes)));
@@ -160,11 +172,6 @@ template <int Lanes, int Length, bool High>
 struct HalfSegments {
   static constexpr int at(int lane) { return lane / (Length / 2) * Length + lane % (Length / 2) + High * Length / 2; }
 };
-// a0 b0 a1 b1 ...: interleaves the lower (or upper) halves of a and b.
-template <int Lanes, bool Upper>
-struct Interleaved {
-  static constexpr int at(int lane) { return lane / 2 + Upper * Lanes / 2 + lane % 2 * Lanes; }
-};
 
 // The sums over the lanes of each of v[0 .. Count), Count a power of 2. `out` needs space for max(Count, lanes)
 // elements, of which the first Count are the result. Lanes are added by halving, so a sum does not depend on the other
@@ -193,24 +200,6 @@ R2F_INLINE Acc sum_lanes(const typename VectorOf<Acc, Bytes>::type& v) {
   Acc total[VectorOf<Acc, Bytes>::kLanes];
   sum_lanes<Acc, Bytes, 1>(&v, total);
   return total[0];
-}
-
-// Rows v[0 .. Count), Count a power of 2, become columns: in memory order, `Count` elements for each lane.
-template <typename Acc, int Bytes, int Count, int Stages = Count>
-R2F_INLINE void transpose(typename VectorOf<Acc, Bytes>::type* v) {
-  if constexpr (Stages > 1) {
-    using V = typename VectorOf<Acc, Bytes>::type;
-    constexpr int kLanes = VectorOf<Acc, Bytes>::kLanes;
-    V next[Count];
-#pragma GCC unroll 8
-    for (int i = 0; i < Count / 2; ++i) {
-      next[2 * i] = shuffle<Interleaved<kLanes, false>>(v[i], v[i + Count / 2]);
-      next[2 * i + 1] = shuffle<Interleaved<kLanes, true>>(v[i], v[i + Count / 2]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < Count; ++i) v[i] = next[i];
-    transpose<Acc, Bytes, Count, Stages / 2>(v);
-  }
 }
 
 // Square roots, lane by lane: vector extensions have none.
