@@ -7,8 +7,8 @@ pairs-00000.safetensors    update/NAME float32, images uint8, labels; a0/NAME wh
 factors-00000.safetensors  x/NAME and delta/NAME bfloat16; or gradient/NAME bfloat16, where it was to be dense
 pairs-00000.json           only while a run is unfinished: the manifest entry of this shard
 
-Shard i holds the pairs from i * batch_groups on, whichever process makes it: several processes share the work shard by shard, and
-a run that was interrupted makes only those that are missing.
+Shard i holds the pairs from i * batch_groups on, whichever process makes it: several processes divide the work by
+shards, and an interrupted run makes only those that are missing.
 """
 
 from __future__ import annotations
