@@ -1,5 +1,5 @@
-// The module r2f_ext._C. Loading it registers the compiled kernels (TORCH_LIBRARY_IMPL in torch/); it offers build
-// information only.
+// The module r2f_ext._C. Loading it registers the compiled kernels (TORCH_LIBRARY_IMPL in torch/); its only function
+// returns build information.
 #include <pybind11/pybind11.h>
 
 #include "r2f/simd.h"
@@ -18,7 +18,7 @@ const char* cpu_isa() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = R2F_BUILT_TORCH;
-  info["cuda"] = R2F_BUILT_CUDA;  // "none" without
+  info["cuda"] = R2F_BUILT_CUDA;  // "none" in a build without CUDA
   info["cuda_archs"] = R2F_BUILT_ARCHS;
   info["cxx_flags"] = R2F_BUILT_FLAGS;
   info["cpu_isa"] = cpu_isa();
@@ -29,5 +29,5 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of r2f_ext; importing it registers them as torch operators.";
-  module.def("build_info", &build_info, "What this module was built with, and the CPU instructions it uses here.");
+  module.def("build_info", &build_info, "What this module was built with, and the CPU instruction set that it uses.");
 }

@@ -1,4 +1,4 @@
-"""What flows between the stages: a handful of dataclasses with tensors inside.
+"""Dataclasses of tensors that are passed between the stages.
 
 Shapes use P groups (victims or proxy steps), N tokens of one group, r the rank. Every mapping is
 keyed by the module path of an adapted layer in the base model, e.g. `blocks.0.attn.qkv`.
@@ -50,7 +50,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One linear map W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's)."""
+    """One linear layer W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's)."""
 
     name: str
     d_out: int

@@ -77,7 +77,7 @@ class Case:
 
     @property
     def has_amortised(self) -> bool:
-        """Whether the amortised route speaks of it: of one image, and of updates that are near a plain step's."""
+        """Whether the amortised route applies: one image, and an update close to that of a plain SGD step."""
         return self.training.owned == 1 and self.training.optimizer == "sgd" and not self.exact_gradients
 
 

@@ -124,7 +124,7 @@ def bench_matching_loss(versus: Callable[..., None], device: str, case: Case) ->
 def bench_breaching(versus: Callable[..., None], device: str, kind: str) -> None:
     """Against the objective and the regulariser of breaching's own package (Geiping et al., 2020, and later).
 
-    It knows one trial and no layer weights. Its squares are halved and summed where ours are averaged over layers, and
+    It has one trial and no layer weights. Its squares are halved and summed where ours are averaged over layers, and
     its total variation is a mean over pixels with a border of zeros where ours is over pairs of neighbours: the same
     factors are applied to both, and the images have a border of zeros.
     """

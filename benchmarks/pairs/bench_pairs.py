@@ -1,4 +1,4 @@
-"""Pair generation against everything else that makes per-sample gradients of an adapter.
+"""Pair generation against other methods for per-sample gradients of an adapter.
 
 ours               batched capture and projection from one A: updates, and gradients as factors
 sequential PEFT    the definition, one image at a time: one forward and backward of the PEFT model gives the full

@@ -1,12 +1,12 @@
-// LoRA-factor gradients of all layers of a model in two launches. See lora_grad.h for what is computed.
+// LoRA-factor gradients of all layers of a model in two launches. See lora_grad.h for the formulas.
 //
-//   project:     U = x A^T. A warp takes a few tokens of one layer; its lanes share the features.
-//   accumulate:  grad_B = scale delta^T U. A warp takes a stripe of columns of one group of one layer.
+//   project:     U = x A^T. A warp processes a few tokens of one layer; its lanes divide the features.
+//   accumulate:  grad_B = scale delta^T U. A warp processes a stripe of columns of one group of one layer.
 //
-// The work is bound by memory: x and delta are each read once, by 16-byte loads that do not displace A and U from L1,
-// several in flight in each lane. The table of layers is a kernel parameter (constant memory). float32 products run on
-// the ordinary units, bfloat16 products on tensor cores. There U is kept as the sum of two bfloat16 numbers: 16
-// significant bits, where one number has 8. Each sum is taken in one fixed order: results are deterministic.
+// The kernels are memory-bound: x and delta are each read once, by 16-byte loads that do not allocate in L1 (A and U
+// stay there), several in flight in each lane. The table of layers is a kernel parameter (constant memory). float32
+// products run on the FMA units, bfloat16 products on tensor cores, where U is stored as the sum of two bfloat16
+// numbers (16 significant bits instead of 8). Sums have a fixed order: results are deterministic.
 #include "kernels/lora_grad.h"
 #include "r2f/cuda.h"
 
@@ -17,9 +17,9 @@ struct Layer {
   const void *x, *delta, *A;
   float *U, *grad_B;
   int64_t tokens, d_in, d_out;
-  int64_t project_tokens;                   // of a group; in float32 groups that share A count as one group
-  int64_t A_stride;                         // elements between the groups' A
-  int64_t first_project, first_accumulate;  // numbers of the layer's first items
+  int64_t project_tokens;                   // per group; in float32 all groups that share A count as one group
+  int64_t A_stride;                         // elements from one group's A to the next; 0 if shared
+  int64_t first_project, first_accumulate;  // index of the layer's first item of each kernel
   float scale;
   int rank;
 };
@@ -33,7 +33,7 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 32764, "the kernel parameters of CUDA 12.1 and newer; older versions take 4 KB");
 
-// The layer of an item: the last one whose first item is not after it.
+// The layer that an item belongs to, by binary search: the last one with first item <= item.
 template <int64_t Layer::* first>
 __device__ __forceinline__ const Layer& layer_of(const Table& table, int64_t item) {
   int low = 0, high = table.count;
@@ -54,7 +54,7 @@ template <int R>
 constexpr int kTokensOf = R == 16 ? 4 : 8;    // of a project item
 constexpr int kFloatColumns = 4 * kWarpSize;  // of an accumulate item
 
-// sum[k * R + j] += <row k, A_j> over this lane's features. Ranks beyond y.rank repeat the last one.
+// sum[k * R + j] += <row k, A_j> over this lane's features. Ranks from y.rank on repeat the last row of A.
 template <int R>
 __device__ __forceinline__ void add_features(const Layer& y, const float* (&rows)[kTokensOf<R>], const float* A,
                                              float (&sum)[kTokensOf<R> * R]) {
@@ -88,13 +88,14 @@ __global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_float(const 
 
   const float* rows[kTokens];
 #pragma unroll
-  for (int k = 0; k < kTokens; ++k)  // beyond the last token: the last one again, not written
+  for (int k = 0; k < kTokens; ++k)  // past the last token: the last one again; its result is not stored
     rows[k] = static_cast<const float*>(y.x) + (row + (k < left ? k : left - 1)) * y.d_in;
   const float* A = static_cast<const float*>(y.A) + p * y.A_stride;
   float sum[kSums] = {};
   add_features<R>(y, rows, A, sum);
 
-  // Sums over the lanes: in each round a lane gives half of its sums away, and ends with kEach finished ones.
+  // Reduces over the lanes by recursive halving: in each round a lane exchanges half of its partial sums, and at the
+  // end it holds kEach complete sums.
 #pragma unroll
   for (int other = kWarpSize / 2, kept = kSums / 2; other >= 1; other /= 2, kept /= 2) {
     const bool upper = lane & other;
@@ -144,7 +145,7 @@ __device__ __forceinline__ void add_tokens(const Layer& y, int64_t p, int64_t co
   }
 }
 
-// Four ranks of one column, times the scale.
+// Stores four ranks of one column, times the scale. `all`: all four exist and the address is aligned.
 __device__ __forceinline__ void store_ranks(const Layer& y, int64_t p, int64_t column, int j, float4 v, bool all) {
   if (column >= y.d_out) return;
   float* out = y.grad_B + (p * y.d_out + column) * y.rank + j;
@@ -164,7 +165,7 @@ struct Parts {
   float4 sums[kSplit][R][kWarpSize];  // [R]: four columns of R / 4 vectors
 };
 
-// A block of kSplit warps takes one item; its warps share the tokens.
+// A block of kSplit warps processes one item; its warps divide the tokens.
 template <int R, int kSplit>
 __global__ void __launch_bounds__(kSplit* kWarpSize) accumulate_float(const __grid_constant__ Table table) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -205,17 +206,18 @@ __global__ void __launch_bounds__(kSplit* kWarpSize) accumulate_float(const __gr
 
 // ---- bfloat16 on tensor cores ---------------------------------------------------------------------------------------
 //
-// mma multiplies [16, 16] by [16, 8]. Which element of the sum's dimension is in which register does not matter as long
-// as both factors agree, so a lane's 16-byte vector is used as it is: 8 neighbouring features, or 8 columns of 4
-// tokens.
+// mma multiplies [16, 16] by [16, 8]. The order of elements along the reduction dimension does not matter as long as
+// both factors use the same one, so the 16-byte vectors of a lane are used without a shuffle: 8 neighbouring features,
+// or 8 columns of 4 tokens.
 
 constexpr int kTileTokens = 16, kHalfColumns = 64;
 
-// sums[n] += rows of 16 tokens times 8 ranks, over kSteps times 32 features from k on.
+// sums[n] += (16 tokens) x (8 ranks), summed over kSteps * 32 features from k on.
 template <int kRankTiles, int kSteps>
 __device__ __forceinline__ void add_features(const BFloat16* row0, const BFloat16* row1, const BFloat16* const* A,
                                              int64_t k, int64_t d_in, float (&sums)[kRankTiles][4]) {
-  const auto load = [&](auto* loader, const BFloat16* row, int s) {  // zeros beyond the row; only a last step has any
+  const auto load = [&](auto* loader, const BFloat16* row,
+                        int s) {  // zeros past the end of the row, which only the last step reaches
     return kSteps > 1 || k < d_in ? loader(row + k + 32 * s) : uint4{0, 0, 0, 0};
   };
   uint4 u[kSteps], v[kSteps];
@@ -234,7 +236,7 @@ __device__ __forceinline__ void add_features(const BFloat16* row0, const BFloat1
 template <int kRankTiles>
 __device__ __forceinline__ void project_tile(const Layer& y, int64_t p, int64_t first, int lane,
                                              float (&sums)[kRankTiles][4]) {
-  const auto row = [&](int64_t token) {  // beyond the last token: the last one again, replaced by zeros later
+  const auto row = [&](int64_t token) {  // past the last token: the last one again; replaced by zeros later
     return static_cast<const BFloat16*>(y.x) + (p * y.tokens + (token < y.tokens ? token : y.tokens - 1)) * y.d_in;
   };
   const BFloat16 *row0 = row(first + lane / 4), *row1 = row(first + lane / 4 + 8), *A[kRankTiles];
@@ -249,8 +251,9 @@ __device__ __forceinline__ void project_tile(const Layer& y, int64_t p, int64_t 
   for (; k < y.d_in; k += 32) add_features<kRankTiles, 1>(row0, row1, A, k + own, y.d_in, sums);
 }
 
-// U [groups, tiles, kRankTiles, 32 lanes, 4 words]: the fragments that accumulate multiplies by. Rank j of token t is
-// in lane j * 4 + t / 4; the high parts of a pair of tokens in word t % 4 / 2 * 2, their low parts in the next.
+// U [groups, tiles, kRankTiles, 32 lanes, 4 words]: the mma fragments that accumulate_bfloat16 reads. Rank j of token t
+// is in lane j * 4 + t / 4; the high parts of a pair of tokens are in word t % 4 / 2 * 2, their low parts in the next
+// word.
 template <int kRankTiles>
 __global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_bfloat16(const __grid_constant__ Table table) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -277,8 +280,8 @@ __global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_bfloat16(con
   }
 }
 
-// sums[n][i] += ranks 8 n to 8 n + 7 (high and low parts are rows of one product) times columns i, i + 8, ... of 64,
-// over kTiles times 16 tokens. The lane's own 8 columns start at `delta`.
+// sums[n][i] += (ranks 8 n to 8 n + 7; high and low parts are rows of one product) x (columns i, i + 8, ... of 64),
+// summed over kTiles * 16 tokens. The lane's own 8 columns start at `delta`.
 template <int kRankTiles, int kTiles>
 __device__ __forceinline__ void add_tiles(const Layer& y, const BFloat16* delta, const float* U, int64_t tile, int lane,
                                           float (&sums)[kRankTiles][8][4]) {
@@ -292,7 +295,7 @@ __device__ __forceinline__ void add_tiles(const Layer& y, const BFloat16* delta,
     }
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    uint32_t pairs[8][2];  // of two neighbouring tokens, for each of the lane's 8 columns
+    uint32_t pairs[8][2];  // two neighbouring tokens in a word, for each of the lane's 8 columns
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint4 a = v[t][2 * h], b = v[t][2 * h + 1];
@@ -333,7 +336,7 @@ __global__ void __launch_bounds__(kWarpSize) accumulate_bfloat16(const __grid_co
     const int rank = n * 8 + lane / 4;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const float sum = sums[n][i % 8][i / 8] + sums[n][i % 8][2 + i / 8];  // by the high parts, and by the low ones
+      const float sum = sums[n][i % 8][i / 8] + sums[n][i % 8][2 + i / 8];  // products of the high and of the low parts
       if (rank < y.rank && column + i < y.d_out) y.grad_B[(p * y.d_out + column + i) * y.rank + rank] = y.scale * sum;
     }
   }
@@ -341,7 +344,8 @@ __global__ void __launch_bounds__(kWarpSize) accumulate_bfloat16(const __grid_co
 
 // ---- Launches -------------------------------------------------------------------------------------------------------
 
-// Fewer accumulate items than this leave a large GPU's memory idle: then eight warps share one (measured on an H100).
+// With fewer accumulate items than this, one warp per item does not saturate the memory of a large GPU (measured on an
+// H100); then kSplit warps share an item.
 constexpr int64_t kFewItems = 2048;
 
 template <int R>
@@ -367,7 +371,7 @@ void launch_bfloat16(const Table& table, cudaStream_t stream) {
     launch(accumulate_bfloat16<kRankTiles>, static_cast<unsigned>(table.accumulates), kWarpSize, 0, stream, table);
 }
 
-// The instantiation that fits all layers, and how it divides them into items.
+// The kernel instantiation for the largest rank of all layers, and the sizes of its items.
 struct Plan {
   int ranks, project_tokens, columns;
   void (*launch)(const Table&, cudaStream_t);
@@ -386,7 +390,7 @@ Plan plan_of(DType dtype, const LoraGradLayer* layers, int64_t count) {
   return {16, kTokensOf<16>, kFloatColumns, launch_float<16>};
 }
 
-// Floats of one layer's U.
+// Size of one layer's U, in floats.
 int64_t workspace_of(DType dtype, const LoraGradLayer& layer, const Plan& plan) {
   if (dtype == DType::kFloat32) return layer.groups * layer.tokens * plan.ranks;
   return layer.groups * ((layer.tokens + kTileTokens - 1) / kTileTokens) * kTileTokens * plan.ranks;

@@ -1,5 +1,5 @@
-// The gradients of LoRA's factor B at B = 0 for all layers of a model: what the CUDA kernels are asked. No torch here;
-// csrc/torch/lora_grad.cpp fills it in.
+// The gradients of the LoRA factor B at B = 0 for all layers of a model: the arguments of the CUDA kernels. No torch
+// here; csrc/torch/lora_grad.cpp fills the arguments in.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +20,13 @@ struct LoraGradLayer {
   float* grad_B = nullptr;  // [groups, d_out, rank]
 };
 
-// Whether the kernels take a layer: float32 up to rank 16, bfloat16 up to rank 32, rows of whole 16-byte vectors at
+// Whether the kernels support a layer: float32 up to rank 16, bfloat16 up to rank 32, rows of whole 16-byte vectors at
 // aligned addresses. For larger ranks and in float64 the library's batched products are faster (measured on an H100).
 bool lora_grad_cuda_takes(DType dtype, const LoraGradLayer& layer);
 
-// Queues all layers on `stream` (a cudaStream_t): two launches for every 64 layers. Every layer is one that
-// lora_grad_cuda_takes. `workspace` is 16-byte aligned device memory for lora_grad_cuda_workspace(...) floats.
-// Returns null, or what CUDA said went wrong.
+// Queues all layers on `stream` (a cudaStream_t): two launches for every 64 layers. For every
+// layer lora_grad_cuda_takes() must be true. `workspace` is 16-byte aligned device memory for
+// lora_grad_cuda_workspace(...) floats. Returns null, or CUDA's error message.
 const char* lora_grad_cuda(DType dtype, const LoraGradLayer* layers, int64_t count, float* workspace, void* stream);
 int64_t lora_grad_cuda_workspace(DType dtype, const LoraGradLayer* layers, int64_t count);
 

@@ -17,9 +17,10 @@ namespace {
 
 using simd::VectorOf;
 
-constexpr int64_t kBlock = 1024;                // elements
-constexpr int64_t kOnePass = 1 << 17;           // elements of a layer that stay in a core's cache between two passes
-constexpr int64_t kCaches = 8 << 20;            // bytes of gradients that the caches hold until they are read
+constexpr int64_t kBlock = 1024;  // elements
+constexpr int64_t kOnePass =
+    1 << 17;  // elements of a layer that stay in a core's cache between two passes (limit of one pass)
+constexpr int64_t kCaches = 8 << 20;            // bytes of gradients that stay in the caches until they are read
 constexpr double kLeast = 1e-24, kMost = 1e36;  // safe range of a block's sums of squares in float32
 constexpr double kLeastFactor = 1e-30, kMostFactor = 1e30;
 

@@ -1,10 +1,10 @@
 // Distances between lists of gradients on CUDA. See matching_loss.h for the interface.
 //
-//   chunk_sums   one block takes a chunk of a layer for one trial: four sums, to the workspace
-//   layer_sums   one block takes a layer and trial: sums its chunks
-//   trial_losses one warp takes a trial: from the sums of its layers to the loss
-//   trial_coefficients  one warp takes a trial: from sums and the loss's gradient to the coefficients of every layer
-//   backward     one block takes a chunk, for all trials: one pass
+//   chunk_sums          a block per chunk of a layer and trial: writes four sums to the workspace
+//   layer_sums          a block per layer and trial: adds up its chunks
+//   trial_losses        a warp per trial: from the sums of its layers to the loss
+//   trial_coefficients  a warp per trial: from the sums and the gradient of the loss to the coefficients of every layer
+//   backward            a block per chunk, for all trials: one pass
 //
 // Layers are described by tables passed by value as kernel parameters; longer lists take several launches. Each sum is
 // computed in a fixed order: results are deterministic.
@@ -24,7 +24,7 @@ constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 struct Entry {
   const void *candidate, *observed;
   void* grad_candidate;
-  int64_t size, first_chunk;  // first_chunk: relative to the table's first
+  int64_t size, first_chunk;  // first_chunk: counted from the table's first chunk
   bool observed_is_shared, aligned;
 };
 

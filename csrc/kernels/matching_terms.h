@@ -28,7 +28,7 @@ struct MatchingSums {
   }
 };
 
-// The gradient of the loss with respect to c is (observed o + candidate c).
+// The gradient of the loss with respect to c is `observed` * o + `candidate` * c.
 struct MatchingCoefficients {
   double observed, candidate;
 };

@@ -1,4 +1,4 @@
-// The signed Adam step on the CPU. See signed_adam_step.h for what is computed.
+// The signed Adam step on the CPU. See signed_adam_step.h for the formulas.
 #include "kernels/signed_adam_step.h"
 
 #include <cstring>
@@ -10,7 +10,7 @@ namespace {
 
 using simd::VectorOf;
 
-// One vector of elements; written once for all instruction sets.
+// Updates one vector of elements.
 template <typename Acc, int Bytes, bool Sign>
 R2F_INLINE void step_vector(const SignedAdamScalars<Acc>& k, Acc* image, const Acc* gradient, Acc* exp_avg,
                             Acc* exp_avg_sq) {

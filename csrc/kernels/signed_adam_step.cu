@@ -1,5 +1,5 @@
-// The signed Adam step on CUDA. See signed_adam_step.h for what is computed. One pass: 16 bytes of each array at a time
-// where the addresses allow it.
+// The signed Adam step on CUDA. See signed_adam_step.h for the formulas. One pass over the arrays, with 16-byte loads
+// and stores if all addresses are aligned.
 #include "kernels/signed_adam_step.h"
 #include "r2f/cuda.h"
 

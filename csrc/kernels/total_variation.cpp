@@ -146,7 +146,7 @@ R2F_INLINE double plane_value(const TotalVariationArgs& args, const Accumulation
   return args.isotropic ? unit.pixel * lengths : unit.row * rows + unit.column * columns;
 }
 
-// The rows around a row. A missing neighbor is replaced by the pixel itself: difference 0, gradient 0.
+// Pointers to a row and to its neighbors. A missing neighbor is replaced by the pixel itself: difference 0, gradient 0.
 template <typename Acc>
 struct Neighbors {
   const Acc *row, *above, *below, *left, *right;
@@ -201,7 +201,7 @@ R2F_INLINE void isotropic_gradient(const TotalVariationArgs& args, const Acc* pi
   const Acc by_pixel = static_cast<Acc>(factor * total_variation_units(args).pixel);
   const int64_t h = args.height, w = args.width;
   std::vector<Acc> buffer(static_cast<size_t>(3 * w + 1), Acc(0));
-  Acc *u = buffer.data() + 1, *v = u + w, *v_above = v + w;  // u[-1] = 0: nothing is left of a row
+  Acc *u = buffer.data() + 1, *v = u + w, *v_above = v + w;  // u[-1] = 0: the first pixel of a row has no left neighbor
   for (int64_t i = 0; i < h; ++i) {
     const Acc* row = pixels + i * w;
     const Acc* below = i + 1 < h ? row + w : row;

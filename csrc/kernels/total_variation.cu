@@ -1,10 +1,10 @@
 // Total variation on CUDA. See total_variation.h for the formulas.
 //
-//   chunk_values    one block takes a chunk of a trial's pixels: differences to the right and below
-//   trial_values    one block takes a trial: sums its chunks
-//   gradient        one thread takes a pixel: gathers from the differences that it is part of
+//   chunk_values    a block per chunk of a trial's pixels: sums the differences to the right and to the row below
+//   trial_values    a block per trial: adds up its chunks
+//   gradient        a thread per pixel: gathers the derivatives of the differences that the pixel is part of
 //
-// Each sum is taken in one fixed order: results are deterministic.
+// Sums have a fixed order: results are deterministic.
 #include "kernels/total_variation.h"
 #include "r2f/cuda.h"
 

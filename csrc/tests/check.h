@@ -1,4 +1,4 @@
-// The little that the kernel tests need: random inputs of each dtype and a comparison that counts failures.
+// Helpers of the kernel tests: random inputs of each dtype, and a comparison that counts failures.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ inline const char* name_of(DType dtype) {
 }
 inline size_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat64 ? 8 : 2; }
 
-// An array of one dtype, in memory of exactly its size (so that AddressSanitizer sees every step beyond), and its
+// An array of one dtype, in memory of exactly its size (so that AddressSanitizer detects every access past it), and its
 // values as doubles.
 class Array {
  public:
@@ -25,10 +25,11 @@ class Array {
       : values(static_cast<size_t>(size)), dtype_(dtype), bytes_(static_cast<size_t>(size) * bytes_of(dtype)) {
     bytes_.reserve(1);  // an empty array has an address too: null means "no such argument"
     std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < size; ++i) set(i, finite ? normal(random) : NAN);  // results: what is not written shows
+    for (int64_t i = 0; i < size; ++i)
+      set(i, finite ? normal(random) : NAN);  // outputs start as NaN, so that unwritten elements fail the comparison
   }
 
-  // Rounded to the dtype (bfloat16: cut off), in memory and in `values`.
+  // Stores the value, rounded to the dtype (bfloat16: truncated), in memory and in `values`.
   void set(int64_t index, double value) {
     const float single = static_cast<float>(value);
     if (dtype_ == DType::kBFloat16) {
@@ -46,7 +47,7 @@ class Array {
     values[static_cast<size_t>(index)] = value;
   }
 
-  // What memory holds, of float32 and float64.
+  // The element in memory; float32 and float64 only.
   double get(int64_t index) {
     float single;
     double wide;
@@ -63,7 +64,7 @@ class Array {
   std::vector<unsigned char> bytes_;
 };
 
-// Results of the accumulation type against doubles. Returns the number of failures (0 or 1) and says what is wrong.
+// Compares results of the accumulation type with doubles. Returns the number of failures (0 or 1) and prints them.
 inline int compare(const char* what, Array& result, DType accumulation, const std::vector<double>& expected) {
   const double tolerance = accumulation == DType::kFloat64 ? 1e-12 : 2e-5;
   double scale = 1;

@@ -75,7 +75,7 @@ int check(DType dtype, const std::vector<Shape>& shapes, bool A_per_group) {
   return wrong;
 }
 
-// Each edge of a tile of tokens, a stripe of columns, a step over features and a range of ranks is crossed by one.
+// Shapes on both sides of each boundary: token tiles, column stripes, feature steps and rank ranges.
 std::vector<std::vector<Shape>> shape_lists(int64_t vector, int64_t max_rank, bool quick) {
   const int64_t v = vector;
   std::vector<std::vector<Shape>> lists = {
@@ -102,7 +102,7 @@ int all(bool quick) {
       }
   std::mt19937 random(1);
   Case plain(DType::kFloat32, {1, 2, 8, 8, 4}, false, random);
-  for (int change = 0; change < 5; ++change) {  // what the kernels leave to the library
+  for (int change = 0; change < 5; ++change) {  // layers that the kernels do not support
     LoraGradLayer layer = plain.layer;
     if (change == 0) layer.rank = 17;
     if (change == 1) layer.d_in = 6;

@@ -18,7 +18,7 @@ void run(DType dtype, const SignedAdamArgs& args) {
 #endif
 }
 
-// `offset`: elements that all arrays start behind an aligned address.
+// `offset`: distance in elements of all arrays from an aligned address.
 int check(DType dtype, int64_t size, int64_t offset, bool sign, bool box) {
   std::mt19937 random(static_cast<unsigned>(size + offset));
   const int64_t all = size + offset;

@@ -91,7 +91,7 @@ int check(DType dtype, const Case& c, bool isotropic) {
   return wrong;
 }
 
-// One below, at and past a vector, a block and a piece.
+// Sizes one below, at and one past a vector, a block and a chunk.
 const Case kCases[] = {{2, 3, 6, 5},  {1, 1, 1, 1},   {2, 1, 1, 40},  {2, 2, 40, 1},  {3, 2, 17, 18}, {1, 3, 33, 34},
                        {1, 1, 2, 67}, {2, 1, 64, 64}, {1, 2, 65, 64}, {0, 3, 4, 4},   {2, 0, 4, 4},   {2, 3, 0, 4},
                        {2, 3, 4, 0},  {1, 1, 90, 95}, {5, 1, 3, 3},   {1, 1, 256, 50}};

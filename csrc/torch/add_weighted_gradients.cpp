@@ -12,7 +12,7 @@
 namespace r2f {
 namespace {
 
-constexpr int64_t kScratch = int64_t{1} << 25;  // elements of a temporary tensor at most: 128 MiB in float32
+constexpr int64_t kScratch = int64_t{1} << 25;  // maximum elements of a temporary tensor: 128 MiB in float32
 constexpr int64_t kTraffic = 64;  // multiply-adds in the time that one element takes to be written to memory and read
 
 struct Layer {

@@ -40,8 +40,8 @@ struct PerDecoder {
   }
 };
 
-// The inverse of `gather`: result is [...] for one decoder, [decoders, ...] for several. These are copied out of the
-// stack, in one kernel, because an operator's outputs must not share memory.
+// The inverse of `gather`: result is [...] for one decoder, [decoders, ...] for several. Stacked results are copied
+// out, in one kernel, because an operator's outputs must not share memory.
 void scatter(const at::Tensor& result, const Group& group, size_t per_decoder, size_t j, Tensors& to) {
   Tensors parts{result};
   if (group.size() > 1) {
@@ -110,7 +110,7 @@ std::tuple<Tensors, Tensors, Tensors> decode_backward(at::TensorList grads, at::
                                                       at::TensorList weights, at::TensorList saved, bool needs_inputs) {
   const size_t depth = depth_of(inputs, weights), hidden = depth - 1;
   TORCH_CHECK(grads.size() == inputs.size() && saved.size() == inputs.size() * hidden,
-              "decode_backward: grads and saved must be as many as the forward's outputs and saved tensors");
+              "decode_backward: one gradient per output and the saved tensors of the forward are needed");
   Tensors grad_inputs(needs_inputs ? inputs.size() : 0), grad_weights(weights.size()), grad_biases(weights.size());
   for (const Group& group : groups_of(inputs, weights, depth)) {
     at::Tensor grad = PerDecoder{grads, 1}.gather(group, 0);

@@ -1,5 +1,5 @@
-// torch.ops.r2f.factored_matching_loss and its backward, on CPU and CUDA. Products are the library's. For the schemas
-// and their meaning see r2f_ext/ops.
+// torch.ops.r2f.factored_matching_loss and its backward, on CPU and CUDA, with matrix products by the library. The
+// schemas and their meaning are in r2f_ext/ops.
 //
 // With G = delta^T x, D = delta delta^T and X = x x^T of a layer and trial, and G* the observed gradient:
 //   |G|^2 = sum D o X     <G, G*> = sum (delta G*) o x,   or sum (delta delta*^T) o (x x*^T) for G* = delta*^T x*
@@ -96,7 +96,7 @@ Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at
   return call;
 }
 
-// Numbers that a layer keeps in the saved tensor, for each trial.
+// Elements of the saved tensor per trial of one layer.
 int64_t saved_size(const Call& call, const Layer& layer) {
   const int64_t n = layer.x.size(1), m = layer.observed.size(1);
   return 2 * n * n + (call.dense ? n * layer.x.size(2) : 2 * n * m);
@@ -188,7 +188,7 @@ at::Tensor observed_squares(const Call& call) {
   return at::stack(squares);
 }
 
-// The sums [layers, T, 4], in the order of MatchingSums, and what `saved` keeps for the backward.
+// The sums [layers, T, 4], in the order of MatchingSums. Fills `saved` for the backward.
 at::Tensor make_sums(Call& call, const at::Tensor& saved) {
   set_views(call, saved);
   Pairs candidate, inner;

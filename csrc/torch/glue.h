@@ -1,5 +1,4 @@
-// What the torch side of every operator needs: dtypes, contiguous inputs, and the current CUDA stream without CUDA's
-// headers.
+// Helpers of the torch side of every operator: dtypes, and the current CUDA stream without CUDA's headers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,8 +23,8 @@ inline at::TensorOptions result_options(const at::Tensor& tensor) {
   return tensor.options().dtype(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
-// Torch's current stream on the device. Through the virtual interface, so that one binary serves CPU-only and CUDA
-// builds of torch.
+// Torch's current stream on the device, read through c10's virtual interface, so that one binary loads in both CPU-only
+// and CUDA builds of torch.
 inline void* current_stream(const at::Device& device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
@@ -34,7 +33,7 @@ inline void check_launch(const char* op, const char* error) {
   TORCH_CHECK(error == nullptr, op, " failed on CUDA: ", error);
 }
 
-// Null for a tensor of size 0, which stands for "not wanted".
+// Null for an empty tensor.
 inline void* data_or_null(const at::Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr();
 }

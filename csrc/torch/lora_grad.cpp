@@ -1,7 +1,7 @@
 // torch.ops.r2f.lora_grad and lora_grad_tangent. The schemas and the meaning are in r2f_ext/ops.
 //
-// The products are the library's, layer by layer without a return to Python; on CUDA all layers that the kernels of
-// kernels/lora_grad.cu take are done by those in two launches.
+// Matrix products are library calls, layer by layer in C++. On CUDA, all layers that kernels/lora_grad.cu supports are
+// computed by its two launches.
 #include "kernels/lora_grad.h"
 
 #include <ATen/ops/add.h>
@@ -50,10 +50,10 @@ void check_lora_grad(at::TensorList x, at::TensorList delta, at::TensorList A, a
   for (at::TensorList list : {x, delta, A, B}) check_alike(op, x[0], list);
 }
 
-// In the dtype that sums are taken in.
+// The tensor in the accumulation type.
 at::Tensor wide(const at::Tensor& tensor) { return tensor.to(glue::result_options(tensor).dtype()); }
 
-// [r, d_in] where all groups have the same A, be it by expansion.
+// A [r, d_in] if all groups share it, also if it was expanded to [P, r, d_in]; otherwise A itself.
 at::Tensor shared_or_per_group(const at::Tensor& A) {
   return A.dim() == 3 && A.size(0) > 0 && A.stride(0) == 0 ? A.select(0, 0) : A;
 }
@@ -63,7 +63,7 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& A, double scale) {
   return (A.dim() == 2 ? at::linear(x, A) : at::matmul(x, A.mT())).mul_(scale);
 }
 
-// (u^T delta)^T rather than delta^T u: the long rows of delta are then read in order.
+// (u^T delta)^T instead of delta^T u, so that the long rows of delta are read sequentially.
 at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale) {
   const at::Tensor u = project(wide(x), wide(shared_or_per_group(A)), scale);
   return at::bmm(u.mT(), wide(delta)).mT().contiguous();
@@ -94,7 +94,7 @@ at::Tensor tangent_of(const at::Tensor& x, const at::Tensor& delta, const at::Te
   const int64_t P = x.size(0), K = dx.size(0), N = x.size(1), d_out = delta.size(2), rank = A.size(-2);
   const at::Tensor u = project(wide(x), A, scale), du = project(wide(dx), A, scale);  // [P, N, r] and [K, P, N, r]
   const at::Tensor by_ddelta = at::matmul(u.mT(), wide(ddelta));                      // [K, P, r, d_out]
-  // All directions of a group meet the same delta: one product of K r rows.
+  // All directions of a group multiply the same delta, so they form one product with K r rows.
   const at::Tensor rows = du.permute({1, 0, 3, 2}).reshape({P, K * rank, N});
   const at::Tensor by_du = at::bmm(rows, wide(delta)).view({P, K, rank, d_out}).transpose(0, 1);
   return at::add(by_ddelta, by_du).mT().contiguous();
@@ -140,7 +140,7 @@ std::tuple<Tensors, Tensors> lora_grad_on_cuda(at::TensorList x, at::TensorList 
   check_lora_grad(x, delta, A, B, scales);
   const DType dtype = glue::dtype_of("lora_grad", x[0]);
   const c10::DeviceGuard guard(x[0].device());
-  Tensors grad_B, contiguous;  // the latter live until the kernels are queued
+  Tensors grad_B, contiguous;  // `contiguous` keeps the inputs alive until the kernels are queued
   std::vector<LoraGradLayer> layers;
   for (size_t l = 0; l < x.size(); ++l) {
     const at::Tensor x_l = x[l].contiguous(), delta_l = delta[l].contiguous();

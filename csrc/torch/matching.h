@@ -1,4 +1,4 @@
-// What matching_loss and factored_matching_loss share on the torch side: the kind of loss by name, losses as tensors,
+// Shared by matching_loss and factored_matching_loss on the torch side: the kind of loss by name, losses as tensors,
 // and the images whose total variation is a term of the loss.
 #pragma once
 
@@ -63,7 +63,7 @@ struct Images {
 inline Images prepare_images(const char* op, const at::Tensor& images, int64_t trials, const at::Device& device,
                              bool isotropic) {
   TORCH_CHECK(images.dim() == 4 && images.size(0) == trials, op, ": images must be [T, c, h, w] with the gradients' T");
-  TORCH_CHECK(images.device() == device, op, ": one device");
+  TORCH_CHECK(images.device() == device, op, ": all tensors must be on one device");
   Images result{images.contiguous(), dtype_of(op, images), {}};
   result.args = {result.pixels.const_data_ptr(), trials, images.size(1), images.size(2), images.size(3), isotropic};
   return result;
@@ -73,7 +73,7 @@ inline at::Tensor empty_gradient(const Images& images) {
   return at::empty(images.pixels.sizes(), result_options(images.pixels));
 }
 
-// losses[t] += weight * the sum of the values of its planes
+// losses[t] += weight * (sum of the values of trial t's planes)
 inline void add_planes(const TotalVariationArgs& args, const Doubles& plane_values, double weight, double* losses) {
   for (int64_t plane = 0; plane < args.planes(); ++plane)
     losses[plane / args.channels] += weight * plane_values[static_cast<size_t>(plane)];

@@ -1,4 +1,4 @@
-// torch.ops.r2f.matching_loss and its backward on compiled kernels. For the schemas and their meaning see r2f_ext/ops.
+// torch.ops.r2f.matching_loss and its backward on compiled kernels. The schemas and their meaning are in r2f_ext/ops.
 #include "kernels/matching_loss.h"
 
 #include <ATen/ops/ones.h>
@@ -71,7 +71,7 @@ const MatchingSums* checked_sums(const Call& call, const at::Tensor& sums, const
   return glue::checked_sums("matching_loss", sums, grad_loss, call.args.count, call.args.trials, call.result.device());
 }
 
-// Uninitialized gradients of the candidate, where `call` then points.
+// Allocates uninitialized gradients of the candidate and points the layers of `call` to them.
 Tensors empty_gradients(Call& call) {
   Tensors gradients;
   gradients.reserve(call.candidate.size());
@@ -97,7 +97,7 @@ void parallel_over(const Call& call, const OfChunks& of_chunks, const OfPlanes& 
   });
 }
 
-// The gradients for loss gradients of 1 of the layers for which matching_in_one_pass() is false.
+// Gradients of the sum of all losses, for the layers for which matching_in_one_pass() is false.
 void remaining_gradients(const Call& call, const MatchingSums* sums) {
   const size_t trials = static_cast<size_t>(call.args.trials);
   const Doubles ones(trials, 1.0);

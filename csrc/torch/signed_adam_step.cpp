@@ -11,7 +11,7 @@
 namespace r2f {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread
+constexpr int64_t kGrain = 16384;  // minimum elements per thread
 
 using Launch = void (*)(DType dtype, const SignedAdamArgs& args, const at::Device& device);
 
@@ -24,7 +24,7 @@ void step_with(Launch launch, at::Tensor& image, const at::Tensor& gradient, at:
   TORCH_CHECK(dtype != DType::kBFloat16, "signed_adam_step_: float32 or float64 is needed");
   if (image.numel() == 0) return;
 
-  // The tensors themselves where they are contiguous, else copies that are written back.
+  // Contiguous tensors are updated directly, others through copies that are written back.
   const at::Tensor pixels = image.contiguous(), g = gradient.contiguous();
   const at::Tensor m = exp_avg.contiguous(), v = exp_avg_sq.contiguous();
   args.image = pixels.mutable_data_ptr(), args.gradient = g.const_data_ptr();

@@ -45,7 +45,7 @@ def add_weighted_gradients_(
         with torch.no_grad():
             torch.ops.r2f.add_weighted_gradients_(totals, weights, x, delta)
     except Exception:
-        check_add_weighted_gradients(totals, weights, x, delta)  # says which argument is wrong and how
+        check_add_weighted_gradients(totals, weights, x, delta)  # raises an error that names the argument
         raise
 
 

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels if they fit the running PyTorch, and tells which kernel an operator uses."""
+"""Loads the compiled kernels if they fit the running PyTorch, and reports which kernel an operator uses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the arguments of the operators must be.
+"""Checks of the operators' arguments, with detailed messages.
 
-The compiled kernels check for themselves, in C++; the reference and shape inference check here, and when a kernel
-refuses its arguments this says why.
+The references and shape inference call them first. The compiled kernels have terse checks in C++; when one of those
+fails, the wrapper calls the check here for an error that names the argument.
 """
 
 from __future__ import annotations

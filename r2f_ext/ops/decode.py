@@ -36,7 +36,7 @@ def decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
     try:
         outputs: list[Tensor] = torch.ops.r2f.decode(inputs, weights, biases)[0]
     except Exception:
-        check_decode(inputs, weights, biases)  # says which argument is wrong and how
+        check_decode(inputs, weights, biases)  # raises an error that names the argument
         raise
     return outputs
 

@@ -71,7 +71,7 @@ def factored_matching_loss(
             isotropic,
         )[0]
     except Exception:
-        check_factored_matching_loss(x, delta, observed, star, images)  # says which argument is wrong and how
+        check_factored_matching_loss(x, delta, observed, star, images)  # raises an error that names the argument
         raise
     return loss
 

@@ -56,7 +56,7 @@ def lora_grad(
     try:
         grad_A, grad_B = torch.ops.r2f.lora_grad.default(x, delta, A, B, list(scales))
     except Exception:
-        check_lora_grad(x, delta, A, B, scales)  # says which argument is wrong and how
+        check_lora_grad(x, delta, A, B, scales)  # raises an error that names the argument
         raise
     return LoraGrad(grad_A, grad_B)
 

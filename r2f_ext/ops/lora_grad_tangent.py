@@ -51,7 +51,7 @@ def lora_grad_tangent(
     try:
         tangents: list[Tensor] = torch.ops.r2f.lora_grad_tangent.default(*arguments)
     except Exception:
-        check_lora_grad_tangent(x, delta, dx, ddelta, A, scales)  # says which argument is wrong and how
+        check_lora_grad_tangent(x, delta, dx, ddelta, A, scales)  # raises an error that names the argument
         raise
     return tangents
 

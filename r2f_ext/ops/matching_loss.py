@@ -82,7 +82,7 @@ def matching_loss(
             with_gradients,
         )[0]
     except Exception:
-        check_matching_loss(candidate, observed, images)  # says which argument is wrong and how
+        check_matching_loss(candidate, observed, images)  # raises an error that names the argument
         raise
     return loss
 

@@ -55,7 +55,7 @@ def signed_adam_step_(
                 image, gradient, exp_avg, exp_avg_sq, lr, *betas, eps, step, low, high, sign
             )
     except Exception:
-        check_signed_adam_step(image, gradient, exp_avg, exp_avg_sq)  # says which argument is wrong and how
+        check_signed_adam_step(image, gradient, exp_avg, exp_avg_sq)  # raises an error that names the argument
         raise
     # Autograd's version counters, so that a backward that needs the old values raises an error.
     if not torch.compiler.is_compiling():

@@ -5,10 +5,10 @@ start.safetensors          A of every layer that all victims started from; b/NAM
 pairs-00000.safetensors    update/NAME float32, images uint8, labels; a0/NAME where every victim has its own A;
                            a/NAME, A after the steps, where they moved it
 factors-00000.safetensors  x/NAME and delta/NAME bfloat16; or gradient/NAME bfloat16, where it was to be dense
-pairs-00000.json           only while a run is unfinished: what the manifest will say of this shard
+pairs-00000.json           only while a run is unfinished: the manifest entry of this shard
 
-Shard i holds the pairs from i * batch_groups on, whoever makes it: several processes share the work shard by shard, and
-a run that was interrupted makes only those that are missing.
+Shard i holds the pairs from i * batch_groups on, whichever process makes it: several processes divide the work by
+shards, and an interrupted run makes only those that are missing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FACTOR_DTYPE = torch.bfloat16
 
 
 class WritablePairs(PairSource, Protocol):
-    """Pairs that know how they are made."""
+    """Pairs with a recipe for the manifest."""
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def write_pairs(
 
     Args:
         dense: write gradients out instead of as factors.
-        tell: is told how many bytes the pairs take in all, before the first is written.
+        tell: called with the total size of the pairs in bytes, before the first is written.
 
     Raises:
         R2FError: the folder cannot be written to, or the disk cannot hold them.

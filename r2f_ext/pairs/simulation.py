@@ -43,7 +43,7 @@ class Training:
 
     Attributes:
         steps: T; batch: samples of a step, b.
-        samples: images that a victim owns; None: `batch` of them. Step t takes the next b, around and around.
+        samples: images that a victim owns; None: `batch` of them. Step t takes the next b, cyclically.
         optimizer: "sgd" or "adamw" (torch.optim's, with their default betas and eps).
         lr, momentum, weight_decay: as torch.optim means them; momentum is SGD's.
         schedule: of the step size over the steps: "constant", "linear" or "cosine", both falling to 0.
@@ -82,7 +82,7 @@ class Training:
 
     @property
     def plain_step(self) -> bool:
-        """Whether it is one step of plain SGD: B_1 = -lr s G A^T, whatever the rest says."""
+        """Whether it is one step of plain SGD: B_1 = -lr s G A^T, whatever the other settings are."""
         return self.steps == 1 and self.optimizer == "sgd" and self.weight_decay == 0 and self.dropout == 0
 
     @property
@@ -127,7 +127,7 @@ class AdaptedCapture(Capture):
         super().__init__(target, dtype)
         self.a, self.dropout = a, dropout
         self.b: dict[str, Tensor] | None = None
-        self.adapter_inputs: dict[str, Tensor] = {}  # name -> what A saw [P, b * tokens, d_in]
+        self.adapter_inputs: dict[str, Tensor] = {}  # name -> inputs of A after dropout [P, b * tokens, d_in]
         self._scales = {layer.name: layer.scale for layer in target.layers}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

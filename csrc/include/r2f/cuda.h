@@ -1,5 +1,5 @@
-// What a kernel source includes. Compiled by nvcc it is CUDA; compiled by a C++20 compiler the same source runs on the
-// CPU (cuda_emu.h).
+// Helpers of every CUDA kernel source. nvcc compiles the source for the GPU; a C++20 compiler compiles the same source
+// for the emulator (cuda_emu.h).
 #pragma once
 
 #if defined(__CUDACC__)
@@ -22,7 +22,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
 }
 
-// 16 bytes (aligned) that are read once: they do not displace others from L1.
+// Loads 16 aligned bytes that are read once, without allocating an L1 line.
 __device__ __forceinline__ uint4 load_streaming(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -31,11 +31,11 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) {
   return v;
 }
 
-// 16 bytes (aligned) that are read again and that this kernel does not write.
+// Loads 16 aligned bytes through the read-only cache: they are read again, and this kernel does not write them.
 __device__ __forceinline__ uint4 load_cached(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 
-// c [16, 8] += a [16, 16] b [16, 8] by a whole warp on tensor cores (PTX: mma.m16n8k16). A register of a and b holds
-// two bfloat16 numbers.
+// c [16, 8] += a [16, 16] b [16, 8] by a whole warp on tensor cores (PTX: mma.m16n8k16). Each register of a and
+// b holds two bfloat16 numbers.
 __device__ __forceinline__ void mma_bfloat16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
   asm volatile(
@@ -44,7 +44,7 @@ __device__ __forceinline__ void mma_bfloat16(float (&c)[4], uint32_t a0, uint32_
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Null, or what is wrong with the launches since the last call.
+// The CUDA error message of the launches since the last call; null if there was no error.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -67,7 +67,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   emu::run_grid(grid, block, shared_bytes, [](void* self) { (*static_cast<decltype(call)*>(self))(); }, &call);
 }
 
-// Plain twins of the loads and of the tensor cores' product.
+// C++ versions of the loads and of the tensor-core product.
 inline uint4 load_streaming(const void* p) { return *static_cast<const uint4*>(p); }
 inline uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
 #define mma_bfloat16(...) r2f::emu::mma_bfloat16(__LINE__, __VA_ARGS__)
@@ -82,13 +82,13 @@ namespace r2f {
 
 constexpr int kWarpSize = 32;
 
-// Items that a grid of one dimension works off in a loop: never more blocks than a grid can have.
+// Blocks of a one-dimensional grid whose kernel loops over `items` with stride gridDim.x: at most what CUDA allows.
 inline unsigned grid_for(int64_t items) {
   constexpr int64_t kMaxBlocks = 0x7fffffff;
   return static_cast<unsigned>(items < kMaxBlocks ? items : kMaxBlocks);
 }
 
-// The sum over a warp, in every lane, always added in the same order.
+// Butterfly sum over a warp; every lane gets the result. The order of additions is fixed.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -102,8 +102,8 @@ struct alignas(sizeof(T) * N) Pack {
   T element[N];
 };
 
-// The elements p[0 .. N), those from `available` on as zeros. `aligned`: p is a multiple of the pack's size and all N
-// are there.
+// Loads p[0 .. N); elements from `available` on are zero. `aligned`: p is aligned to the pack's size and all N elements
+// are available.
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* p, int64_t available, bool aligned) {
   if (aligned) return *reinterpret_cast<const Pack<T, N>*>(p);
@@ -113,7 +113,7 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* p, int64_t available, b
   return pack;
 }
 
-// Writes the first `available` elements to p; `aligned` as above.
+// Stores the first `available` elements to p; `aligned` as in load_pack.
 template <typename T, int N>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& pack, int64_t available, bool aligned) {
   if (aligned) {

@@ -1,14 +1,14 @@
 // Runs a CUDA kernel's source on the CPU, so that its logic is tested where there is no GPU. Included by r2f/cuda.h,
 // never directly.
 //
-// A block's threads are fibers of one OS thread, switched only at barriers and warp operations. EMU_SCHED picks who
-// runs first (0 forward, 1 reverse, n >= 2 a shuffle seeded by n), so code that lacks a barrier sees different orders;
-// EMU_THREADS > 1 runs blocks on as many OS threads, and ThreadSanitizer, which is told about fibers and barriers, then
-// sees races within and between blocks. Shared memory starts as NaN. A deadlock, threads that meet at different
-// barriers and a bad launch configuration are errors. Nothing is said about speed.
+// A block's threads are fibers of one OS thread, switched only at barriers and warp operations. EMU_SCHED selects
+// the order in which they run (0 forward, 1 reverse, n >= 2 a shuffle seeded by n), so that a missing barrier shows as
+// different results. EMU_THREADS > 1 runs blocks on as many OS threads; fibers and barriers are annotated for
+// ThreadSanitizer, which then detects races within and between blocks. Shared memory starts as NaN. A deadlock, threads
+// that wait at different barriers and a bad launch configuration are errors. Speed is not modelled.
 //
 // Supported: threadIdx .. gridDim, dynamic shared memory (R2F_DYNAMIC_SHARED), __syncthreads, __syncwarp,
-// __shfl_xor_sync, mma_bfloat16. Others are easily added on top of `exchange`. Not supported: inline PTX, wmma,
+// __shfl_xor_sync, mma_bfloat16. Other warp operations can be built on `exchange`. Not supported: inline PTX, wmma,
 // cp.async, cooperative groups, static shared memory, atomics. x86-64 only (the fiber switch).
 #pragma once
 
@@ -66,7 +66,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   State state = State::kReady;
   dim3 index;
-  int lane = 0, warp = 0, line = 0, source_lane = 0, place = 0;  // place: in the schedule
+  int lane = 0, warp = 0, line = 0, source_lane = 0, place = 0;  // place: position in the schedule
   unsigned mask = 0;
   uint64_t value = 0, result = 0;
   void* tsan_fiber = nullptr;
@@ -86,12 +86,12 @@ struct Block {
   dim3 grid_dim, block_dim, block_index;
   const char* error = nullptr;
   char start_tag = 0, barrier_tag = 0, end_tag = 0,
-       warp_tags[kMaxThreads / kWarp] = {};  // what TSan's happens-before hangs on
+       warp_tags[kMaxThreads / kWarp] = {};  // addresses of TSan's happens-before annotations
   alignas(16) unsigned char shared[kMaxSharedBytes];
 };
 inline thread_local Block* block = nullptr;
 
-// Saves the callee-saved registers and the stack pointer of one fiber and takes up another's.
+// Saves the callee-saved registers and the stack pointer of one fiber and restores another's.
 extern "C" void r2f_emu_switch(void** save, void* load);
 __asm__(R"(
 .text
@@ -111,8 +111,7 @@ EMU_HIDDEN inline void return_to_main() {
   r2f_emu_switch(&me->stack_pointer, block->main_stack_pointer);
 }
 
-// Goes on with another ready fiber: of the same warp if there is one, so that a warp runs ahead as far as the barriers
-// let it.
+// Switches to another ready fiber, if possible of the same warp, so that a warp runs ahead as far as barriers allow.
 EMU_HIDDEN inline void give_way() {
   Block& b = *block;
   Fiber* me = b.current;
@@ -163,7 +162,7 @@ EMU_HIDDEN inline void syncthreads(int line) {
   EMU_TSAN(__tsan_acquire(&b.barrier_tag);)
 }
 
-// Every lane of `mask` brings a value and takes the value of `source_lane`.
+// Every lane of `mask` contributes a value and receives that of its `source_lane`.
 EMU_HIDDEN inline uint64_t exchange(unsigned mask, uint64_t value, int source_lane, int line) {
   Block& b = *block;
   Fiber* me = b.current;
@@ -198,7 +197,7 @@ EMU_HIDDEN inline void syncwarp(int line, unsigned mask = 0xffffffffu) {  // ord
   EMU_TSAN(__tsan_acquire(tag);)
 }
 
-// The product of r2f/cuda.h's mma_bfloat16. Lane 4 g + t holds rows g and g + 8 of a and column g of b, at the places
+// The product of r2f/cuda.h's mma_bfloat16. Lane 4 g + t holds rows g and g + 8 of a and column g of b, at the indices
 // 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of the summed dimension, and the columns 2 t and 2 t + 1 of rows g and g + 8 of c.
 EMU_HIDDEN inline void mma_bfloat16(int line, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                     uint32_t b0, uint32_t b1) {
@@ -220,7 +219,7 @@ EMU_HIDDEN inline void mma_bfloat16(int line, float (&c)[4], uint32_t a0, uint32
     }
     for (int i = 0; i < 4; ++i) c[i] += a[i / 2] * b[i % 2];
   }
-  exchange(0xffffffffu, registers, me->lane, line);  // no lane leaves before all have read its registers
+  exchange(0xffffffffu, registers, me->lane, line);  // no lane continues before all others have read its registers
 }
 
 EMU_HIDDEN inline void fiber_main() {
@@ -232,7 +231,7 @@ EMU_HIDDEN inline void fiber_main() {
   if (--b.alive > 0 && b.waiting == b.alive) open_barrier();
   if (b.error != nullptr || b.alive == 0) return_to_main();
   give_way();
-  std::abort();  // a finished fiber is never taken up again
+  std::abort();  // a finished fiber is never resumed
 }
 
 EMU_HIDDEN inline void run_block(Block& b, int schedule) {
@@ -244,8 +243,8 @@ EMU_HIDDEN inline void run_block(Block& b, int schedule) {
       f.stack.reset(new char[kStackBytes]);
       EMU_TSAN(f.tsan_fiber = __tsan_create_fiber(0);)
     }
-    // As if fiber_main were about to return from a switch: its address under six saved registers, 16-byte aligned as a
-    // call leaves it.
+    // The stack of a fiber that is about to return from a switch into fiber_main: fiber_main's address below six saved
+    // registers, with the alignment that a call produces.
     const auto top = reinterpret_cast<uintptr_t>(f.stack.get() + kStackBytes - 64) & ~uintptr_t{63};
     void** entry = reinterpret_cast<void**>(top);
     *entry = reinterpret_cast<void*>(&fiber_main);
@@ -277,7 +276,8 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, void (*call)(
     throw std::runtime_error("emu: bad grid size");
   if (shared_bytes > kMaxSharedBytes) throw std::runtime_error("emu: too much shared memory");
   static const int schedule = setting("EMU_SCHED", 0), workers = std::max(1, setting("EMU_THREADS", 1));
-  static auto& pool = *new std::vector<std::unique_ptr<Block>>;  // lives to the end: fibers are never taken down
+  static auto& pool =
+      *new std::vector<std::unique_ptr<Block>>;  // never destroyed: fibers are reused until the process ends
   while (static_cast<int>(pool.size()) < workers) pool.push_back(std::make_unique<Block>());
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
   std::mutex mutex;
@@ -289,7 +289,7 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, void (*call)(
     for (int64_t k = worker; k < blocks; k += workers) {
       const int64_t i = schedule == 1 ? blocks - 1 - k : k;
       b.block_index = dim3(i % grid.x, i / grid.x % grid.y, i / (int64_t{grid.x} * grid.y));
-      std::memset(b.shared, 0xff, shared_bytes);  // NaN: what was not written must not be read
+      std::memset(b.shared, 0xff, shared_bytes);  // NaN: reads of unwritten shared memory show in the result
       run_block(b, schedule);
       if (b.error == nullptr) continue;
       const std::lock_guard<std::mutex> lock(mutex);

@@ -1,4 +1,4 @@
-// The element types that kernels take, without torch.
+// The element types of the kernels, defined without torch.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type that sums are taken in, and results returned in.
+// The type of sums and of results.
 template <typename T>
 struct AccumulationOf {
   using type = float;

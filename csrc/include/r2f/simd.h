@@ -133,7 +133,7 @@ R2F_INLINE void fence_nontemporal_stores() {
 #endif
 }
 
-// Loads elements in the accumulation type: as they are, or bfloat16 widened in registers.
+// Loads elements as the accumulation type; bfloat16 is widened in registers.
 template <typename V, typename Acc>
 R2F_INLINE V load_wide(const Acc* p) {
   return load<V>(p);
@@ -166,8 +166,8 @@ R2F_INLINE V shuffle(const V& a, const V& b) {
   return shuffle<Index>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>());
 }
 
-// Lanes are split into segments of `Length`; picks the low (or high) half of each segment, those of a before those of
-// b.
+// Splits the lanes into segments of `Length` and picks the low (or high) half of each segment: first all of a, then all
+// of b.
 template <int Lanes, int Length, bool High>
 struct HalfSegments {
   static constexpr int at(int lane) { return lane / (Length / 2) * Length + lane % (Length / 2) + High * Length / 2; }
@@ -175,7 +175,7 @@ struct HalfSegments {
 
 // The sums over the lanes of each of v[0 .. Count), Count a power of 2. `out` needs space for max(Count, lanes)
 // elements, of which the first Count are the result. Lanes are added by halving, so a sum does not depend on the other
-// vectors. (Length: lanes still to be added.)
+// vectors. (Length: how many lanes of a vector remain to be added.)
 template <typename Acc, int Bytes, int Count, int Length = VectorOf<Acc, Bytes>::kLanes>
 R2F_INLINE void sum_lanes(const typename VectorOf<Acc, Bytes>::type* v, Acc* out) {
   using V = typename VectorOf<Acc, Bytes>::type;
@@ -202,7 +202,7 @@ R2F_INLINE Acc sum_lanes(const typename VectorOf<Acc, Bytes>::type& v) {
   return total[0];
 }
 
-// Square roots, lane by lane: vector extensions have none.
+// Square roots, lane by lane. Inline assembly, because the compilers' vector extensions have no square root.
 template <typename Acc, int Bytes>
 R2F_INLINE typename VectorOf<Acc, Bytes>::type square_root(const typename VectorOf<Acc, Bytes>::type& v) {
   typename VectorOf<Acc, Bytes>::type root;
