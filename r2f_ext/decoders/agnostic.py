@@ -48,7 +48,7 @@ class AgnosticPairs:
         return len(self.pairs)
 
     def view(self, updates: Updates, a: dict[str, Tensor]) -> Updates:
-        """name -> updates s G A^T [P, d_out, r], with A [r, d_in] or [P, r, d_in] -> name -> s L^T G P_A R [P, p, q]."""
+        """Updates s G A^T [P, d_out, r] with A [r, d_in] or [P, r, d_in] -> name -> s L^T G P_A R [P, p, q]."""
         seen = {}
         for name, right in self.core.right.items():
             factor = a[name].to(updates[name])

@@ -54,7 +54,7 @@ class Conv(Learned):
         )
 
     def read(self, units: Updates) -> Updates:
-        """name -> [b, p r + context]: L^T U, from which the network computes its first two channels, and the context."""
+        """name -> [b, p r + context]: L^T U, the source of the network's first two channels, and the context."""
         context = self.context(units)
         own = {name: (left.mT @ units[name]).flatten(1) for name, left in self.core.left.items()}
         return {name: torch.cat([flat, context], dim=1) for name, flat in own.items()}
@@ -70,7 +70,7 @@ class UNet(Conv):
 
 
 class _Image(nn.Module):
-    """Adds the output of `body` on the four channels to the row-LMMSE estimate and the context's linear map: [b, p q]."""
+    """Sum of the row-LMMSE estimate, the context's linear map and `body` on the four channels, flat [b, p q]."""
 
     maps: Tensor  # [2, r, q]: matrices of the projection and of row-LMMSE, in principal directions
 

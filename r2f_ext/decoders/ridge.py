@@ -32,7 +32,7 @@ class Ridge(Decoder):
     kind = "ridge"
 
     def __init__(self, ridge: float | None = None, own: float | None = None) -> None:
-        """ridge: lambda; own: weight of the layer's own update in its kernel, in [0, 1]; None: chosen on held-out pairs."""
+        """ridge: lambda; own: weight of the layer's own update, in [0, 1]. None: chosen on held-out pairs."""
         self.ridge, self.own = ridge, own
 
     def start(self, pairs: PairSource, count: int) -> None:
