@@ -231,7 +231,7 @@ def invert_by_label(
 
 
 def proxy_of_label(proxy: ImageSet, label: int) -> ImageSet:
-    """The images of `proxy` to fit `label` with; the whole proxy if it has fewer than OWN_PAIRS images of that label."""
+    """Images of `proxy` to fit `label` with; all of them if fewer than OWN_PAIRS have that label."""
     if proxy.random_labels:
         return proxy.relabelled(label)
     own = torch.nonzero(proxy.labels == label).flatten()

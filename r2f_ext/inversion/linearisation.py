@@ -112,7 +112,7 @@ def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shif
 
 
 def _regress(updates: Tensor, offsets: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernel ridge with a constant from updates [n, R] to offsets [n, q], with the damping of lowest leave-one-out error.
+    """Kernel ridge with a constant from updates [n, R] to offsets [n, q], damped by leave-one-out error.
 
     Returns:
         (offset [q] for `observed`, leave-one-out errors [n, q] float64).
