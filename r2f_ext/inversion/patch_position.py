@@ -113,7 +113,7 @@ def read_gradient(base: BaseModel, gradients: dict[str, Tensor], name: str) -> T
 def _patch_delta(geometry: ViTGeometry, positions: Tensor) -> Tensor:
     """D [N, d] of the patch tokens: prefix tokens come first, or have no position at all (no_embed_class).
 
-    Where timm resamples M positions p to R p for N tokens, their gradient is R^T D, and D follows from it by least squares.
+    Where timm resamples M positions p to R p for N tokens, their gradient is R^T D, solved for D by least squares.
     """
     gathered = positions[0, -geometry.positions :]
     if geometry.grid == geometry.position_grid:

@@ -64,7 +64,7 @@ class Whitening:
 
 
 class RefiningUNet(nn.Module):
-    """Two levels of strided and transposed convolutions with skip connections; initially the identity on the estimate."""
+    """Two levels of strided and transposed convolutions with skips; initially returns the estimate."""
 
     def __init__(self, channels: int, features: int, width: int) -> None:
         super().__init__()
