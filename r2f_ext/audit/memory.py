@@ -32,7 +32,7 @@ def fit_to_memory(
     update = FLOAT * sum(layer.d_out * layer.rank for layer in target.layers)
     gradient = FLOAT * sum(layer.d_out * layer.d_in for layer in target.layers)
     image = FLOAT * channels * height * width
-    # Three copies each of updates (collected, unit rows, temporary), images (targets, dual weights, temporary), kernels.
+    # Three copies each of updates (collected, unit rows, temporary), images (targets, dual weights, temporary), kernel.
     pairs = count * (3 * update + 3 * image) + 3 * FLOAT * count**2
     fitted = min(config.decoder_pairs, count)
     factors = FLOAT * fitted**2 * (2 * len(target.layers) + 1)
