@@ -48,7 +48,7 @@ State = dict[str, dict[str, Tensor]]  # "a", "b" and the optimizer's buffers -> 
 class UnrolledMap:
     """z(x): the change of B, and of A in the layers of `a_weights`, by training on x; norm 1 per layer.
 
-    For `gauss_newton.search`. A point is the concatenation of all images of a victim, [training.owned * c * h * w], with
+    For `gauss_newton.search`. A point concatenates all images of a victim, [training.owned * c * h * w] with
     labels [training.owned]. Training(batch=b) uses the same batch in every step; Training(steps=T, batch=b,
     samples=T * b) uses a different batch in each of T steps.
 
