@@ -57,7 +57,7 @@ def test_pairs_of_many_steps_or_of_one_a_are_refused(view, pairs):
     trained = SimulatedPairs(pairs.target, pairs.a, pairs.proxy, Training(steps=2), per_victim_a=1)
     with pytest.raises(R2FError, match="their gradients depend on A"):
         AgnosticPairs(trained, view.core)
-    with pytest.raises(R2FError, match="all of one A: make them with r2f pairs --per-victim-a"):
+    with pytest.raises(R2FError, match="all share one A: generate them with r2f pairs --per-victim-a"):
         next(AgnosticPairs(pairs, view.core).batches())
 
 

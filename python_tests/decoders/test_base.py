@@ -1,4 +1,4 @@
-"""What all kinds share: updates of adapters, unit updates, weighted sums of gradients."""
+"""Functions that several kinds share: updates of adapters, unit updates, weighted sums of gradients."""
 
 import torch
 

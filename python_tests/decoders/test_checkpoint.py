@@ -1,4 +1,4 @@
-"""Finished decoders are kept, and a fit goes on from them."""
+"""Completed decoders are saved, and a later fit resumes from them."""
 
 import json
 
@@ -100,7 +100,7 @@ def test_layers_fitted_apart_make_the_decoders_fitted_together(stored):
 
 
 def test_a_layer_stops_where_it_stops_alone(stored, monkeypatch):
-    """The first layer learns nothing and stops early; the second goes on without it."""
+    """The first layer does not improve and stops early; the second continues to train."""
     real = MLP.network
 
     def network(decoder, name, shape):

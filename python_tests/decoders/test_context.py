@@ -1,4 +1,4 @@
-"""The context: sizes, scale, and that it is the same whichever layers a process has."""
+"""The context: sizes, scale, and independence of which layers a process has."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Before it has learned anything, a convolutional decoder is the row-LMMSE estimate in the core's directions."""
+"""Before training, a convolutional decoder equals the row-LMMSE estimate in the core's directions."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_layers_meet_in_the_context_alone(kind, pairs):
     changed = {**batch.updates, first: torch.randn_like(batch.updates[first])}
     before, after = decoder.decode(batch.updates).dense, decoder.decode(changed).dense
     assert not torch.allclose(before[first], after[first])
-    for name in others:  # what is made of the context begins at nothing
+    for name in others:  # the weights of the context start at zero
         torch.testing.assert_close(before[name], after[name])
         nn.init.normal_(decoder.networks[name].context.weight)
     before, after = decoder.decode(batch.updates).dense, decoder.decode(changed).dense

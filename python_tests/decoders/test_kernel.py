@@ -1,4 +1,4 @@
-"""The kernel on updates, layer by layer written out."""
+"""The kernel on updates against its definition, written out per layer."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Losses against the dense definition; what all kinds that learn share."""
+"""Losses against their dense definition, and properties of all kinds that are trained by gradient descent."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_the_same_seed_learns_the_same(pairs):
 
 
 def test_training_stops_when_held_out_pairs_no_longer_gain(pairs, monkeypatch):
-    """With a step of zero nothing gains after the first epoch: PATIENCE more, one step each, and no others."""
+    """With a step size of 0 no epoch after the first improves, so training stops after PATIENCE more epochs."""
     monkeypatch.setattr(Conv, "learning_rate", 0.0)
     steps, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a: steps.append(1) or step(self, *a))

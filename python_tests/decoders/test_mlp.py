@@ -1,4 +1,4 @@
-"""What the MLP reads."""
+"""The inputs of the MLP."""
 
 import pytest
 import torch

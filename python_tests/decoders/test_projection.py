@@ -9,7 +9,7 @@ from r2f_ext.types import AdaptedLayer
 
 
 class Start:
-    """A pair source of which only the start is read."""
+    """A pair source that provides only A and the target."""
 
     def __init__(self):
         self.target = target_of(tiny_base(torch.float32), LINEAR, rank=4, scale=2.5)

@@ -63,13 +63,13 @@ def test_it_is_kernel_ridge_written_out(lam, own):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_many_pairs_are_decoded_without_kept_factors(monkeypatch):
-    """The same weights, to the rounding of unit rows held in float16."""
+def test_many_pairs_are_decoded_without_saved_factors(monkeypatch):
+    """The weights are equal up to the rounding of unit rows to float16."""
     pairs = Pairs(60, torch.float32)
     asked = {name: torch.randn_like(u[:4]) for name, u in pairs.updates.items()}
     kept = Ridge(1e-2, 0.7)
     kept.fit(pairs, 60)
-    monkeypatch.setattr(ridge, "KEPT_PAIRS", 59)
+    monkeypatch.setattr(ridge, "SAVED_PAIRS", 59)
     made_anew = Ridge(1e-2, 0.7)
     made_anew.fit(pairs, 60)
     assert kept.systems and not made_anew.systems
@@ -94,7 +94,7 @@ def test_settings_are_those_that_decode_held_out_pairs_best(pairs, monkeypatch):
     for name in pairs.target.names:
         own, lam = chosen.settings[name]
         of_layer = torch.stack([score[name] for score in scores.values()])
-        # The sketch of a gradient is not the gradient: near the best, and far from the worst.
+        # Sketches only estimate the cosine: the choice is close to the best setting, not always equal to it.
         regret = (of_layer.max() - scores[lam, own][name]) / (of_layer.max() - of_layer.min())
         assert regret < 0.3
 

@@ -1,4 +1,4 @@
-"""One map for all rows, by least squares."""
+"""One matrix for all rows, by least squares."""
 
 import torch
 from cases import cosine, gains_over_projection

@@ -1,4 +1,4 @@
-"""Sketches keep inner products on average."""
+"""Sketches preserve inner products in expectation."""
 
 import torch
 from cases import LINEAR, cosine, target_of, tiny_base

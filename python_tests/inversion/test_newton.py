@@ -57,7 +57,7 @@ class Script(Steps):
         point = torch.full((1, 1), next(self.residuals), dtype=torch.float64)
         return point, point
 
-    def begin_again(self):
+    def restart(self):
         self.begun += 1
         return self.again
 

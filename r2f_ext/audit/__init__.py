@@ -1,4 +1,4 @@
-"""What adapters gave away, by which route, beside which controls."""
+"""Audits of adapters: reconstructions of their training images by every route, compared with controls."""
 
 import sys
 from types import ModuleType
@@ -13,7 +13,7 @@ __all__ = ["AuditReport", "AuditResult", "Phase0Report", "Prepared", "SetReport"
 
 
 class _CallablePackage(ModuleType):
-    """`r2f_ext.audit(...)` is `r2f_ext.audit.audit(...)`: the package and the public function share one name."""
+    """Makes the package callable: `r2f_ext.audit(...)` calls `r2f_ext.audit.audit(...)`, which has the same name."""
 
     __call__ = staticmethod(audit)
 

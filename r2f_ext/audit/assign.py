@@ -1,4 +1,4 @@
-"""Which reconstruction belongs to which original, where the order is unknown."""
+"""Assignment of reconstructions to originals when their order is unknown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reconstructions are compared with (docs/protocol.md): a method that does not beat them recovers nothing."""
+"""Control images for comparison (docs/protocol.md); a method that is no better than these recovers nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`r2f demo`: 24 real victims, trained and audited from nothing but what the package ships."""
+"""`r2f demo`: train and audit 24 real victims, using only data that the package ships."""
 
 from __future__ import annotations
 

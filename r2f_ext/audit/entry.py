@@ -1,4 +1,4 @@
-"""`audit`: what do these adapters give away? `r2f audit` is this function with its progress and report printed."""
+"""`audit`: what adapters reveal of their training images. `r2f audit` calls it and prints progress and report."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from r2f_ext.types import LoraUpdate, Target
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an audit has loaded and decided before any time is spent.
+    """The inputs and verdicts of an audit, before the long stages.
 
     Attributes:
         target, updates: base, adapted layers and the V adapters' factors.
-        proxy: public images, none of them private.
+        proxy: public images, from which the private ones are removed.
         private: the true images, at least V, or None.
         verdicts: route -> whether it can work.
-        one_step: every A is as PEFT draws it, so one step was taken.
+        one_step: every A lies in PEFT's initial range, so one step was taken.
     """
 
     target: Target
@@ -68,7 +68,7 @@ def audit(
         device: where the model runs, "cpu" or "cuda".
         initial: folder of the adapter saved before training, for the route adapter_rowspace.
         a0_seed: torch's seed right before PEFT made the adapter; without both, common seeds are tried.
-        stages: takes the progress of the long stages.
+        stages: reports the progress of the long stages.
         on_ready: called once everything is loaded and checked, before the long stages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""report.html: one file for a browser, with every picture in it; it loads nothing from anywhere."""
+"""report.html: a self-contained page with all pictures embedded; it loads no other resource."""
 
 from __future__ import annotations
 

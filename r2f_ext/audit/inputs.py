@@ -1,4 +1,4 @@
-"""What an audit reads: adapters that share one target, and private images in the adapters' order."""
+"""Inputs of an audit: adapters that share one target, and private images in the adapters' order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_adapters(
 
 
 def _difference(first: Target, second: Target) -> str | None:
-    """In what the layers of two adapters differ, if in anything."""
+    """How the layers of two adapters differ, as a clause; None if they do not."""
     if set(first.names) != set(second.names):
         name = sorted(set(first.names) ^ set(second.names))[0]
         return f"do not adapt the same layers ({name} differs)"
@@ -54,7 +54,7 @@ def _difference(first: Target, second: Target) -> str | None:
 
 
 def _other_head(first: AdapterFiles, second: AdapterFiles) -> str | None:
-    """The first tensor besides the LoRA factors that two adapters do not share."""
+    """The first tensor other than the LoRA factors that differs, as a clause; None if there is none."""
     one, other = ({n: w for n, w in files.weights.items() if ".lora_" not in n} for files in (first, second))
     for name in sorted(one.keys() | other.keys()):
         if name not in one or name not in other or not torch.equal(one[name], other[name]):

@@ -1,4 +1,4 @@
-"""How large an audit fits into memory, decided before the long stages."""
+"""Sizes of an audit that fit into memory, computed before the long stages."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SHARE = 0.7  # of the memory that is free now
 def fit_to_memory(
     target: Target, victims: int, count: int, config: AuditConfig, free: int | None = None
 ) -> AuditConfig:
-    """Return `config` with as many held-out pairs as fit; their dense gradients are what a large base makes expensive.
+    """Return `config` with the number of held-out pairs that fit; their dense gradients dominate for a large base.
 
     Args:
         victims: number of adapters to decode.
         count: number of proxy pairs.
-        free: bytes; None asks the system.
+        free: available memory in bytes; None: that of the system.
 
     Raises:
         R2FError: not even the pairs fit; the sentence says how many would.
@@ -32,7 +32,7 @@ def fit_to_memory(
     update = FLOAT * sum(layer.d_out * layer.rank for layer in target.layers)
     gradient = FLOAT * sum(layer.d_out * layer.d_in for layer in target.layers)
     image = FLOAT * channels * height * width
-    # Updates are kept twice (as collected, as unit rows), images too (targets, dual weights); kernels: count x count.
+    # Three copies each of updates (collected, unit rows, temporary), images (targets, dual weights, temporary), kernel.
     pairs = count * (3 * update + 3 * image) + 3 * FLOAT * count**2
     fitted = min(config.decoder_pairs, count)
     factors = FLOAT * fitted**2 * (2 * len(target.layers) + 1)

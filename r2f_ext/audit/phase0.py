@@ -1,4 +1,4 @@
-"""Phase 0 in an audit: how well do the private images' exact gradients invert? The ceiling of every other route."""
+"""Phase 0 in an audit: inversion of the private images' exact gradients, the upper bound for all other routes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an audit was given, as its report records it: paths are relative to the report's folder."""
+"""The inputs of an audit as recorded in its report, with paths relative to the report's folder."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def public_name(spec: str) -> str:
 
 
 def _each_folder(spec: str, is_folder: Callable[[str], bool], change: Callable[[str], str]) -> str:
-    """`spec` with every folder in it changed; as in `load_images`, a name wins over a folder, a folder over a mix."""
+    """Apply `change` to every folder in `spec`; as in `load_images`, names precede folders, and folders mixes."""
     if spec in LOADERS or spec.startswith("timm:"):
         return spec
     if is_folder(spec):

@@ -31,7 +31,7 @@ def replay(
         device: None takes the type of device that the report names.
 
     Raises:
-        R2FError: not a report of `r2f audit`, or something that it names is gone.
+        R2FError: not a report of `r2f audit`, or an input that it names does not exist.
     """
     data = read_report(path)
     if not data.get("inputs"):

@@ -26,13 +26,13 @@ from r2f_ext.ops.schemas import SCHEMAS
 from r2f_ext.types import Reconstruction, Target
 
 SCHEMA = 1
-MIN_GAIN_DB = 0.1  # a smaller gain over what is known without the adapter counts as nothing recovered
-ESTIMATE = "amortised"  # the route that victims are paired up by and that the image controls are taken of
+MIN_GAIN_DB = 0.1  # a smaller gain over the controls that do not need the adapter counts as nothing recovered
+ESTIMATE = "amortised"  # the route whose images pair victims with originals and give the image controls
 
 
 @dataclass(frozen=True)
 class SetReport:
-    """One set of n victims: their originals (if given), what each route made of them, and the controls.
+    """One set of n victims: their originals (if given), their reconstructions by each route, and the controls.
 
     Attributes:
         name: set name in report.json.
@@ -41,7 +41,7 @@ class SetReport:
         originals: [n, c, h, w], or None where no private images were given.
         labels: [n] true labels, or None.
         controls: None where there are no originals to compare with.
-        notes: sentences that a reader of the figures must know.
+        notes: sentences that qualify the figures.
     """
 
     name: str
@@ -65,7 +65,7 @@ class SetReport:
         return {name: float(psnr_db(image, self.originals).mean()) for name, image in self.controls.items().items()}
 
     def verdict(self) -> str:
-        """One sentence for a person."""
+        """The conclusion in one sentence."""
         return _verdict(self.scores(), self.control_psnr())
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _route_to_json(found: Reconstruction, figures: Score | None, labels: Tensor 
 def set_report(
     name: str, result: AuditResult, proxy: ImageSet, private: ImageSet | None, rows: slice = slice(None)
 ) -> SetReport:
-    """Take the victims `rows` out of an audit and put them beside their originals.
+    """Select the victims `rows` of an audit and compare them with their originals.
 
     Args:
         private: at least as many images as victims, see `pair_up`; None: nothing is scored.
@@ -119,7 +119,7 @@ def set_report(
     estimate = next(found for found in parts if found.route == ESTIMATE).images
     paired = pair_up(private, estimate)
     notes += paired.notes[len(private.notes) :]
-    # The control of each victim is the reconstruction of another one: what the route makes of any adapter.
+    # Shuffled control: each victim gets the reconstruction from another victim's adapter.
     shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.stranger
     controls = make_controls(proxy, paired.labels, estimate, shuffled)
     return SetReport(name, proxy.name, parts, paired.batch(slice(None)), paired.labels, controls, notes)
@@ -134,7 +134,7 @@ def _far_from_proxy(far: Tensor) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """All that an audit found and how to repeat it.
+    """The results of an audit and the inputs needed to repeat it.
 
     Attributes:
         target: base and adapted layers.
@@ -186,7 +186,7 @@ class AuditReport:
 
 
 def target_to_json(target: Target, verdicts: dict[str, Verdict]) -> dict[str, Any]:
-    """What was found in the adapter and which routes can work."""
+    """Base, rank, layers and tokens of the adapter, and the verdict of every route."""
     return {
         "base": public_name(target.base.spec),
         "rank": max(layer.rank for layer in target.layers),

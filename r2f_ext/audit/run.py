@@ -1,4 +1,4 @@
-"""The audit of adapters that share one start: pairs -> decoders -> routes, each stage in one place."""
+"""The audit of adapters that share one start: pairs -> decoders -> routes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
 from r2f_ext.types import Gradient, LoraUpdate, Reconstruction, Target
 
-MIN_PAIRS = 40  # fewer leave nothing to hold out
+MIN_PAIRS = 40  # with fewer there are too few pairs to hold out
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What an audit of V adapters found.
+    """The results of an audit of V adapters.
 
     Attributes:
         pair_count, pairs_per_second: of the generation pass.
@@ -33,13 +33,13 @@ class AuditResult:
             of the victim's learning rate.
         reconstructions: one per route that ran, images [V, c, h, w].
         verdicts: route -> verdict, of every route in the registry.
-        not_run: route -> why, of the routes asked for that did not run.
+        not_run: requested routes that did not run -> the reason.
         stranger: [1, c, h, w], the amortised estimate from the update of a proxy sample drawn by the seed: the
             shuffled-adapter control of a single victim.
-        far_from_proxy: bool [V], victims whose update no proxy update resembles.
+        far_from_proxy: bool [V], victims whose update resembles no proxy update.
         seconds: stage -> wall time.
-        config: what really ran, sizes as they fit into memory.
-        notes: sentences that a reader of the figures must know.
+        config: the sizes and seeds used, after `fit_to_memory`.
+        notes: sentences that qualify the figures.
     """
 
     pair_count: int
@@ -71,11 +71,11 @@ def run_audit_stages(
         target: base and adapted layers, from `attach`.
         adapters: the victims' factors; all with the same A up to training.
         proxy: public or generated images with labels.
-        initial: where to look for A before the first step; None: among the common seeds.
-        verdicts: of every route, from `verdicts_of(adapter_problem(target, adapters, initial))`, where they are known.
+        initial: source of A before the first step; None: common seeds are tried.
+        verdicts: of every route, from `verdicts_of(adapter_problem(target, adapters, initial))`, if already computed.
 
     Raises:
-        R2FError: too small a proxy, adapters of different starts, or no route of a name in `config.routes`.
+        R2FError: a proxy that is too small, adapters with different initial A's, or an unknown name in `config.routes`.
     """
     config, stages = config or AuditConfig(), stages or Stages()
     problem = adapter_problem(target, adapters, initial)
@@ -146,7 +146,7 @@ def generate(
     fitted: int,
     advance: Advance,
 ) -> dict[str, Tensor]:
-    """Walk once through `count` pairs: decoders observe the first `fitted`; all updates [count, d_out * r] are kept."""
+    """Generate `count` pairs; decoders observe the first `fitted`. Returns name -> updates [count, d_out * r]."""
     collected: dict[str, list[Tensor]] = {name: [] for name in pairs.target.names}
     for decoder in decoders:
         decoder.start(pairs, fitted)

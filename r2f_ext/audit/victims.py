@@ -1,4 +1,4 @@
-"""Real victims, trained by PEFT itself: one adapter per private image, all from one start (docs/protocol.md)."""
+"""Real victims, trained by PEFT itself: one adapter per private image, all from the same A (docs/protocol.md)."""
 
 from __future__ import annotations
 

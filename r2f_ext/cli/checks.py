@@ -1,4 +1,4 @@
-"""Arguments that can be refused at once, before torch is loaded; the library checks the rest."""
+"""Checks of arguments that do not need torch; the library checks the rest."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MIN_AUDIT_PAIRS = 40  # r2f_ext.audit.run.MIN_PAIRS; a test compares them
 
 
 def check(options: argparse.Namespace) -> None:
-    """Check the numbers and names that any command may have.
+    """Check the numbers, names and paths of a command.
 
     Raises:
-        R2FError: one of them cannot be right, whatever the command finds later.
+        R2FError: an argument is invalid.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
     if "count" in given:
@@ -63,7 +63,7 @@ def _images(spec: str) -> None:
 
 
 def _out(folder: Path) -> None:
-    """The first existing folder above --out is one; whether it can be written to is seen when it is made."""
+    """Check that no parent of --out is a file; write permission is checked when the folder is created."""
     for place in (folder, *folder.parents):
         if place.is_dir():
             return

@@ -1,4 +1,4 @@
-"""Which function runs which command; its module is imported only when the command runs."""
+"""The function of every command; its module is imported only when the command runs."""
 
 from __future__ import annotations
 

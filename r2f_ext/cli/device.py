@@ -11,7 +11,7 @@ from r2f_ext.errors import R2FError
 
 
 def chosen_device(options: argparse.Namespace) -> str:
-    """What --device names; on several processes, each has a GPU of its own.
+    """The device that --device selects; with several processes, each uses its own GPU.
 
     Raises:
         R2FError: there is no such device.

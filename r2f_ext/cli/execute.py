@@ -1,4 +1,4 @@
-"""Runs a command that was parsed: everything that needs torch begins here."""
+"""Runs a parsed command; all modules that need torch are imported from here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def execute(options: argparse.Namespace) -> None:
     """Run the command, on one process or as one of several, and write --json.
 
     Raises:
-        R2FError: whatever the user can mend.
+        R2FError: any error that the user can correct.
     """
     keep_freed_memory()
     if options.json is not None:

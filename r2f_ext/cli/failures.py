@@ -18,12 +18,12 @@ from r2f_ext.errors import R2FError
 
 REFUSED, UNEXPECTED, INTERRUPTED, TERMINATED = 2, 70, 130, 143  # 70: sysexits.h; 128 + the signal's number
 TRACEBACK = "traceback.txt"
-# What the allocators of the CPU and of CUDA say; torch.OutOfMemoryError is a RuntimeError with the first of them.
+# Messages of the CPU and CUDA allocators; torch.OutOfMemoryError is a RuntimeError with the first of them.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: whatever cleans up after Ctrl-C cleans up after it as well."""
+    """SIGTERM, as a KeyboardInterrupt so that the same clean-up code runs."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning up
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
     raise Terminated
 
 
@@ -75,7 +75,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _write_traceback(error: BaseException, options: argparse.Namespace) -> Path:
-    """Under --out; in a temporary file where there is no --out or it cannot be written to."""
+    """Write it under --out, or to a temporary file if --out is missing or not writable."""
     text = "".join(traceback.format_exception(error))
     if getattr(options, "out", None) is not None:
         path = Path(options.out) / TRACEBACK

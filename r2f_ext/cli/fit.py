@@ -72,7 +72,7 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _kinds_for(pairs: StoredPairs, asked: list[str] | None) -> list[str] | None:
-    """The kinds to fit: of pairs with an A per victim, those that serve any A."""
+    """The kinds to fit; pairs with one A per victim need kinds that apply to any A."""
     if not pairs.per_victim_a:
         return asked
     for kind in asked or ():
@@ -86,7 +86,7 @@ def _kinds_for(pairs: StoredPairs, asked: list[str] | None) -> list[str] | None:
 
 @contextmanager
 def _tensorboard(folder: str | None, kinds: list[str] | None) -> Iterator[Log]:
-    """A log that TensorBoard shows, one file a process; `no_log` where no folder is named.
+    """A TensorBoard log, one file per process; `no_log` if no folder is given.
 
     Raises:
         R2FError: the package is missing, the folder cannot be written to, or no kind learns by gradient descent.

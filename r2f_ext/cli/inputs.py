@@ -1,4 +1,4 @@
-"""What several commands read: adapters bound to their base, images, and pairs made at the same start."""
+"""Inputs that several commands read: adapters, images, and pairs made with the same A."""
 
 from __future__ import annotations
 

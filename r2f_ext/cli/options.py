@@ -148,7 +148,7 @@ def _routes(command: argparse.ArgumentParser) -> None:
 
 
 def _audit(commands: Commands) -> None:
-    summary = "the main job: what did this adapter give away?"
+    summary = "the main command: what did this adapter give away?"
     command = _command(commands, "audit", summary, out="for the report", out_required=False)
     _adapter(command, many=True)
     _proxy(command)
@@ -212,7 +212,7 @@ def _pairs(commands: Commands) -> None:
     command.add_argument(
         "--per-victim-a",
         action="store_true",
-        help="each victim draws its own A, as PEFT does: r2f fit then makes decoders that serve any A",
+        help="each victim draws its own A, as PEFT does: r2f fit then fits decoders for any A",
     )
     command.add_argument(
         "--dense", action="store_true", help="write full gradients out, not as factors: smaller after many steps"
@@ -239,10 +239,12 @@ def _fit(commands: Commands) -> None:
         "--kind",
         nargs="+",
         choices=KINDS,
-        help=f"which decoders (default {' '.join(KINDS[:3])}: closed form, seconds); the others learn for minutes",
+        help=f"which decoders (default {' '.join(KINDS[:3])}; mlp, conv and unet train for minutes)",
     )
     _precision(command, "mlp, conv and unet while they learn")
-    command.add_argument("--log-dir", metavar="DIR", help="where TensorBoard finds how mlp, conv and unet learn")
+    command.add_argument(
+        "--log-dir", metavar="DIR", help="folder of a TensorBoard log of the training of mlp, conv and unet"
+    )
 
 
 def _decode(commands: Commands) -> None:
@@ -261,7 +263,7 @@ def _invert(commands: Commands) -> None:
     _routes(command)
     _gauss_newton(command)
     _initial(command)
-    command.add_argument("--prior", metavar="DIR", help="a diffusers folder whose model pulls at images being matched")
+    command.add_argument("--prior", metavar="DIR", help="a diffusers folder, whose model regularises gradient matching")
     command.add_argument(
         "--inverter",
         default="ridge",

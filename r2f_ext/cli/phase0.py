@@ -1,4 +1,4 @@
-"""`r2f phase0` and `r2f identifiability`: what exact gradients give away, and which routes counting allows."""
+"""`r2f phase0` and `r2f identifiability`: inversion of exact gradients, and which routes are possible by count."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Pairs over many A's, for decoders that know no A: fitted once to a base, they serve adapters of any start.
+"""Pairs with many different A's, for decoders that are independent of A (docs/methods.md, section 5).
 
-At B_0 = 0 a gradient does not depend on A, so every pair may have an A of its own at the cost of a projection. The
-decoders read what the update holds exactly, s G P_A = (s G A^T) (A A^T)^-1 A, in coordinates that do not depend on A:
-s L^T G P_A R (`Core`). `AgnosticPairs` puts it in the place of the updates, so ridge, kernel ridge and the MLP fit to
-it unchanged; `view` does the same to updates to be decoded.
+Such decoders are fitted once to a base and apply to an adapter with any initial A. At B_0 = 0 a gradient does not
+depend on A, so each pair can have its own A at the cost of one projection. The input of the decoders is the exactly
+observed part of the gradient, s G P_A = (s G A^T) (A A^T)^-1 A, in coordinates that do not depend on A:
+s L^T G P_A R (`Core`). `AgnosticPairs` substitutes it for the updates, so that ridge, kernel ridge and the MLP are
+fitted without change; `view` applies the same map to the updates to decode.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from r2f_ext.errors import R2FError
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import PairBatch
 
-ANY_A = "any_a"  # the name of the core beside those of decoders
-ANY_A_KINDS = ("ridge", "kernel_ridge", "mlp")  # the others are made from one A
-SIZE = 48
+ANY_A = "any_a"  # name of the saved core, next to the names of decoder kinds
+ANY_A_KINDS = ("ridge", "kernel_ridge", "mlp")  # the other kinds use one fixed A
+SIZE = 48  # of the core
 
 
 class AgnosticPairs:
-    """Pairs whose victims have each an A of their own, seen in coordinates that do not depend on it.
+    """Pairs with one A per victim, whose updates are given in coordinates that do not depend on A.
 
     Args:
-        pairs: of one step of SGD from B = 0, made with `per_victim_a`.
-        core: of all layers that the pairs have updates of.
+        pairs: one SGD step from B = 0, generated with `per_victim_a`.
+        core: a core for every layer that the pairs have updates of.
 
     Raises:
-        R2FError: the pairs' victims trained for steps, so that their gradients depend on A.
+        R2FError: the victims took several steps, so that their gradients depend on A.
     """
 
     def __init__(self, pairs: PairSource, core: Core) -> None:
@@ -47,7 +48,7 @@ class AgnosticPairs:
         return len(self.pairs)
 
     def view(self, updates: Updates, a: dict[str, Tensor]) -> Updates:
-        """Updates s G A^T [P, d_out, r] of adapters with A [r, d_in], or [P, r, d_in] -> s L^T G P_A R [P, p, q]."""
+        """Updates s G A^T [P, d_out, r] with A [r, d_in] or [P, r, d_in] -> name -> s L^T G P_A R [P, p, q]."""
         seen = {}
         for name, right in self.core.right.items():
             factor = a[name].to(updates[name])
@@ -59,21 +60,25 @@ class AgnosticPairs:
         """The pairs `start` to `stop`, in batches.
 
         Raises:
-            R2FError: the victims do not have each an A of their own.
+            R2FError: all victims share one A.
         """
         for batch in self.pairs.batches(start, stop):
             if batch.a0 is None:
-                raise R2FError("the pairs are all of one A: make them with r2f pairs --per-victim-a.")
+                raise R2FError("the pairs all share one A: generate them with r2f pairs --per-victim-a.")
             yield replace(batch, updates=self.view(batch.updates, batch.a0))
 
     def updates(self, start: int, stop: int) -> Updates:
-        """name -> what the pairs `start` to `stop` are seen as [stop - start, p, q]."""
+        """name -> projected updates of the pairs `start` to `stop`, [stop - start, p, q]."""
         parts = [batch.updates for batch in self.batches(start, stop)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def shared_core(pairs: PairSource, count: int, checkpoint: Checkpoint) -> Core:
-    """The core of all layers, put together from what each process takes from the first `count` pairs of its own."""
+    """The core of all layers: each process computes that of its own layers from the first `count` pairs.
+
+    Raises:
+        R2FError: the victims took several steps, or the checkpoint cannot be written.
+    """
     _need_one_step(pairs)
     if not checkpoint.holds(ANY_A):
         checkpoint.save(ANY_A, Core.of(pairs, count, SIZE).state())
@@ -83,5 +88,5 @@ def shared_core(pairs: PairSource, count: int, checkpoint: Checkpoint) -> Core:
 def _need_one_step(pairs: PairSource) -> None:
     if not pairs.one_step:
         raise R2FError(
-            "the pairs are of victims that trained for several steps: their gradients depend on A; use one-step pairs."
+            "the victims of these pairs took several steps, so their gradients depend on A: use one-step pairs."
         )

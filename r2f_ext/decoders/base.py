@@ -1,4 +1,4 @@
-"""The interface of a decoder, and what the kinds share."""
+"""The interface of a decoder, and functions that several kinds share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient, LoraUpdate, PairBatch
 
 Updates = dict[str, Tensor]
-"""name -> updates s G A^T (up to one positive factor a victim) [V, d_out, r]."""
+"""name -> updates s G A^T [V, d_out, r], up to one positive factor per victim."""
 
 Log = Callable[[str, float, int], None]
-"""Called with a figure of the training: tag, value, epoch."""
+"""Called with a training metric: tag, value, epoch."""
 
 
 def no_log(tag: str, value: float, epoch: int) -> None:
@@ -28,7 +28,8 @@ def no_log(tag: str, value: float, epoch: int) -> None:
 class Decoder(ABC):
     """Maps updates of all layers to full gradients; each layer has its own map, fitted to one A.
 
-    The layers are those of the pairs' target: batches may hold updates of more layers, which a map may read.
+    The decoded layers are those of the pairs' target. Batches may hold updates of further layers, which the map of any
+    layer can use as input.
 
     Decoders are homogeneous: decode(c * u) = c * decode(u). The unknown learning rate of a victim
     therefore scales its decoded gradient and nothing else.
@@ -36,7 +37,7 @@ class Decoder(ABC):
 
     kind: ClassVar[str]
     log: Log = staticmethod(no_log)
-    precision: torch.dtype = torch.float32  # float32 or bfloat16: of learning by gradient descent
+    precision: torch.dtype = torch.float32  # for training by gradient descent: float32 or bfloat16
 
     def fit(self, pairs: PairSource, count: int) -> None:
         """Fit to the first `count` pairs. `fit_decoders` fits several decoders in one pass over the pairs."""
@@ -51,26 +52,27 @@ class Decoder(ABC):
 
     @abstractmethod
     def observe(self, batch: PairBatch) -> None:
-        """Take in one batch; batches come in the order of the pairs."""
+        """Process one batch; batches are passed in the order of the pairs."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Fit to what was observed."""
+        """Complete the fit to the observed batches."""
 
     @abstractmethod
     def decode(self, updates: Updates) -> Gradient:
-        """Updates [V, d_out, r] a layer -> gradients [V, d_out, d_in] a layer."""
+        """name -> updates [V, d_out, r] -> gradients, dense[name] [V, d_out, d_in]."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """What is saved: name -> tensor. `load_state` of a decoder of the same kind takes it back.
+        """The tensors to save, by name; `load_state` of a decoder of the same kind restores them.
 
-        The states of decoders of different layers of the same pairs, put together, are the state of one of all layers.
+        The union of the states of decoders for disjoint layers of the same pairs is the state of a decoder for all of
+        these layers.
         """
 
     @abstractmethod
     def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
-        """Restore a fitted decoder for the layers of `pairs.target`; `pairs` are those that it was fitted to."""
+        """Restore a fitted decoder for the layers of `pairs.target`; `pairs` must be the pairs it was fitted to."""
 
 
 class MatrixDecoder(Decoder):
@@ -89,21 +91,21 @@ class MatrixDecoder(Decoder):
 
 
 def unit_updates(updates: Updates) -> tuple[Updates, Updates]:
-    """Updates [V, ...] divided by their norms, and the norms [V], layer by layer. Zero updates stay zero."""
+    """name -> updates [V, ...] divided by their norms, and name -> norms [V]. Zero updates stay zero."""
     norms = {name: u.flatten(1).norm(dim=1).clamp_min(1e-30) for name, u in updates.items()}
     return {name: u / norms[name].view(-1, *[1] * (u.ndim - 1)) for name, u in updates.items()}, norms
 
 
 def layer_seed(seed: int, name: str) -> int:
-    """A seed for one layer that does not depend on the other layers; 32 bits, which torch's CPU generator reads."""
+    """A seed for one layer that does not depend on the other layers; 32 bits, as torch's CPU generator uses no more."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
 
 
 def stack_updates(adapters: list[LoraUpdate]) -> Updates:
-    """V adapters as a decoder's input: -B, [V, d_out, r] a layer, float32.
+    """The input of a decoder from V adapters: name -> -B [V, d_out, r], float32.
 
-    After one SGD step from PEFT's start B = -lr * s * G A^T (docs/methods.md, section 1); after T small steps it is,
-    to first order, that of the average gradient.
+    After one SGD step from PEFT's default start, B = -lr * s * G A^T (docs/methods.md, section 1). After T small steps
+    the same holds, to first order, with a multiple of the average gradient in place of G (section 4).
     """
     return {name: -torch.stack([adapter.b[name].float() for adapter in adapters]) for name in adapters[0].b}
 
@@ -112,7 +114,10 @@ def add_up(pairs: PairSource, count: int, weights: Callable[[PairBatch, slice], 
     """sum_p w[v, p] G_p over the first `count` pairs, in one pass over them; see `add_weighted_gradients_`.
 
     Args:
-        weights: of a batch and its place among the pairs: name -> w [V, pairs of the batch], of the target's layers.
+        weights: (batch, its rows among the pairs) -> name -> w [V, pairs in the batch], for the target's layers.
+
+    Returns:
+        dense[name] [V, d_out, d_in] in the dtype of the weights.
     """
     layers = pairs.target.layers
     totals: dict[str, Tensor] = {}

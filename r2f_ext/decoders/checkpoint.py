@@ -1,7 +1,7 @@
-"""The decoders that a fit has finished so far, saved by torch.distributed.checkpoint as safetensors.
+"""The decoder kinds that a fit has completed so far, saved by torch.distributed.checkpoint as safetensors.
 
-unfinished/KIND/*.safetensors   one file a process, each with the layers that it fitted
-unfinished/KIND.json            what they were fitted to; written once all processes have saved
+unfinished/KIND/*.safetensors   one file per process, with the layers that it fitted
+unfinished/KIND.json            identifies the pairs and settings; written after all processes have saved
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from r2f_ext.files import write_text
 
 
 class Checkpoint:
-    """The finished kinds of one fit."""
+    """The completed decoder kinds of one fit."""
 
     def __init__(self, folder: Path, fitted_to: str) -> None:
-        """folder: where the decoders will be; the checkpoint lies in `unfinished` below it.
+        """Create no file yet.
 
-        fitted_to: identifies pairs and settings; a checkpoint of others is ignored.
+        Args:
+            folder: output folder of the decoders; the checkpoint is in its subfolder `unfinished`.
+            fitted_to: identifies the pairs and settings; a checkpoint with another identifier is ignored.
         """
         self.folder, self.fitted_to = folder / "unfinished", fitted_to
 
     def holds(self, kind: str) -> bool:
-        """Whether decoders of this kind are finished, those of all processes."""
+        """Whether all processes have saved their decoders of this kind."""
         try:
             return json.loads((self.folder / f"{kind}.json").read_text()) == {"fitted_to": self.fitted_to}
         except (OSError, ValueError):
@@ -73,7 +75,7 @@ class Checkpoint:
         distributed.barrier()
 
     def load(self, kind: str, device: torch.device) -> dict[str, Tensor]:
-        """The decoders of all processes."""
+        """The decoders of one kind, merged over all processes, on `device`."""
         with _quiet():
             reader = HuggingFaceStorageReader(str(self.folder / kind))
             state = {
@@ -85,12 +87,12 @@ class Checkpoint:
         return {name: tensor.to(device) for name, tensor in state.items()}
 
     def clear(self) -> None:
-        """The decoders are saved: the checkpoint is no longer needed."""
+        """Delete the checkpoint; call it after the final decoders are saved."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class _quiet(warnings.catch_warnings):
-    """dcp warns about every run in a single process."""
+    """Suppresses the warning that torch.distributed.checkpoint gives in every single-process run."""
 
     def __enter__(self) -> None:
         super().__enter__()

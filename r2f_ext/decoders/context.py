@@ -1,4 +1,4 @@
-"""A summary of all layers' updates of one sample in few numbers: a fixed random projection."""
+"""A fixed random projection that summarises one sample's updates of all layers as a short vector."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ SIZE = 512
 
 
 class Context:
-    """sum_l u_l M_l / L^(1/2) [b, size] of L layers' updates u_l, flat, with standard normal M_l: entries of about 1.
+    """sum_l u_l M_l / sqrt(L) [b, size], for flattened unit updates u_l of L layers and standard normal matrices M_l.
+
+    Entries have a standard deviation of about 1.
 
     Attributes:
-        size: at most SIZE, and no more than the updates have numbers.
-        widths: name -> numbers of a layer's update.
+        size: SIZE, or the total number of update entries if that is smaller.
+        widths: name -> number of entries in the layer's update.
     """
 
     def __init__(self, pairs: PairSource, seed: int) -> None:
@@ -30,5 +32,5 @@ class Context:
         }
 
     def __call__(self, units: Updates) -> Tensor:
-        """Of unit updates [b, ...]."""
+        """name -> unit updates [b, ...] -> context [b, size]."""
         return torch.stack([unit.flatten(1) @ self.projections[name] for name, unit in units.items()]).sum(0)

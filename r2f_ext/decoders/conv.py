@@ -1,9 +1,10 @@
 """Convolutional decoders on the 2-D gradient: a plain stack and a U-Net (Ronneberger et al. 2015).
 
-Neurons have no neighbours, so a gradient's rows and columns are first turned into principal directions (`Core`), sorted
-by weight: there, near entries behave alike. The image has four channels: the core of what the update holds exactly,
-G P_A; that of the row-LMMSE estimate fitted to the same pairs; a linear image of what the sample did to all layers
-(`Context`); and a learned image of the position. The network adds to the second and third what they lack.
+The order of neurons carries no meaning, so the gradient's rows and columns are first expressed in principal directions
+(`Core`), sorted by variance; in this order neighbouring entries behave similarly. The input has four channels: the core
+of G P_A, which the update determines exactly; the core of the row-LMMSE estimate fitted to the same pairs; a linear
+function of the `Context`, which summarises the updates of all layers; and a learned positional embedding. The output of
+the network is added, as a residual, to the sum of the second and the third channel.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ class Conv(Learned):
         )
 
     def read(self, units: Updates) -> Updates:
-        """L^T U [b, p r], from which a network computes its first two channels, and the context."""
+        """name -> [b, p r + context]: L^T U, the source of the network's first two channels, and the context."""
         context = self.context(units)
         own = {name: (left.mT @ units[name]).flatten(1) for name, left in self.core.left.items()}
         return {name: torch.cat([flat, context], dim=1) for name, flat in own.items()}
 
 
 class UNet(Conv):
-    """Three resolutions, two convolutions 3 x 3 at each, skips between equal ones."""
+    """Three resolutions with two 3 x 3 convolutions each, and skip connections between equal resolutions."""
 
     kind = "unet"
 
@@ -69,9 +70,9 @@ class UNet(Conv):
 
 
 class _Image(nn.Module):
-    """Channels (G P_A, row-LMMSE estimate, context, position) -> the second + the third + `body`, flat [b, p q]."""
+    """Sum of the row-LMMSE estimate, the context's linear map and `body` on the four channels, flat [b, p q]."""
 
-    maps: Tensor  # [2, r, q]: of the projection and the row-LMMSE estimate, in principal directions
+    maps: Tensor  # [2, r, q]: matrices of the projection and of row-LMMSE, in principal directions
 
     def __init__(self, rank: int, shape: torch.Size, context: int, body: nn.Module) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class _Image(nn.Module):
         images = F.pad(torch.stack([exact, estimate, linear], dim=1), (0, SIZE - q, 0, SIZE - p))
         place = self.position.expand(len(seen), 1, SIZE, SIZE)
         channels = torch.cat([images, place], dim=1).contiguous(memory_format=torch.channels_last)
-        added = self.body(channels)  # channels last: faster on a CPU, and what bfloat16 needs to be fast
+        added = self.body(channels)  # channels_last is faster on a CPU, above all in bfloat16
         return (estimate + linear + added[:, 0, :p, :q]).flatten(1)
 
 

@@ -1,8 +1,9 @@
-"""A layer's gradients in few numbers: their principal directions on both sides.
+"""Low-dimensional coordinates of a layer's gradients: principal directions of rows and columns.
 
-G ~= L C R^T with L [d_out, p] and R [d_in, q] the leading eigenvectors of sum G G^T and sum G^T G over pairs of unit
-update (two-dimensional PCA; Ye 2005). The core C = L^T G R = (D L)^T (X R) [p, q] comes from a gradient's factors, and
-serves the decoders that learn as their output and, on a 2-D grid whose order then means something, as their image.
+G ~= L C R^T, where L [d_out, p] and R [d_in, q] are the leading eigenvectors of sum G G^T and sum G^T G over pairs
+scaled to unit update norm (two-dimensional PCA; Ye 2005). The core C = L^T G R = (D L)^T (X R) [p, q] is computed from
+the factors of the gradient. It is the output of the trained decoders, and the 2-D input of the convolutional ones,
+because its rows and columns are ordered by variance.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from r2f_ext.decoders.base import unit_updates
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import FactoredGradient
 
-SAMPLE = 300  # pairs that the directions come from: a covariance of at most d x d numbers needs no more
+SAMPLE = 300  # pairs that the directions are estimated from; more do not change them noticeably
 
 
 class Core:
-    """left[name] [d_out, p], right[name] [d_in, q], orthonormal columns, p and q at most `size`."""
+    """left[name] [d_out, p] and right[name] [d_in, q] with orthonormal columns; p, q <= the `size` passed to `of`."""
 
     def __init__(self, left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         self.left, self.right = left, right
 
     @classmethod
     def of(cls, pairs: PairSource, count: int, size: int) -> Core:
-        """From the first min(SAMPLE, count) pairs."""
+        """Estimate the directions from the first min(SAMPLE, count) pairs."""
         rows: dict[str, Tensor] = {}
         columns: dict[str, Tensor] = {}
         for batch in pairs.batches(0, min(SAMPLE, count)):
@@ -50,19 +51,19 @@ class Core:
         return cls({n: state[f"left/{n}"] for n in names}, {n: state[f"right/{n}"] for n in names})
 
     def state(self) -> dict[str, Tensor]:
-        """What is saved: name -> tensor."""
+        """The tensors to save, by name."""
         sides = (("left", self.left), ("right", self.right))
         return {f"{side}/{name}": vectors for side, each in sides for name, vectors in each.items()}
 
     def __call__(self, gradients: FactoredGradient) -> dict[str, Tensor]:
-        """name -> cores [P, p, q] of P gradients."""
+        """P gradients -> name -> cores [P, p, q]."""
         return {
             name: (gradients.delta[name] @ left).mT @ (gradients.x[name] @ self.right[name])
             for name, left in self.left.items()
         }
 
     def expand(self, cores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """name -> gradients L C R^T [P, d_out, d_in]."""
+        """name -> cores [P, p, q] -> name -> gradients L C R^T [P, d_out, d_in]."""
         return {name: self.left[name] @ core @ self.right[name].mT for name, core in cores.items()}
 
 

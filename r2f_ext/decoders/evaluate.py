@@ -1,4 +1,4 @@
-"""The quality of decoders on held-out pairs, layer by layer: direction and magnitude."""
+"""Accuracy of decoders on held-out pairs, per layer: direction (cosine) and norm."""
 
 from __future__ import annotations
 

@@ -22,15 +22,21 @@ def fit_decoders(
     log: Log = no_log,
     precision: torch.dtype = torch.float32,
 ) -> list[Decoder]:
-    """Fit one decoder of each of `kinds` (None: the closed-form default ones) to the first `count` pairs.
+    """Fit one decoder of each of `kinds` (None: DEFAULT_KINDS, which are closed forms) to the first `count` pairs.
 
-    Kinds that learn by gradient descent read a few pairs more than once, to find their bases.
+    Kinds that are trained by gradient descent read a few pairs a second time, to estimate their bases.
 
     Args:
         advance: called with the number of pairs read.
-        checkpoint: takes each kind as soon as it is fitted, and gives back those that it has.
-        log: called with figures of the training of kinds that learn by gradient descent, epoch by epoch.
-        precision: float32 or bfloat16, what these kinds compute in while they learn; closed forms ignore it.
+        checkpoint: saves each kind as soon as it is fitted; kinds that it already holds are loaded, not fitted.
+        log: receives the training metrics of kinds that are trained by gradient descent, once per epoch.
+        precision: float32 or bfloat16, the compute dtype of these kinds in training; closed forms ignore it.
+
+    Returns:
+        the fitted decoders in the order of `kinds`.
+
+    Raises:
+        R2FError: the checkpoint cannot be written.
     """
     decoders = {kind: KINDS[kind]() for kind in kinds or DEFAULT_KINDS}
     missing = []

@@ -1,11 +1,12 @@
-"""Kernel ridge on a stream: Nystrom's landmarks and normal equations, memory flat in the number of pairs.
+"""Streaming kernel ridge: Nystrom features and normal equations, with memory independent of the number of pairs.
 
-The kernel is that of `kernel.py`. The first m pairs are landmarks; with their kernel matrix K_m = L L^T, features are
+The kernel is that of `kernel.py`. The first m pairs are landmarks; with their kernel matrix K_m = L L^T, the features
+are (Williams and Seeger 2001)
     phi(u) = (sqrt(own / 2) z_l, L^-1 k_m(u))        [d_out r + m]
-(Williams and Seeger 2001); the layer's own unit update comes whole beside them, since m landmarks cannot span it. Ridge
-regression in these features needs sum_p phi_p phi_p^T alone, and decodes as `ridge` does, by weights of the pairs:
+They include the layer's own unit update z_l, because m landmarks do not span it. Ridge regression in these features
+needs only sum_p phi_p phi_p^T. As in `ridge`, decoding is a weighted sum over the pairs:
     w_p = phi_p^T (sum phi phi^T + lam I)^-1 phi(u),   G_hat = |u| * sum_p w_p G_p / |u_p|.
-lambda is chosen layer by layer on the last pairs, which join the normal equations afterwards.
+lambda is chosen per layer on the last pairs, which are added to the normal equations afterwards.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient, PairBatch
 
 LANDMARKS = 1500
-JITTER = 1e-5  # on the landmarks' kernel, whose diagonal is 1
+JITTER = 1e-5  # added to the diagonal of the landmarks' kernel matrix, which is 1
 RIDGES = (3e-4, 1e-3, 3e-3, 1e-2)
-HELD_OUT = 400  # at most a sixth
+HELD_OUT = 400  # pairs to choose lambda on, at most a sixth of all
 
 
 class KernelRidge(Decoder):
     kind = "kernel_ridge"
 
     def __init__(self, landmarks: int = LANDMARKS) -> None:
-        """landmarks: m, at most half of the pairs."""
+        """landmarks: m; limited to half of the pairs."""
         self.wanted_landmarks = landmarks
 
     def start(self, pairs: PairSource, count: int) -> None:
@@ -66,7 +67,7 @@ class KernelRidge(Decoder):
         self._take(unit_updates(collected)[0])
 
     def _take(self, landmarks: Updates) -> None:
-        """Unit landmarks [m, d_out * r] of every layer, and L of the target's."""
+        """Store the unit landmarks [m, d_out * r] of every layer, and compute L for the target's layers."""
         self.landmarks = landmarks
         products = {name: gram(z) for name, z in landmarks.items()}
         self.lower = {name: RidgeSystem.of(kernel, JITTER).factor for name, kernel in self._kernels(products)}
@@ -75,7 +76,7 @@ class KernelRidge(Decoder):
         return kernels(products, self.pairs.target.names, lambda name: OWN)
 
     def _features(self, updates: Updates) -> tuple[Updates, Updates]:
-        """phi of updates [n, ...] of every layer: [n, d_out * r + m] for the target's; and the updates' norms [n]."""
+        """name -> phi [n, d_out * r + m] for the target's layers, and name -> norms [n], of updates [n, ...]."""
         units, norms = unit_updates({name: update.flatten(1) for name, update in updates.items()})
         features = {}
         for name, kernel in self._kernels({name: units[name] @ z.mT for name, z in self.landmarks.items()}):
@@ -84,7 +85,7 @@ class KernelRidge(Decoder):
         return features, norms
 
     def _add(self, updates: Updates, sketches: Updates) -> None:
-        """Take pairs into the normal equations, or keep them for the choice of lambda."""
+        """Add pairs to the normal equations, or store them to choose lambda on."""
         features, norms = self._features(updates)
         sketches = {n: s / norms[n][:, None] for n, s in sketches.items()}
         cut = max(self.fitted - self.seen, 0)

@@ -1,4 +1,4 @@
-"""The kinds of decoders by their names."""
+"""Decoder classes by kind."""
 
 from __future__ import annotations
 

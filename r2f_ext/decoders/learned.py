@@ -1,14 +1,14 @@
-"""What the decoders that learn by gradient descent share: streaming, losses, early stopping.
+"""Base class of the decoders that are trained by gradient descent: streaming, losses, early stopping.
 
-Of a pair, the network's input and the gradient's core (`Core`) are kept, both divided by the norm of the update and in
-float16; dense gradients are never kept. The cosine of a prediction C_hat with the whole gradient is exact from the
-core, since the directions are orthonormal: <C_hat, C> / (|C_hat| |G|).
+For each pair the network's input and the core of the gradient (`Core`) are stored in float16, both divided by the norm
+of the update; dense gradients are never stored. The cosine between a prediction C_hat and the full gradient is computed
+exactly from the core, because the directions are orthonormal: <C_hat, C> / (|C_hat| |G|).
 
-Networks compute in float32, or, while they train, in `precision`: with bfloat16 their products and convolutions are
-rounded to it, whereas weights, their steps and losses stay float32 (mixed precision; Micikevicius et al. 2018).
+Training uses float32 or, with `precision` bfloat16, mixed precision: products and convolutions in bfloat16; weights,
+optimizer steps and losses in float32 (Micikevicius et al. 2018). Inference uses float32.
 
-All layers train in the same steps, but each has a network, a seed and an early stop of its own: what a layer learns
-does not depend on which other layers there are, so that processes may divide them.
+All layers are trained in the same steps, but each has its own network, seed and early stopping. The result for a layer
+does not depend on which other layers are present, so processes can divide the layers among themselves.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from r2f_ext.pairs import PairSource
 from r2f_ext.types import FactoredGradient, Gradient, PairBatch
 
 LOSSES = ("cosine", "mse", "cosine_norm")
-NORM_WEIGHT = 0.1  # of the squared log-ratio of norms beside 1 - cosine
-BATCH, PATIENCE = 64, 2
+NORM_WEIGHT = 0.1  # of the squared log-ratio of norms, relative to 1 - cosine
+BATCH, PATIENCE = 64, 2  # pairs per step; epochs without improvement after which a layer stops
 HELD_OUT = 400  # pairs for early stopping, at most a tenth
 
 
 def pair_losses(predicted: Tensor, true: Tensor, norm: Tensor, loss: str) -> Tensor:
-    """The loss of each pair [b], from cores [b, k] of the prediction and the truth, whose gradients have norm [b].
+    """The loss of each pair [b] from predicted and true cores [b, k] and the norms [b] of the true full gradients.
 
     `cosine`: 1 - cos. `mse`: |G_hat - G|^2 / |G|^2. `cosine_norm`: 1 - cos + 0.1 log(|G_hat| / |G|)^2.
     """
@@ -49,7 +49,7 @@ def pair_losses(predicted: Tensor, true: Tensor, norm: Tensor, loss: str) -> Ten
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is kept of n pairs, layer by layer: inputs [n, ...] and cores [n, k] in float16, gradients' norms [n]."""
+    """Stored data of n pairs, per layer: inputs [n, ...] and cores [n, k] in float16, norms of the gradients [n]."""
 
     inputs: dict[str, Tensor]
     cores: dict[str, Tensor]
@@ -58,7 +58,7 @@ class _Seen:
 
 @dataclass
 class _Best:
-    """A layer's weights with the least loss on held-out pairs, and how many epochs have passed since without gain."""
+    """A layer's weights with the lowest held-out loss, and the number of epochs since."""
 
     state: dict[str, Any]
     loss: float = math.inf
@@ -66,22 +66,22 @@ class _Best:
 
 
 class Learned(Decoder):
-    """A decoder whose `networks`, one a layer, map what `read` takes from unit updates to cores, flat [b, k]."""
+    """A decoder with one network per layer that maps the output of `read` to flattened cores [b, k]."""
 
     size: int  # of the core
     learning_rate: float
     most_epochs: int
 
     def __init__(self, loss: str = "cosine_norm", epochs: int | None = None, seed: int = 0) -> None:
-        """How it learns.
+        """Set the training options.
 
         Args:
-            loss: one of LOSSES (`cosine` leaves the magnitude open).
-            epochs: at most; None: as many as the kind does by default.
-            seed: of the weights and the order of the pairs.
+            loss: one of LOSSES (`cosine` does not determine the norm).
+            epochs: maximum number of epochs; None: the default of the kind.
+            seed: determines the initial weights and the order of the pairs.
 
         Raises:
-            R2FError: no such loss, or no epoch.
+            R2FError: unknown loss, or fewer than one epoch.
         """
         if loss not in LOSSES:
             raise R2FError(f"unknown loss '{loss}': choose {', '.join(LOSSES)}.")
@@ -90,14 +90,14 @@ class Learned(Decoder):
             raise R2FError(f"epochs is {epochs}: at least 1.")
 
     def prepare(self) -> None:
-        """Make what the networks and `read` need, from `self.pairs`."""
+        """Compute from `self.pairs` whatever the networks and `read` need."""
 
     @abstractmethod
     def network(self, name: str, shape: torch.Size) -> nn.Module:
-        """One layer's network for cores of this shape [p, q]."""
+        """The network of one layer, whose cores have shape [p, q]."""
 
     def predict(self, inputs: Updates, precision: torch.dtype = torch.float32) -> Updates:
-        """The networks' outputs for inputs [b, ...]: name -> cores [b, p q], of the layers in `inputs`."""
+        """name -> inputs [b, ...] -> name -> predicted cores [b, p q], float32."""
         device = self.pairs.target.base.device.type
         with torch.autocast(device, precision, enabled=precision != torch.float32):
             found = {name: self.networks[name](each) for name, each in inputs.items()}
@@ -105,9 +105,9 @@ class Learned(Decoder):
 
     @abstractmethod
     def read(self, units: Updates) -> Updates:
-        """The networks' inputs from unit updates [b, ...] of every layer: name -> [b, ...] of the target's layers.
+        """The networks' inputs, name -> [b, ...] for the target's layers, from unit updates [b, ...] of all layers.
 
-        They are kept for every pair.
+        The inputs of every pair are stored, so they should be small.
         """
 
     def start(self, pairs: PairSource, count: int) -> None:
@@ -166,7 +166,7 @@ class Learned(Decoder):
     def _validate(
         self, seen: _Seen, held_out: Sequence[Tensor], best: dict[str, _Best], losses: list[float], epoch: int
     ) -> None:
-        """After an epoch: compare each layer's loss on held-out pairs with its best so far, and log the figures."""
+        """Compare each layer's held-out loss with its lowest so far, and log the metrics of the epoch."""
         names = list(best)
         now = _mean((len(rows), self._losses(seen, names, rows, self.loss)) for rows in held_out)
         angles = _mean((len(rows), self._losses(seen, names, rows, "cosine")) for rows in held_out)
@@ -182,7 +182,7 @@ class Learned(Decoder):
     def _losses(
         self, seen: _Seen, names: list[str], rows: Tensor, loss: str, precision: torch.dtype = torch.float32
     ) -> Tensor:
-        """Each layer's mean loss over some pairs [len(names)]."""
+        """Mean loss of each layer over the pairs `rows`, [len(names)]."""
         predicted = self.predict({name: seen.inputs[name][rows].float() for name in names}, precision)
         terms = [pair_losses(c, seen.cores[n][rows].float(), seen.norms[n][rows], loss) for n, c in predicted.items()]
         return torch.stack([term.mean() for term in terms])
@@ -218,12 +218,12 @@ class Learned(Decoder):
 
 
 def _joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Each layer's parts as one tensor; the parts are released layer by layer."""
+    """Concatenate each layer's parts; they are released layer by layer to limit peak memory."""
     return {name: torch.cat(parts.pop(name)) for name in list(parts)}
 
 
 def _mean(losses: Iterable[tuple[int, Tensor]]) -> list[float]:
-    """The mean of losses [layers] that stand for so many pairs each."""
+    """The mean of losses [layers], each weighted by its number of pairs."""
     counts, values = zip(*losses, strict=True)
     weighted = torch.stack([count * value for count, value in zip(counts, values, strict=True)])
     return (weighted.sum(0) / sum(counts)).tolist()

@@ -1,7 +1,7 @@
-"""One multilayer perceptron a layer with a low-rank head, all in one call of the operator `decode`.
+"""One multilayer perceptron per layer with a low-rank output; one call of the operator `decode` runs all layers.
 
-It reads the layer's own update (or another form of it, see `inputs`) and the `Context`, and gives the coefficients of
-the layer's gradient in its core's directions (`Core`).
+The input is the layer's own update (see `inputs` for its form) and the `Context`. The output is the gradient's core,
+its coefficients in the principal directions (`Core`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ class MLP(Learned):
     most_epochs = 20
 
     def __init__(self, loss: str = "cosine_norm", epochs: int | None = None, seed: int = 0, inputs: str = "b") -> None:
-        """inputs: "b" reads B; "ba" reads the product BA, as B (A A^T)^(1/2), which has the same inner products.
+        """Set the training options and the form of the input.
 
-        At B_0 = 0 one step leaves A as it was, so A says nothing about the sample and both hold the same.
+        Args:
+            inputs: "b": B. "ba": the product BA, given as B (A A^T)^(1/2), which has the same inner products. From
+                B_0 = 0 one step does not change A, so both forms hold the same information.
+
+        Raises:
+            R2FError: unknown loss or inputs, or fewer than one epoch.
         """
         super().__init__(loss, epochs, seed)
         if inputs not in INPUTS:
@@ -50,7 +55,7 @@ class MLP(Learned):
         return {name: core.float() for name, core in zip(inputs, cores, strict=True)}
 
     def read(self, units: Updates) -> Updates:
-        """The layer's own update, scaled to entries of about 1, and the context."""
+        """The layer's own update, scaled to a mean square of 1 per entry, followed by the context."""
         if self.form == "ba":
             units = {name: unit @ self.roots[name] for name, unit in units.items()}
         context = self.context(units)

@@ -1,4 +1,4 @@
-"""G P_A, the part of the gradient that the update holds exactly: no training, the floor of every decoder."""
+"""G P_A, the part of the gradient that the update determines exactly: the untrained baseline of all decoders."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Closed-form map from the updates to a layer's whole gradient, by kernel ridge in dual form; the default decoder.
+"""The default decoder: kernel ridge regression, in dual form, from the updates to a layer's full gradient.
 
-With the kernel k_l of `kernel.py` ridge regression of G_p / |u_p| predicts
-    w = (K_l + lam I)^-1 k_l(u),   G_hat = |u| * sum_p w_p D_p^T X_p / |u_p|
-(docs/methods.md, section 1). The share `own` of the layer's own update and lam are chosen layer by layer on pairs held
-out from the first ones. The map itself is never formed, and neither are the gradients of all pairs: `decode` reads the
-pairs once more and adds them up, so memory grows with the number of updates only.
+With the kernel k_l of `kernel.py`, ridge regression of G_p / |u_p| predicts (docs/methods.md, section 1)
+    w = (K_l + lam I)^-1 k_l(u),   G_hat = |u| * sum_p w_p D_p^T X_p / |u_p|.
+The weight `own` of the layer's own update and lam are chosen per layer on held-out pairs. The gradients of all pairs
+are never in memory at once: `decode` reads the pairs a second time and accumulates the weighted sum, so that only the
+updates and the kernel matrices are stored.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from r2f_ext.linalg import gram, solve_in_place
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient, PairBatch
 
-RIDGE = 2e-3  # where there are too few pairs to choose by; lambda is for a kernel of unit diagonal
+RIDGE = 2e-3  # default lambda, if there are too few pairs to choose it on; the kernel has a unit diagonal
 OWNS, RIDGES = (0.2, 0.5, 0.8, 0.9, 0.97), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
-CHOICE_PAIRS = 1500  # the settings are chosen on a part: they hardly depend on the count
-KEPT_PAIRS = 6000  # above, Cholesky factors are not kept (4 n^2 bytes a layer) but made anew by every `decode`
+CHOICE_PAIRS = 1500  # pairs to choose the settings on, which hardly depend on the count
+SAVED_PAIRS = 6000  # above it every `decode` factorises again: saved factors take 4 n^2 bytes per layer
 
 
 class Ridge(Decoder):
     kind = "ridge"
 
     def __init__(self, ridge: float | None = None, own: float | None = None) -> None:
-        """ridge: lambda; own: share of the layer's own update in its kernel, 0 to 1. None: chosen on held-out pairs."""
+        """ridge: lambda; own: weight of the layer's own update, in [0, 1]. None: chosen on held-out pairs."""
         self.ridge, self.own = ridge, own
 
     def start(self, pairs: PairSource, count: int) -> None:
@@ -57,17 +57,17 @@ class Ridge(Decoder):
         self._factorise()
 
     def _take(self, updates: dict[str, Tensor]) -> None:
-        """Norms and unit rows of updates [count, d_out * r]; many of them are held in half precision.
+        """Store norms and unit rows of updates [count, d_out * r]; above SAVED_PAIRS rows are stored in float16.
 
-        Rounding a unit row to float16 moves it by 3e-4 of its length, far below sqrt(lambda).
+        Rounding a unit row to float16 changes it by 3e-4 of its length, far below sqrt(lambda).
         """
         self.units, self.norms = {}, {}
         for name in list(updates):
             (unit,), (self.norms[name],) = (each.values() for each in unit_updates({name: updates.pop(name)}))
-            self.units[name] = unit.half() if len(unit) > KEPT_PAIRS else unit
+            self.units[name] = unit.half() if len(unit) > SAVED_PAIRS else unit
 
     def _choose(self, sketched: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
-        """name -> (own, lambda) that decode the last sixth of the first CHOICE_PAIRS pairs best from the rest."""
+        """name -> the (own, lambda) with the best cosine on the last sixth of the first CHOICE_PAIRS pairs."""
         default = OWN if self.own is None else self.own, RIDGE if self.ridge is None else self.ridge
         count = min(CHOICE_PAIRS, self.count)
         held_out = count // 6
@@ -93,24 +93,24 @@ class Ridge(Decoder):
         return chosen
 
     def _factorise(self) -> None:
-        # float32 is enough: lambda keeps the smallest eigenvalues well above its rounding.
+        # float32 suffices: lambda keeps the smallest eigenvalues well above the rounding errors.
         self.systems: dict[str, RidgeSystem] = {}
-        if self.count <= KEPT_PAIRS:
+        if self.count <= SAVED_PAIRS:
             self.systems = {name: RidgeSystem.of(kernel, self.settings[name][1]) for name, kernel in self._kernels()}
 
     def _kernels(self) -> Iterator[tuple[str, Tensor]]:
-        """K_l [count, count], one layer of the target after another."""
+        """Yield (name, K_l [count, count]) for the layers of the target."""
         products: dict[str, Tensor] = {}
-        if self.count <= KEPT_PAIRS:
+        if self.count <= SAVED_PAIRS:
             products = {name: self._gram(name) for name in self.units}
-        # Otherwise three matrices at a time rather than one a layer, for thrice the products.
+        # Above SAVED_PAIRS, products are recomputed (three times as many), so that only three matrices exist at a time.
         of_layer: Callable[[str], Tensor] = products.__getitem__ if products else self._gram
         for name, others in mixed_others(list(self.units), of_layer, self.pairs.target.names):
             own = self.settings[name][0]
             kernel = half_gaussian_(of_layer(name).mul_(own).add_(others, alpha=1 - own))
-            products.pop(name, None)  # it is not asked for again
+            products.pop(name, None)  # not used again
             yield name, kernel
-            del kernel  # before the next one is made
+            del kernel  # frees it before the next one is allocated
 
     def _gram(self, name: str) -> Tensor:
         return gram(_plain(self.units[name]))
@@ -123,7 +123,7 @@ class Ridge(Decoder):
         return {name: dual.mT * norms[name][:, None] / self.norms[name] for name, dual in self._duals(asked)}
 
     def _duals(self, asked: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(K_l + lam I)^-1 k_l [count, V] of kernels k_l [V, count] with the updates asked for."""
+        """Yield (name, (K_l + lam I)^-1 k_l [count, V]) from the kernels k_l [V, count] of the updates to decode."""
         if self.systems:
             for name, kernel in asked.items():
                 yield name, self.systems[name].solve(kernel.mT)
@@ -139,7 +139,7 @@ class Ridge(Decoder):
         return add_up(self.pairs, self.count, lambda batch, rows: {name: w[:, rows] for name, w in weights.items()})
 
     def state(self) -> dict[str, Tensor]:
-        """Unit updates and norms of every layer, own and lambda of the target's."""
+        """Unit updates and norms of every layer; own and lambda of the target's layers."""
         units = {f"unit/{name}": unit for name, unit in self.units.items()}
         norms = {f"norm/{name}": norm for name, norm in self.norms.items()}
         settings = {f"settings/{n}": torch.tensor(pair, dtype=torch.float64) for n, pair in self.settings.items()}
@@ -147,7 +147,7 @@ class Ridge(Decoder):
 
     def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
         self.pairs = pairs
-        names = [name for name in pairs.a if f"unit/{name}" in state]  # all layers', in the order of the fit
+        names = [name for name in pairs.a if f"unit/{name}" in state]  # of all layers, in the order of the fit
         self.units = {name: state[f"unit/{name}"] for name in names}
         self.norms = {name: state[f"norm/{name}"] for name in names}
         self.count = len(self.norms[names[0]])

@@ -9,7 +9,7 @@ from r2f_ext.kernel_solver import RidgeSystem
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import PairBatch
 
-RIDGE = 1e-6  # relative to the mean diagonal: the r x r normal equations need next to none
+RIDGE = 1e-6  # relative to the mean diagonal; the r x r normal equations are well conditioned
 
 
 class RowLMMSE(MatrixDecoder):
@@ -23,12 +23,12 @@ class RowLMMSE(MatrixDecoder):
         self.right = {layer.name: zeros(layer.rank, layer.d_in) for layer in pairs.target.layers}
 
     def observe(self, batch: PairBatch) -> None:
-        """Add to the normal equations over all rows of all pairs, each pair scaled to a unit update."""
+        """Accumulate the normal equations over all rows of all pairs, each pair scaled to a unit update."""
         units, norms = unit_updates({name: batch.updates[name] for name in self.left})
         for name, unit in units.items():
             rows = unit.flatten(0, 1)
             self.left[name] += (rows.mT @ rows).double()
-            # sum_p Z_p^T G_p = sum_p (D_p Z_p)^T X_p: G is never formed.
+            # sum_p Z_p^T G_p = sum_p (D_p Z_p)^T X_p avoids forming G.
             tokens = batch.gradients.delta[name] @ (unit / norms[name][:, None, None])
             self.right[name] += (tokens.flatten(0, 1).mT @ batch.gradients.x[name].flatten(0, 1)).double()
 

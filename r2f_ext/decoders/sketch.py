@@ -1,8 +1,8 @@
-"""Random projections of gradients to few numbers, taken from their factors: enough to choose a decoder's settings by.
+"""Random projections of gradients, computed from their factors, for choosing the settings of a decoder.
 
-G = D^T X is multiplied by two Gaussian matrices, L^T G R = (D L)^T (X R) [size, size]. Inner products and norms keep
-their expectation (Johnson and Lindenstrauss 1984, on each side), so that the cosine of a prediction and the truth,
-averaged over held-out pairs, can be estimated without one dense gradient.
+G = D^T X is multiplied by two Gaussian matrices, L^T G R = (D L)^T (X R) [size, size]. This preserves inner products
+and squared norms in expectation (Johnson and Lindenstrauss 1984, applied to each side), so the mean cosine over
+held-out pairs is estimated without a dense gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZE = 24
 
 
 class Sketch:
-    """name -> L [d_out, size] and R [d_in, size], drawn from the seed; a layer's do not depend on other layers."""
+    """matrices[name]: L [d_out, size] and R [d_in, size], drawn from `seed`, independently of the other layers."""
 
     def __init__(self, target: Target, size: int = SIZE, seed: int = 0) -> None:
         self.matrices = {}
@@ -30,7 +30,7 @@ class Sketch:
             )
 
     def __call__(self, gradients: FactoredGradient) -> dict[str, Tensor]:
-        """P gradients -> name -> [P, size * size]."""
+        """P gradients -> name -> sketches [P, size * size]."""
         seen = {}
         for name, (left, right) in self.matrices.items():
             x, delta = gradients.x[name], gradients.delta[name]
@@ -39,5 +39,5 @@ class Sketch:
 
 
 def mean_cosine(predicted: Tensor, true: Tensor) -> float:
-    """Of the rows [n, k]."""
+    """The mean over rows of the cosine between predicted [n, k] and true [n, k]."""
     return float(F.cosine_similarity(predicted, true).mean())

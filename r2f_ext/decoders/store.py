@@ -1,7 +1,8 @@
-"""Fitted decoders on disk: decoders.json and one safetensors file a kind.
+"""Fitted decoders on disk: decoders.json and one safetensors file per kind.
 
-A ridge decoder in dual form consists of its pairs and lambda, so the record names the pairs by fingerprint and
-`load_decoder` takes the pairs too. Beside decoders for any A lies any_a.safetensors, the core that they see updates in.
+A ridge decoder in dual form needs its pairs to decode, so decoders.json holds their fingerprint and `load_decoder`
+takes the pairs as an argument. Decoders for any A come with any_a.safetensors, the core that their inputs are
+expressed in.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ RECORD = "decoders.json"
 
 
 def save_decoders(folder: Path, states: dict[str, dict[str, Tensor]], pairs: StoredPairs, count: int) -> None:
-    """Write fitted decoders, kind -> `state()`; an older decoders.json is removed first, the new one is written last.
+    """Write fitted decoders; an older decoders.json is removed first, and the new one is written last.
 
-    states: those of decoders for any A come with that of their core, under ANY_A.
+    Args:
+        states: kind -> `Decoder.state()`; decoders for any A also need the state of their core, under ANY_A.
+        count: number of pairs that the decoders were fitted to.
+
+    Raises:
+        R2FError: a file cannot be written.
     """
     (folder / RECORD).unlink(missing_ok=True)
     for kind, state in states.items():
@@ -46,9 +52,10 @@ def save_decoders(folder: Path, states: dict[str, dict[str, Tensor]], pairs: Sto
 
 
 def load_decoder(folder: Path, kind: str, pairs: StoredPairs, seen: PairSource | None = None) -> Decoder:
-    """Read one decoder back.
+    """Load one decoder.
 
-    seen: the view of the pairs that it was fitted to, where it was one (AgnosticPairs).
+    Args:
+        seen: the `AgnosticPairs` that the decoder was fitted to; None if it was fitted to `pairs` directly.
 
     Raises:
         R2FError: the folder holds no such decoder, or it was fitted to other pairs.
@@ -59,7 +66,7 @@ def load_decoder(folder: Path, kind: str, pairs: StoredPairs, seen: PairSource |
 
 
 def load_core(folder: Path, pairs: StoredPairs) -> Core:
-    """Read back the core in which decoders for any A see updates; raises as `load_decoder` does."""
+    """Load the core of decoders for any A; raises as `load_decoder` does."""
     return Core.of_state(_read(folder, ANY_A, pairs), pairs.a)
 
 
@@ -83,7 +90,7 @@ def _read(folder: Path, name: str, pairs: StoredPairs) -> dict[str, Tensor]:
 
 
 def read_gradients(path: Path, target: Target, adapters: int) -> Gradient:
-    """Read gradients of that many adapters as `r2f decode` writes them, [adapters, d_out, d_in] a layer.
+    """Read a file written by `r2f decode`: gradients of `adapters` adapters, dense[name] [adapters, d_out, d_in].
 
     Raises:
         R2FError: missing or damaged file, missing layers, wrong shapes, NaN.

@@ -1,1 +1,1 @@
-"""From updates and gradients back to images: routes, and the counts that say which of them can be exact."""
+"""Reconstruction of images from updates and gradients: routes, and identifiability by counting equations."""

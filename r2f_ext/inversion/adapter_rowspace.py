@@ -1,15 +1,15 @@
-"""Closed form from an adapter alone: A's movement spans the inputs of the adapted layer.
+"""Closed form from an adapter alone: the change of A spans the inputs of the adapted layer (docs/methods.md, 3c, 6).
 
-With plain SGD, A_T - A_0 is a sum of B_t^T D_t^T X_t, so its rows lie in the span of block 0's qkv inputs and
-the solve of `attention_rowspace` applies: rank at least the number of patch tokens, T >= 2 (at T = 1 B was 0
-and A has not moved). At T = 1 B_1 is proportional to D^T (X A_0^T): its row space in R^r still gives r - tokens
-equations, A_0^T q for q orthogonal to it. Momentum keeps the span; Adam does not. Under weight decay it is
-A_T - c A_0 that lies in it, and with a rank above the tokens' number A_T and A_0 show c.
+With plain SGD, A_T - A_0 is a sum of terms B_t^T D_t^T X_t, so its rows lie in the span of block 0's qkv inputs and the
+solve of `attention_rowspace` applies. It needs a rank of at least the number of patch tokens and T >= 2: at T = 1, B is
+0 and A does not change. At T = 1, B_1 is proportional to D^T (X A_0^T), and its row space in R^r still gives r - tokens
+equations, with the directions A_0^T q for q orthogonal to it. Momentum preserves the span; Adam does not. With weight
+decay A_T - c A_0 lies in the span, and c can be computed from A_T and A_0 if the rank exceeds the number of tokens.
 
-Weight decay forgets A_0 in the end: where both gradients vanish, decay * A = -scale * B^T D^T X, so A itself lies in
-the span and no A_0 is needed. But decay of both factors is a nuclear-norm penalty on B A (Srebro, Rennie and Jaakkola,
-NeurIPS 2004): with A_0 go all directions but the few that the loss holds up, and what is left is a hint, no image.
-(Jang et al., ICML 2024, and DAGER, Petrov et al., NeurIPS 2024, study rank and span of LoRA from other sides.)
+Long training with weight decay removes A_0: at a stationary point decay * A = -scale * B^T D^T X, so A itself lies in
+the span and A_0 is not needed. But decay of both factors is a nuclear-norm penalty on B A (Srebro, Rennie and Jaakkola,
+NeurIPS 2004): directions that the loss does not support shrink as fast as A_0, and the few that remain are not enough
+for an image. (Jang et al., ICML 2024, and DAGER, Petrov et al., NeurIPS 2024, also study rank and span of LoRA.)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from r2f_ext.models import forgot_start
 from r2f_ext.types import BaseModel, LoraUpdate, Reconstruction, Target
 
 ROUTE = "adapter_rowspace"
-CROWDED = 10  # times the width of a crowd of eigenvalues that it must lie below 1 to mean decay
+CLUSTER_GAP = 10  # distance of a cluster of eigenvalues below 1, in cluster widths, that indicates weight decay
 STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -78,13 +78,13 @@ def count_adapter_rowspace(base: BaseModel, adapter: Target | None, steps: int |
 def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstruction:
     """Solve for the image that one adapter was trained on, one image at every step.
 
-    The storage precision of A decides: its movement is a small difference of large numbers, so float64
-    factors give the image and float32 factors often only a blur (`details` holds the expected error).
+    The result depends on the storage precision of A, whose change is a small difference of large numbers: float64
+    factors give the image, float32 factors often only a blurred one (`details` holds the expected error).
 
     Args:
         target: the base and its adapted layers; `blocks.0.attn.qkv` must be one of them.
-        update: factors after T steps, with A_0 (`a0`). An A that has not moved means T = 1. Without A_0 only an A
-            that weight decay has made forget it will do.
+        update: factors after T steps, with A_0 (`a0`). An unchanged A means T = 1. A_0 may be missing only
+            if weight decay has removed it from A.
 
     Returns:
         A reconstruction with images [1, c, h, w]; `why` and `details` name rank, tokens, storage precision and the
@@ -125,16 +125,16 @@ def invert_adapter_rowspace(target: Target, update: LoraUpdate) -> Reconstructio
 
 
 def _only_shrunk(a: Tensor, a0: Tensor) -> bool:
-    """Whether A is A_0, or what weight decay left of it, to the rounding of its storage: B was 0 at the only step."""
+    """Whether A is a multiple of A_0 up to storage rounding: then there was one step, with B = 0 and weight decay."""
     share = (a * a0).sum() / a0.square().sum()
     return bool((a - share * a0).norm() <= storage_precision(a).eps * a.norm())
 
 
 def remaining_share(a: Tensor, start: Tensor, tokens: int) -> float:
-    """The share c of A_0 that weight decay has left in A_T, both [r, d_in], float64; 1 where none is seen.
+    """The factor c by which weight decay shrank A_0 in A_T, both [r, d_in], float64; 1 if no decay is detected.
 
-    A_T - c A_0 has a rank of at most `tokens`, so c is an eigenvalue of A_T pinv(A_0) [r, r], r - tokens times: where
-    its eigenvalues crowd.
+    A_T - c A_0 has rank at most `tokens`, so c is an eigenvalue of A_T pinv(A_0) [r, r] of multiplicity r - tokens. It
+    is estimated as the mean of the tightest cluster of that many eigenvalues.
     """
     crowd = len(a) - tokens
     if crowd < 2 or not start.any():
@@ -143,11 +143,11 @@ def remaining_share(a: Tensor, start: Tensor, tokens: int) -> float:
     spread, nearest = (eigenvalues[:, None] - eigenvalues).abs().sort(dim=1)
     densest = int(spread[:, crowd - 1].argmin())
     share = float(eigenvalues[nearest[densest, :crowd]].real.mean())
-    return share if 1 - share > CROWDED * float(spread[densest, crowd - 1]) else 1.0
+    return share if 1 - share > CLUSTER_GAP * float(spread[densest, crowd - 1]) else 1.0
 
 
 def storage_precision(factor: Tensor) -> torch.finfo:
-    """The coarsest float type that holds every number of a factor as it is: what the adapter was saved in."""
+    """The lowest-precision float dtype that represents every entry exactly: the dtype that the adapter was saved in."""
     exact = (dtype for dtype in STORED if torch.equal(factor.to(dtype).to(factor), factor))
     return torch.finfo(next(exact, factor.dtype))
 

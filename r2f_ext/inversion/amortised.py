@@ -1,6 +1,6 @@
 """Amortised inversion (docs/methods.md, 3d): kernel ridge from the LoRA update to the image, fitted on proxy pairs.
 
-The kernel depends on directions only: with c the cosine of two updates averaged over layers,
+The kernel depends only on directions: with c the cosine of two updates averaged over layers,
 k = exp(-2 gamma (1 - c)). The victim's unknown learning rate therefore cancels.
 
 The label is estimated first: it decides the sign and direction of the gradient at the logits, so updates of different
@@ -26,9 +26,9 @@ from r2f_ext.types import Reconstruction, Target
 
 GAMMAS = (0.25, 0.5, 1.0, 2.0)
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1)
-SELECTION_PAIRS = 1000  # gamma and ridge are chosen on a part: they hardly depend on the count
-LABEL_PAIRS = 2000  # that labels are estimated from: more help little
-OWN_PAIRS = 100  # of one label; with fewer the pairs of all labels are used together
+SELECTION_PAIRS = 1000  # gamma and ridge are chosen on these, as they hardly depend on the count
+LABEL_PAIRS = 2000  # pairs to estimate labels from; more improve little
+OWN_PAIRS = 100  # minimum pairs of one label to fit it alone; with fewer, the pairs of all labels are used
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class AmortisedInverter:
 
     @property
     def choice(self) -> Choice:
-        """Of the fit to all pairs."""
+        """The settings of the fit to the pairs of all labels."""
         return self._fit(None).choice
 
     def find_labels(self, updates: dict[str, Tensor]) -> Tensor:
@@ -126,9 +126,9 @@ class AmortisedInverter:
         return Reconstruction("amortised", found, labels, why, time.perf_counter() - began, details, loo_errors=errors)
 
     def far_from_proxy(self, updates: dict[str, Tensor]) -> Tensor:
-        """Bool [V]: whose update is less like any proxy update than 19 in 20 of those are like their nearest.
+        """Bool [V]: victims whose estimate is unreliable, because their update resembles no proxy update.
 
-        Do not trust the estimate of those.
+        The largest cosine with a proxy update is below the 5th percentile of that of the proxies among themselves.
         """
         labels = self.find_labels(updates)
         far = torch.zeros_like(labels, dtype=torch.bool)
@@ -177,7 +177,7 @@ class AmortisedInverter:
 
 @dataclass(frozen=True)
 class Amortised:
-    """The reconstruction of `invert_by_label`, and which victims [V] no proxy pair resembles."""
+    """The reconstruction by `invert_by_label`, and bool [V]: victims whose update resembles no proxy update."""
 
     reconstruction: Reconstruction
     far_from_proxy: Tensor
@@ -193,7 +193,7 @@ def invert_by_label(
 ) -> Amortised:
     """The amortised route at any proxy size: pairs are made label by label, only for the victims' labels.
 
-    A proxy whose labels are random serves every label with all its images; of another, the images of the label.
+    If the proxy's labels are random, all its images are used for every label; otherwise only the images of the label.
 
     Args:
         a: name -> the victims' common A [r, d_in]; observed: name -> their updates [V, d_out, r].
@@ -231,7 +231,7 @@ def invert_by_label(
 
 
 def proxy_of_label(proxy: ImageSet, label: int) -> ImageSet:
-    """The images of `proxy` that can stand for `label`, all labelled so; all of it where they are fewer than 100."""
+    """Images of `proxy` to fit `label` with; all of them if fewer than OWN_PAIRS have that label."""
     if proxy.random_labels:
         return proxy.relabelled(label)
     own = torch.nonzero(proxy.labels == label).flatten()
@@ -246,7 +246,7 @@ def _inverter(
         for name, update in batch.updates.items():
             parts[name].append(update.flatten(1))
         advance(len(batch.labels))
-    # Joined layer by layer, each layer's parts freed at once: two copies of everything would be the peak.
+    # Concatenated layer by layer, which frees the parts early: peak memory stays below two copies of all updates.
     updates = {name: torch.cat(parts.pop(name)) for name in target.names}
     device = target.base.device
     images, labels = proxy.batch(slice(None), device), proxy.labels.to(device)
@@ -268,14 +268,14 @@ def _system_(cosine: Tensor, choice: Choice) -> RidgeSystem:
 
 
 def _errors(cosine: Tensor, wanted: Tensor, choice: Choice) -> Tensor:
-    """What a fit to the first SELECTION_PAIRS pairs gets wrong [n, k] when each is left out."""
+    """Leave-one-out errors [n, k] of a fit to the first SELECTION_PAIRS pairs."""
     count = min(SELECTION_PAIRS, len(cosine))
     system = _system_(cosine[:count, :count].clone(), choice)
     return system.leave_one_out_errors(system.solve(wanted[:count] - wanted[:count].mean(0)))
 
 
 def _select(cosine: Tensor, wanted: Tensor, pixels: int) -> Choice:
-    """Choose gamma and ridge by PSNR of what is held out from the first SELECTION_PAIRS pairs."""
+    """Choose gamma and ridge by PSNR on the last sixth of the first SELECTION_PAIRS pairs."""
     count = min(SELECTION_PAIRS, len(cosine))
     train = count - count // 6
     centred = wanted[:count] - wanted[:train].mean(0)

@@ -39,8 +39,8 @@ from r2f_ext.types import BaseModel, Reconstruction
 ROUTE = "attention_rowspace"
 # A singular value counts as signal when it exceeds the largest of the noise by this factor.
 CLEAR_GAP = 1.2
-# The share of the span that may be lost before all equations are trusted less: lost tokens then are not the exception.
-BEARABLE = 0.25
+# Fraction of the tokens' span that may be lost in noise before the weights of all equations are reduced.
+TOLERATED_LOSS = 0.25
 # Rows of a gradient below this share of the largest are rounding.
 NEGLIGIBLE_ROW = 1e-12
 
@@ -98,8 +98,8 @@ def invert_attention_rowspace(
     Args:
         base: a timm VisionTransformer with p^2 c + 1 <= d - tokens.
         gradients: parameter name -> exact gradient; reads `blocks.0.attn.qkv.weight` [3d, d], any float dtype.
-        prior_images: public images [n, c, h, w] in [0, 1] of the kind expected, what the solve falls back on where
-            noise hides the image; None: smooth gray patches. Without noise they do not matter.
+        prior_images: public images [n, c, h, w] in [0, 1] similar to the victim's, which define the prior; it has an
+            effect only in directions hidden by noise. None: a prior of smooth gray patches.
 
     Returns:
         A reconstruction with images [1, c, h, w]; `details` as in `solve_from_rows`.
@@ -119,8 +119,8 @@ def invert_attention_rowspace(
 
 
 def equilibrate_rows(rows: Tensor) -> Tensor:
-    """Give every row unit norm. The span stays; floats of small rows are as precise as those of large rows,
-    so the small singular values rise above the rounding (about 12 dB on the embedded base)."""
+    """Scale every row to unit norm. The span does not change, and rounding errors become equally large in all rows, so
+    that small singular values rise above them (about 12 dB on the embedded base)."""
     size = rows.norm(dim=1, keepdim=True)
     large = size[:, 0] > NEGLIGIBLE_ROW * size.max()
     return rows[large] / size[large]
@@ -175,13 +175,13 @@ def solve_from_rows(
 ) -> tuple[Tensor, dict[str, float]]:
     """Image [1, c, h, w] from vectors rows [m, d], float64, that span block 0's qkv inputs up to noise.
 
-    Rows whose noise is in proportion to their size (rounding) are brought to unit norm first, others (noise alike in
-    all rows) are not.
+    Rows are scaled to unit norm first if their noise is proportional to their norm (rounding), and not if the noise is
+    equally large in all rows.
 
     Args:
         rounding: relative error of a row's numbers as they were stored.
         prior_images: as in `invert_attention_rowspace`.
-        batch: images whose inputs span the rows; from two on the one estimate stands for all of them, and is poor.
+        batch: images whose inputs span the rows; for two or more, one (poor) estimate stands for all of them.
 
     Returns:
         image, details: rank (how many of the N patch tokens stand clear of the noise), the spectrum's N-th value and
@@ -209,7 +209,7 @@ def solve_from_rows(
 
 
 def _noise_follows_rows(rows: Tensor, found: Directions, count: int) -> bool:
-    """Whether what the rows hold outside the tokens' span varies less in proportion to each row than as it is."""
+    """Whether the noise of the rows is closer to proportional to their norms than to constant."""
     noise = (rows @ found.weighted[count:].mT).norm(dim=1)
     size = rows.norm(dim=1)
     large = (size > NEGLIGIBLE_ROW * size.max()) & (noise > 0)
@@ -219,20 +219,20 @@ def _noise_follows_rows(rows: Tensor, found: Directions, count: int) -> bool:
 
 
 def _buried(clear: int, count: int) -> float:
-    """Share of the `count` tokens' span that is lost in noise; the weights cope with a few lost tokens alone."""
+    """Fraction of the `count` tokens' span that is lost in noise; small losses, which the weights absorb, give 0."""
     lost = 1 - clear / count
-    return min(lost, max(0.0, 2 * (lost - BEARABLE)))
+    return min(lost, max(0.0, 2 * (lost - TOLERATED_LOSS)))
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Directions of R^d, each weighted by how surely it is orthogonal to the rows' span.
+    """Directions of R^d, each weighted by the confidence that it is orthogonal to the rows' span.
 
     Attributes (float64):
-        weighted: [q, d], orthogonal to each other and to what is known; of norm 1 where only noise lies.
-        singular: [min(m, q)], of the rows outside the known part, falling.
-        clear: how many of them stand clear of the noise, at most the number of patch tokens.
-        floor: the size of singular values that are noise.
+        weighted: [q, d], orthogonal to each other and to the known inputs; norm 1 for directions of pure noise.
+        singular: [min(m, q)], singular values of the rows outside the known part, descending.
+        clear: number of singular values above the noise, at most the number of patch tokens.
+        floor: noise level of the singular values.
     """
 
     weighted: Tensor
@@ -245,9 +245,9 @@ def weighted_directions(rows: Tensor, known: Tensor, count: int, rounding: float
     """Weigh every direction outside `known` [k, d] by its singular value in rows [m, d].
 
     The rows are D^T T plus noise, and T has `count` unknown rows. Along a right singular vector v_i of singular
-    value s_i the tokens are of the size max(s_i, noise), since T v_i = pinv(D^T)(s_i u_i - noise v_i): so equation
-    v_i^T t = 0 gets the weight noise / max(s_i, noise). Where the spectrum has a gap this cuts it off there; where it
-    has none no rank need be chosen.
+    value s_i the tokens have size max(s_i, noise), since T v_i = pinv(D^T)(s_i u_i - noise v_i). The equation
+    v_i^T t = 0 therefore has weight noise / max(s_i, noise). If the spectrum has a gap, this acts as a cut-off there;
+    otherwise no rank has to be chosen.
     """
     outside = complement(known)
     _, singular, right = torch.linalg.svd(rows @ outside, full_matrices=outside.shape[1] > len(rows))
@@ -261,8 +261,8 @@ def weighted_directions(rows: Tensor, known: Tensor, count: int, rounding: float
 def _noise_level(singular: Tensor, shape: tuple[int, int], count: int, least: float) -> tuple[int, float]:
     """How many of the first `count` singular values of a matrix of this shape are signal, and one entry's noise.
 
-    What is not signal is white noise, whose singular values end at entry (sqrt(m) + sqrt(q)) (Marchenko and Pastur);
-    taking all `count` for signal first, the two are found in turns, and the noise only grows.
+    White noise has singular values of at most about entry (sqrt(m) + sqrt(q)) (Marchenko and Pastur). The two figures
+    are computed in turn, starting from `count` signal values; the noise estimate only grows, so the loop ends.
     """
     clear, entry = min(count, len(singular)), least
     while True:
@@ -282,7 +282,7 @@ def complement(rows: Tensor) -> Tensor:
 
 
 def solve_prior(base: BaseModel, geometry: ViTGeometry, tokens: TokenMap, images: Tensor | None = None) -> Prior:
-    """The patch prior, extended by the norms' scalars: their typical size, give or take as much."""
+    """The patch prior, extended by the norms' scalars: mean and standard deviation are their typical size."""
     patch = patch_prior(base, geometry.patch) if images is None else prior_from_images(base, images, geometry.patch)
     mean = torch.cat([patch.mean, tokens.typical[:, None].expand(-1, patch.mean.shape[1])])
     return Prior(mean, torch.block_diag(patch.root, torch.diag(tokens.typical)))
@@ -295,7 +295,7 @@ def solve_patches(tokens: TokenMap, orthogonal: Tensor, prior: Prior, buried: fl
 
 
 def check_rows(rows: Tensor, what: str) -> None:
-    """Refuse rows that hold nothing or not numbers.
+    """Check that rows are finite and not all zero.
 
     Raises:
         R2FError: NaN, infinity, or all zero.

@@ -1,4 +1,4 @@
-"""Counts and refusals that several routes share."""
+"""Counts and reasons for refusal that several routes share."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def closed_form_verdict(
     """The verdict of a linear solve: exact, or refused for the reason given.
 
     Args:
-        refusal: half a sentence; None where the solve is exact.
-        needs: what must be observed; count: unknowns against equations in words.
+        refusal: the reason as a clause; None if the solve is exact.
+        needs: what must be observed.
+        count: unknowns and equations in words.
     """
     certainty = Certainty.EXACT if refusal is None else Certainty.REFUSED
     why = f"{needs}: {count}." if refusal is None else f"Not exact: {refusal} ({count})."
@@ -31,8 +32,8 @@ def search_verdict(problem: Problem, route: str, description: str, refusal: str 
     """The verdict of a search or an estimate: the observed numbers against the pixel values.
 
     Args:
-        description: what the route is, in words.
-        refusal: why it does not apply, half a sentence; None where it does.
+        description: a noun phrase that describes the route.
+        refusal: why it does not apply, as a clause; None if it applies.
     """
     unknowns = problem.batch * prod(problem.base.input_shape)
     equations, source = _observed_numbers(problem)
@@ -56,7 +57,7 @@ def _observed_numbers(problem: Problem) -> tuple[int, str]:
 
 
 def several_steps(problem: Problem) -> str | None:
-    """What keeps a search that models one plain step from these adapters, half a sentence; None: nothing."""
+    """Why a search that models one plain SGD step does not apply, as a clause; None if it applies."""
     if problem.training is not None and not problem.training.plain_step:
         return "the victims did not take one plain SGD step, which the search models; gauss_newton_unrolled models more"
     if (problem.steps or 1) > 1 or (problem.adapters and problem.steps is None):
@@ -68,13 +69,13 @@ def several_steps(problem: Problem) -> str | None:
 
 
 def not_shared(shared: Collection[str] | None, *names: str) -> str | None:
-    """What keeps a route from an observer who lacks the gradients of `names`."""
+    """Why a route that needs the gradients of `names` does not apply, as a clause; None if all are shared."""
     lacking = [] if shared is None else [name for name in names if name not in shared]
     return f"the gradient of {lacking[0]} is not shared" if lacking else None
 
 
 def row_space_refusal(g: ViTGeometry, batch: int) -> str | None:
-    """What keeps block 0's inputs from being one linear system per patch, whatever the count."""
+    """Why block 0's inputs do not give one linear system per patch, regardless of the count; None if they do."""
     if not g.linear_qkv:
         return "block 0 does not read its tokens through a norm and one qkv projection"
     if g.has_embed_norm:
@@ -89,7 +90,7 @@ def row_space_refusal(g: ViTGeometry, batch: int) -> str | None:
 
 
 def count_on(route: str, base: BaseModel, count: Callable[[ViTGeometry], Verdict]) -> Verdict:
-    """The count on the base's geometry, or the refusal of a base that is no Vision Transformer."""
+    """Apply `count` to the base's geometry; a base that is not a supported Vision Transformer is refused."""
     try:
         geometry = base_geometry(base)
     except R2FError as error:

@@ -3,10 +3,11 @@
 The updates z_l = D_l^T (X_l A_l^T) of all layers are a smooth and heavily overdetermined function of the image, so the
 image is the root of z(x) = z*. Each update is divided by its norm: the victim's learning rate is unknown and cancels.
 
-What makes it converge from a start of about 20 dB, besides what `newton` describes:
-* coordinates in which the proxies vary by one (`Subspace`): where no proxy varies, nothing is searched;
-* where the image is still too far for a derivative, a regression over a cloud of images instead (`linearisation`);
-* no box: pixels may leave [0, 1] on the way, since clamping every step stops searches at points that are no solution.
+Besides the damping described in `newton`, convergence from a start of about 20 dB depends on three choices:
+* Coordinates have unit variance over the proxies, and directions without variance are excluded (`Subspace`).
+* Far from the image, where a derivative is a poor model, a regression over a cloud of images replaces it
+  (`linearisation`).
+* Pixels may leave [0, 1] during the search, because clamped steps stop at points that are not solutions.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ GRAM_COLUMNS = 4096  # of the Jacobian that are in float64 at once
 
 @dataclass(frozen=True)
 class GaussNewtonConfig:
-    """When to stop, and what a good step is.
+    """Stopping criteria and step control.
 
     Attributes:
-        passes: at most, per victim; each is a cloud of images or a Jacobian, which cost about the same.
-        patience: passes without a residual a fifth lower, after which the search begins again with other clouds.
-        steps: at most, with one Jacobian.
-        contraction: a step must shrink the next correction to this share.
-        directions: tangents, or images, that go through the model at once.
-        seed: of the clouds.
+        passes: maximum per victim; a pass is a cloud of images or a Jacobian, which cost about the same.
+        patience: passes without a reduction of the residual by a fifth after which the search restarts with new clouds.
+        steps: maximum number of steps with one Jacobian.
+        contraction: largest accepted ratio of the norm of the next correction to that of the present one.
+        directions: batch size of tangents, or of images, in one pass of the model.
+        seed: seed of the clouds.
     """
 
     passes: int = 22
@@ -69,7 +70,7 @@ class GaussNewtonConfig:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Where images are looked for: start + basis u, with u of unit size for a difference like that between proxies.
+    """The affine search space start + basis u, scaled so that u has unit variance over the proxies.
 
     Attributes:
         basis: [c * h * w, q], orthogonal columns, each as long as the proxies' standard deviation along it.
@@ -79,7 +80,7 @@ class Subspace:
 
     @staticmethod
     def of(images: Tensor, tolerance: float = 1e-7) -> Subspace:
-        """The span of the variation of proxy images [n, c, h, w], n >= 2; variances up to `tolerance` count as none.
+        """The span of the variation of proxy images [n, c, h, w], n >= 2; variances up to `tolerance` count as 0.
 
         Raises:
             R2FError: the proxies are all alike, or an image has more than MAX_PIXELS numbers.
@@ -94,12 +95,12 @@ class Subspace:
 
 
 def too_large(pixels: int) -> str:
-    """Why the dense search does not take images of so many numbers, half a sentence."""
+    """Why the dense search does not accept images of this many pixel values, as a clause."""
     return f"an image has {pixels} numbers, and the search, which is dense, takes up to {MAX_PIXELS}"
 
 
 class DenseMap(Protocol):
-    """z: images to updates, with its Jacobian written out. `UpdateMap` is one; so is `unrolled.UnrolledMap`."""
+    """A map z from images to updates with a dense Jacobian: `UpdateMap` or `unrolled.UnrolledMap`."""
 
     target: Target
 
@@ -116,7 +117,7 @@ class UpdateMap:
     """z(x): the updates of all layers, each of norm 1, side by side [R]; for images of shape (c, h, w)."""
 
     def __init__(self, target: Target, a: dict[str, Tensor], shape: torch.Size, directions: int) -> None:
-        """a[name] [r, d_in]; directions: tangents of one pass."""
+        """a: name -> [r, d_in]; directions: tangents per pass."""
         self.target, self.shape, self.directions = target, shape, directions
         self.a = {layer.name: a[layer.name] for layer in target.layers}
         self.tangents = CaptureTangents(target)
@@ -145,7 +146,7 @@ class UpdateMap:
 
 
 def flat_units(updates: dict[str, Tensor]) -> Tensor:
-    """Updates [V, d_out, r] a layer -> [V, R], every layer's part of norm 1."""
+    """name -> updates [V, d_out, r] -> [V, R], the layers concatenated, each scaled to norm 1."""
     return torch.cat([F.normalize(update.flatten(1), dim=1, eps=1e-30) for update in updates.values()], dim=1)
 
 
@@ -157,7 +158,7 @@ def unit_tangent(value: Tensor, tangent: Tensor) -> Tensor:
 
 
 class DenseSteps(Steps):
-    """Far from the image by statistical linearisation, near it by Gauss-Newton; again with other clouds."""
+    """Statistical linearisation far from the image, Gauss-Newton near it; a restart draws new clouds."""
 
     def __init__(
         self,
@@ -184,13 +185,13 @@ class DenseSteps(Steps):
         return point, value
 
     def update_of(self, images: Tensor) -> Tensor:
-        """Images [n, c * h * w] -> [n, R], some at a time."""
+        """Images [n, c * h * w] -> [n, R], in batches."""
         return torch.cat([self.updates(part, self.label) for part in images.split(self.config.directions)])
 
     def judge(self, before: float, residual: float) -> None:
         self.newton = residual < NEAR or (residual < FAR and (self.newton or residual > STALLED * before))
 
-    def begin_again(self) -> bool:
+    def restart(self) -> bool:
         self.cloud, self.newton = Cloud(self.axes.covariance), False
         return True
 
@@ -217,7 +218,7 @@ def search(
 
 
 class DenseLocal:
-    """The Jacobian at one point [c * h * w], and J^T J decomposed in float64: rounding leaves no negative curvature."""
+    """The Jacobian at one point [c * h * w], and the eigendecomposition of J^T J in float64, clamped to be >= 0."""
 
     batch_size = len(DAMPINGS)
 
@@ -232,7 +233,7 @@ class DenseLocal:
         return (errors @ self.jacobian.T).double() @ self.axes
 
     def moved(self, point: Tensor, correction: Tensor) -> Tensor:
-        """No box: pixels may leave [0, 1] on the way, as clamping every step stops searches at no solution."""
+        """Not clamped to [0, 1], because clamped steps stop at points that are not solutions."""
         return point - (correction @ self.axes.T).to(self.basis.dtype) @ self.basis.T
 
 
@@ -245,7 +246,7 @@ def newton_steps(
     subspace: Subspace,
     config: GaussNewtonConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Gauss-Newton steps with one Jacobian, from point [1, c * h * w] with update value [1, R]; the last of both."""
+    """Gauss-Newton steps with one Jacobian, from point [1, c * h * w] with value [1, R]; returns the last of both."""
     local = DenseLocal(updates, point[0], label, subspace)
     solved = SOLVED * len(updates.target.layers) ** 0.5
     return descend(
@@ -265,15 +266,16 @@ def gauss_newton(
     """Route `gauss_newton`: images of V one-step, one-image adapters from their updates.
 
     Args:
-        a: name -> A [r, d_in], as the adapters have it.
-        observed: name -> updates [V, d_out, r], of any positive scale a layer.
-        start: images [V, c, h, w] in [0, 1] and labels [V] of another route; label and neighbourhood must be right.
+        a: name -> A [r, d_in] of the adapters.
+        observed: name -> updates [V, d_out, r], each layer at any positive scale.
+        start: images [V, c, h, w] in [0, 1] and labels [V] of another route; the search succeeds only with
+            the correct label and a start close enough to the image.
             Its `loo_errors`, if any, shape the first cloud of a victim.
-        subspace: where to search, from proxies.
-        advance: called after each victim, for progress bars.
+        subspace: search space, computed from proxies.
+        advance: called with 1 after each victim.
 
     Returns:
-        images [V, c, h, w]: the search's where it ended exactly or far below the start's residual, else the start's.
+        images [V, c, h, w]: the search's if exact or of a residual far below the start's, else the start.
         See `search_each`.
 
     Raises:

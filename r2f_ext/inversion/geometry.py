@@ -1,4 +1,4 @@
-"""The geometry of a Vision Transformer: what counting and the closed forms need to know of the base."""
+"""The geometry of a Vision Transformer, as counting and the closed forms use it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NORMS = (nn.LayerNorm, RmsNorm)
 
 @dataclass(frozen=True)
 class ViTGeometry:
-    """What counting needs to know of a timm VisionTransformer.
+    """Sizes and structure of a timm VisionTransformer.
 
     Attributes:
         patch: (height, width) of a patch in pixels.
@@ -29,7 +29,7 @@ class ViTGeometry:
         patch_tokens: N, rows * columns.
         prefix_tokens: class, distillation and register tokens; their inputs to block 0 are public.
         width: d, the embedding dimension.
-        has_pos_embed: positions are told apart by a parameter, whose gradient is each token's gradient.
+        has_pos_embed: there is a position embedding, whose gradient is the gradient at each token.
         has_embed_norm: a norm between the patch embedding and the positions.
         has_pre_norm: a norm between the positions and block 0 (CLIP).
         linear_qkv: block 0 reads its tokens through (a norm and) one qkv projection.

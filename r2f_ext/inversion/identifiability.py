@@ -1,4 +1,4 @@
-"""Which routes can recover an image exactly, decided by counting before anything runs."""
+"""Which routes can recover an image exactly, decided by counting equations before any route runs."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Statistical linearisation: the update map replaced by its linear regression over a cloud of images.
+"""Statistical linearisation: the update map is replaced by its regression over a cloud of images (docs/methods.md, 3f).
 
 Far from the image the derivative is a poor model: the map is nonlinear over the distance to the image. A regression
 over a cloud as wide as that distance averages over the nonlinearity, and its minimum error estimate of the image from
 the observed update is the next point (iterated posterior linearisation: Garcia-Fernandez et al., IEEE Trans. Signal
 Processing 63(20), 2015). The size of the cloud follows the misfit of the point but shrinks slowly: the misfit falls
 faster than the distance, to which it is insensitive along most directions. A part of the cloud's shape is the error
-covariance of the last regression: the search continues there. A partly Gaussian kernel models the nonlinearity that is
-left within the cloud.
+covariance of the last regression, so that the next cloud samples the directions still undetermined. A partly Gaussian
+kernel models the remaining nonlinearity within the cloud.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from r2f_ext.kernel_solver import fit_by_leave_one_out
 
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(4, 19))  # shares of the kernel matrix's largest eigenvalue
 GAUSSIAN, WIDTH = 0.2, 0.25  # the Gaussian share of the kernel, and its exponent at the mean squared distance
-SAMPLES = 1.5  # per direction: fewer leave no errors to choose the damping by
+SAMPLES = 1.5  # images per direction; with fewer the leave-one-out errors do not determine the damping
 PROBES = 48  # images that determine the cloud's size
 SIZES = tuple(2.0**k for k in range(-3, 7))  # tried until the probes' misfit is the point's
-EXPECTED = 2 / 3  # of the next cloud's shape; the rest is that of the last errors
-SHRINKS = 0.85  # of the last cloud's size a cloud has at least
-SHORTER = (1.0, 0.5, 0.25)  # of the way to the regression's estimate
+EXPECTED = 2 / 3  # weight of the expected covariance in the next cloud's shape; the rest is the last errors' covariance
+SHRINKS = 0.85  # smallest ratio of a cloud's size to that of the previous cloud
+SHORTER = (1.0, 0.5, 0.25)  # trial step lengths, relative to the regression's estimate
 
 UpdateOf = Callable[[Tensor], Tensor]  # images [n, p] -> updates [n, R]
 
@@ -104,7 +104,7 @@ def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shif
         if reached > misfit:
             if below == 0:
                 break
-            # Between two sizes misfits grow like a power.
+            # Interpolate as if the misfit were a power of the size.
             share = log(misfit / reached_below) / log(reached / reached_below)
             return below * (size / below) ** share
         below, reached_below = size, max(reached, 1e-300)
@@ -112,10 +112,10 @@ def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shif
 
 
 def _regress(updates: Tensor, offsets: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernel ridge with a constant from updates [n, R] to offsets [n, q], its damping chosen by leaving out one each.
+    """Kernel ridge with a constant from updates [n, R] to offsets [n, q], damped by leave-one-out error.
 
     Returns:
-        (offset [q] for `observed`, what was wrong [n, q] float64 when each was left out).
+        (offset [q] for `observed`, leave-one-out errors [n, q] float64).
     """
     middle = offsets.mean(0)
     kernel, similar = _kernels(updates, observed)

@@ -1,9 +1,9 @@
-"""Gauss-Newton without a Jacobian: for images, or gradients, too large to write one out.
+"""Gauss-Newton without a dense Jacobian, for images or gradients that are too large for one.
 
-J v comes from forward mode over the reverse pass, J^T u from a second reverse pass. A Krylov space of J^T J, started at
-J^T r, takes the place of its decomposition: within it the damped corrections of all dampings are known at once (they
-are those of conjugate gradients), and so is the next correction that the natural monotonicity test of `gauss_newton`
-asks for. Directions outside the space wait for the next one.
+J v is computed in forward mode over the reverse pass, J^T u by a second reverse pass. A Krylov space of J^T J, started
+at J^T r, replaces the eigendecomposition: projected onto it, the corrections for all dampings (those of conjugate
+gradients) and the next correction of the natural monotonicity test (see `newton`) are cheap. Directions outside the
+space are left to the next point.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from r2f_ext.types import FactoredGradient, Target
 
 @dataclass(frozen=True)
 class MatrixFreeConfig:
-    """When to stop, and what a good step is; see `GaussNewtonConfig`.
+    """Stopping criteria and step control; see `GaussNewtonConfig`.
 
     Attributes:
-        points: at most, at which J is taken.
-        steps: at most, from one of them.
-        contraction: a step must shrink the next correction to this share.
-        stalled: points in a row without a residual a fifth lower, after which the search ends.
-        krylov: dimension of the Krylov space: as many products with J and with J^T a point.
+        points: maximum number of points at which J is linearised.
+        steps: maximum number of steps per point.
+        contraction: largest accepted ratio of the norm of the next correction to that of the present one.
+        stalled: consecutive points without a reduction of the residual by a fifth after which the search ends.
+        krylov: dimension of the Krylov space, the number of products with J and with J^T per point.
     """
 
     points: int = 14
@@ -44,7 +44,7 @@ class MatrixFreeConfig:
 
 
 class Coordinates(Protocol):
-    """A linear map S from coordinates, in which all directions are about as likely, to changes of an image."""
+    """A linear map S from whitened coordinates to changes of an image."""
 
     def spread(self, u: Tensor) -> Tensor:
         """S u: [q] -> [c * h * w]."""
@@ -56,7 +56,7 @@ class Coordinates(Protocol):
 
 
 class ProxyCoordinates:
-    """Those of the proxies' own variation: a dense basis."""
+    """Coordinates from the covariance of the proxies, with a dense basis."""
 
     def __init__(self, subspace: Subspace) -> None:
         self.basis = subspace.basis
@@ -69,7 +69,7 @@ class ProxyCoordinates:
 
 
 class SpectrumCoordinates:
-    """Those of natural images' mean spectrum: amplitudes that fall as 1 / frequency (Field, 1987), for any image size.
+    """Coordinates from the mean spectrum of natural images, amplitude ~ 1 / frequency (Field, 1987); any image size.
 
     S is a symmetric filter of every channel; a pixel's standard deviation is `deviation`.
     """
@@ -90,10 +90,10 @@ class SpectrumCoordinates:
 
 
 class GradientMap:
-    """x -> gradients of the adapted layers, each of norm 1, side by side [R]: of B where A is given, else of W itself.
+    """Maps an image to the concatenated unit-norm gradients [R] of the adapted layers: of B if A is given, else of W.
 
-    A gradient G of a large layer need not be matched whole: with a random A, G A^T holds r numbers of each of its rows,
-    which is enough as long as R stays well above the number of pixels.
+    The full gradient G of a large layer is not needed: with a random A, G A^T holds r numbers per row, which suffice as
+    long as R is well above the number of pixels.
 
     Args:
         a: name -> A [r, d_in] of a one-step adapter, or a random one; None: the layers' full gradients.
@@ -147,7 +147,7 @@ class GradientMap:
 
 
 class AtPoint:
-    """z and its derivative J at one point; holds the graph of two passes.
+    """z and products with its derivative J at one point; keeps the autograd graph of two passes.
 
     Attributes:
         value: z [R].
@@ -178,11 +178,11 @@ class AtPoint:
 def krylov(product: Callable[[Tensor], Tensor], start: Tensor, dimension: int) -> tuple[Tensor, Tensor]:
     """Lanczos with full reorthogonalisation: Ritz values [k], ascending, and vectors [q, k] of a symmetric product.
 
-    k <= dimension: fewer where the space is exhausted.
+    k <= dimension, and smaller if the Krylov space is exhausted.
     """
     basis = [start / start.norm()]
     diagonal: list[Tensor] = []
-    beside: list[Tensor] = []
+    off_diagonal: list[Tensor] = []
     while True:
         image, space = product(basis[-1]), torch.stack(basis)
         diagonal.append(basis[-1] @ image)
@@ -191,11 +191,11 @@ def krylov(product: Callable[[Tensor], Tensor], start: Tensor, dimension: int) -
         length = image.norm()
         if len(basis) == min(dimension, len(start)) or length <= 1e-10 * diagonal[0].abs():
             break
-        beside.append(length)
+        off_diagonal.append(length)
         basis.append(image / length)
     matrix = torch.diag(torch.stack(diagonal))
-    if beside:
-        matrix = matrix + torch.diag(torch.stack(beside), 1) + torch.diag(torch.stack(beside), -1)
+    if off_diagonal:
+        matrix = matrix + torch.diag(torch.stack(off_diagonal), 1) + torch.diag(torch.stack(off_diagonal), -1)
     values, vectors = torch.linalg.eigh(matrix)
     return values.clamp_min(0), space.T @ vectors
 

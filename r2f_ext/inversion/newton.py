@@ -1,10 +1,10 @@
-"""What the dense and the matrix-free Gauss-Newton searches share: damped steps at one point, and the loop over points.
+"""Damped steps and the outer loop of the dense and the matrix-free Gauss-Newton search (docs/methods.md, 3f).
 
-A damping is chosen anew for every step by the *natural* monotonicity test (Deuflhard, Newton Methods for Nonlinear
+The damping of every step is chosen by the *natural* monotonicity test (Deuflhard, Newton Methods for Nonlinear
 Problems, 2004, section 4.3): a step is good if it shrinks the next correction (J^T J + m I)^-1 J^T r, not the residual.
-The residual is dominated by a few steep directions, and a search that insists on its decrease stalls in their curved
-valleys. Several such steps are taken with one Jacobian, as long as they contract (simplified Newton): a Jacobian costs
-a thousand times what a step does.
+The residual is dominated by a few steep directions, and a search that requires it to decrease stalls in their curved
+valleys. Several steps use the same Jacobian while they contract (simplified Newton), because a Jacobian costs about a
+thousand times as much as a step.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from r2f_ext.errors import R2FError
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
-DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # shares of J^T J's largest eigenvalue
+DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # relative to J^T J's largest eigenvalue
 SOLVED = 1e-5  # relative residual below which float32 holds no more information
-EXACT = 1e-3  # relative residual of an image, its pixels in [0, 1], that is the victim's own
+EXACT = 1e-3  # relative residual, with pixels in [0, 1], below which an image counts as the victim's own
 PRECISE = 1e-4  # relative residual below which a search that no longer improves has reached float32's precision
-FOLLOWED = 0.03  # share of the start's residual below which an image that is not exact is preferred to the start
-STALLED = 0.8  # share of the lowest residual so far that a pass must get below to count as an improvement
+IMPROVED = 0.03  # ratio to the start's residual below which an image that is not exact replaces the start
+STALLED = 0.8  # ratio to the lowest residual so far below which a pass counts as an improvement
 
 UpdateOf = Callable[[Tensor], Tensor]  # images [n, p] -> updates [n, R]
 
 
 @dataclass(frozen=True)
 class Search:
-    """How one victim's search ended.
+    """The result of one victim's search.
 
     Attributes:
-        image: [c * h * w] in [0, 1], from the point of least residual.
+        image: [c * h * w] in [0, 1], the point with the lowest residual.
         residual: |z(x) - z*| over the square root of the number of layers: 0 for the victim's own image, about 1 for
-            a stranger's.
+            an unrelated one.
         start_residual: the same at the start.
-        passes: how many were taken.
+        passes: number of passes taken.
     """
 
     image: Tensor
@@ -57,9 +57,9 @@ class Search:
         return self.residual < EXACT
 
     @property
-    def followed(self) -> bool:
-        """Whether the image is to be preferred to the start."""
-        return self.residual < max(EXACT, FOLLOWED * self.start_residual)
+    def improved(self) -> bool:
+        """Whether the image should replace the start."""
+        return self.residual < max(EXACT, IMPROVED * self.start_residual)
 
 
 class Local(Protocol):
@@ -67,7 +67,7 @@ class Local(Protocol):
 
     Attributes:
         curvature: [k] float64, >= 0, ascending: J^T J along the axes.
-        batch_size: dampings that are tried at once.
+        batch_size: number of dampings tried in one batch.
     """
 
     curvature: Tensor
@@ -78,22 +78,22 @@ class Local(Protocol):
         ...
 
     def moved(self, point: Tensor, correction: Tensor) -> Tensor:
-        """The point [1, p] less corrections along the axes [n, k] -> [n, p]."""
+        """Subtract corrections along the axes [n, k] from the point [1, p]: [n, p]."""
         ...
 
 
 class Steps(ABC):
-    """How a search moves from point to point."""
+    """The update rule of a search."""
 
     @abstractmethod
     def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass from point [1, p] with update [1, R]: the next of both."""
+        """One pass from point [1, p] with update [1, R]; returns the next point and its update."""
 
     def judge(self, before: float, residual: float) -> None:  # noqa: B027
         """Called with the relative residuals before and after a pass; at the start the first is infinite."""
 
-    def begin_again(self) -> bool:
-        """Called when passes no longer improve: whether another search from the start can differ."""
+    def restart(self) -> bool:
+        """Called when passes no longer improve; returns whether a restart can give another result."""
         return False
 
 
@@ -110,8 +110,9 @@ def run_search(
     """Follow `steps` from start [p] in [0, 1] to the image whose update is observed [R]; the best point is returned.
 
     Args:
-        layers: whose updates, each of norm 1, stand side by side in `observed`.
-        passes: at most; patience: passes without an improvement after which the search begins again or ends.
+        layers: number of layers, whose updates of norm 1 are concatenated in `observed`.
+        passes: maximum number of passes.
+        patience: passes without an improvement after which the search restarts or ends.
         announce: called with the lowest relative residual after each pass.
     """
 
@@ -137,7 +138,7 @@ def run_search(
             break
         if since < patience:
             steps.judge(before, residual)
-        elif steps.begin_again():
+        elif steps.restart():
             point, value = beginning
             residual = lowest = first
             since = 0
@@ -158,11 +159,12 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Damped steps with one Jacobian, from point [1, p] with update [1, R]; the last of both.
 
-    Of the dampings whose next correction is less than `contraction` of the present one, the smallest is taken; where
-    there is none, the first step takes the damping of the smallest ratio, and a later one ends the descent.
+    Each step uses the smallest damping whose next correction is shorter than `contraction` times the present one. If
+    there is none, the first step uses the damping with the smallest ratio, and a later step ends the descent.
 
     Args:
-        steps: at most; solved: |z - z*| that ends the descent.
+        steps: maximum number of steps.
+        solved: |z - z*| below which the descent ends.
     """
     damped = torch.stack([local.curvature + share * local.curvature[-1] for share in reversed(DAMPINGS)])
     pull = local.pull(value - observed)
@@ -190,10 +192,10 @@ def descend(
 def dense_jacobian(
     tangents: Callable[[Tensor], Tensor], basis: Tensor, directions: int, shape: tuple[int, ...]
 ) -> Tensor:
-    """dz along the columns of basis [p, q], some at a time: [q, R].
+    """dz along the columns of basis [p, q], in batches: [q, R].
 
     Args:
-        tangents: directions [directions, *shape] -> [directions, R]; traced for one shape, so passes are padded.
+        tangents: directions [directions, *shape] -> [directions, R]; traced for one shape, so the last batch is padded.
     """
     columns = basis.shape[1]
     rows = F.pad(basis.T, (0, 0, 0, -columns % directions)).unflatten(1, shape)
@@ -203,7 +205,7 @@ def dense_jacobian(
 def search_each(
     route: str, start: Reconstruction, find: Callable[[int, Tensor, Tensor], Search], advance: Advance
 ) -> Reconstruction:
-    """One search per victim -> images: the search's where it ended exactly or far below the start, else the start's.
+    """Run one search per victim; its image replaces the start if it is exact or far below the start's residual.
 
     Args:
         start: images [V, c, h, w] in [0, 1] and labels [V] that the searches begin from.
@@ -223,7 +225,7 @@ def search_each(
     for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
         found = find(victim, image.flatten(), label[None])
         searches.append(found)
-        images.append(found.image.view_as(image) if found.followed else image)
+        images.append(found.image.view_as(image) if found.improved else image)
         advance(1)
     per_victim = {
         key: torch.tensor([float(getattr(one, key)) for one in searches], dtype=torch.float64)

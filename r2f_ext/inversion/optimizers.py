@@ -1,6 +1,6 @@
 """Optimizers on pixels for a batch of independent trials: Adam on the gradient or its sign, and L-BFGS.
 
-Each `step` is given the loss and slope at `images` and moves `images` in place to the next point of evaluation.
+Each `step` takes the loss and its gradient (slope) at `images` and updates `images` in place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from r2f_ext.ops import signed_adam_step_
 
 Box = tuple[float, float] | None
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam (Kingma and Ba, 2015)
-MEMORY = 10  # pairs that L-BFGS stores
+MEMORY = 10  # (step, gradient difference) pairs that L-BFGS stores
 SUFFICIENT = 1e-4  # fraction of the predicted decrease that L-BFGS requires (Armijo)
 SMALLEST = 2.0**-10  # step length below which L-BFGS restarts from the slope
 

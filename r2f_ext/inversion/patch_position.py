@@ -113,7 +113,7 @@ def read_gradient(base: BaseModel, gradients: dict[str, Tensor], name: str) -> T
 def _patch_delta(geometry: ViTGeometry, positions: Tensor) -> Tensor:
     """D [N, d] of the patch tokens: prefix tokens come first, or have no position at all (no_embed_class).
 
-    Where timm resamples M positions p to R p for N tokens, their gradient is R^T D, and R [N, M] is solved away.
+    Where timm resamples M positions p to R p for N tokens, their gradient is R^T D, solved for D by least squares.
     """
     gathered = positions[0, -geometry.positions :]
     if geometry.grid == geometry.position_grid:
@@ -124,7 +124,7 @@ def _patch_delta(geometry: ViTGeometry, positions: Tensor) -> Tensor:
 
 
 def _token_prior(base: BaseModel, geometry: ViTGeometry) -> Prior:
-    """Belief about one pixel slot over all N tokens: the patch prior's mean and spread, tokens independent."""
+    """Prior of one pixel slot over all N tokens: the patch prior's mean and spread, tokens independent."""
     pixel = patch_prior(base, geometry.patch)
     spread = pixel.root.square().sum(1).mean().sqrt()
     size = geometry.patch_tokens

@@ -1,4 +1,4 @@
-"""Images as patches, what is known of a patch beforehand, and the linear solve that uses it.
+"""Images as patches, Gaussian priors of patches, and the linear solve that uses them.
 
 The order of a patch's pixels is that of a flattened Conv2d kernel: channel, row, column.
 """
@@ -21,9 +21,9 @@ NEIGHBOUR_LENGTH = 8.0
 CHANNEL_CORRELATION = 0.95
 # The condition number beyond which float64 itself, not the data, limits a solve.
 FLOAT64_FLOOR = 1e-15
-# Variance, relative to the pixels' mean, that public images leave to patches unlike any of theirs.
+# Variance, relative to the mean over pixels, added in all directions to the covariance of public images.
 PRIOR_FLOOR = 1e-3
-# What is left of an equation's weight when it says nothing: the prior then decides.
+# Lower bound on 1 - noise / natural variance; at the bound the equations have practically no weight.
 NO_INFORMATION = 1e-12
 
 
@@ -50,7 +50,7 @@ def to_image(base: BaseModel, patches: Tensor, patch: tuple[int, int], grid: tup
 
 @dataclass(frozen=True)
 class Prior:
-    """A Gaussian belief about k unknowns of n columns.
+    """A Gaussian prior of k unknowns for each of n columns.
 
     Attributes (float64):
         mean: [k, 1], or [k, n] where every column has its own.
@@ -62,7 +62,7 @@ class Prior:
 
 
 def prior_from_images(base: BaseModel, images: Tensor, patch: tuple[int, int]) -> Prior:
-    """Belief about the patches of one image from public images like it: mean [k, N] by position, pooled covariance.
+    """Prior of the patches of one image from similar public images: mean [k, N] by position, pooled covariance.
 
     Args:
         images: [n, c, h, w] in [0, 1], of the base's input size; hundreds.
@@ -76,16 +76,16 @@ def prior_from_images(base: BaseModel, images: Tensor, patch: tuple[int, int]) -
     mean = patches.mean(0)
     spread = (patches - mean).flatten(0, 1)
     covariance = spread.mT @ spread / len(spread)
-    # Directions that these images never take (border pixels that are always black) stay possible.
+    # Directions without variance in these images (border pixels that are always black) get a small one.
     width = PRIOR_FLOOR * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
     root = torch.linalg.cholesky(covariance + width * torch.eye(len(covariance), dtype=torch.float64).to(covariance))
     return Prior(mean.mT, root)
 
 
 def patch_prior(base: BaseModel, patch: tuple[int, int]) -> Prior:
-    """Belief about one patch of model inputs before any data: smooth, gray, within the pixel range.
+    """Prior of one patch of model inputs without data: smooth, gray, within the pixel range.
 
-    It decides nothing where the gradient is precise; where it is not, it keeps the solve from amplifying noise.
+    It has no effect where the gradient is precise; elsewhere it keeps the solve from amplifying noise.
     """
     std = torch.tensor(base.std, dtype=torch.float64)
     gray = (PIXEL_PRIOR_MEAN - torch.tensor(base.mean, dtype=torch.float64)) / std
@@ -119,7 +119,7 @@ def posterior_mean(system: Tensor, rhs: Tensor, prior: Prior, buried: float = 0.
 
     The noise level comes from the part of `rhs` that no solution reaches, (m - k) n numbers; where m <= k it
     is set by float64's precision. The estimate is the mean of the Gaussian posterior: the least-squares
-    solution where the data are precise, the prior along directions that the noise hides.
+    solution where the data are precise, the prior mean in directions that are hidden by noise.
 
     Args:
         buried: share of the equations' natural variance (what the prior expects of their two sides' difference) that

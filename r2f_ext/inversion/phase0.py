@@ -1,4 +1,4 @@
-"""Phase 0: what an observer of exact batch-1 gradients recovers in closed form, the upper bound of an audit."""
+"""Phase 0: closed-form inversion of exact batch-1 gradients, the upper bound of an audit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDED = (PATCH_WEIGHT, POSITIONS, QKV_WEIGHT)
 
 @dataclass(frozen=True)
 class Phase0:
-    """What exact gradients give away.
+    """What exact gradients reveal.
 
     Attributes:
         reconstructions: one per route that the count allows; images [n, c, h, w].

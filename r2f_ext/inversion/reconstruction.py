@@ -1,4 +1,4 @@
-"""Reconstructions of single victims as one of all."""
+"""Combination of the reconstructions of single victims."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from r2f_ext.types import Reconstruction
 
 
 def stack_victims(parts: Iterable[Reconstruction], advance: Advance = lambda victims: None) -> Reconstruction:
-    """V reconstructions of one victim each -> one of V: seconds add up, `details` become `per_victim`.
+    """Combine V reconstructions of one victim each: seconds are summed, `details` are stacked into `per_victim`.
 
     Returns:
-        `why` and `details` are those of the victim of the largest expected error, the first of equal ones.
+        a reconstruction of V victims; `why` and `details` are those of the first victim with the largest
+        `expected_error`.
 
     Args:
         advance: called with 1 after each victim.

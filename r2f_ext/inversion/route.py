@@ -1,4 +1,4 @@
-"""What a route is: a way from an observation to images, with a verdict that is given before it runs."""
+"""The interface of a route: a method that reconstructs images, and a verdict that is available before it runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PriorGradient = Callable[[Tensor, int], Tensor]  # images [n, c, h, w] and step 
 
 
 class Certainty(StrEnum):
-    """What counting promises of a route."""
+    """The result of counting equations and unknowns for a route."""
 
     EXACT = "exact by count"
     PLAUSIBLE = "plausible"
@@ -39,10 +39,10 @@ class Verdict:
 
     Attributes:
         route: name in the registry.
-        certainty: EXACT: the image follows by a linear solve. PLAUSIBLE: the route is a search or an estimate, so
-            enough equations determine the image but do not promise that the route finds it. REFUSED: not run.
-        unknowns: numbers to solve for, per independent system for the closed forms, per group otherwise.
-        equations: numbers observed for them.
+        certainty: EXACT: a linear solve gives the image. PLAUSIBLE: the route is a search or an estimate; enough
+            equations determine the image but do not guarantee that the route finds it. REFUSED: not run.
+        unknowns: number of unknowns, per independent linear system for the closed forms, per group otherwise.
+        equations: number of observed values that constrain them.
         why: one sentence with the count.
     """
 
@@ -76,7 +76,7 @@ class Proxies:
 
     @cached_property
     def ridge(self) -> AmortisedInverter:
-        """Kernel ridge from updates to images, fitted once for all that read it.
+        """Kernel ridge from updates to images, fitted on first use and cached.
 
         Raises:
             R2FError: fewer than 20 proxies.
@@ -86,7 +86,7 @@ class Proxies:
 
 @dataclass(frozen=True)
 class Problem:
-    """All that a route may read. A field that is None was not observed or is not known.
+    """The input of a route. A field that is None was not observed or is unknown.
 
     Attributes:
         base: the public base model.
@@ -98,11 +98,11 @@ class Problem:
         adapters: the factors of V victims.
         observed: name -> their updates -B [V, d_out, r].
         a: name -> the common A of the victims and the proxies [r, d_in].
-        initial: finds A before the first step (A_0).
+        initial: looks up A before the first step (A_0).
         training: the victims' recipe.
         proxies: proxy updates with their images and labels.
         decoded: name -> the victims' decoded gradients [V, d_out, d_in].
-        found: route -> reconstruction, of the routes that ran before.
+        found: route -> reconstruction, for routes that have already run.
         matching, refinement: configurations of the two gradient matching routes.
         gauss_newton, matrix_free: configurations of the searches.
         unet: configuration of the U-Net that refines the amortised estimate; None: kernel ridge alone.
@@ -132,18 +132,18 @@ class Problem:
 
     @property
     def victims(self) -> int:
-        """V: groups whose images are looked for."""
+        """V: number of groups whose images are reconstructed."""
         return len(self.adapters or self.gradients or ())
 
 
 def adapter_problem(target: Target, adapters: list[LoraUpdate], initial: InitialFactors | None = None) -> Problem:
-    """What adapters of one start show by themselves; proxies and decoded gradients are added by `replace`.
+    """The problem given by adapters with a common A_0; callers add proxies and decoded gradients with `replace`.
 
     Args:
-        initial: where to look for A_0; None: among the common seeds.
+        initial: source of A_0; None: common seeds are tried.
 
     Raises:
-        R2FError: the adapters are of different starts.
+        R2FError: the adapters have different initial A's.
     """
     return Problem(
         target.base,
@@ -157,14 +157,14 @@ def adapter_problem(target: Target, adapters: list[LoraUpdate], initial: Initial
 
 
 class Route(ABC):
-    """A way from a Problem to images. A subclass in a module of `r2f_ext.inversion.routes` is found by its registry.
+    """A reconstruction method. Subclasses in modules of `r2f_ext.inversion.routes` are registered automatically.
 
     Attributes:
         name: unique; also the name in report.json.
-        title: of its row in pictures; None: the name.
-        reads: fields of Problem without which the route has nothing to work on.
+        title: label of its row in pictures; None: the name.
+        reads: fields of Problem that must not be None.
         after: routes whose reconstructions it reads from `Problem.found`.
-        by_default: whether the route is taken unless routes are named.
+        by_default: whether the route runs if no routes are named.
     """
 
     name: ClassVar[str]
@@ -175,18 +175,18 @@ class Route(ABC):
 
     @abstractmethod
     def verdict(self, problem: Problem) -> Verdict:
-        """Count unknowns and equations. Only `base`, `target`, `shared`, `steps` and `batch` need be set."""
+        """Count unknowns and equations. Requires only `base`, `target`, `shared`, `steps` and `batch`."""
 
     @abstractmethod
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
-        """Images of the V victims. Called only where `reads` and `after` are there and the verdict is no refusal.
+        """Reconstruct the images of V victims. Requires all of `reads` and `after`, and a verdict other than REFUSED.
 
         Args:
-            advance: called with the number of units done, `units` in all.
+            advance: called with the number of completed units, which sum to `units`.
         """
 
     def units(self, problem: Problem) -> int:
-        """Units of work that `run` announces through `advance`."""
+        """Number of work units that `run` reports through `advance`."""
         return 1
 
     def lacking(self, problem: Problem) -> str | None:

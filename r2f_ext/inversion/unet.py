@@ -21,7 +21,7 @@ from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
 FITTED_ROWS = 2000  # pairs that the whitening is fitted to
-GRID = 8  # the features enter as maps of this side
+GRID = 8  # height and width of the feature maps made of the features
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,12 @@ class UNetConfig:
     """Size and training of the net: AdamW with one cycle of the rate, mean squared error.
 
     Attributes:
-        epochs: over all pairs but the held-out tenth, which chooses among the epochs' weights and the ridge alone.
-        width: channels at full resolution, twice and four times that below.
-        components: principal components of a layer's unit updates.
-        noise: deviation of what is added to the whitened features in training.
+        epochs: passes over nine tenths of the pairs; the last tenth selects the best epoch, or none of them.
+        batch: pairs per step.
+        rate: maximum learning rate.
+        width: channels at full resolution; the lower resolutions have twice and four times as many.
+        components: principal components per layer's unit updates.
+        noise: standard deviation of the noise added to the whitened features in training.
     """
 
     epochs: int = 8
@@ -45,7 +47,7 @@ class UNetConfig:
 
 
 class Whitening:
-    """Per layer, principal components of unit updates [n, d_out * r], each to variance 1 (floor: 1% of the first)."""
+    """Per layer, principal components of unit updates [n, d_out * r], divided by s_i + 0.01 s_1 (s: deviations)."""
 
     def __init__(self, units: dict[str, Tensor], components: int) -> None:
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -62,7 +64,7 @@ class Whitening:
 
 
 class RefiningUNet(nn.Module):
-    """Two levels of strided and transposed convolutions with skips; it begins as the identity on the estimate."""
+    """Two levels of strided and transposed convolutions with skips; initially returns the estimate."""
 
     def __init__(self, channels: int, features: int, width: int) -> None:
         super().__init__()
@@ -108,7 +110,7 @@ class UNetInverter:
         advance: called with 1 after each epoch.
 
     Raises:
-        R2FError: images whose sides are no multiples of 4.
+        R2FError: the image height or width is not a multiple of 4.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class UNetInverter:
         estimates = ridge.leave_one_out().clamp(0, 1).unflatten(1, ridge.shape)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            self.whitening = Whitening(ridge.units, self.config.components)  # its sketch is random
+            self.whitening = Whitening(ridge.units, self.config.components)  # svd_lowrank draws random numbers
             features = self._features(ridge.units, ridge.labels)
             net = RefiningUNet(channels, features.shape[1], self.config.width).to(features)
             self.net, self.held_out_psnr_db, self.ridge_psnr_db = _train(

@@ -37,7 +37,7 @@ from r2f_ext.types import Target
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which `Training` keeps
 ROUNDINGS = 2.0  # of AdamW's own arithmetic, in units of the dtype's eps
-PEAK = 2.5  # times their root mean square: the largest of a layer's gradient entries is at least that
+PEAK = 2.5  # least ratio of a layer's largest gradient entry to the root mean square
 AIM = 1e-3  # bound on the errors of a weighted gradient, in units of its typical entry
 TRUSTED_ROUNDINGS = 10.0
 TINY_SQUARE = 1e-36  # far below EPS squared: keeps the derivative of a root at zero finite
@@ -46,11 +46,11 @@ State = dict[str, dict[str, Tensor]]  # "a", "b" and the optimizer's buffers -> 
 
 
 class UnrolledMap:
-    """z(x): the change of B, and of A in the layers of `a_weights`, by training on images x; a layer's part has norm 1.
+    """z(x): the change of B, and of A in the layers of `a_weights`, by training on x; norm 1 per layer.
 
-    For `gauss_newton.search`. A point is all images that a victim owns, side by side: [training.owned * c * h * w];
-    labels [training.owned]. One batch that every step sees is Training(batch=b); a batch of its own for each of T steps
-    is Training(steps=T, batch=b, samples=T * b).
+    For `gauss_newton.search`. A point concatenates all images of a victim, [training.owned * c * h * w] with
+    labels [training.owned]. Training(batch=b) uses the same batch in every step; Training(steps=T, batch=b,
+    samples=T * b) uses a different batch in each of T steps.
 
     Args:
         target: base model and adapted layers.
@@ -60,7 +60,7 @@ class UnrolledMap:
         directions: tangents per pass; memory grows with them.
 
     Raises:
-        R2FError: dropout, of which the victim's draws are unknown.
+        R2FError: training with dropout, whose random draws are unknown.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class UnrolledMap:
         """The same map with weights for the precision of one victim's factors; traced graphs are shared.
 
         Args:
-            weights: name -> [d_out, r], what B is multiplied by before it is compared, see `first_adamw_step`; None: 1.
-            a_weights: name -> weight of A's movement beside B's, see `movement_weights`; None: A is ignored.
+            weights: name -> factors [d_out, r] on B, see `first_adamw_step`; None: 1.
+            a_weights: name -> weight of A's change relative to B's, see `movement_weights`; None: A is ignored.
         """
         other = copy.copy(self)
         other.weights, other.a_weights = weights or {}, a_weights or {}
@@ -160,9 +160,9 @@ class UnrolledMap:
 
 
 def movement_weights(a0: dict[str, Tensor], a: dict[str, Tensor]) -> dict[str, float]:
-    """How far A's movement, from a0[name] to a[name] [r, d_in], can be trusted beside B, for layers where A moved.
+    """Weight of A's change, from a0[name] to a[name] [r, d_in], relative to B's, for layers where A changed.
 
-    B is good to some ten roundings of itself. A's movement is a difference: it is good to one rounding of A.
+    B is precise to about ten roundings of itself. A's change is a difference, precise to one rounding of A.
     """
     ratios = {name: float((a[name] - each).norm() / each.norm()) for name, each in a0.items() if name in a}
     return {name: min(1.0, TRUSTED_ROUNDINGS * ratio) for name, ratio in ratios.items() if ratio > 0}
@@ -249,7 +249,7 @@ def _stepped(
 
 
 def side_by_side(subspace: Subspace, images: int) -> Subspace:
-    """The subspace of several images side by side, each in the subspace of one."""
+    """The subspace of `images` concatenated images, block-diagonal in that of one image."""
     return Subspace(torch.block_diag(*[subspace.basis] * images))
 
 

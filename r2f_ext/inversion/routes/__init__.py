@@ -1,4 +1,4 @@
-"""The registry of routes: every module of this package that defines a `Route` adds it, and nothing else is edited."""
+"""The registry of routes: every `Route` subclass defined in a module of this package is registered automatically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from r2f_ext.inversion.route import Certainty, Problem, Route, Verdict
 from r2f_ext.progress import Stages
 from r2f_ext.types import Reconstruction
 
-WORDS = {
+FIELD_NAMES = {
     "gradients": "exact gradients",
     "adapters": "an adapter",
     "observed": "an adapter's update",
@@ -26,11 +26,11 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What routes made of one problem.
+    """The results of the routes on one problem.
 
     Attributes:
         reconstructions: one per route that ran, in the order in which they ran.
-        not_run: route -> the sentence that says why, of the routes asked for that did not run.
+        not_run: requested routes that did not run -> the reason, one sentence.
     """
 
     reconstructions: list[Reconstruction]
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def registry() -> dict[str, Route]:
-    """Name -> route, by name, but each after those whose reconstructions it reads."""
+    """Name -> route, sorted by name, but each route after those in its `after`."""
     modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
     classes = [
         each
@@ -50,7 +50,7 @@ def registry() -> dict[str, Route]:
 
 
 def default_routes() -> tuple[str, ...]:
-    """The routes taken unless others are named."""
+    """Names of the routes that run if none are named."""
     return tuple(name for name, route in registry().items() if route.by_default)
 
 
@@ -66,11 +66,11 @@ def run_routes(
 
     Args:
         verdicts: of all routes on this problem, from `verdicts_of`.
-        names: routes to run, with those that they read from; None: the default ones.
+        names: routes to run, which also runs those in their `after`; None: the default ones.
         stages: times each route under its name.
 
     Raises:
-        R2FError: there is no route of such a name, or a route met data that it cannot work on.
+        R2FError: a name is not in the registry, or a route cannot process its data.
     """
     stages, routes = stages or Stages(), registry()
     outcome = Outcome([], {})
@@ -90,13 +90,13 @@ def run_routes(
 def _lack(route: Route, problem: Problem) -> str | None:
     field_name = route.lacking(problem)
     if field_name is not None:
-        return f"Not run: it needs {WORDS.get(field_name, field_name)}."
+        return f"Not run: it needs {FIELD_NAMES.get(field_name, field_name)}."
     earlier = next((name for name in route.after if name not in problem.found), None)
     return None if earlier is None else f"Not run: it starts from what {earlier} finds, and {earlier} did not run."
 
 
 def _with_earlier(names: Iterable[str], routes: dict[str, Route]) -> list[str]:
-    """The named routes and those that they read from, in the registry's order."""
+    """The named routes and all that they depend on, in the registry's order."""
     chosen: set[str] = set()
     left = list(names)
     while left:

@@ -16,7 +16,7 @@ UNKNOWN_START = "A before the first step is unknown: no common seed draws it; pa
 
 
 class AdapterRowspace(Route):
-    """See `inversion/adapter_rowspace.py`. A_0 is looked for only where the count allows the solve."""
+    """See `inversion/adapter_rowspace.py`. A_0 is searched for only if the count allows the solve."""
 
     name = ROUTE
     reads = ("adapters", "initial")
@@ -40,7 +40,7 @@ class AdapterRowspace(Route):
 
 
 def _start(problem: Problem) -> InitialA | None:
-    """A_0 and its source; with an empty `a` where A itself serves, after one step or where decay made A forget it."""
+    """A_0 and its source. `a` is empty if A_0 is A itself (one step) or if weight decay has removed A_0 from A."""
     assert problem.adapters and problem.initial is not None
     if problem.steps == 1 and not problem.initial.named:
         return InitialA({}, "the adapter itself, as after one step", 1.0)
