@@ -14,7 +14,7 @@ class Listener:
         self.heard.append(("start", stage, total))
         return lambda units: self.heard.append(("advance", stage, units))
 
-    def finish(self, stage):
+    def finish(self, stage, completed):
         self.heard.append(("finish", stage))
 
 

@@ -17,8 +17,8 @@ class Progress(Protocol):
         """Open a stage of `total` units. The caller calls the result with the number of units just done."""
         ...
 
-    def finish(self, stage: str) -> None:
-        """Close the stage."""
+    def finish(self, stage: str, completed: bool) -> None:
+        """Close the stage; `completed`: it ran to its end, without an error or an interrupt."""
         ...
 
 
@@ -28,7 +28,7 @@ class Silent:
     def start(self, stage: str, total: int) -> Advance:
         return lambda units: None
 
-    def finish(self, stage: str) -> None:
+    def finish(self, stage: str, completed: bool) -> None:
         pass
 
 
@@ -49,8 +49,10 @@ class Stages:
     def stage(self, name: str, total: int = 1) -> Iterator[Advance]:
         began = time.perf_counter()
         advance = self.progress.start(self.prefix + name, total)
+        completed = False
         try:
             yield advance
+            completed = True
         finally:
-            self.progress.finish(self.prefix + name)
+            self.progress.finish(self.prefix + name, completed)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

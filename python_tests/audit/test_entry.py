@@ -15,8 +15,11 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
+from r2f_ext.inversion.routes import registry
+from r2f_ext.types import Reconstruction
 
 STEPS = MatchingConfig(steps=2)
+GRAY = torch.full((1, 3, 32, 32), 0.5)
 CONFIG = AuditConfig(pairs=60, decoder_pairs=40, held_out=10, matching=STEPS, refinement=STEPS)
 
 
@@ -84,3 +87,44 @@ def test_bad_inputs_are_refused_before_the_long_stages(adapter_folder, tmp_path,
     for given, sentence in (({"proxy": "none"}, "unknown images"), ({"private": "embedded:100"}, "counted from 0")):
         with pytest.raises(R2FError, match=sentence):
             audit([adapter_folder], config=CONFIG, **given)
+
+
+@pytest.mark.parametrize(
+    ("routes", "sentence"),
+    [
+        ((), "name at least one"),
+        (("nope",), "there is no route 'nope'"),
+        (("patch_position",), "patch_position: Not run: it needs exact gradients"),
+        (("adapter_rowspace",), "adapter_rowspace: Not exact"),
+    ],
+)
+def test_a_choice_of_routes_of_which_none_can_run_is_refused_before_the_long_stages(
+    routes, sentence, adapter_folder, monkeypatch
+):
+    monkeypatch.setattr(module.run, "generate", lambda *args: pytest.fail("time was spent first"))
+    with pytest.raises(R2FError, match=sentence):
+        audit([adapter_folder], proxy="embedded", config=replace(CONFIG, routes=routes))
+
+
+def test_a_report_needs_no_amortised_route(adapter_folder, tmp_path, monkeypatch):
+    """Controls and pairing use the amortised estimate, whichever routes ran."""
+    matching = registry()["matching"]
+    monkeypatch.setattr(type(matching), "after", ())
+    monkeypatch.setattr(
+        type(matching), "run", lambda self, problem, advance: Reconstruction("matching", GRAY, None, "test", 0.0)
+    )
+    config = replace(CONFIG, routes=("matching",))
+    report = audit([adapter_folder], proxy="embedded", private="embedded", config=config, out=tmp_path)
+    (figures,) = report.to_json()["reconstruction"].values()
+    assert list(figures["routes"]) == ["matching"] and figures["n"] == 1 and figures["controls"]
+
+
+@pytest.mark.parametrize("named", [{"initial": "no-such-folder"}, {"a0_seed": 12345}])
+def test_a_start_that_is_not_the_adapters_is_refused(named, adapter_folder):
+    with pytest.raises(R2FError):
+        audit([adapter_folder], proxy="embedded", config=CONFIG, **named)
+
+
+def test_the_recorded_sizes_are_those_that_ran(adapter_folder):
+    report = audit([adapter_folder], proxy="embedded", config=replace(CONFIG, decoder_pairs=6000, held_out=100))
+    assert (report.config.pairs, report.config.decoder_pairs, report.config.held_out) == (60, 45, 15)

@@ -25,7 +25,7 @@ def test_cosines_of_sketches_are_those_of_the_gradients_on_average():
 
 def test_a_layer_is_sketched_alike_whichever_others_are_there():
     base = tiny_base()
-    both = Sketch(target_of(base, LINEAR)).maps
+    both = Sketch(target_of(base, LINEAR)).matrices
     for name in LINEAR:
-        (alone,) = Sketch(target_of(base, (name,))).maps.values()
+        (alone,) = Sketch(target_of(base, (name,))).matrices.values()
         assert all(torch.equal(one, other) for one, other in zip(alone, both[name], strict=True))

@@ -65,6 +65,7 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         results=results,
         sets=sets,
         config=results["embedded"].config,
+        notes=tuple(dict.fromkeys(note for result in results.values() for note in result.notes)),
         seconds=seconds,
         phase0=ceiling,
     )

@@ -30,9 +30,8 @@ def load_adapters(
             in a module saved with them (a trained head).
     """
     files = [read_adapter(folder) for folder in folders]
-    with torch.random.fork_rng(devices=[]):  # timm and PEFT draw weights before the stored ones replace them
-        loaded = base if isinstance(base, BaseModel) else load_base(base, device, files[0].num_classes)
-        bound = [attach(one, loaded) for one in files]
+    loaded = base if isinstance(base, BaseModel) else load_base(base, device, files[0].num_classes)
+    bound = [attach(one, loaded) for one in files]
     for one, (target, _) in zip(files[1:], bound[1:], strict=True):
         difference = _difference(bound[0][0], target) or _other_head(files[0], one)
         if difference is not None:

@@ -15,7 +15,12 @@ SHARE = 0.7  # of the memory that is free now
 
 
 def fit_to_memory(
-    target: Target, victims: int, count: int, config: AuditConfig, free: int | None = None
+    target: Target,
+    victims: int,
+    count: int,
+    config: AuditConfig,
+    free: int | None = None,
+    fewer: str = "ask for at most {} (--count)",
 ) -> AuditConfig:
     """Return `config` with the number of held-out pairs that fit; their dense gradients dominate for a large base.
 
@@ -23,6 +28,7 @@ def fit_to_memory(
         victims: number of adapters to decode.
         count: number of proxy pairs.
         free: available memory in bytes; None: that of the system.
+        fewer: the remedy, with {} for the number of pairs that fit.
 
     Raises:
         R2FError: not even the pairs fit; the sentence says how many would.
@@ -38,9 +44,9 @@ def fit_to_memory(
     factors = FLOAT * fitted**2 * (2 * len(target.layers) + 1)
     left = free - pairs - factors - 2 * victims * gradient
     held_out = min(config.held_out, left // (2 * gradient))
-    if held_out < 4:
-        fewer = _largest_count(free - 2 * (victims + 4) * gradient, 3 * update + 3 * image, len(target.layers))
-        remedy = f"ask for at most {fewer} (--count)" if fewer >= 40 else "use a machine with more memory"
+    if held_out < min(4, config.held_out):
+        fits = _largest_count(free - 2 * (victims + 4) * gradient, 3 * update + 3 * image, len(target.layers))
+        remedy = fewer.format(fits) if fits >= 40 else "use a machine with more memory"
         raise R2FError(
             f"{count} pairs of '{target.base.spec}' do not fit into {free / 1e9:.0f} GB of memory: {remedy}."
         )

@@ -77,10 +77,14 @@ def largest_change_db(before: dict[str, Any], after: dict[str, Any]) -> float | 
     Args:
         before, after: data of report.json.
     """
-    changes = [
-        abs(values["psnr_db_mean"] - after["reconstruction"][name]["routes"][route]["psnr_db_mean"])
-        for name, part in before["reconstruction"].items()
-        for route, values in part["routes"].items()
-        if values["psnr_db_mean"] is not None
-    ]
-    return max(changes, default=None)
+
+    def scored(report: dict[str, Any]) -> dict[tuple[str, str], float]:
+        return {
+            (name, route): values["psnr_db_mean"]
+            for name, part in report["reconstruction"].items()
+            for route, values in part["routes"].items()
+            if values["psnr_db_mean"] is not None
+        }
+
+    one, other = scored(before), scored(after)
+    return max((abs(one[key] - other[key]) for key in one.keys() & other.keys()), default=None)

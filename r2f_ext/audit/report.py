@@ -27,7 +27,6 @@ from r2f_ext.types import Reconstruction, Target
 
 SCHEMA = 1
 MIN_GAIN_DB = 0.1  # a smaller gain over the controls that do not need the adapter counts as nothing recovered
-ESTIMATE = "amortised"  # the route whose images pair victims with originals and give the image controls
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class SetReport:
     Attributes:
         name: set name in report.json.
         proxy: name of the proxy that was used.
+        count: n.
         reconstructions: one per route; images [n, c, h, w].
         originals: [n, c, h, w], or None where no private images were given.
         labels: [n] true labels, or None.
@@ -46,6 +46,7 @@ class SetReport:
 
     name: str
     proxy: str
+    count: int
     reconstructions: list[Reconstruction]
     originals: Tensor | None
     labels: Tensor | None
@@ -71,7 +72,7 @@ class SetReport:
     def to_json(self) -> dict[str, Any]:
         scores, controls = self.scores(), self.control_psnr()
         return {
-            "n": len(self.reconstructions[0].images),
+            "n": self.count,
             "proxy": self.proxy,
             "routes": {r.route: _route_to_json(r, scores.get(r.route), self.labels) for r in self.reconstructions},
             "controls": controls,
@@ -114,15 +115,16 @@ def set_report(
     """
     parts = [found.take(rows) for found in result.reconstructions]
     notes = _far_from_proxy(result.far_from_proxy[rows])
+    estimate = result.estimate[rows]
     if private is None:
-        return SetReport(name, proxy.name, parts, None, None, None, notes)
-    estimate = next(found for found in parts if found.route == ESTIMATE).images
+        return SetReport(name, proxy.name, len(estimate), parts, None, None, None, notes)
     paired = pair_up(private, estimate)
     notes += paired.notes[len(private.notes) :]
     # Shuffled control: each victim gets the reconstruction from another victim's adapter.
     shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.stranger
     controls = make_controls(proxy, paired.labels, estimate, shuffled)
-    return SetReport(name, proxy.name, parts, paired.batch(slice(None)), paired.labels, controls, notes)
+    originals = paired.batch(slice(None))
+    return SetReport(name, proxy.name, len(estimate), parts, originals, paired.labels, controls, notes)
 
 
 def _far_from_proxy(far: Tensor) -> tuple[str, ...]:

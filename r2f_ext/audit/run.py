@@ -13,7 +13,7 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.route import Proxies, Verdict, adapter_problem
-from r2f_ext.inversion.routes import default_routes, run_routes, verdicts_of
+from r2f_ext.inversion.routes import check_runnable, default_routes, run_routes, verdicts_of
 from r2f_ext.models import InitialFactors
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
@@ -34,6 +34,8 @@ class AuditResult:
         reconstructions: one per route that ran, images [V, c, h, w].
         verdicts: route -> verdict, of every route in the registry.
         not_run: requested routes that did not run -> the reason.
+        estimate: [V, c, h, w], the amortised estimates, whichever routes ran: victims are paired up with private images
+            by them, and the image controls are taken of them.
         stranger: [1, c, h, w], the amortised estimate from the update of a proxy sample drawn by the seed: the
             shuffled-adapter control of a single victim.
         far_from_proxy: bool [V], victims whose update resembles no proxy update.
@@ -49,6 +51,7 @@ class AuditResult:
     reconstructions: list[Reconstruction]
     verdicts: dict[str, Verdict]
     not_run: dict[str, str]
+    estimate: Tensor
     stranger: Tensor
     far_from_proxy: Tensor
     seconds: dict[str, float]
@@ -89,8 +92,10 @@ def run_audit_stages(
         )
     config = fit_to_memory(target, len(adapters), count, config)
     verdicts = verdicts_of(problem) if verdicts is None else verdicts
+    check_runnable(problem, verdicts, chosen_routes(config), later=("proxies", "decoded"))
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)
+    config = replace(config, pairs=count, decoder_pairs=fitted, held_out=held_out)
 
     decoders = [KINDS[kind]() for kind in DEFAULT_KINDS]
     with stages.stage("pairs", count) as advance:
@@ -108,6 +113,8 @@ def run_audit_stages(
     with stages.stage("control"):
         far = proxies.ridge.far_from_proxy(observed).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
+        found = {part.route: part.images for part in outcome.reconstructions}
+        estimate = found["amortised"] if "amortised" in found else proxies.ridge.invert(observed).images
     return AuditResult(
         count,
         count / stages.seconds["pairs"],
@@ -116,6 +123,7 @@ def run_audit_stages(
         outcome.reconstructions,
         verdicts,
         outcome.not_run,
+        estimate,
         stranger,
         far,
         dict(stages.seconds),

@@ -45,8 +45,13 @@ class Bars:
         self.tasks[stage] = task
         return lambda units: self.progress.advance(task, units)
 
-    def finish(self, stage: str) -> None:
+    def finish(self, stage: str, completed: bool) -> None:
         task = next(t for t in self.progress.tasks if t.id == self.tasks[stage])
+        if not completed:
+            self.progress.stop_task(task.id)
+            if not console.is_terminal:
+                console.print(f"{stage}: stopped after {task.elapsed or 0:.1f} s")
+            return
         self.progress.update(task.id, completed=task.total)
         if not console.is_terminal:
             rate = f", {task.total / task.elapsed:,.0f}/s" if task.total and task.total > 1 and task.elapsed else ""

@@ -19,11 +19,13 @@ from r2f_ext.decoders.store import read_gradients
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.prior import ScoreDistillation
 from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
-from r2f_ext.inversion.routes import run_routes, verdicts_of
+from r2f_ext.inversion.routes import check_runnable, run_routes, verdicts_of
 from r2f_ext.inversion.unet import UNetConfig
 from r2f_ext.models import InitialFactors
 from r2f_ext.pairs import StoredPairs, Training
 from r2f_ext.types import Reconstruction
+
+FEWER = "make fewer pairs (r2f pairs --count {})"  # the remedy if the stored pairs do not fit into memory
 
 
 def run_invert(options: argparse.Namespace) -> dict[str, Any]:
@@ -32,8 +34,14 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
     folder = output_folder(options.out)
     pairs = StoredPairs(options.pairs, target.base)
     check_same_a(pairs, adapters[0])
-    asked = AuditConfig(decoder_pairs=0, routes=options.routes, gauss_newton=options.gauss_newton, seed=options.seed)
-    config = fit_to_memory(target, len(adapters), len(pairs), asked)
+    asked = AuditConfig(
+        decoder_pairs=0,
+        held_out=0,
+        routes=options.routes,
+        gauss_newton=options.gauss_newton,
+        seed=options.seed,
+    )
+    config = fit_to_memory(target, len(adapters), len(pairs), asked, fewer=FEWER)
     initial = InitialFactors(target, adapters[0], options.initial, options.a0_seed)
     problem = replace(
         adapter_problem(target, adapters, initial),
@@ -48,8 +56,10 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
         if options.prior is None
         else ScoreDistillation.from_folder(options.prior, seed=options.seed).gradient,
     )
+    verdicts, names = verdicts_of(problem), chosen_routes(config)
+    check_runnable(problem, verdicts, names)
     with drawn_stages() as stages:
-        outcome = run_routes(problem, verdicts_of(problem), chosen_routes(config), stages)
+        outcome = run_routes(problem, verdicts, names, stages)
     return _written(folder, problem, outcome.reconstructions, outcome.not_run)
 
 

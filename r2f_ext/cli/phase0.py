@@ -15,7 +15,7 @@ from r2f_ext.cli.display import console, print_phase0, print_verdicts, table
 from r2f_ext.cli.inputs import images_of
 from r2f_ext.files import output_folder
 from r2f_ext.inversion.identifiability import identifiability
-from r2f_ext.inversion.timm_table import COLUMNS, TIMM_MODELS, closed_forms
+from r2f_ext.inversion.timm_table import COLUMNS, TIMM_MODELS, ClosedForms, closed_forms
 from r2f_ext.models import load_base, shape_of
 
 
@@ -44,4 +44,11 @@ def run_identifiability(options: argparse.Namespace) -> dict[str, Any]:
     table("Which closed forms can be exact (batch 1)", list(COLUMNS), rows)
     if len(counted) == 1:
         print_verdicts([(v.route, v.identifiable, v.why) for v in identifiability(options.model[0]).values()])
-    return {name: asdict(one) for name, one in counted.items()}
+    return {name: _to_json(one) for name, one in counted.items()}
+
+
+def _to_json(counts: ClosedForms) -> dict[str, Any]:
+    data = asdict(counts)
+    for verdict in (counts.patch_position, counts.attention_rowspace):
+        data[verdict.route]["identifiable"] = verdict.identifiable
+    return data

@@ -143,8 +143,11 @@ def adapter_problem(target: Target, adapters: list[LoraUpdate], initial: Initial
         initial: source of A_0; None: common seeds are tried.
 
     Raises:
-        R2FError: the adapters have different initial A's.
+        R2FError: the adapters have different initial A's, or `initial` names an A_0 that is not theirs.
     """
+    initial = initial or InitialFactors(target, adapters[0])
+    if initial.named:
+        _ = initial.found  # a wrong folder or seed is refused even where no route needs A_0
     return Problem(
         target.base,
         target,
@@ -152,7 +155,7 @@ def adapter_problem(target: Target, adapters: list[LoraUpdate], initial: Initial
         adapters=adapters,
         observed=stack_updates(adapters),
         a=common_a(adapters),
-        initial=initial or InitialFactors(target, adapters[0]),
+        initial=initial,
     )
 
 

@@ -193,7 +193,8 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
             other than Linear and patchifying Conv2d.
     """
     try:
-        wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
+        with torch.random.fork_rng(devices=[]):  # PEFT draws factors before the stored ones replace them
+            wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
         outcome: Any = set_peft_model_state_dict(wrapped, dict(files.weights))  # it renames the keys in place
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
         raise R2FError(

@@ -31,12 +31,13 @@ def load_base(spec: str = "embedded", device: str | torch.device = "cpu", num_cl
     Raises:
         R2FError: unknown name, missing or unreadable weights, not an image classifier.
     """
-    if spec == "embedded":
-        base = _embedded()
-    elif spec.startswith("timm:"):
-        base = _from_timm(spec, num_classes)
-    else:
-        base = _from_folder(spec)
+    with torch.random.fork_rng(devices=[]):  # timm draws weights before the stored ones replace them
+        if spec == "embedded":
+            base = _embedded()
+        elif spec.startswith("timm:"):
+            base = _from_timm(spec, num_classes)
+        else:
+            base = _from_folder(spec)
     unfuse_attention(base.model.eval().requires_grad_(False).to(device))
     return base
 

@@ -59,6 +59,30 @@ def verdicts_of(problem: Problem) -> dict[str, Verdict]:
     return {name: route.verdict(problem) for name, route in registry().items()}
 
 
+def check_runnable(
+    problem: Problem, verdicts: dict[str, Verdict], names: Sequence[str], later: Sequence[str] = ()
+) -> None:
+    """Refuse a choice of routes of which none can run, before any time is spent.
+
+    Args:
+        later: fields of the problem that are filled in before the routes run.
+
+    Raises:
+        R2FError: no name, a name that is not in the registry, or no route of the choice can run; the sentence says why.
+    """
+    routes, refusals = registry(), {}
+    chosen = _with_earlier(names, routes)
+    for name in chosen:
+        lacking = next((n for n in routes[name].reads if n not in later and getattr(problem, n) is None), None)
+        if verdicts[name].certainty is Certainty.REFUSED:
+            refusals[name] = verdicts[name].why
+        elif lacking is not None:
+            refusals[name] = f"Not run: it needs {FIELD_NAMES.get(lacking, lacking)}."
+    if len(refusals) == len(chosen):
+        listed = " ".join(f"{name}: {why}" for name, why in refusals.items()) or "name at least one."
+        raise R2FError(f"none of the chosen routes can run. {listed}")
+
+
 def run_routes(
     problem: Problem, verdicts: dict[str, Verdict], names: Sequence[str] | None = None, stages: Stages | None = None
 ) -> Outcome:
