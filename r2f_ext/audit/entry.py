@@ -30,7 +30,7 @@ class Prepared:
         target, updates: base, adapted layers and the V adapters' factors.
         proxy: public images, from which the private ones are removed.
         private: the true images, at least V, or None.
-        verdicts: route -> whether it can work.
+        verdicts: route -> verdict, of every route in the registry.
         one_step: every A lies in PEFT's initial range, so one step was taken.
     """
 

@@ -82,7 +82,7 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
 
 def print_target(target: dict[str, Any]) -> None:
-    """Base, layers and rank of an adapter, and which routes can work."""
+    """Base, layers and rank of an adapter, and the count of every route."""
     layers = target["layers"]
     console.print(
         f"base {escape(target['base'])}, {len(layers)} adapted layers, rank {target['rank']}, "
@@ -94,7 +94,7 @@ def print_target(target: dict[str, Any]) -> None:
 def print_verdicts(verdicts: list[tuple[str, bool, str]]) -> None:
     """One row per (route, equations suffice, why)."""
     rows = [[route, "yes" if ok else "no", why] for route, ok, why in verdicts]
-    table("Which routes can work, by count", ["route", "enough?", "why"], rows)
+    table("Equations against unknowns, route by route", ["route", "enough?", "why"], rows)
 
 
 def print_report(report: dict[str, Any]) -> None:
