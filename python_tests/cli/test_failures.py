@@ -32,9 +32,9 @@ GPU = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capaci
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
-        (MemoryError(), "ask for fewer pairs (--count)"),
-        (RuntimeError(CPU), "ask for fewer pairs (--count)"),
-        (torch.OutOfMemoryError(GPU), "on the GPU: run with --device cpu, ask for fewer pairs (--count)"),
+        (MemoryError(), "out of memory: use a machine with more memory."),
+        (RuntimeError(CPU), "out of memory: use a machine with more memory."),
+        (torch.OutOfMemoryError(GPU), "out of memory on the GPU: run with --device cpu, or use a machine"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "run with --device cpu"),
     ],
 )
@@ -42,6 +42,12 @@ def test_no_memory(error, remedy, failing, tmp_path, capsys):
     failing(error)
     line = refused(capsys, "demo", "--out", tmp_path)
     assert "out of memory" in line and remedy in line and not files_under(tmp_path)
+
+
+def test_no_memory_for_so_many_pairs(failing, tmp_path, capsys):
+    failing(MemoryError())
+    line = refused(capsys, "phase0", "--count", 3, "--out", tmp_path)
+    assert line.endswith("out of memory: ask for fewer pairs (--count), or use a machine with more memory.")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator's refusal is Linux's")

@@ -14,7 +14,7 @@ from r2f_ext.cli.checks import MIN_AUDIT_PAIRS
 from r2f_ext.cli.options import DESCRIPTION, EXAMPLES, parse
 from r2f_ext.data.load import LOADERS
 
-REPOSITORY = Path(r2f_ext.__file__).parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_every_command_of_the_help_exists(capsys):

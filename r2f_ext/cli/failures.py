@@ -62,9 +62,10 @@ def _explain(error: BaseException, options: argparse.Namespace) -> tuple[str, in
         return "interrupted; nothing half-written was left behind.", INTERRUPTED
     if _is_out_of_memory(error):
         on_gpu = "CUDA" in str(error) or "CUBLAS" in str(error)
-        place = " on the GPU: run with --device cpu," if on_gpu else ":"
-        fewer = " ask for fewer pairs (--count)," if hasattr(options, "count") else " use fewer pairs,"
-        return f"out of memory{place}{fewer} or use a machine with more memory.", REFUSED
+        remedies = ["run with --device cpu"] if on_gpu else []
+        remedies += ["ask for fewer pairs (--count)"] if hasattr(options, "count") else []
+        place = " on the GPU" if on_gpu else ""
+        return f"out of memory{place}: {', or '.join([*remedies, 'use a machine with more memory'])}.", REFUSED
     first_line = (str(error).splitlines() or [""])[0][:200].rstrip(".")
     what = f"unexpected {type(error).__name__}{': ' * bool(first_line)}{first_line}"
     return f"{what}; the traceback is in {_write_traceback(error, options)} (--debug shows it here).", UNEXPECTED
