@@ -192,6 +192,6 @@ class Route(ABC):
         """Number of work units that `run` reports through `advance`."""
         return 1
 
-    def lacking(self, problem: Problem) -> str | None:
+    def lacking(self, problem: Problem, later: Collection[str] = ()) -> str | None:
         """The first field of `reads` that the problem does not have."""
-        return next((name for name in self.reads if getattr(problem, name) is None), None)
+        return next((name for name in self.reads if name not in later and getattr(problem, name) is None), None)

@@ -73,11 +73,9 @@ def check_runnable(
     routes, refusals = registry(), {}
     chosen = _with_earlier(names, routes)
     for name in chosen:
-        lacking = next((n for n in routes[name].reads if n not in later and getattr(problem, n) is None), None)
-        if verdicts[name].certainty is Certainty.REFUSED:
-            refusals[name] = verdicts[name].why
-        elif lacking is not None:
-            refusals[name] = f"Not run: it needs {FIELD_NAMES.get(lacking, lacking)}."
+        refusal = _refusal(routes[name], verdicts[name], problem, later)
+        if refusal is not None:
+            refusals[name] = refusal
     if len(refusals) == len(chosen):
         listed = " ".join(f"{name}: {why}" for name, why in refusals.items()) or "name at least one."
         raise R2FError(f"none of the chosen routes can run. {listed}")
@@ -100,7 +98,7 @@ def run_routes(
     outcome = Outcome([], {})
     for name in _with_earlier(default_routes() if names is None else names, routes):
         route, verdict = routes[name], verdicts[name]
-        refusal = verdict.why if verdict.certainty is Certainty.REFUSED else _lack(route, problem)
+        refusal = _refusal(route, verdict, problem) or _missing_start(route, problem)
         if refusal is not None:
             outcome.not_run[name] = refusal
             continue
@@ -111,10 +109,16 @@ def run_routes(
     return outcome
 
 
-def _lack(route: Route, problem: Problem) -> str | None:
-    field_name = route.lacking(problem)
-    if field_name is not None:
-        return f"Not run: it needs {FIELD_NAMES.get(field_name, field_name)}."
+def _refusal(route: Route, verdict: Verdict, problem: Problem, later: Sequence[str] = ()) -> str | None:
+    """Why the problem itself keeps a route from running; `later`: fields that are still to be filled in."""
+    if verdict.certainty is Certainty.REFUSED:
+        return verdict.why
+    field_name = route.lacking(problem, later)
+    return None if field_name is None else f"Not run: it needs {FIELD_NAMES.get(field_name, field_name)}."
+
+
+def _missing_start(route: Route, problem: Problem) -> str | None:
+    """The route that did not run although this one starts from what it finds."""
     earlier = next((name for name in route.after if name not in problem.found), None)
     return None if earlier is None else f"Not run: it starts from what {earlier} finds, and {earlier} did not run."
 
