@@ -17,7 +17,8 @@ def test_adapters_of_one_target_come_in_order(adapter_folder, embedded, tmp_path
     louder = changed_weights(
         adapter_folder, tmp_path / "b", lambda w: {k: 2 * v if "lora_B" in k else v for k, v in w.items()}
     )
-    target, (first, second) = load_adapters([adapter_folder, louder], embedded)
+    loaded = load_adapters([adapter_folder, louder], embedded)
+    target, (first, second) = loaded.target, loaded.updates
     assert target.layers == attach(read_adapter(adapter_folder), embedded)[0].layers
     assert torch.equal(second.b[LAYER], 2 * first.b[LAYER])
 
@@ -55,7 +56,7 @@ def test_other_heads_are_refused(adapter_folder, embedded, tmp_path):
     one = changed_weights(with_head, tmp_path / "one", lambda w: {**w, **head})
     moved = {name: tensor + 0.1 for name, tensor in head.items()}
     two = changed_weights(with_head, tmp_path / "two", lambda w: {**w, **moved})
-    assert len(load_adapters([one, one], embedded)[1]) == 2
+    assert len(load_adapters([one, one], embedded).updates) == 2
     for other in (two, adapter_folder):
         with pytest.raises(R2FError, match=r"differ in the saved module base_model.model.head.bias"):
             load_adapters([one, other], embedded)

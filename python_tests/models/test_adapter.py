@@ -21,7 +21,7 @@ from torch import nn
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models import attach, forgot_start, load_adapter, read_adapter, untouched_a
-from r2f_ext.models.adapter import HARMLESS_FIELDS, USED_FIELDS, VARIANTS
+from r2f_ext.models.adapter_files import HARMLESS_FIELDS, USED_FIELDS, VARIANTS
 from r2f_ext.types import BaseModel
 
 BLOCKS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]

@@ -85,9 +85,9 @@ def make_victims(
         name: train_victims(base, images.batch(slice(None)), images.labels, folder / name, VictimConfig(seed=seed))
         for name, images in sets.items()
     }
-    target, updates = load_adapters([path for paths in folders.values() for path in paths], base)
-    remaining = iter(updates)
-    return target, {name: [next(remaining) for _ in paths] for name, paths in folders.items()}
+    loaded = load_adapters([path for paths in folders.values() for path in paths], base)
+    remaining = iter(loaded.updates)
+    return loaded.target, {name: [next(remaining) for _ in paths] for name, paths in folders.items()}
 
 
 def _split(result: AuditResult, proxy: ImageSet, sets: dict[str, ImageSet]) -> list[SetReport]:

@@ -77,13 +77,14 @@ def audit(
     began = time.perf_counter()
     folder = None if out is None else output_folder(out)
     config, stages = config or AuditConfig(), stages or Stages()
-    target, updates = load_adapters(adapters, base, device)
+    loaded = load_adapters(adapters, base, device)
+    target, updates = loaded.target, loaded.updates
     images, originals = _load_images(target, len(updates), proxy, private, config)
     start = InitialFactors(target, updates[0], initial, a0_seed)
-    problem = adapter_problem(target, updates, start)
+    problem = adapter_problem(target, updates, start, loaded.facts)
     verdicts = verdicts_of(problem)
     on_ready(Prepared(target, updates, images, originals, verdicts, problem.steps == 1))
-    result = run.run_audit_stages(target, updates, images, config, stages, start, verdicts)
+    result = run.run_audit_stages(target, updates, images, config, stages, start, verdicts, loaded.facts)
     given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, target.base.device.type)
     report = AuditReport(
         target=target,
@@ -93,6 +94,7 @@ def audit(
         config=result.config,
         seconds={**result.seconds, "total": time.perf_counter() - began},
         inputs=given.relative_to(folder or Path()),
+        facts=loaded.facts,
         notes=(*images.notes, *result.notes, *(f"{route}: {why}" for route, why in result.not_run.items())),
     )
     if folder is not None:

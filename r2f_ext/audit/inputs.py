@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,13 +12,25 @@ from torch import Tensor
 from r2f_ext.audit.assign import assign
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.errors import R2FError
-from r2f_ext.models import AdapterFiles, attach, load_base, read_adapter
+from r2f_ext.models import AdapterFacts, AdapterFiles, attach, load_base, read_adapter
 from r2f_ext.types import BaseModel, LoraUpdate, Target
 
 
-def load_adapters(
-    folders: Sequence[str | Path], base: str | BaseModel, device: str = "cpu"
-) -> tuple[Target, list[LoraUpdate]]:
+@dataclass(frozen=True)
+class LoadedAdapters:
+    """V adapters of one base.
+
+    Attributes:
+        target: base and adapted layers, the same for all.
+        updates: their factors; facts: what their folders say beside them, in the same order.
+    """
+
+    target: Target
+    updates: list[LoraUpdate]
+    facts: tuple[AdapterFacts, ...]
+
+
+def load_adapters(folders: Sequence[str | Path], base: str | BaseModel, device: str = "cpu") -> LoadedAdapters:
     """Read adapters as PEFT saves them and attach them to one base.
 
     Args:
@@ -36,7 +48,7 @@ def load_adapters(
         difference = _difference(bound[0][0], target) or _other_head(files[0], one)
         if difference is not None:
             raise R2FError(f"'{files[0].folder}' and '{one.folder}' {difference}: audit them one by one.")
-    return bound[0][0], [update for _, update in bound]
+    return LoadedAdapters(bound[0][0], [update for _, update in bound], tuple(one.facts for one in files))
 
 
 def _difference(first: Target, second: Target) -> str | None:

@@ -22,6 +22,7 @@ from r2f_ext.data import ImageSet
 from r2f_ext.env import environment
 from r2f_ext.inversion.geometry import vit_geometry
 from r2f_ext.inversion.route import Verdict
+from r2f_ext.models import AdapterFacts
 from r2f_ext.ops.schemas import SCHEMAS
 from r2f_ext.types import Reconstruction, Target
 
@@ -148,6 +149,7 @@ class AuditReport:
         inputs: what was audited, with paths relative to the report's folder; None where it is not to be replayed.
         notes: sentences on routes that were refused and on the proxy.
         phase0: closed forms on exact gradients, for comparison.
+        facts: what the adapters' folders say beside their factors, one per adapter.
     """
 
     target: Target
@@ -159,6 +161,7 @@ class AuditReport:
     inputs: Inputs | None = None
     notes: tuple[str, ...] = ()
     phase0: Sequence[Phase0Report] = ()
+    facts: tuple[AdapterFacts, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The data of report.json: plain dicts, lists, numbers and strings."""
@@ -182,6 +185,7 @@ class AuditReport:
             "config": asdict(self.config),
             "inputs": None if self.inputs is None else asdict(self.inputs),
             "notes": list(self.notes),
+            "adapters": [asdict(one) for one in self.facts],
             "device": device if information["cuda_device"] is None else information["cuda_device"],
             "lpips": "unavailable: its backbone's weights are not shipped",
         }

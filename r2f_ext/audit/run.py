@@ -14,7 +14,7 @@ from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_co
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.route import Proxies, Verdict, adapter_problem
 from r2f_ext.inversion.routes import check_runnable, default_routes, run_routes, verdicts_of
-from r2f_ext.models import InitialFactors
+from r2f_ext.models import AdapterFacts, InitialFactors
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
 from r2f_ext.types import Gradient, LoraUpdate, Reconstruction, Target
@@ -67,6 +67,7 @@ def run_audit_stages(
     stages: Stages | None = None,
     initial: InitialFactors | None = None,
     verdicts: dict[str, Verdict] | None = None,
+    facts: tuple[AdapterFacts, ...] = (),
 ) -> AuditResult:
     """Audit adapters that started from the same A (the clients of one server, or a single one).
 
@@ -76,12 +77,13 @@ def run_audit_stages(
         proxy: public or generated images with labels.
         initial: source of A before the first step; None: common seeds are tried.
         verdicts: of every route, from `verdicts_of(adapter_problem(target, adapters, initial))`, if already computed.
+        facts: what the adapters' folders say beside their factors.
 
     Raises:
         R2FError: a proxy that is too small, adapters with different initial A's, or an unknown name in `config.routes`.
     """
     config, stages = config or AuditConfig(), stages or Stages()
-    problem = adapter_problem(target, adapters, initial)
+    problem = adapter_problem(target, adapters, initial, facts)
     a, observed = problem.a, problem.observed
     assert a is not None and observed is not None
     pairs = GeneratedPairs(target, a, proxy, precision=config.precision)

@@ -17,7 +17,8 @@ Options = argparse.Namespace
 
 def read_adapters(folders: list[str], options: Options) -> tuple[Target, list[LoraUpdate]]:
     """The adapters in `folders`, attached to --base on --device."""
-    return load_adapters(folders, options.base, chosen_device(options))
+    loaded = load_adapters(folders, options.base, chosen_device(options))
+    return loaded.target, loaded.updates
 
 
 def images_of(spec: str, base: BaseModel, options: Options, role: str, count: int | None) -> ImageSet:

@@ -17,7 +17,7 @@ from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
 from r2f_ext.inversion.unet import UNetConfig
-from r2f_ext.models import InitialFactors, common_a, untouched_a
+from r2f_ext.models import AdapterFacts, InitialFactors, common_a, untouched_a
 from r2f_ext.pairs import Training
 from r2f_ext.progress import Advance
 from r2f_ext.types import BaseModel, Gradient, LoraUpdate, Reconstruction, Target
@@ -107,6 +107,7 @@ class Problem:
         gauss_newton, matrix_free: configurations of the searches.
         unet: configuration of the U-Net that refines the amortised estimate; None: kernel ridge alone.
         prior: (images, step) -> gradient [n, c, h, w] of a learned prior, added while matching.
+        facts: what the adapters' folders say beside their factors, one per adapter.
     """
 
     base: BaseModel
@@ -129,6 +130,7 @@ class Problem:
     matrix_free: MatrixFreeConfig = field(default_factory=MatrixFreeConfig)
     unet: UNetConfig | None = None
     prior: PriorGradient | None = None
+    facts: tuple[AdapterFacts, ...] = ()
 
     @property
     def victims(self) -> int:
@@ -136,11 +138,17 @@ class Problem:
         return len(self.adapters or self.gradients or ())
 
 
-def adapter_problem(target: Target, adapters: list[LoraUpdate], initial: InitialFactors | None = None) -> Problem:
+def adapter_problem(
+    target: Target,
+    adapters: list[LoraUpdate],
+    initial: InitialFactors | None = None,
+    facts: tuple[AdapterFacts, ...] = (),
+) -> Problem:
     """The problem given by adapters with a common A_0; callers add proxies and decoded gradients with `replace`.
 
     Args:
         initial: source of A_0; None: common seeds are tried.
+        facts: what the adapters' folders say beside their factors.
 
     Raises:
         R2FError: the adapters have different initial A's, or `initial` names an A_0 that is not theirs.
@@ -156,6 +164,7 @@ def adapter_problem(target: Target, adapters: list[LoraUpdate], initial: Initial
         observed=stack_updates(adapters),
         a=common_a(adapters),
         initial=initial,
+        facts=facts,
     )
 
 

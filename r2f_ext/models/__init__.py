@@ -1,7 +1,10 @@
 """Base models and the adapters bound to them."""
 
-from r2f_ext.models.adapter import AdapterFiles, attach, forgot_start, load_adapter, read_adapter, untouched_a
+from r2f_ext.models.adapter_files import AdapterFiles, read_adapter
+from r2f_ext.models.attach import attach, load_adapter
 from r2f_ext.models.base import load_base, save_base, shape_of
+from r2f_ext.models.evidence import forgot_start, untouched_a
+from r2f_ext.models.facts import AdapterFacts
 from r2f_ext.models.initial import (
     InitialA,
     InitialFactors,
@@ -12,6 +15,7 @@ from r2f_ext.models.initial import (
 )
 
 __all__ = [
+    "AdapterFacts",
     "AdapterFiles",
     "InitialA",
     "InitialFactors",

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
-from r2f_ext.models.adapter import PREFIX, read_factors
+from r2f_ext.models.adapter_files import PREFIX, read_factors
 from r2f_ext.types import LoraUpdate, Target
 
 COMMON_SEEDS = (*range(129), 256, 512, 666, 777, 999, 1000, 1024, 1111, 1234, 1337, *range(2020, 2027), 3407, 12345)

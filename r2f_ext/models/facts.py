@@ -1,0 +1,24 @@
+"""What an adapter folder says beside its factors; every report shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """Facts of one adapter folder, each a complete sentence that was checked against the files.
+
+    Attributes:
+        name: the folder's last part.
+        notes: sentences that qualify the figures (keys that were renamed, layers that were dropped, ...).
+        leaks: sentences on what the folder gives away outside of the LoRA factors.
+        dropout: lora_dropout of the configuration; above 0 no route can be exact.
+        init: init_lora_weights of the configuration, as text.
+    """
+
+    name: str
+    notes: tuple[str, ...] = ()
+    leaks: tuple[str, ...] = ()
+    dropout: float = 0.0
+    init: str = "true"
