@@ -94,7 +94,7 @@ def test_images_beside_that_have_the_same_update_are_not_called_exact(problem, n
     point = images[0].flatten()
     jacobian = UpdateMap(target, a, SHAPE, 64).jacobian(point, labels[:1], torch.eye(192, dtype=torch.float64))
     singular = torch.linalg.svd(jacobian)
-    rank = int((singular.S > 1e-9 * singular.S[0]).sum())
+    rank = int((1e-9 * singular.S[0] < singular.S).sum())
     hidden = singular.U[:, rank:] @ torch.randn(192 - rank, dtype=torch.float64)
     beside = (images + (0.5 * hidden / hidden.norm()).view_as(images[0])).clamp(0, 1)
     start = Reconstruction("given", beside, labels, "", 0.0)
