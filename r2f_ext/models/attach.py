@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
@@ -47,15 +46,17 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
         R2FError: the adapter names layers or shapes that the base does not have, or wraps a kind of layer
             other than Linear and patchifying Conv2d.
     """
+    config = {name: value for name, value in files.config.items() if name != "modules_to_save"}
     try:
         with torch.random.fork_rng(devices=[]):  # PEFT draws factors before the stored ones replace them
-            wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
+            wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**config))
         outcome: Any = set_peft_model_state_dict(wrapped, dict(files.weights))  # it renames the keys in place
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
         raise R2FError(
             f"adapter '{files.folder}' does not fit base '{base.spec}': {_reason(error)}; name its own base."
         ) from error
-    missing = [name for name in outcome.missing_keys if "lora_" in name]
+    dropped = tuple(f"{PREFIX}{name}." for name in files.facts.dropped)
+    missing = [name for name in outcome.missing_keys if "lora_" in name and not name.startswith(dropped)]
     if outcome.unexpected_keys or missing:
         name = (list(outcome.unexpected_keys) + missing)[0]
         raise R2FError(
@@ -67,13 +68,13 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     b: dict[str, Tensor] = {}
     for path, module in wrapped.named_modules():
         name = path.removeprefix(PREFIX)
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and name not in files.facts.dropped:
             layer = _adapted_layer(name, module)
             layers.append(layer)
             dtype = torch.promote_types(files.weights[f"{PREFIX}{name}.lora_A.weight"].dtype, torch.float32)
             a[name] = files.weights[f"{PREFIX}{name}.lora_A.weight"].to(base.device, dtype).flatten(1)
             b[name] = files.weights[f"{PREFIX}{name}.lora_B.weight"].to(base.device, dtype).flatten(1)
-    model = _with_saved_modules(wrapped, base.model)
+    model = _with_saved(files, base)
     return Target(replace(base, model=model), tuple(layers)), LoraUpdate(a, b)
 
 
@@ -100,15 +101,16 @@ def _patchifies(conv: nn.Conv2d) -> bool:
     return plain and conv.kernel_size == conv.stride
 
 
-def _with_saved_modules(wrapped: nn.Module, model: nn.Module) -> nn.Module:
-    saved = {
-        path.removeprefix(PREFIX): module.modules_to_save["default"]
-        for path, module in wrapped.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
-    if not saved:
-        return model
-    model = copy.deepcopy(model)
-    for name, module in saved.items():
-        model.set_submodule(name, module.requires_grad_(False))
-    return model
+def _with_saved(files: AdapterFiles, base: BaseModel) -> nn.Module:
+    """The base's model, or a copy in which the tensors saved with the adapter replace its own."""
+    if not files.saved:
+        return base.model
+    model = copy.deepcopy(base.model)
+    try:
+        outcome = model.load_state_dict(files.saved, strict=False)
+    except RuntimeError as error:
+        raise R2FError(f"adapter '{files.folder}' does not fit base '{base.spec}': {_reason(error)}.") from error
+    if outcome.unexpected_keys:
+        name = outcome.unexpected_keys[0]
+        raise R2FError(f"adapter '{files.folder}' holds {name}, which base '{base.spec}' does not have.")
+    return model.requires_grad_(False)
