@@ -97,15 +97,15 @@ def open_regular(path: Path) -> BinaryIO:
         R2FError: there is no such file, it is not a regular one, or it may not be read.
     """
     try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except PermissionError as error:
         raise R2FError(f"{plain(path, 400)} may not be read: change its permissions.") from error
     except OSError as error:
         raise R2FError(f"{plain(path, 400)} cannot be read ({error.strerror}): check the disk.") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise R2FError(f"{plain(path, 400)} is not a regular file: pass the folder that PEFT's save_pretrained wrote.")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def read_json(path: Path) -> dict[str, Any]:
