@@ -103,7 +103,9 @@ def _stored(folder: Path) -> dict[str, Tensor]:
     for path, promised in weight_files(folder).items():
         size += path.stat().st_size
         if size > MAX_FILE:
-            raise R2FError(f"'{plain(folder, 400)}' has shards of more than {MAX_FILE:,} bytes: it is no adapter.")
+            raise R2FError(
+                f"'{plain(folder, 400)}' has tensors of more than the {MAX_FILE:,} bytes that an adapter is read up to."
+            )
         part = read_tensors(path)
         if promised is not None and promised != part.keys():
             name = sorted(promised ^ part.keys())[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from math import comb, prod
 
@@ -25,7 +26,7 @@ def check_patterns(patterns: Iterable[str], where: str) -> None:
     cost = 0
     for pattern in patterns:
         try:
-            re.compile(pattern)
+            _compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             reason = plain(error) if isinstance(error, re.error) else "too large"
             raise R2FError(
@@ -39,14 +40,25 @@ def check_patterns(patterns: Iterable[str], where: str) -> None:
             )
 
 
+def _compile(pattern: str) -> None:
+    """Compile a pattern as PEFT will, unless it is so long that this alone takes seconds."""
+    if len(pattern) <= MAX_LENGTH:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of syntax that a later Python may read otherwise
+            re.compile(pattern)
+
+
 def steps(pattern: str) -> int:
     """An upper bound on the backtracking steps of `pattern` on one module name.
 
     Each of k repeats can end at any of the n characters, comb(n + k, k) ways together, and each group tries its
-    branches. A repeat of a group can repeat repeats, which is exponential: it counts as beyond any bound.
+    branches. A repeat of a group can repeat repeats, which is exponential: it counts as beyond any bound, as does a
+    pattern of more than `MAX_LENGTH` characters.
     """
+    if len(pattern) > MAX_LENGTH:
+        return MAX_COST + 1
     bare = re.sub(r"\[\^?\]?[^\]]*\]", "c", re.sub(r"\\.", "c", pattern))  # no escapes, no classes
-    if len(pattern) > MAX_LENGTH or re.search(r"\)[*+{]", bare):
+    if re.search(r"\)[*+{]", bare):
         return MAX_COST + 1
     repeats = len(re.findall(r"[*+]|\{\d*,?\d*\}|(?<![*+?}(])\?", bare))
     branches, stack = [1], [0]
