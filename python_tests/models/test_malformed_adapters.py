@@ -196,9 +196,10 @@ def configurations():
     fields = [
         *USED_FIELDS,
         *READ_FIELDS,
-        *HARMLESS_FIELDS,
         "init_lora_weights",
-        numbers.choice(sorted(VARIANTS)),
+        "peft_type",
+        "base_model_name_or_path",
+        "use_dora",
         "unknown",
     ]
     for field in fields:
