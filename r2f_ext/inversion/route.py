@@ -17,7 +17,7 @@ from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
 from r2f_ext.inversion.unet import UNetConfig
-from r2f_ext.models import AdapterFacts, InitialFactors, common_a, untouched_a
+from r2f_ext.models import AdapterFacts, Evidence, InitialFactors, common_a, evidence_of
 from r2f_ext.pairs import Training
 from r2f_ext.progress import Advance
 from r2f_ext.types import BaseModel, Gradient, LoraUpdate, Reconstruction, Target
@@ -108,6 +108,7 @@ class Problem:
         unet: configuration of the U-Net that refines the amortised estimate; None: kernel ridge alone.
         prior: (images, step) -> gradient [n, c, h, w] of a learned prior, added while matching.
         facts: what the adapters' folders say beside their factors, one per adapter.
+        evidence: what the adapters' factors show of the training; None without adapters.
     """
 
     base: BaseModel
@@ -131,6 +132,7 @@ class Problem:
     unet: UNetConfig | None = None
     prior: PriorGradient | None = None
     facts: tuple[AdapterFacts, ...] = ()
+    evidence: Evidence | None = None
 
     @property
     def victims(self) -> int:
@@ -156,15 +158,17 @@ def adapter_problem(
     initial = initial or InitialFactors(target, adapters[0])
     if initial.named:
         _ = initial.found  # a wrong folder or seed is refused even where no route needs A_0
+    evidence = evidence_of(adapters, facts)
     return Problem(
         target.base,
         target,
-        steps=1 if all(untouched_a(update) for update in adapters) else None,
+        steps=evidence.steps,
         adapters=adapters,
         observed=stack_updates(adapters),
         a=common_a(adapters),
         initial=initial,
         facts=facts,
+        evidence=evidence,
     )
 
 

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from r2f_ext.models.facts import AdapterFacts
 from r2f_ext.types import LoraUpdate
 
 # A has forgotten its start when its smallest singular value is below this fraction of what a random start would have.
 FORGOTTEN = 1e-2
+NO_BATCH = "The factors do not show how many images a step saw; every figure assumes one."
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the factors of V adapters of one start show of its recipe.
+
+    Attributes:
+        steps: 1 where every A is its start as far as the factors show; None where more steps cannot be excluded.
+        start: how A was drawn: "default", or init_lora_weights of the configuration.
+        signs_only: |B| is nearly constant, as after the first step of Adam(W): it holds the gradient's signs.
+        sentences: what is known and what is not, for the report.
+    """
+
+    steps: int | None
+    start: str
+    signs_only: bool
+    sentences: tuple[str, ...]
+
+
+def evidence_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts] = ()) -> Evidence:
+    """The evidence of V adapters that share one start; `facts`: of their folders, as far as known."""
+    one = all(untouched_a(update) for update in updates)
+    start = facts[0].init if facts and facts[0].init != "true" else "default"
+    said = "A lies in PEFT's initial range, as after one step." if one else "A has left PEFT's initial range."
+    return Evidence(1 if one else None, start, False, (said, NO_BATCH))
 
 
 def untouched_a(update: LoraUpdate) -> bool:
