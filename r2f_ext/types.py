@@ -92,6 +92,11 @@ class LoraUpdate:
     b0: dict[str, Tensor] | None = None
     stored: torch.dtype = torch.float32
 
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """A before the first step where it is known, else A itself, which stands in for it: name -> [r, d_in]."""
+        return self.a if self.a0 is None else self.a0
+
 
 @dataclass(frozen=True)
 class FactoredGradient:

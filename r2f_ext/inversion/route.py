@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import ClassVar
@@ -92,7 +92,7 @@ class Problem:
         base: the public base model.
         target: its adapted layers; None where exact gradients are observed and no adapter.
         shared: names of the parameters whose exact gradients are observed; None: of all.
-        steps: the victims' steps T.
+        steps: the victims' steps T; None: unknown.
         batch: images of one group, b.
         gradients: exact gradients of V groups, parameter name -> gradient of the parameter's shape.
         adapters: the factors of V victims.
@@ -156,8 +156,10 @@ def adapter_problem(
         R2FError: the adapters have different initial A's, or `initial` names an A_0 that is not theirs.
     """
     initial = initial or InitialFactors(target, adapters[0])
-    if initial.named:
-        _ = initial.found  # a wrong folder or seed is refused even where no route needs A_0
+    a = common_a(adapters)
+    if initial.named and initial.found is not None:  # a wrong folder or seed is refused even where no route needs A_0
+        adapters = [replace(one, a0=initial.found.a) for one in adapters]
+        a = common_a(adapters)
     evidence = evidence_of(adapters, facts)
     return Problem(
         target.base,
@@ -165,7 +167,7 @@ def adapter_problem(
         steps=evidence.steps,
         adapters=adapters,
         observed=stack_updates(adapters),
-        a=common_a(adapters),
+        a=a,
         initial=initial,
         facts=facts,
         evidence=evidence,
