@@ -30,7 +30,7 @@ from r2f_ext.types import BaseModel, Target
 def run_pairs(options: Options) -> dict[str, Any]:
     target, (adapter,) = read_adapters([options.adapter], options)
     folder = output_folder(options.out)
-    a = {name: a.float() for name, a in adapter.a.items()}
+    a = {name: a.float() for name, a in adapter.start.items()}
     pairs = _new_pairs(options, target, a)
     plan = plan_pairs(pairs, min(options.count, len(pairs)), folder, options.dense)
     _print_plan(plan)
