@@ -532,3 +532,27 @@ def test_output_on_a_full_disk():
     assert done.stderr.decode().splitlines() == [
         "r2f env: No space left on device: free some space or choose another disk."
     ]
+
+
+STAGES = {
+    "audit": ("matching", "r2f_ext.inversion.routes.matching.match"),
+    "pairs": ("pairs", "r2f_ext.pairs.shards.sha256"),
+    "fit": ("fit", "r2f_ext.decoders.ridge.gram"),
+    "invert": ("amortised_refined", "r2f_ext.inversion.routes.amortised_refined.match"),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_stops_is_not_shown_as_finished(name, error, stages, out, capsys, monkeypatch):
+    stage, place = STAGES[name]
+    importlib.import_module(place.rpartition(".")[0])
+
+    def stop(*args, **options):
+        raise error
+
+    monkeypatch.setattr(place, stop)
+    words = [str(word) for word in (*commands_with_out(stages)[name], "--out", out)]
+    assert run(*words) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.split(":")[0].split()[-1:] == [stage]]
+    assert len(lines) == 1 and "stopped after" in lines[0] and "/s" not in lines[0]
