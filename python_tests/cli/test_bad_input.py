@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -111,8 +112,6 @@ ADAPTERS = {
 
 @pytest.mark.parametrize(("make", "words"), ADAPTERS.values(), ids=ADAPTERS.keys())
 def test_bad_adapters(make, words, adapter_folder, tmp_path, out, capsys):
-    import re
-
     make(adapter_folder, tmp_path / "adapter")
     line = refused(capsys, *pairs_of(tmp_path / "adapter", out))
     assert re.search(words, line) and "adapter" in line
@@ -144,7 +143,7 @@ def test_two_clients_of_different_layers(adapter_folder, embedded, tmp_path, out
 BASES = {
     "bad timm name": ("timm:vit_no_such_thing", "unknown base model"),
     "missing folder": ("/no/such/base", "unknown base"),
-    "empty timm name": ("timm:", "unknown base model"),
+    "empty timm name": ("timm:", "unknown base .timm:.: name a model after"),
 }
 
 
@@ -152,7 +151,7 @@ BASES = {
 @pytest.mark.parametrize("command", ["pairs", "audit", "phase0"])
 def test_unknown_bases(base, words, command, adapter_folder, out, capsys):
     adapter = [] if command == "phase0" else [adapter_folder]
-    assert words in refused(capsys, command, *adapter, "--base", base, "--out", out)
+    assert re.search(words, refused(capsys, command, *adapter, "--base", base, "--out", out))
     assert not out.exists() or not files_under(out)
 
 
