@@ -175,8 +175,8 @@ def test_proxies_without_enough_images(images, command, adapter_folder, tmp_path
     ("words", "sentence"),
     [
         (("--proxy", "nothing"), "unknown images 'nothing'"),
-        (("--count", 0), "at least 1"),
-        (("--count", -5), "at least 1"),
+        (("--count", 0), "at least 40, got 0"),
+        (("--count", -5), "at least 40, got -5"),
         (("--seed", -1), "--seed must be at least 0"),
         (("--count", 39), "at least 40"),
         (("--private", "embedded:999"), "has 100 images, counted from 0"),
@@ -517,6 +517,7 @@ def test_a_path_that_the_terminal_cannot_show(command, adapter_folder, tmp_path)
     assert b"\\u2192" in shown and (command == "refusal" or (out / "manifest.json").exists())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_output_on_a_full_disk():
     with open("/dev/full", "w") as full:
