@@ -68,9 +68,7 @@ def _replay(options: Options) -> dict[str, Any]:
 
 
 def _print_prepared(ready: Prepared) -> None:
-    steps = "A has left PEFT's initial range, so more than one step was taken"
-    if ready.one_step:
-        steps = "A still lies in PEFT's initial range, as after one step"
+    steps = " ".join(ready.evidence.sentences)
     print_target({**target_to_json(ready.target, ready.verdicts), "steps": steps})
 
 

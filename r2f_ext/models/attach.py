@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
+from r2f_ext.models.converted import split_start
+from r2f_ext.models.storage import storage_dtype
 from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
 
 
@@ -41,7 +43,8 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     best available estimate of the head at which the victim's gradients were taken.
 
     Returns:
-        (target, update); factors are float32 (float64 stays float64) on the base's device.
+        (target, update); factors are float32 (float64 stays float64) on the base's device. Where the file holds the
+        start of its factors, they are split, see `split_start`.
 
     Raises:
         R2FError: the adapter names layers or shapes that the base does not have, or wraps a kind of layer
@@ -74,7 +77,9 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
             a[name] = files.weights[f"{PREFIX}{name}.lora_A.weight"].to(base.device, dtype).flatten(1)
             b[name] = files.weights[f"{PREFIX}{name}.lora_B.weight"].to(base.device, dtype).flatten(1)
     model = _with_saved_modules(wrapped, base.model)
-    return Target(replace(base, model=model), tuple(layers)), LoraUpdate(a, b)
+    update = LoraUpdate(a, b, stored=storage_dtype([*a.values(), *b.values()]))
+    trained, update = split_start(str(files.folder), tuple(layers), update)
+    return Target(replace(base, model=model), trained), update
 
 
 def _reason(error: Exception) -> str:
