@@ -121,14 +121,13 @@ def test_the_verdict_comes_first_and_exactness_before_all(pages):
     for words in ("to 78 dB", "+1.3 dB", "95 % interval +0.4 to +2.2 dB", "no proof of safety", "higher is closer"):
         assert words in before
     assert "mean image of the proxy has 9.1 dB" in re.sub(r"\s+", " ", before)
+    assert "Tried:" not in before and "Not tried:" not in before
     assert "this adapter" in reader.text and "these adapters" not in reader.text and "1 adapters" not in reader.text
     many = pages["many"][1].text
     assert "this adapter" not in many and "these adapters" in many and "What 15 adapters give away" in many
 
 
-@pytest.mark.parametrize(
-    ("leak", "heading"), [(True, "Leak"), (False, "No leak shown"), (None, "Not judged")], ids=str
-)
+@pytest.mark.parametrize(("leak", "heading"), [(True, "Leak"), (False, "No leak shown"), (None, "Not judged")], ids=str)
 def test_without_an_exact_image_the_heading_is_the_leak(tmp_path, leak, heading):
     sets = [victims(1, private=leak is not None, exact=False)]
     data = report(sets)
@@ -168,7 +167,11 @@ def test_many_victims_are_cut_with_a_sentence(tmp_path, monkeypatch):
 
 def test_routes_say_why_who_and_which_labels(pages):
     text = pages["two"][1].text
-    for words in ("Why gauss_newton.", "Anyone who has the adapter and the public base.", "0, 1; true: 0, 1 (50 % right)"):
+    for words in (
+        "Why gauss_newton.",
+        "Anyone who has the adapter and the public base.",
+        "0, 1; true: 0, 1 (50 % right)",
+    ):
         assert words in text
     assert "+1.3 dB" in text and "route minus control" in text
 
