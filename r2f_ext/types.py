@@ -79,14 +79,26 @@ class Target:
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """One adapter's factors after the victim's steps: a[name] [r, d_in], b[name] [d_out, r], float32 or float64.
+    """One adapter's factors after the victim's steps, float32 or float64.
 
-    `a0` holds the factors A before the first step where they are known (PEFT's B starts at 0).
+    Attributes:
+        a: name -> [r, d_in].
+        b: name -> the change of B since the start [d_out, r], which is B itself where B started at 0 as PEFT's does.
+        a0: name -> A before the first step, where it is known.
+        b0: name -> B before the first step, where it was not 0.
+        stored: the lowest-precision float dtype that holds the file's factors exactly.
     """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     a0: dict[str, Tensor] | None = None
+    b0: dict[str, Tensor] | None = None
+    stored: torch.dtype = torch.float32
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """A before the first step where it is known, else A itself, which stands in for it: name -> [r, d_in]."""
+        return self.a if self.a0 is None else self.a0
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,13 @@ from cases import (
     changed_weights,
     peft_factors,
     peft_model,
-    samples,
     save,
-    tiny_base,
     train,
 )
 from torch import nn
 
 from r2f_ext.errors import R2FError
-from r2f_ext.models import attach, forgot_start, load_adapter, read_adapter, untouched_a
+from r2f_ext.models import attach, load_adapter, read_adapter
 from r2f_ext.models.adapter_files import HARMLESS_FIELDS, USED_FIELDS, VARIANTS
 from r2f_ext.types import BaseModel
 
@@ -180,24 +178,3 @@ def test_nothing_in_the_config_reaches_the_outside(tmp_path, adapter_folder):
     )
     assert not {"base_model_name_or_path", "revision", "auto_mapping"} & read_adapter(folder).config.keys()
     assert "auto_mapping" in json.loads((folder / CONFIG).read_text())
-
-
-def test_untouched_a_after_one_step_and_not_after_many(tmp_path):
-    base = tiny_base(torch.float32)
-    images, labels = samples(1, base, torch.float32)
-    found = []
-    for steps, lr in ((1, 0.1), (30, 3.0)):
-        model = peft_model(base)
-        train(model, base, images, labels, lr=lr, steps=steps)
-        found.append(untouched_a(attach(read_adapter(save(model, tmp_path / str(steps))), base)[1]))
-    assert found == [True, False]
-
-
-def test_forgot_start_tells_decayed_factors_from_random_ones():
-    generator = torch.Generator().manual_seed(0)
-    for rank, d_in in ((1, 16), (8, 96), (64, 128), (96, 96)):
-        a = torch.rand(rank, d_in, generator=generator) - 0.5
-        assert not forgot_start(a)
-    decayed = 1e-4 * torch.rand(8, 96, generator=generator) + torch.randn(8, 1, generator=generator)
-    assert forgot_start(decayed)
-    assert not forgot_start(torch.full((8, 96), float("nan")))

@@ -103,6 +103,7 @@ def product(x, delta):
     return (delta.mT @ x)[0]
 
 
+@pytest.mark.slow  # traced on two cores
 def test_tracing_changes_no_tangent(folders):
     base = load_base(str(folders["vit"][0]))
     target = target_of(base, layers_of(base, "vit")[-1:])

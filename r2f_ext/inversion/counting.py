@@ -62,7 +62,7 @@ def several_steps(problem: Problem) -> str | None:
         return "the victims did not take one plain SGD step, which the search models; gauss_newton_unrolled models more"
     if (problem.steps or 1) > 1 or (problem.adapters and problem.steps is None):
         return (
-            "A has left PEFT's initial range, so more than one step was taken, and the search models one; "
+            "more than one step was taken, or cannot be excluded, and the search models one; "
             "gauss_newton_unrolled models several"
         )
     return None

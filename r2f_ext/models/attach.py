@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from r2f_ext.errors import R2FError
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
 from r2f_ext.models.base import check_classifier
+from r2f_ext.models.converted import split_start
+from r2f_ext.models.storage import storage_dtype
 from r2f_ext.models.transformers_base import current_names
 from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
 
@@ -47,8 +49,9 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     best available estimate of the head at which the victim's gradients were taken.
 
     Returns:
-        (target, update); factors are float32 (float64 stays float64) on the base's device. The notes of the target's
-        base say what could not be checked.
+        (target, update); factors are float32 (float64 stays float64) on the base's device. Where the file holds the
+        start of its factors, they are split, see `split_start`. The notes
+        of the target's base say what could not be checked.
 
     Raises:
         R2FError: the adapter names layers or shapes that the base does not have, wraps a kind of layer other than
@@ -75,9 +78,11 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
         layers.append(AdaptedLayer(name, len(b[name]), a[name].shape[1], len(a[name]), placed[name].scaling["default"]))
     base = replace(base, notes=base.notes + notes + _notes_on_name(files, base))
     model = _with_saved_modules(wrapped, base.model)
-    target = Target(replace(base, model=model), tuple(layers))
+    update = LoraUpdate(a, b, stored=storage_dtype([*a.values(), *b.values()]))
+    trained, update = split_start(str(files.folder), tuple(layers), update)
+    target = Target(replace(base, model=model), trained)
     check_classifier(target.base)
-    return target, LoraUpdate(a, b)
+    return target, update
 
 
 def _with_current_names(files: AdapterFiles, base: BaseModel) -> tuple[AdapterFiles, tuple[str, ...]]:
