@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -77,7 +76,7 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
         b[name] = stored_b.to(base.device, dtype).flatten(1)
         layers.append(AdaptedLayer(name, len(b[name]), a[name].shape[1], len(a[name]), placed[name].scaling["default"]))
     base = replace(base, notes=base.notes + notes + _notes_on_name(files, base))
-    model = _with_saved_modules(wrapped, base.model)
+    model = _with_saved_modules(files, base.model)
     update = LoraUpdate(a, b, stored=storage_dtype([*a.values(), *b.values()]))
     trained, update = split_start(str(files.folder), tuple(layers), update)
     target = Target(replace(base, model=model), trained)
@@ -252,15 +251,10 @@ def _input_width(module: nn.Module) -> int | None:
     return None
 
 
-def _with_saved_modules(wrapped: nn.Module, model: nn.Module) -> nn.Module:
-    saved = {
-        path.removeprefix(PREFIX): module.modules_to_save["default"]
-        for path, module in wrapped.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
+def _with_saved_modules(files: AdapterFiles, model: nn.Module) -> nn.Module:
+    saved = {key.removeprefix(PREFIX): value for key, value in files.weights.items() if ".lora_" not in key}
     if not saved:
         return model
     model = copy.deepcopy(model)
-    for name, module in saved.items():
-        model.set_submodule(name, module.requires_grad_(False))
+    model.load_state_dict(saved, strict=False)
     return model
