@@ -174,7 +174,7 @@ def _no_such_layer(name: str, files: AdapterFiles, base: BaseModel, modules: dic
 
 def _pass_its_base(files: AdapterFiles) -> str:
     said = _base_name(files)
-    return "pass the model that it was trained on as --base" + ("" if said is None else f"; it names '{said}'")
+    return "pass the model that it was trained on as --base" + ("" if said is None else f"; it names '{_shown(said)}'")
 
 
 def _base_name(files: AdapterFiles) -> str | None:
@@ -231,7 +231,7 @@ def _notes_on_name(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
     if _last_part(said).casefold() == _last_part(base.spec).casefold():
         return ()
     return (
-        f"Adapter '{files.facts.name}' names '{said}' as its base and was given '{_last_part(base.spec)}': the figures "
+        f"Adapter '{files.facts.name}' names '{_shown(said)}' as its base and was given '{_last_part(base.spec)}': the figures "
         "hold only if the weights are the same, which cannot be verified.",
     )
 
@@ -239,6 +239,11 @@ def _notes_on_name(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
 def _last_part(name: str) -> str:
     """The last part of a base's name or path."""
     return Path(name.partition(":")[2] if ":" in name else name).name or name
+
+
+def _shown(name: str) -> str:
+    """The name of a base without the folders of a local path."""
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else _last_part(name)
 
 
 def _input_width(module: nn.Module) -> int | None:
