@@ -76,7 +76,7 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
         b[name] = stored_b.to(base.device, dtype).flatten(1)
         layers.append(AdaptedLayer(name, len(b[name]), a[name].shape[1], len(a[name]), placed[name].scaling["default"]))
     base = replace(base, notes=base.notes + notes + _notes_on_name(files, base))
-    model = _with_saved_modules(files, base.model)
+    model = _with_saved(files, base)
     update = LoraUpdate(a, b, stored=storage_dtype([*a.values(), *b.values()]))
     trained, update = split_start(str(files.folder), tuple(layers), update)
     target = Target(replace(base, model=model), trained)
@@ -106,7 +106,6 @@ def _with_current_names(files: AdapterFiles, base: BaseModel) -> tuple[AdapterFi
         for end in (A_KEY, B_KEY)
         if f"{PREFIX}{name}{end}" in files.weights
     }
-    weights |= {key: value for key, value in files.weights.items() if ".lora_" not in key}
     old, now = next(iter(renamed.items()))
     note = f"The adapter names its layers as an older transformers did: {old} is now {now}."
     return replace(files, config=config, weights=weights), (note,)
@@ -173,19 +172,16 @@ def _no_such_layer(name: str, files: AdapterFiles, base: BaseModel, modules: dic
 
 
 def _pass_its_base(files: AdapterFiles) -> str:
-    said = _base_name(files)
+    said = files.facts.base_name
     return "pass the model that it was trained on as --base" + ("" if said is None else f"; it names '{_shown(said)}'")
-
-
-def _base_name(files: AdapterFiles) -> str | None:
-    return getattr(files.facts, "base_name", None)
 
 
 def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
     """A copy of the base's model in which PEFT has placed the adapter's factors, at their start."""
+    config = {name: value for name, value in files.config.items() if name != "modules_to_save"}
     try:
         with torch.random.fork_rng(devices=[]):  # PEFT draws factors
-            return get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
+            return get_peft_model(copy.deepcopy(base.model), LoraConfig(**config))
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise R2FError(
@@ -196,7 +192,7 @@ def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
 def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
     """Refuse a file whose factors are not those of its configuration."""
     held = _layer_names(files)
-    dropped = getattr(files.facts, "dropped", ())
+    dropped = files.facts.dropped
     lacking = [name for name in placed if name not in held and name not in dropped]
     extra = [name for name in held if name not in placed]
     if lacking:
@@ -220,7 +216,7 @@ def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
 
 def _notes_on_name(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
     """What the base's name says of its weights; nothing in an adapter proves which weights it was trained on."""
-    said = _base_name(files)
+    said = files.facts.base_name
     if said is None:
         if base.spec == "embedded":
             return ()
@@ -256,10 +252,18 @@ def _input_width(module: nn.Module) -> int | None:
     return None
 
 
-def _with_saved_modules(files: AdapterFiles, model: nn.Module) -> nn.Module:
-    saved = {key.removeprefix(PREFIX): value for key, value in files.weights.items() if ".lora_" not in key}
-    if not saved:
-        return model
-    model = copy.deepcopy(model)
-    model.load_state_dict(saved, strict=False)
-    return model
+def _with_saved(files: AdapterFiles, base: BaseModel) -> nn.Module:
+    """The base's model, or a copy in which the tensors saved with the adapter replace its own."""
+    if not files.saved:
+        return base.model
+    model = copy.deepcopy(base.model)
+    try:
+        outcome = model.load_state_dict(files.saved, strict=False)
+    except RuntimeError as error:
+        raise R2FError(
+            f"adapter '{files.folder}' does not fit base '{base.spec}': {' '.join(str(error).split())[:300]}."
+        ) from error
+    if outcome.unexpected_keys:
+        name = outcome.unexpected_keys[0]
+        raise R2FError(f"adapter '{files.folder}' holds {name}, which base '{base.spec}' does not have.")
+    return model.requires_grad_(False)
