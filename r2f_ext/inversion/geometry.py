@@ -73,7 +73,10 @@ def vit_geometry(model: nn.Module, input_size: tuple[int, int] | None = None) ->
             not tile the input.
     """
     if not isinstance(model, VisionTransformer):
-        raise R2FError(f"closed forms need a timm VisionTransformer, and the base is a {type(model).__name__}.")
+        raise R2FError(
+            f"closed forms need a timm VisionTransformer, and the base is a {type(model).__name__}: only "
+            "the statistical routes and the searches can run."
+        )
     embed = model.patch_embed
     proj = getattr(embed, "proj", None)
     if not isinstance(embed, PatchEmbed) or not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
