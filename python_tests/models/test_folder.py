@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models import read_adapter
+from r2f_ext.models.adapter_files import read_factors
 from r2f_ext.models.folder import BESIDE, adapters_below, leaks_beside, names_in
 
 KOHYA = {"lora_unet_mid.lora_down.weight": torch.ones(4, 8), "lora_unet_mid.lora_up.weight": torch.ones(8, 4)}
@@ -32,6 +33,8 @@ def test_what_is_no_folder_says_what_it_is(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     assert "notes.txt' is not a folder: pass the folder with adapter_config.json" in refused(tmp_path / "notes.txt")
     assert "does not exist" in refused(folder / WEIGHTS / "deeper")
+    with pytest.raises(R2FError, match="does not exist"):
+        read_factors(folder / "none")
     os.mkfifo(tmp_path / "pipe.safetensors")
     assert "is not a folder" in refused(tmp_path / "pipe.safetensors")
 

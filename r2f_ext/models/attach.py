@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, plain
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
 from r2f_ext.models.base import check_classifier
 from r2f_ext.models.converted import split_start
@@ -183,7 +183,7 @@ def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # PEFT draws factors
             return get_peft_model(copy.deepcopy(base.model), LoraConfig(**config))
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        reason = plain(" ".join(str(error).split()), 300).rstrip(".") or type(error).__name__
         raise R2FError(
             f"adapter '{files.folder}' has a configuration that PEFT cannot apply to base '{base.spec}': {reason}."
         ) from error
@@ -261,7 +261,7 @@ def _with_saved(files: AdapterFiles, base: BaseModel) -> nn.Module:
         outcome = model.load_state_dict(files.saved, strict=False)
     except RuntimeError as error:
         raise R2FError(
-            f"adapter '{files.folder}' does not fit base '{base.spec}': {' '.join(str(error).split())[:300]}."
+            f"adapter '{files.folder}' does not fit base '{base.spec}': {plain(' '.join(str(error).split()), 300)}."
         ) from error
     if outcome.unexpected_keys:
         name = outcome.unexpected_keys[0]
