@@ -23,7 +23,7 @@ NEARLY = 0.01  # entries of |B| count as equal to the layer's largest from 1 - N
 MOSTLY = 0.5  # share of such entries from which B holds signs; plain SGD leaves a few per mille
 FEWEST = 64  # entries of B that are not 0; fewer show nothing
 ZEROS = 0.01  # share of zeros in A that no draw and no step of training leaves
-ROUNDINGS = 2.0  # of the factors' movements, in units of the storage precision
+ROUNDINGS = 1.0  # of the factors, in units of the storage precision; one step leaves up to 0.1 of it
 
 NO_BATCH = "The factors do not show how many images a step saw; every figure assumes one."
 NO_RECIPE = "how many, with which optimiser and which rates, the factors do not show."
@@ -35,7 +35,9 @@ SIGNS = (
     "Most entries of |B| equal the layer's largest to 1 %, as after the first step of Adam or AdamW: B shows the signs "
     "of the gradient and little of its sizes."
 )
-START_MOVES_A = "As B did not start at 0, A's movement shows B_0^T G too: the file gives away more than a plain adapter."
+START_MOVES_A = (
+    "As B did not start at 0, A's movement shows B_0^T G too: the file gives away more than a plain adapter."
+)
 SHOWN = {
     ("default", Trace.NONE): "A is to the last bit what PEFT draws at the start, as after one step or with A frozen.",
     ("default", Trace.POSSIBLE): (
@@ -67,8 +69,10 @@ SHOWN = {
 }
 CONVERTED = "The file holds its own start, as PEFT converts PiSSA, OLoRA, CorDA and LoRA-GA, and A and B have moved"
 SHOWN_CONVERTED = {
-    Trace.NONE: f"{CONVERTED} from it as in one step of plain SGD.",
-    Trace.MOVED: f"{CONVERTED} otherwise than in one step of plain SGD: in more steps, or by another optimiser.",
+    Trace.NONE: f"{CONVERTED} from it as in one step of plain SGD, up to rounding.",
+    Trace.MOVED: (
+        f"{CONVERTED} otherwise than in one step of plain SGD: in more steps, by another optimiser or in lower precision."
+    ),
 }
 
 
