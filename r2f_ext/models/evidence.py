@@ -71,7 +71,8 @@ CONVERTED = "The file holds its own start, as PEFT converts PiSSA, OLoRA, CorDA 
 SHOWN_CONVERTED = {
     Trace.NONE: f"{CONVERTED} from it as in one step of plain SGD, up to rounding.",
     Trace.MOVED: (
-        f"{CONVERTED} otherwise than in one step of plain SGD: in more steps, by another optimiser or in lower precision."
+        f"{CONVERTED} otherwise than in one step of plain SGD: in more steps, by another optimiser or in lower "
+        "precision."
     ),
 }
 
