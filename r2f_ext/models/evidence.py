@@ -200,9 +200,9 @@ def _signs(updates: Sequence[LoraUpdate]) -> list[str]:
         return []
     least = int(100 * min(shares))
     return [
-        f"In {len(shares)} of {len(updates)} adapters {least} % or more of the entries of |B| equal the largest of their "
-        "layer to 1 %, as after the first step of Adam or AdamW: of these, B shows the gradient's signs and little of "
-        "its sizes."
+        f"In {len(shares)} of {len(updates)} adapters {least} % or more of the entries of |B| equal the largest of "
+        "their layer to 1 %, as after the first step of Adam or AdamW: of these, B shows the gradient's signs and little "
+        "of its sizes."
     ]
 
 
@@ -214,6 +214,6 @@ def _zeros_in_a(updates: Sequence[LoraUpdate]) -> list[str]:
         return []
     first, part = holed[0], 100 * shares[holed[0]]
     return [
-        f"In {len(holed)} of {len(shares)} layers entries of A are exactly 0 ({part:.0f} % of {first}), which no draw of "
-        "PEFT and no step of training leaves: they were cut off, masked or never written."
+        f"In {len(holed)} of {len(shares)} layers entries of A are exactly 0 ({part:.0f} % of {first}), which no draw "
+        "of PEFT and no step of training leaves: they were cut off, masked or never written."
     ]
