@@ -152,13 +152,14 @@ def _left_default(factors: Sequence[Tensor]) -> str:
 
 
 def _is_start(update: LoraUpdate) -> bool:
-    """Whether every A is a multiple c <= 1 of A_0 up to storage rounding."""
+    """Whether every entry of every A is that of A_0, times one c <= 1 a layer, up to storage rounding."""
     assert update.a0 is not None
     for name, a in update.a.items():
         after, start = a.double(), update.a0[name].to(a).double()
         share = float((after * start).sum() / start.square().sum().clamp_min(1e-300))
-        eps = torch.finfo(storage_dtype([a])).eps
-        if share > 1 + eps or (after - min(share, 1.0) * start).norm() > eps * after.norm():
+        stored = torch.finfo(storage_dtype([a]))
+        rounding = stored.eps * after.abs().clamp_min(stored.smallest_normal)
+        if share > 1 + stored.eps or ((after - min(share, 1.0) * start).abs() > rounding).any():
             return False
     return True
 
