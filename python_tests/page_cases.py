@@ -95,8 +95,13 @@ def report(sets, phase0=(), adapters=None):
             "threat_model": {"amortised": "Anyone who has the adapter and the public base."},
             "tried": ["amortised"],
             "not_tried": [{"route": "matching", "why": "It was not asked for."}],
-            "sentences": ["One image is recovered exactly, to 78 dB.", "The adapter gives away 1.3 dB (0.4 to 2.2)."]
-            + ["Tried: amortised.", "Not tried: matching. It was not asked for.", "This is no proof of safety."],
+            "sentences": [
+                "One image is recovered exactly, to 78 dB.",
+                "The adapter gives away 1.3 dB (0.4 to 2.2).",
+                "Tried: amortised.",
+                "Not tried: matching. It was not asked for.",
+                "This is no proof of safety.",
+            ],
         },
         "versions": {"r2f_ext": "0.0", "torch": "2.9"},
         "backend": {"gram": "cpu"},
