@@ -35,7 +35,9 @@ SIGNS = (
     "Most entries of |B| equal the layer's largest to 1 %, as after the first step of Adam or AdamW: B shows the signs "
     "of the gradient and little of its sizes."
 )
-START_MOVES_A = "As B did not start at 0, A's movement shows B_0^T G too: the file gives away more than a plain adapter."
+START_MOVES_A = (
+    "As B did not start at 0, A's movement shows B_0^T G too: the file gives away more than a plain adapter."
+)
 SHOWN = {
     ("default", Trace.NONE): "A is to the last bit what PEFT draws at the start, as after one step or with A frozen.",
     ("default", Trace.POSSIBLE): (
