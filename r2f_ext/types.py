@@ -50,13 +50,18 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One linear layer W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's)."""
+    """One linear layer W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's).
+
+    saved: the file holds the layer's whole trained weight; A is the identity, never trained, B the weight's change, and
+    the scale 1.
+    """
 
     name: str
     d_out: int
     d_in: int
     rank: int
     scale: float
+    saved: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,23 @@ class Target:
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """One adapter's factors after the victim's steps: a[name] [r, d_in], b[name] [d_out, r], float32 or float64.
+    """One adapter after the victim's steps; tensors are float32 or float64.
 
-    `a0` holds the factors A before the first step where they are known (PEFT's B starts at 0).
+    Attributes:
+        a: name -> A [r, d_in]; b: name -> B [d_out, r].
+        a0: name -> A before the first step where it is known (PEFT's B starts at 0).
+        saved: layers whose whole weight is in the file: A is the identity, B the weight's change (`AdaptedLayer.saved`).
+        gradients: parameter name -> start - end, in the parameter's shape, of the parameters whose whole value is in
+            the file: after one step of plain SGD the exact gradient, times the learning rate.
+        label: the class of the images, where a head saved with the adapter tells it (`models.saved_head`).
     """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     a0: dict[str, Tensor] | None = None
+    saved: frozenset[str] = frozenset()
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    label: int | None = None
 
 
 @dataclass(frozen=True)

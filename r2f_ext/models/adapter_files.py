@@ -78,19 +78,21 @@ class AdapterFiles:
     Attributes:
         folder: where they were read from.
         config: the fields of adapter_config.json that are used.
-        weights: PEFT's state dict.
+        weights: PEFT's state dict of the factors.
+        saved: whole parameters beside them, without PEFT's prefix.
         facts: what the folder says beside its factors.
     """
 
     folder: Path
     config: dict
     weights: dict[str, Tensor]
+    saved: dict[str, Tensor]
     facts: AdapterFacts
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes of the head saved with the adapter (`modules_to_save`), if there is one."""
-        heads = [w for name, w in self.weights.items() if name.removeprefix(PREFIX) in ("head.weight", "fc.weight")]
+        heads = [w for name, w in self.saved.items() if name in ("head.weight", "fc.weight")]
         return heads[0].shape[0] if heads else None
 
 
@@ -114,7 +116,9 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     factors = [tensor for name, tensor in weights.items() if ".lora_B" in name]
     if factors and not any(tensor.any() for tensor in factors):
         raise R2FError(f"adapter '{folder}' is untrained: every B is zero, so it holds nothing of any data.")
-    return AdapterFiles(folder, config, weights, AdapterFacts(folder.resolve().name))
+    saved = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if ".lora_" not in name}
+    weights = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    return AdapterFiles(folder, config, weights, saved, AdapterFacts(folder.resolve().name))
 
 
 def _read_config(folder: Path) -> dict:

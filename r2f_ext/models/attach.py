@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
+from r2f_ext.models.saved_modules import input_width, saved_modules, with_saved_modules
 from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
 
 
@@ -37,8 +36,8 @@ def load_adapter(folder: str | Path, base: BaseModel) -> tuple[Target, LoraUpdat
 def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     """Bind an adapter to its base: which layers it changes, with which factors and scale.
 
-    A head saved with the adapter (`modules_to_save`) replaces the base's head. It is the head *after* training, the
-    best available estimate of the head at which the victim's gradients were taken.
+    Whole parameters saved with the adapter become layers of their own where they began at the base's values. Otherwise
+    they replace the base's: trained as they are, they are the best estimate of where the victim's gradients were taken.
 
     Returns:
         (target, update); factors are float32 (float64 stays float64) on the base's device.
@@ -50,7 +49,8 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     try:
         with torch.random.fork_rng(devices=[]):  # PEFT draws factors before the stored ones replace them
             wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
-        outcome: Any = set_peft_model_state_dict(wrapped, dict(files.weights))  # it renames the keys in place
+        own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # with the modules that PEFT would save
+        outcome: Any = set_peft_model_state_dict(wrapped, own | files.weights)
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
         raise R2FError(
             f"adapter '{files.folder}' does not fit base '{base.spec}': {_reason(error)}; name its own base."
@@ -73,8 +73,7 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
             dtype = torch.promote_types(files.weights[f"{PREFIX}{name}.lora_A.weight"].dtype, torch.float32)
             a[name] = files.weights[f"{PREFIX}{name}.lora_A.weight"].to(base.device, dtype).flatten(1)
             b[name] = files.weights[f"{PREFIX}{name}.lora_B.weight"].to(base.device, dtype).flatten(1)
-    model = _with_saved_modules(wrapped, base.model)
-    return Target(replace(base, model=model), tuple(layers)), LoraUpdate(a, b)
+    return with_saved_modules(Target(base, tuple(layers)), LoraUpdate(a, b), saved_modules(files, base))
 
 
 def _reason(error: Exception) -> str:
@@ -86,29 +85,7 @@ def _reason(error: Exception) -> str:
 
 def _adapted_layer(name: str, module: LoraLayer) -> AdaptedLayer:
     inner = module.get_base_layer()
-    if isinstance(inner, nn.Linear):
-        d_in = inner.in_features
-    elif isinstance(inner, nn.Conv2d) and _patchifies(inner):
-        d_in = inner.in_channels * inner.kernel_size[0] * inner.kernel_size[1]
-    else:
+    d_in = input_width(inner)
+    if d_in is None:
         raise R2FError(f"layer {name} is a {type(inner).__name__}: only Linear and patchifying Conv2d are supported.")
     return AdaptedLayer(name, inner.weight.shape[0], d_in, module.r["default"], module.scaling["default"])
-
-
-def _patchifies(conv: nn.Conv2d) -> bool:
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding in ((0, 0), "valid")
-    return plain and conv.kernel_size == conv.stride
-
-
-def _with_saved_modules(wrapped: nn.Module, model: nn.Module) -> nn.Module:
-    saved = {
-        path.removeprefix(PREFIX): module.modules_to_save["default"]
-        for path, module in wrapped.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
-    if not saved:
-        return model
-    model = copy.deepcopy(model)
-    for name, module in saved.items():
-        model.set_submodule(name, module.requires_grad_(False))
-    return model
