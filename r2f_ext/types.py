@@ -78,6 +78,10 @@ class Target:
     def names(self) -> tuple[str, ...]:
         return tuple(layer.name for layer in self.layers)
 
+    def without_saved(self) -> Target:
+        """The layers with trained LoRA factors alone."""
+        return replace(self, layers=tuple(layer for layer in self.layers if not layer.saved))
+
 
 @dataclass(frozen=True)
 class LoraUpdate:
@@ -86,7 +90,7 @@ class LoraUpdate:
     Attributes:
         a: name -> A [r, d_in]; b: name -> B [d_out, r].
         a0: name -> A before the first step where it is known (PEFT's B starts at 0).
-        saved: layers whose whole weight is in the file: A is the identity, B the weight's change (`AdaptedLayer.saved`).
+        saved: layers whose whole weight is in the file: A is the identity, B its change (`AdaptedLayer.saved`).
         gradients: parameter name -> start - end, in the parameter's shape, of the parameters whose whole value is in
             the file: after one step of plain SGD the exact gradient, times the learning rate.
         label: the class of the images, where a head saved with the adapter tells it (`models.saved_head`).
@@ -98,6 +102,11 @@ class LoraUpdate:
     saved: frozenset[str] = frozenset()
     gradients: dict[str, Tensor] = field(default_factory=dict)
     label: int | None = None
+
+    def without_saved(self) -> LoraUpdate:
+        """The trained LoRA factors alone, without the layers whose whole weight is in the file."""
+        a, b = ({name: each for name, each in of.items() if name not in self.saved} for of in (self.a, self.b))
+        return replace(self, a=a, b=b, saved=frozenset())
 
 
 @dataclass(frozen=True)

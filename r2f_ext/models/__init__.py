@@ -13,12 +13,14 @@ from r2f_ext.models.initial import (
     initial_from_folder,
     initial_from_seed,
 )
+from r2f_ext.models.saved_modules import SavedModules, saved_modules, with_saved_facts
 
 __all__ = [
     "AdapterFacts",
     "AdapterFiles",
     "InitialA",
     "InitialFactors",
+    "SavedModules",
     "attach",
     "common_a",
     "differing_layer",
@@ -29,6 +31,8 @@ __all__ = [
     "load_base",
     "read_adapter",
     "save_base",
+    "saved_modules",
     "shape_of",
     "untouched_a",
+    "with_saved_facts",
 ]

@@ -82,7 +82,7 @@ def initial_from_folder(folder: str | Path, target: Target, update: LoraUpdate) 
         R2FError: the folder does not hold an A of the same shape for every adapted layer, or it has nothing to do
             with the adapter's A.
     """
-    weights = read_factors(Path(folder))
+    weights, update = read_factors(Path(folder)), update.without_saved()
     a: dict[str, Tensor] = {}
     for name, trained in update.a.items():
         stored = weights.get(f"{PREFIX}{name}.lora_A.weight")
@@ -104,6 +104,7 @@ def initial_from_seed(target: Target, update: LoraUpdate, seeds: Iterable[int] =
     Returns:
         None where no seed draws an A like the adapter's.
     """
+    target, update = target.without_saved(), update.without_saved()
     first = {target.names[0]: update.a[target.names[0]]}
     for seed in seeds:
         for init in INITS:

@@ -5,8 +5,8 @@ G of that layer exactly, up to the learning rate. A Linear or patchifying Conv2d
 with A = I and B = W - W_0, so that every route and decoder reads it like the LoRA factors.
 
 The gradient D^T X of a patch embedding does not place the patches X [N, c ph pw]: for every orthogonal Q [N, N] it is
-also (Q D)^T (Q X). Its equations join the searches; only with the gradient of the position embedding, which is D itself,
-is there a closed form (`inversion/patch_position.py`).
+also (Q D)^T (Q X). Its equations join the searches; only with the gradient of the position embedding, which is D
+itself, is there a closed form (`inversion/patch_position.py`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Module:
         if not self.start:
             return False
         saved, start = _flat(self.saved.values()), _flat(self.start[name] for name in self.saved)
-        if float(F.cosine_similarity(saved, start, dim=0)) > SAME_START or not start.any() and not is_head(self.name):
+        if float(F.cosine_similarity(saved, start, dim=0)) > SAME_START or (not start.any() and not is_head(self.name)):
             return True
         weight = self.change.get(f"{self.name}.weight")
         if weight is None or not is_head(self.name):
@@ -132,9 +132,7 @@ def with_saved_modules(target: Target, update: LoraUpdate, saved: SavedModules) 
     b = {name: change.to(base.device, dtype) for name, change in saved.change.items()}
     a = {name: torch.eye(change.shape[1], dtype=dtype, device=base.device) for name, change in b.items()}
     gradients = {name: gradient.to(base.device, dtype) for name, gradient in saved.gradients.items()}
-    joined = replace(
-        update, a=update.a | a, b=update.b | b, saved=frozenset(b), gradients=gradients, label=saved.label
-    )
+    joined = replace(update, a=update.a | a, b=update.b | b, saved=frozenset(b), gradients=gradients, label=saved.label)
     return Target(base, ordered), joined
 
 
@@ -206,15 +204,15 @@ def _with_gradient(found: SavedModules, module: _Module, base: BaseModel) -> Sav
     width = None if weight is None else input_width(base.model.get_submodule(module.name))
     if weight is None or width is None:
         said = (
-            f"The file holds the whole trained {_listed(change)}: after one step of plain SGD its change is a gradient, "
-            "too; the searches do not read it."
+            f"The file holds the whole trained {_listed(change)}: after one step of plain SGD its change is a "
+            "gradient, too; the searches do not read it."
         )
         return replace(found, leaks=(*found.leaks, said)) if change else found
     weight = weight.flatten(1)
     size = f"{len(weight)} x {width}"
     if weight.numel() > MAX_NUMBERS or width > MAX_INPUTS:
         said = (
-            f"The whole trained weight of {module.name} is in the file; its {size} numbers are too many for the searches."
+            f"The whole trained weight of {module.name} is in the file; its {size} numbers are too many for a search."
         )
         return replace(found, leaks=(*found.leaks, said))
     said = (
@@ -238,7 +236,7 @@ def _can_stand_in(module: str, saved: dict[str, Tensor], base: BaseModel) -> boo
     if not is_head(module) or weight is None or weight.ndim != 2:
         return False
     own = dict(base.model.named_modules()).get(module)
-    return isinstance(own, nn.Identity) or isinstance(own, nn.Linear) and own.in_features == weight.shape[1]
+    return isinstance(own, nn.Identity) or (isinstance(own, nn.Linear) and own.in_features == weight.shape[1])
 
 
 def _with_stand_in(found: SavedModules, module: _Module) -> SavedModules:
