@@ -19,7 +19,7 @@ from r2f_ext.models import (
     attach,
     load_base,
     read_adapter,
-    saved_modules,
+    compare_saved,
     with_saved_facts,
 )
 from r2f_ext.types import BaseModel, LoraUpdate, Target
@@ -53,7 +53,7 @@ def load_adapters(folders: Sequence[str | Path], base: str | BaseModel, device: 
     files = [read_adapter(folder) for folder in folders]
     loaded = base if isinstance(base, BaseModel) else load_base(base, device, files[0].num_classes)
     bound = [attach(one, loaded) for one in files]
-    saved = [saved_modules(one, loaded) for one in files]
+    saved = [compare_saved(one, loaded) for one in files]
     for i in range(1, len(files)):
         difference = (
             _other_layers(bound[0][0], bound[i][0])

@@ -13,7 +13,7 @@ from r2f_ext.models.initial import (
     initial_from_folder,
     initial_from_seed,
 )
-from r2f_ext.models.saved_modules import SavedModules, saved_modules, with_saved_facts
+from r2f_ext.models.saved_modules import SavedModules, compare_saved, with_saved_facts
 
 __all__ = [
     "AdapterFacts",
@@ -31,7 +31,7 @@ __all__ = [
     "load_base",
     "read_adapter",
     "save_base",
-    "saved_modules",
+    "compare_saved",
     "shape_of",
     "untouched_a",
     "with_saved_facts",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
-from r2f_ext.models.saved_modules import input_width, saved_modules, with_saved_modules
+from r2f_ext.models.saved_modules import compare_saved, input_width, with_saved_modules
 from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
 
 
@@ -73,7 +73,7 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
             dtype = torch.promote_types(files.weights[f"{PREFIX}{name}.lora_A.weight"].dtype, torch.float32)
             a[name] = files.weights[f"{PREFIX}{name}.lora_A.weight"].to(base.device, dtype).flatten(1)
             b[name] = files.weights[f"{PREFIX}{name}.lora_B.weight"].to(base.device, dtype).flatten(1)
-    return with_saved_modules(Target(base, tuple(layers)), LoraUpdate(a, b), saved_modules(files, base))
+    return with_saved_modules(Target(base, tuple(layers)), LoraUpdate(a, b), compare_saved(files, base))
 
 
 def _reason(error: Exception) -> str:

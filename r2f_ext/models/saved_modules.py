@@ -95,7 +95,7 @@ class _Module:
         return bool(weight.sum(0).norm() < BALANCED * weight.norm())
 
 
-def saved_modules(files: AdapterFiles, base: BaseModel) -> SavedModules:
+def compare_saved(files: AdapterFiles, base: BaseModel) -> SavedModules:
     """Compare the whole parameters in an adapter's file with the base's.
 
     Raises:
