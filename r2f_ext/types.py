@@ -85,11 +85,14 @@ class Target:
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """One adapter after the victim's steps; tensors are float32 or float64.
+    """One adapter's factors after the victim's steps, float32 or float64.
 
     Attributes:
-        a: name -> A [r, d_in]; b: name -> B [d_out, r].
-        a0: name -> A before the first step where it is known (PEFT's B starts at 0).
+        a: name -> [r, d_in].
+        b: name -> the change of B since the start [d_out, r], which is B itself where B started at 0 as PEFT's does.
+        a0: name -> A before the first step, where it is known.
+        b0: name -> B before the first step, where it was not 0.
+        stored: the lowest-precision float dtype that holds the file's factors exactly.
         saved: layers whose whole weight is in the file: A is the identity, B its change (`AdaptedLayer.saved`).
         gradients: parameter name -> start - end, in the parameter's shape, of the parameters whose whole value is in
             the file: after one step of plain SGD the exact gradient, times the learning rate.
@@ -99,9 +102,16 @@ class LoraUpdate:
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     a0: dict[str, Tensor] | None = None
+    b0: dict[str, Tensor] | None = None
+    stored: torch.dtype = torch.float32
     saved: frozenset[str] = frozenset()
     gradients: dict[str, Tensor] = field(default_factory=dict)
     label: int | None = None
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """A before the first step where it is known, else A itself, which stands in for it: name -> [r, d_in]."""
+        return {**self.a, **(self.a0 or {})}
 
     def without_saved(self) -> LoraUpdate:
         """The trained LoRA factors alone, without the layers whose whole weight is in the file."""

@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +239,7 @@ def initial_a(target: Target) -> dict[str, Tensor]:
 def stored(victims: Victims, dtype: torch.dtype) -> Victims:
     """What a file of that precision holds."""
     a, b = ({name: t.to(dtype).float() for name, t in factors.items()} for factors in (victims.a, victims.b))
-    return Victims(a, b, victims.gradient)
+    return replace(victims, a=a, b=b)
 
 
 def from_adapters(

@@ -17,9 +17,9 @@ from r2f_ext.models import (
     AdapterFacts,
     AdapterFiles,
     attach,
+    compare_saved,
     load_base,
     read_adapter,
-    compare_saved,
     with_saved_facts,
 )
 from r2f_ext.types import BaseModel, LoraUpdate, Target

@@ -12,7 +12,7 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines, with_saved
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.route import Proxies, Verdict, adapter_problem
+from r2f_ext.inversion.route import Problem, Proxies, Verdict, adapter_problem
 from r2f_ext.inversion.routes import check_runnable, default_routes, run_routes, verdicts_of
 from r2f_ext.models import AdapterFacts, InitialFactors
 from r2f_ext.pairs import GeneratedPairs, PairSource
@@ -132,7 +132,7 @@ def run_audit_stages(
         far,
         dict(stages.seconds),
         config,
-        _notes(adapters, problem.steps),
+        _notes(problem),
     )
 
 
@@ -142,13 +142,12 @@ def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
     return (*named, "gauss_newton") if config.gauss_newton else named
 
 
-def _notes(adapters: list[LoraUpdate], steps: int | None) -> tuple[str, ...]:
-    if steps == 1:
+def _notes(problem: Problem) -> tuple[str, ...]:
+    adapters = problem.adapters or []
+    if problem.steps == 1 or all(one.a0 is not None for one in adapters):
         return ()
     which = "their mean A stands" if len(adapters) > 1 else "its final A stands"
-    return (
-        f"More than one step was taken, so A has moved from where it started: {which} in for the A of the proxies.",
-    )
+    return (f"A before training is not known: {which} in for it, in the proxies too.",)
 
 
 def generate(

@@ -22,7 +22,7 @@ from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
 from r2f_ext.inversion.routes import check_runnable, run_routes, verdicts_of
 from r2f_ext.inversion.unet import UNetConfig
 from r2f_ext.models import InitialFactors
-from r2f_ext.pairs import StoredPairs, Training
+from r2f_ext.pairs import StoredPairs
 from r2f_ext.types import Reconstruction
 
 FEWER = "make fewer pairs (r2f pairs --count {})"  # the remedy if the stored pairs do not fit into memory
@@ -46,7 +46,7 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
     problem = replace(
         adapter_problem(target, adapters, initial),
         a=pairs.a,
-        training=_training(pairs),
+        training=pairs.training,
         decoded=None if options.gradients is None else read_gradients(Path(options.gradients), target, len(adapters)),
         proxies=Proxies(pairs.updates(0, len(pairs)), *pairs.samples(), target.base.num_classes),
         matching=config.matching,
@@ -61,12 +61,6 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
     with drawn_stages() as stages:
         outcome = run_routes(problem, verdicts, names, stages)
     return _written(folder, problem, outcome.reconstructions, outcome.not_run)
-
-
-def _training(pairs: StoredPairs) -> Training | None:
-    """The recipe of the stored victims, where they were simulated with one."""
-    recipe = pairs.manifest.get("training")
-    return None if recipe is None else Training(**recipe)
 
 
 def _written(folder: Path, problem: Problem, found: list[Reconstruction], not_run: dict[str, str]) -> dict[str, Any]:

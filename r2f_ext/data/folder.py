@@ -41,10 +41,10 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int] | None]:
     return paths, None
 
 
-def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+def _natural(name: str) -> tuple[list[tuple[bool, int, str]], str]:
     """A sort key in which runs of digits compare as numbers."""
     runs = re.findall(r"[0-9]+|[^0-9]+", name)
-    return [(int(run), "") if run[0] in "0123456789" else (-1, run) for run in runs], name
+    return [(False, int(run), "") if run[0] in "0123456789" else (True, 0, run) for run in runs], name
 
 
 def _is_image(path: Path, folder: Path) -> bool:

@@ -48,7 +48,10 @@ def _observed_numbers(problem: Problem) -> tuple[int, str]:
     if problem.target is not None:
         moved = problem.steps is not None and problem.steps > 1
         layers = problem.target.layers
-        return sum(layer.rank * (layer.d_out + moved * layer.d_in) for layer in layers), "of the LoRA update"
+        saved = " and of saved modules" if any(layer.saved for layer in layers) else ""
+        return sum(
+            one.rank * (one.d_out + (moved and not one.saved) * one.d_in) for one in layers
+        ), f"of the LoRA update{saved}"
     model = problem.base.model
     if problem.shared is not None:
         return sum(model.get_parameter(name).numel() for name in set(problem.shared)), "of the shared gradients"
@@ -62,7 +65,7 @@ def several_steps(problem: Problem) -> str | None:
         return "the victims did not take one plain SGD step, which the search models; gauss_newton_unrolled models more"
     if (problem.steps or 1) > 1 or (problem.adapters and problem.steps is None):
         return (
-            "A has left PEFT's initial range, so more than one step was taken, and the search models one; "
+            "more than one step was taken, or cannot be excluded, and the search models one; "
             "gauss_newton_unrolled models several"
         )
     return None

@@ -3,7 +3,8 @@
 from r2f_ext.models.adapter_files import AdapterFiles, read_adapter
 from r2f_ext.models.attach import attach, load_adapter
 from r2f_ext.models.base import load_base, save_base, shape_of
-from r2f_ext.models.evidence import forgot_start, untouched_a
+from r2f_ext.models.draws import forgot_start
+from r2f_ext.models.evidence import Evidence, evidence_of
 from r2f_ext.models.facts import AdapterFacts
 from r2f_ext.models.initial import (
     InitialA,
@@ -18,12 +19,15 @@ from r2f_ext.models.saved_modules import SavedModules, compare_saved, with_saved
 __all__ = [
     "AdapterFacts",
     "AdapterFiles",
+    "Evidence",
     "InitialA",
     "InitialFactors",
     "SavedModules",
     "attach",
     "common_a",
+    "compare_saved",
     "differing_layer",
+    "evidence_of",
     "forgot_start",
     "initial_from_folder",
     "initial_from_seed",
@@ -31,8 +35,6 @@ __all__ = [
     "load_base",
     "read_adapter",
     "save_base",
-    "compare_saved",
     "shape_of",
-    "untouched_a",
     "with_saved_facts",
 ]

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
+from r2f_ext.models.converted import split_start
 from r2f_ext.models.saved_modules import compare_saved, input_width, with_saved_modules
+from r2f_ext.models.storage import storage_dtype
 from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
 
 
@@ -40,7 +42,8 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     they replace the base's: trained as they are, they are the best estimate of where the victim's gradients were taken.
 
     Returns:
-        (target, update); factors are float32 (float64 stays float64) on the base's device.
+        (target, update); factors are float32 (float64 stays float64) on the base's device. Where the file holds the
+        start of its factors, they are split, see `split_start`.
 
     Raises:
         R2FError: the adapter names layers or shapes that the base does not have, or wraps a kind of layer
@@ -73,7 +76,9 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
             dtype = torch.promote_types(files.weights[f"{PREFIX}{name}.lora_A.weight"].dtype, torch.float32)
             a[name] = files.weights[f"{PREFIX}{name}.lora_A.weight"].to(base.device, dtype).flatten(1)
             b[name] = files.weights[f"{PREFIX}{name}.lora_B.weight"].to(base.device, dtype).flatten(1)
-    return with_saved_modules(Target(base, tuple(layers)), LoraUpdate(a, b), compare_saved(files, base))
+    update = LoraUpdate(a, b, stored=storage_dtype([*a.values(), *b.values()]))
+    trained, update = split_start(str(files.folder), tuple(layers), update)
+    return with_saved_modules(Target(base, trained), update, compare_saved(files, base))
 
 
 def _reason(error: Exception) -> str:
