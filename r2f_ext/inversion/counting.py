@@ -48,7 +48,10 @@ def _observed_numbers(problem: Problem) -> tuple[int, str]:
     if problem.target is not None:
         moved = problem.steps is not None and problem.steps > 1
         layers = problem.target.layers
-        return sum(layer.rank * (layer.d_out + moved * layer.d_in) for layer in layers), "of the LoRA update"
+        saved = " and of saved modules" if any(layer.saved for layer in layers) else ""
+        return sum(
+            one.rank * (one.d_out + (moved and not one.saved) * one.d_in) for one in layers
+        ), f"of the LoRA update{saved}"
     model = problem.base.model
     if problem.shared is not None:
         return sum(model.get_parameter(name).numel() for name in set(problem.shared)), "of the shared gradients"
