@@ -24,7 +24,8 @@ def victims(count=1, shape=(1, 32, 32), name="my-adapter", private=True, exact=T
     routes = {"gauss_newton": originals + 1e-5, "amortised": 0.7 * originals + 0.3 * smooth(count, shape, 1)}
     labels = torch.arange(count) % 10
     found = [
-        Reconstruction(route, images, labels, f"Why {route}.", 1.0) for route, images in list(routes.items())[not exact :]
+        Reconstruction(route, images, labels, f"Why {route}.", 1.0)
+        for route, images in list(routes.items())[not exact :]
     ]
     controls = None
     if private:
@@ -52,7 +53,9 @@ def victims(count=1, shape=(1, 32, 32), name="my-adapter", private=True, exact=T
             for one in found
         },
         "controls": {key: 9.1 + i for i, key in enumerate(controls.items())} if controls else {},
-        "control_intervals": {"shuffled_adapter": {"difference_db": 1.3, "interval_db": [0.4, 2.2]}} if controls else {},
+        "control_intervals": {"shuffled_adapter": {"difference_db": 1.3, "interval_db": [0.4, 2.2]}}
+        if controls
+        else {},
         "judged_route": "amortised",
         "pairing": "Victims and private images are paired by assignment on the reconstructions." if private else None,
         "verdict": "The adapter gave away 1.3 dB.",
@@ -92,7 +95,8 @@ def report(sets, phase0=(), adapters=None):
             "threat_model": {"amortised": "Anyone who has the adapter and the public base."},
             "tried": ["amortised"],
             "not_tried": [{"route": "matching", "why": "It was not asked for."}],
-            "sentences": ["One image is recovered exactly, to 78 dB.", "The adapter gives away 1.3 dB (0.4 to 2.2)."],
+            "sentences": ["One image is recovered exactly, to 78 dB.", "The adapter gives away 1.3 dB (0.4 to 2.2)."]
+            + ["Tried: amortised.", "Not tried: matching. It was not asked for.", "This is no proof of safety."],
         },
         "versions": {"r2f_ext": "0.0", "torch": "2.9"},
         "backend": {"gram": "cpu"},
@@ -102,7 +106,10 @@ def report(sets, phase0=(), adapters=None):
             "layers": layers,
             "tokens": 65,
             "identifiable": {"gauss_newton": True, "patch_position": False},
-            "why": {"gauss_newton": "12,288 equations for 1,024 unknowns.", "patch_position": "No gradient is observed."},
+            "why": {
+                "gauss_newton": "12,288 equations for 1,024 unknowns.",
+                "patch_position": "No gradient is observed.",
+            },
         },
         "phase0": [one.to_json() for one in phase0],
         "decoders": decoders,

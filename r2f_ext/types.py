@@ -17,11 +17,13 @@ class BaseModel:
     """A public base model and what is needed to feed it.
 
     Attributes:
-        model: classifier in eval mode, no parameter requires a gradient.
-        spec: how the user named it: `embedded`, `timm:NAME` or a folder.
+        model: classifier in eval mode, no parameter requires a gradient; it maps inputs [n, c, h, w] to logits
+            [n, num_classes].
+        spec: how the user named it, see `load_base`.
         input_shape: (channels, height, width).
         mean, std: per channel, applied to pixels in [0, 1].
-        num_classes: width of the head.
+        num_classes: width of the head; 0: the base has no classifier, and the model gives features.
+        notes: sentences that qualify every figure measured on this base (random weights, assumed pixel statistics).
     """
 
     model: nn.Module
@@ -30,6 +32,7 @@ class BaseModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
+    notes: tuple[str, ...] = ()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels [n, c, h, w] in [0, 1] -> what the model reads."""
@@ -188,6 +191,7 @@ class Reconstruction:
         details: figures of the route as a whole (spectra, held-out errors, ...), plain numbers.
         loo_errors: label -> [n, c * h * w], leave-one-out errors of a statistical route on proxies of that label.
         per_victim: figures of each victim (residuals, passes, ...), float64 [V] each.
+        doubt: why no image can be called exact whatever its figures say, as a clause; None: no reason is known.
     """
 
     route: str
@@ -198,6 +202,7 @@ class Reconstruction:
     details: dict[str, float] = field(default_factory=dict)
     loo_errors: dict[int, Tensor] = field(default_factory=dict)
     per_victim: dict[str, Tensor] = field(default_factory=dict)
+    doubt: str | None = None
 
     def take(self, rows: slice) -> Reconstruction:
         """The same reconstruction with only the victims `rows`."""

@@ -45,7 +45,7 @@ from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCo
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
 from r2f_ext.models import load_base
-from r2f_ext.models.base import unfuse_attention
+from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, Victims, simulate
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
 

@@ -96,7 +96,12 @@ def audit(
         seconds={**result.seconds, "total": time.perf_counter() - began},
         inputs=given.relative_to(folder or Path()),
         facts=loaded.facts,
-        notes=(*images.notes, *result.notes, *(f"{route}: {why}" for route, why in result.not_run.items())),
+        notes=(
+            *target.base.notes,
+            *images.notes,
+            *result.notes,
+            *(f"{route}: {why}" for route, why in result.not_run.items()),
+        ),
     )
     if folder is not None:
         write_report(folder, report)

@@ -11,7 +11,7 @@ import jinja2
 from torch import Tensor
 
 from r2f_ext.audit.figures import Row, closed_form_rows, png_bytes, rows_of
-from r2f_ext.audit.names import counted, row_name, span
+from r2f_ext.audit.names import counted, leading_sentences, row_name, span
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.report import SetReport
 from r2f_ext.files import write_text
@@ -50,6 +50,7 @@ def write_html(
         report=data,
         victims=victims,
         adapter_count=len(data["adapters"]) or max(part.count for part in sets),
+        sentences=leading_sentences(data["verdict"]["sentences"]),
         exact=_exact(data, victims),
         grids={part.name: _groups(rows_of(part, data["reconstruction"][part.name]), part.count) for part in sets},
         labels={part.name: _labels(part) for part in sets},

@@ -2,7 +2,7 @@
 
 from r2f_ext.models.adapter_files import AdapterFiles, read_adapter
 from r2f_ext.models.attach import attach, load_adapter
-from r2f_ext.models.base import load_base, save_base, shape_of
+from r2f_ext.models.base import load_base, shape_of
 from r2f_ext.models.draws import forgot_start
 from r2f_ext.models.evidence import Evidence, evidence_of
 from r2f_ext.models.facts import AdapterFacts
@@ -15,6 +15,7 @@ from r2f_ext.models.initial import (
     initial_from_seed,
 )
 from r2f_ext.models.saved_modules import SavedModules, compare_saved, with_saved_facts
+from r2f_ext.models.timm_base import save_base
 
 __all__ = [
     "AdapterFacts",
