@@ -193,7 +193,10 @@ def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
     """Refuse a file whose factors are not those of its configuration."""
     held = _layer_names(files)
     dropped = files.facts.dropped
-    lacking = [name for name in placed if name not in held and name not in dropped]
+    # PEFT leaves out the targets inside of modules that it saves whole.
+    lacking = [
+        name for name in placed if name not in held and name not in dropped and f"{name}.weight" not in files.saved
+    ]
     extra = [name for name in held if name not in placed]
     if lacking:
         raise R2FError(
