@@ -17,11 +17,13 @@ class BaseModel:
     """A public base model and what is needed to feed it.
 
     Attributes:
-        model: classifier in eval mode, no parameter requires a gradient.
-        spec: how the user named it: `embedded`, `timm:NAME` or a folder.
+        model: classifier in eval mode, no parameter requires a gradient; it maps inputs [n, c, h, w] to logits
+            [n, num_classes].
+        spec: how the user named it, see `load_base`.
         input_shape: (channels, height, width).
         mean, std: per channel, applied to pixels in [0, 1].
-        num_classes: width of the head.
+        num_classes: width of the head; 0: the base has no classifier, and the model gives features.
+        notes: sentences that qualify every figure measured on this base (random weights, assumed pixel statistics).
     """
 
     model: nn.Module
@@ -30,6 +32,7 @@ class BaseModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
+    notes: tuple[str, ...] = ()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels [n, c, h, w] in [0, 1] -> what the model reads."""
@@ -50,13 +53,18 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One linear layer W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's)."""
+    """One linear layer W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's).
+
+    saved: the file holds the layer's whole trained weight; A is the identity, never trained, B the weight's change, and
+    the scale 1.
+    """
 
     name: str
     d_out: int
     d_in: int
     rank: int
     scale: float
+    saved: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,17 +81,45 @@ class Target:
     def names(self) -> tuple[str, ...]:
         return tuple(layer.name for layer in self.layers)
 
+    def without_saved(self) -> Target:
+        """The layers with trained LoRA factors alone."""
+        return replace(self, layers=tuple(layer for layer in self.layers if not layer.saved))
+
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """One adapter's factors after the victim's steps: a[name] [r, d_in], b[name] [d_out, r], float32 or float64.
+    """One adapter's factors after the victim's steps, float32 or float64.
 
-    `a0` holds the factors A before the first step where they are known (PEFT's B starts at 0).
+    Attributes:
+        a: name -> [r, d_in].
+        b: name -> the change of B since the start [d_out, r], which is B itself where B started at 0 as PEFT's does.
+        a0: name -> A before the first step, where it is known.
+        b0: name -> B before the first step, where it was not 0.
+        stored: the lowest-precision float dtype that holds the file's factors exactly.
+        saved: layers whose whole weight is in the file: A is the identity, B its change (`AdaptedLayer.saved`).
+        gradients: parameter name -> start - end, in the parameter's shape, of the parameters whose whole value is in
+            the file: after one step of plain SGD the exact gradient, times the learning rate.
+        label: the class of the images, where a head saved with the adapter tells it (`models.saved_head`).
     """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     a0: dict[str, Tensor] | None = None
+    b0: dict[str, Tensor] | None = None
+    stored: torch.dtype = torch.float32
+    saved: frozenset[str] = frozenset()
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    label: int | None = None
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """A before the first step where it is known, else A itself, which stands in for it: name -> [r, d_in]."""
+        return {**self.a, **(self.a0 or {})}
+
+    def without_saved(self) -> LoraUpdate:
+        """The trained LoRA factors alone, without the layers whose whole weight is in the file."""
+        a, b = ({name: each for name, each in of.items() if name not in self.saved} for of in (self.a, self.b))
+        return replace(self, a=a, b=b, saved=frozenset())
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from r2f_ext.audit.metrics import Score, psnr_db, score
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.record import Inputs, public_name
 from r2f_ext.audit.run import AuditResult
+from r2f_ext.capture.tokens import tokens_of
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.env import environment
-from r2f_ext.inversion.geometry import vit_geometry
 from r2f_ext.inversion.route import Verdict
 from r2f_ext.models import AdapterFacts
 from r2f_ext.ops.schemas import SCHEMAS
@@ -119,8 +119,9 @@ def set_report(
     estimate = result.estimate[rows]
     if private is None:
         return SetReport(name, proxy.name, len(estimate), parts, None, None, None, notes)
-    paired = pair_up(private, estimate)
-    notes += paired.notes[len(private.notes) :]
+    pairing = pair_up(private, estimate)
+    paired = pairing.originals
+    notes += (pairing.sentence,)
     # Shuffled control: each victim gets the reconstruction from another victim's adapter.
     shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.stranger
     controls = make_controls(proxy, paired.labels, estimate, shuffled)
@@ -197,7 +198,7 @@ def target_to_json(target: Target, verdicts: dict[str, Verdict]) -> dict[str, An
         "base": public_name(target.base.spec),
         "rank": max(layer.rank for layer in target.layers),
         "layers": [asdict(layer) for layer in target.layers],
-        "tokens": vit_geometry(target.base.model).tokens,
+        "tokens": tokens_of(target.base),
         "identifiable": {route: verdict.identifiable for route, verdict in verdicts.items()},
         "why": {route: verdict.why for route, verdict in verdicts.items()},
     }

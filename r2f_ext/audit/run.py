@@ -10,9 +10,9 @@ from torch import Tensor
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines
+from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines, with_saved
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.route import Proxies, Verdict, adapter_problem
+from r2f_ext.inversion.route import Problem, Proxies, Verdict, adapter_problem
 from r2f_ext.inversion.routes import check_runnable, default_routes, run_routes, verdicts_of
 from r2f_ext.models import AdapterFacts, InitialFactors
 from r2f_ext.pairs import GeneratedPairs, PairSource
@@ -113,10 +113,12 @@ def run_audit_stages(
     problem = replace(problem, proxies=proxies, decoded=decoded, matching=config.matching, refinement=config.refinement)
     outcome = run_routes(problem, verdicts, chosen_routes(config), stages)
     with stages.stage("control"):
-        far = proxies.ridge.far_from_proxy(observed).cpu()
+        far = proxies.ridge.far_from_proxy(observed, problem.known_labels).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
         found = {part.route: part.images for part in outcome.reconstructions}
-        estimate = found["amortised"] if "amortised" in found else proxies.ridge.invert(observed).images
+        estimate = (
+            found["amortised"] if "amortised" in found else proxies.ridge.invert(observed, problem.known_labels).images
+        )
     return AuditResult(
         count,
         count / stages.seconds["pairs"],
@@ -130,7 +132,7 @@ def run_audit_stages(
         far,
         dict(stages.seconds),
         config,
-        _notes(adapters, problem.steps),
+        _notes(problem),
     )
 
 
@@ -140,13 +142,12 @@ def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
     return (*named, "gauss_newton") if config.gauss_newton else named
 
 
-def _notes(adapters: list[LoraUpdate], steps: int | None) -> tuple[str, ...]:
-    if steps == 1:
+def _notes(problem: Problem) -> tuple[str, ...]:
+    adapters = problem.adapters or []
+    if problem.steps == 1 or all(one.a0 is not None for one in adapters):
         return ()
     which = "their mean A stands" if len(adapters) > 1 else "its final A stands"
-    return (
-        f"More than one step was taken, so A has moved from where it started: {which} in for the A of the proxies.",
-    )
+    return (f"A before training is not known: {which} in for it, in the proxies too.",)
 
 
 def generate(
@@ -201,7 +202,7 @@ def score_and_decode(
         for name, figures in cosines.summary().items():
             scored[name][decoder.kind] = figures
         decoded = Gradient({name: g[:victims].clone() for name, g in gradients.items()})
-    return scored, decoded
+    return scored, with_saved(pairs.target, observed, decoded)
 
 
 def _proxy_update(observed: Updates, proxies: dict[str, Tensor], seed: int) -> Updates:

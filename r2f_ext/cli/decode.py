@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from r2f_ext.cli.display import console, table
 from r2f_ext.cli.inputs import Options, check_same_a, read_adapters
-from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updates
+from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updates, with_saved
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.pairs import StoredPairs
@@ -23,12 +23,12 @@ def run_decode(options: Options) -> dict[str, Any]:
         if pairs.target.layers != target.layers:
             raise R2FError(f"the pairs in '{options.pairs}' are of other layers, rank or alpha: make new ones.")
         projected = AgnosticPairs(pairs, load_core(decoders, pairs))
-        updates = projected.view(updates, adapters[0].a)
+        updates = projected.view(updates, adapters[0].start)
         decoder = load_decoder(decoders, options.kind, pairs, projected)
     else:
         check_same_a(pairs, adapters[0])
         decoder = load_decoder(decoders, options.kind, pairs)
-    decoded = decoder.decode(updates)
+    decoded = with_saved(target, stack_updates(adapters), decoder.decode(updates))
     path = folder / "gradients.safetensors"
     write_tensors(path, decoded.dense, {"kind": options.kind, "unit": "the victim's learning rate"})
     norms = {name: float(gradient.norm()) for name, gradient in decoded.dense.items()}

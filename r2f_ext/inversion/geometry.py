@@ -37,7 +37,6 @@ class ViTGeometry:
         width: d, the embedding dimension.
         has_pos_embed: there is a position embedding, whose gradient is the gradient at each token.
         has_embed_norm: a norm between the patch embedding and the positions.
-        has_pre_norm: a norm between the positions and block 0 (CLIP).
         linear_qkv: block 0 reads its tokens through (a norm and) one qkv projection.
         norm_scales: unknown scalars per token that the norms before qkv bring into the linear equations.
     """
@@ -51,7 +50,6 @@ class ViTGeometry:
     width: int
     has_pos_embed: bool
     has_embed_norm: bool
-    has_pre_norm: bool
     linear_qkv: bool
     norm_scales: int
 
@@ -81,7 +79,10 @@ def vit_geometry(model: nn.Module, input_size: tuple[int, int] | None = None) ->
             not tile the input.
     """
     if not isinstance(model, VisionTransformer):
-        raise R2FError(f"closed forms need a timm VisionTransformer, and the base is a {type(model).__name__}.")
+        raise R2FError(
+            f"closed forms need a timm VisionTransformer, and the base is a {type(model).__name__}: only "
+            "the statistical routes and the searches can run."
+        )
     embed = model.patch_embed
     proj = getattr(embed, "proj", None)
     if not isinstance(embed, PatchEmbed) or not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
@@ -105,7 +106,6 @@ def vit_geometry(model: nn.Module, input_size: tuple[int, int] | None = None) ->
         width=proj.out_channels,
         has_pos_embed=model.pos_embed is not None,
         has_embed_norm=not isinstance(embed.norm, nn.Identity),
-        has_pre_norm=not isinstance(model.norm_pre, nn.Identity),
         linear_qkv=norms is not None,
         norm_scales=sum(getattr(norm, "bias", None) is not None for norm in norms or ()),
     )

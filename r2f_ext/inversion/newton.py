@@ -102,7 +102,6 @@ def run_search(
     layers: int,
     passes: int,
     patience: int,
-    announce: Callable[[float], None] = lambda residual: None,
 ) -> Search:
     """Follow `steps` from start [p] in [0, 1] to the image whose update is observed [R]; the best point is returned.
 
@@ -110,7 +109,6 @@ def run_search(
         layers: number of layers, whose updates of norm 1 are concatenated in `observed`.
         passes: maximum number of passes.
         patience: passes without an improvement after which the search restarts or ends.
-        announce: called with the lowest relative residual after each pass.
     """
 
     def misfit(value: Tensor) -> float:
@@ -129,7 +127,6 @@ def run_search(
         image = point.clamp(0, 1)
         if (reached := misfit(update_of(image))) < least:  # solutions outside the box are not the image
             best, least = image, reached
-        announce(least)
         lowest, since = (residual, 0) if residual < STALLED * lowest else (lowest, since + 1)
         if least < PRECISE and since == 2:
             break

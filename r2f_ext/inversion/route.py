@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
-from r2f_ext.inversion.geometry import measured_tokens, structural_tokens
+from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, measured_tokens, structural_tokens
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
 from r2f_ext.inversion.unet import UNetConfig
-from r2f_ext.models import AdapterFacts, InitialFactors, common_a, untouched_a
+from r2f_ext.models import AdapterFacts, Evidence, InitialFactors, common_a, evidence_of
 from r2f_ext.pairs import Training
 from r2f_ext.progress import Advance
 from r2f_ext.types import BaseModel, Gradient, LoraUpdate, Reconstruction, Target
@@ -93,10 +94,11 @@ class Problem:
         base: the public base model.
         target: its adapted layers; None where exact gradients are observed and no adapter.
         shared: names of the parameters whose exact gradients are observed; None: of all.
-        steps: the victims' steps T.
+        steps: the victims' steps T; None: unknown.
         batch: images of one group, b.
         gradients: exact gradients of V groups, parameter name -> gradient of the parameter's shape.
         adapters: the factors of V victims.
+        known_labels: the label of each victim [V] where its saved head tells it, else -1; None: no head tells any.
         observed: name -> their updates -B [V, d_out, r].
         a: name -> the common A of the victims and the proxies [r, d_in].
         initial: looks up A before the first step (A_0).
@@ -109,6 +111,7 @@ class Problem:
         unet: configuration of the U-Net that refines the amortised estimate; None: kernel ridge alone.
         prior: (images, step) -> gradient [n, c, h, w] of a learned prior, added while matching.
         facts: what the adapters' folders say beside their factors, one per adapter.
+        evidence: what the adapters' factors show of the training; None without adapters.
     """
 
     base: BaseModel
@@ -118,6 +121,7 @@ class Problem:
     batch: int = 1
     gradients: list[dict[str, Tensor]] | None = None
     adapters: list[LoraUpdate] | None = None
+    known_labels: Tensor | None = None
     observed: dict[str, Tensor] | None = None
     a: dict[str, Tensor] | None = None
     initial: InitialFactors | None = None
@@ -132,6 +136,7 @@ class Problem:
     unet: UNetConfig | None = None
     prior: PriorGradient | None = None
     facts: tuple[AdapterFacts, ...] = ()
+    evidence: Evidence | None = None
 
     @cached_property
     def effective_tokens(self) -> dict[str, int]:
@@ -163,18 +168,37 @@ def adapter_problem(
         R2FError: the adapters have different initial A's, or `initial` names an A_0 that is not theirs.
     """
     initial = initial or InitialFactors(target, adapters[0])
-    if initial.named:
-        _ = initial.found  # a wrong folder or seed is refused even where no route needs A_0
+    a = common_a(adapters)
+    if initial.named and initial.found is not None:  # a wrong folder or seed is refused even where no route needs A_0
+        adapters = [replace(one, a0=initial.found.a) for one in adapters]
+        a = common_a(adapters)
+    evidence = evidence_of([one.without_saved() for one in adapters], facts)
+    gradients = _saved_gradients(adapters)
     return Problem(
         target.base,
         target,
-        steps=1 if all(untouched_a(update) for update in adapters) else None,
+        shared=None if gradients is None else set.intersection(*(set(one) for one in gradients)),
+        steps=evidence.steps,
         adapters=adapters,
+        gradients=gradients,
+        known_labels=_known_labels(adapters, target.base.device),
         observed=stack_updates(adapters),
-        a=common_a(adapters),
+        a=a,
         initial=initial,
         facts=facts,
+        evidence=evidence,
     )
+
+
+def _known_labels(adapters: list[LoraUpdate], device: torch.device) -> Tensor | None:
+    labels = [-1 if one.label is None else one.label for one in adapters]
+    return torch.tensor(labels, device=device) if max(labels) >= 0 else None
+
+
+def _saved_gradients(adapters: list[LoraUpdate]) -> list[dict[str, Tensor]] | None:
+    """The gradients that whole saved parameters show, where they include those that a closed form reads."""
+    needed = {PATCH_WEIGHT, POSITIONS}
+    return [one.gradients for one in adapters] if all(needed <= one.gradients.keys() for one in adapters) else None
 
 
 class Route(ABC):

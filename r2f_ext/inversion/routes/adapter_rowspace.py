@@ -38,7 +38,7 @@ class AdapterRowspace(Route):
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         start = _start(problem)
         assert problem.adapters and problem.target is not None and start is not None
-        a0 = [start.a or (one.a if problem.steps == 1 else None) for one in problem.adapters]
+        a0 = [start.a or (one.start if problem.steps == 1 else None) for one in problem.adapters]
         victims = [replace(one, a0=a) for one, a in zip(problem.adapters, a0, strict=True)]
         found = stack_victims(
             (invert_adapter_rowspace(problem.target, one) for one in victims), advance, doubt(problem)
