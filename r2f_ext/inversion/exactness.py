@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from r2f_ext.linalg import sum_in_place
+from r2f_ext.models.storage import storage_dtype
 from r2f_ext.types import Reconstruction, Target
 
 REPRODUCED = 1e-3  # relative residual below which an image reproduces its update, which alone proves nothing
@@ -33,13 +34,13 @@ EXACT_DB = 40.0  # least bound of an image that is called exact: errors of 1/100
 FREE = 0.1  # length of a move, in units of the pixel range, from which on an axis counts as free
 SAFETY = 3.0  # multiple of the root mean square move by rounding that the bound allows for: 9.5 dB
 EXPLAINED = 3.0  # largest ratio of the residual that is left to the one expected of rounding
+SPARE = 0.05  # least share of z's numbers beyond the directions solved for: with fewer any image reproduces any update
 DRAWS = 32  # of rounding errors: their root mean square is then known to an eighth
 JITTER = 1e-4  # change of the pixels that gives another draw of the model's arithmetic errors
 REFINEMENTS = 10  # steps towards the least-squares image
 RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rounding, of J in float32 after float64
 SKETCH = 4  # numbers kept of z per pixel; a random sketch of more is as good and bounds memory
 GRAM_COLUMNS = 4096  # of J that are in float64 at once
-STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class DenseMap(Protocol):
@@ -126,8 +127,7 @@ def exactness_of(found: Reconstruction, victim: int) -> Exactness:
 
 def storage_precision(factor: Tensor) -> torch.finfo:
     """The lowest-precision float dtype that represents every entry exactly: the dtype that the adapter was saved in."""
-    exact = (dtype for dtype in STORED if torch.equal(factor.to(dtype).to(factor), factor))
-    return torch.finfo(next(exact, factor.dtype))
+    return torch.finfo(storage_dtype([factor]))
 
 
 def rounded(factor: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,7 +167,9 @@ def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tens
     moves = axes.moves(errors).square().mean(0).sqrt()
     determined = axes.reliable & (SAFETY * moves < FREE)
     spare = 1 - int(determined.sum()) / len(observed)
-    expected = float(errors.norm(dim=1).square().mean().sqrt()) * max(spare, 0.0) ** 0.5
+    if spare < SPARE:
+        return Bound(free=int((~determined).sum()))
+    expected = float(errors.norm(dim=1).square().mean().sqrt()) * spare**0.5
     nearby, residual = _least_squares(precise, observed, axes, determined, point, label, EXPLAINED * expected)
     misfit = residual / max(expected, 1e-300)
     if misfit <= EXPLAINED:
