@@ -12,7 +12,7 @@ of another model (a batch, another label, another recipe) may nearly reproduce i
 4. bounds the error by the distance to that image plus SAFETY times the root mean square of the moves by rounding.
 
 The bound is local and probabilistic: it holds where z is close to linear over the error that it states, for rounding
-errors that resemble the drawn ones. `benchmarks/inversion/exactness_study.py` counts how often it is wrong.
+errors that resemble the drawn ones. It is not claimed beyond CEILING_DB. `benchmarks/inversion/exactness_study.py` counts how often it is wrong.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from r2f_ext.types import Reconstruction, Target
 
 REPRODUCED = 1e-3  # relative residual below which an image reproduces its update, which alone proves nothing
 EXACT_DB = 40.0  # least bound of an image that is called exact: errors of 1/100 of the pixel range, invisible
+# Highest bound that is claimed: all bytes of an image are then right, and a batch of images that differ by less than
+# this cannot be told from one image.
+CEILING_DB = 60.0
 FREE = 0.1  # length of a move, in units of the pixel range, from which on an axis counts as free
 SAFETY = 3.0  # multiple of the root mean square move by rounding that the bound allows for: 9.5 dB
 EXPLAINED = 3.0  # largest ratio of the residual that is left to the one expected of rounding
@@ -178,7 +181,7 @@ def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tens
     if free or misfit > EXPLAINED:
         return Bound(nan, free, misfit)
     error = float((nearby - point).norm()) + SAFETY * float(moves.norm())
-    return Bound(-20 * log10(max(error, 1e-10) / len(point) ** 0.5), 0, misfit)
+    return Bound(min(CEILING_DB, -20 * log10(max(error, 1e-10) / len(point) ** 0.5)), 0, misfit)
 
 
 @dataclass(frozen=True)
