@@ -12,7 +12,8 @@ of another model (a batch, another label, another recipe) may nearly reproduce i
 4. bounds the error by the distance to that image plus SAFETY times the root mean square of the moves by rounding.
 
 The bound is local and probabilistic: it holds where z is close to linear over the error that it states, for rounding
-errors that resemble the drawn ones. It is not claimed beyond CEILING_DB. `benchmarks/inversion/exactness_study.py` counts how often it is wrong.
+errors that resemble the drawn ones. It is not claimed beyond CEILING_DB. `benchmarks/inversion/exactness_study.py`
+counts how often it is wrong.
 """
 
 from __future__ import annotations
