@@ -226,8 +226,9 @@ def shape_of_timm(model: nn.Module | str, image_size: int | None) -> BaseModel:
 def check_name(name: str) -> None:
     """Refuse a name that timm does not have; the error lists close ones."""
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3]) or "see timm.list_models()"
-        raise R2FError(f"unknown base model '{name}': timm has no model of that name (close: {close}).")
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
+        hint = f"close ones are {close}" if close else "timm.list_models() lists them"
+        raise R2FError(f"unknown base model '{name}': timm has no model of that name; {hint}.")
 
 
 def reason(error: Exception) -> str:
