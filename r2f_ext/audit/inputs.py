@@ -19,6 +19,7 @@ from r2f_ext.models import (
     attach,
     compare_saved,
     load_base,
+    note_on_base,
     read_adapter,
     with_saved_facts,
 )
@@ -63,7 +64,10 @@ def load_adapters(folders: Sequence[str | Path], base: str | BaseModel, device: 
         if difference is not None:
             raise R2FError(f"'{files[0].folder}' and '{files[i].folder}' {difference}: audit them one by one.")
     facts = tuple(
-        with_saved_facts(one.facts, replace(own, leaks=own.leaks + _closed_form(own.gradients)))
+        with_saved_facts(
+            replace(one.facts, notes=one.facts.notes + note_on_base(one, loaded)),
+            replace(own, leaks=own.leaks + _closed_form(own.gradients)),
+        )
         for one, own in zip(files, saved, strict=True)
     )
     return LoadedAdapters(bound[0][0], [update for _, update in bound], facts)

@@ -1,7 +1,7 @@
 """Base models and the adapters bound to them."""
 
 from r2f_ext.models.adapter_files import AdapterFiles, read_adapter
-from r2f_ext.models.attach import attach, load_adapter
+from r2f_ext.models.attach import attach, load_adapter, note_on_base
 from r2f_ext.models.base import load_base, shape_of
 from r2f_ext.models.draws import forgot_start
 from r2f_ext.models.evidence import Evidence, evidence_of
@@ -34,6 +34,7 @@ __all__ = [
     "initial_from_seed",
     "load_adapter",
     "load_base",
+    "note_on_base",
     "read_adapter",
     "save_base",
     "shape_of",

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, plain
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
 from r2f_ext.models.base import check_classifier
 from r2f_ext.models.converted import split_start
@@ -76,7 +76,7 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
         a[name] = stored_a.to(base.device, dtype).flatten(1)
         b[name] = stored_b.to(base.device, dtype).flatten(1)
         layers.append(AdaptedLayer(name, len(b[name]), a[name].shape[1], len(a[name]), placed[name].scaling["default"]))
-    base = replace(base, notes=base.notes + notes + _notes_on_name(files, base))
+    base = replace(base, notes=base.notes + notes)
     update = LoraUpdate(a, b, stored=storage_dtype([*a.values(), *b.values()]))
     trained, update = split_start(str(files.folder), tuple(layers), update)
     target, update = with_saved_modules(Target(base, trained), update, compare_saved(files, base))
@@ -183,7 +183,7 @@ def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # PEFT draws factors
             return get_peft_model(copy.deepcopy(base.model), LoraConfig(**config))
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        reason = plain(" ".join(str(error).split()), 300).rstrip(".") or type(error).__name__
         raise R2FError(
             f"adapter '{files.folder}' has a configuration that PEFT cannot apply to base '{base.spec}': {reason}."
         ) from error
@@ -217,21 +217,21 @@ def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
             )
 
 
-def _notes_on_name(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
-    """What the base's name says of its weights; nothing in an adapter proves which weights it was trained on."""
+def note_on_base(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
+    """The sentence for `AdapterFacts` where the adapter's own record does not say that it was trained on this base.
+
+    Nothing in an adapter proves which weights it was trained on: shapes are checked by `attach`, and names here.
+    """
     said = files.facts.base_name
+    given = _last_part(base.spec)
     if said is None:
-        if base.spec == "embedded":
-            return ()
-        return (
-            f"Adapter '{files.facts.name}' does not name its base: that '{_last_part(base.spec)}' holds the weights it "
-            "was trained on cannot be verified.",
-        )
-    if _last_part(said).casefold() == _last_part(base.spec).casefold():
+        unsaid = f"The adapter does not name its base: that '{given}' holds the weights of its training is not checked."
+        return () if base.spec == "embedded" else (unsaid,)
+    if _last_part(said).casefold() == given.casefold():
         return ()
     return (
-        f"Adapter '{files.facts.name}' names '{_shown(said)}' as its base and was given '{_last_part(base.spec)}': the figures "
-        "hold only if the weights are the same, which cannot be verified.",
+        f"The adapter names '{_shown(said)}' as its base, and it is audited on '{given}': the figures hold if both "
+        "hold the same weights, which is not checked.",
     )
 
 
