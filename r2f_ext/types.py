@@ -191,6 +191,7 @@ class Reconstruction:
         details: figures of the route as a whole (spectra, held-out errors, ...), plain numbers.
         loo_errors: label -> [n, c * h * w], leave-one-out errors of a statistical route on proxies of that label.
         per_victim: figures of each victim (residuals, passes, ...), float64 [V] each.
+        doubt: why no image can be called exact whatever its figures say, as a clause; None: no reason is known.
     """
 
     route: str
@@ -201,6 +202,7 @@ class Reconstruction:
     details: dict[str, float] = field(default_factory=dict)
     loo_errors: dict[int, Tensor] = field(default_factory=dict)
     per_victim: dict[str, Tensor] = field(default_factory=dict)
+    doubt: str | None = None
 
     def take(self, rows: slice) -> Reconstruction:
         """The same reconstruction with only the victims `rows`."""

@@ -165,7 +165,7 @@ def test_audit_without_originals_and_with_an_odd_name(adapter_folder, tmp_path, 
     folder = changed_config(adapter_folder, tmp_path / "x[red] $_$ <script>")
     assert run("audit", folder, "--count", 40, "--proxy", "embedded", "--out", tmp_path / "[red]") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "x[red] $_$ <script>: 1 adapters" in shown and "nothing is scored" in shown and "[red]/report.html" in shown
+    assert "x[red] $_$ <script>: 1 adapter," in shown and "nothing is scored" in shown and "[red]/report.html" in shown
     assert "<script" not in (tmp_path / "[red]" / "report.html").read_text()
 
 

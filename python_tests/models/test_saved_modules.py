@@ -95,7 +95,7 @@ def test_routes_read_it_as_a_layer_with_the_identity_for_a(base, tmp_path):
     problem = adapter_problem(target, [update])
     assert problem.steps == 1 and problem.known_labels is None and problem.gradients is None
     lora = sum(one.rank * one.d_out for one in target.layers if not one.saved)
-    assert verdicts_of(problem)["matching"].equations == lora + 24 * 48
+    assert verdicts_of(problem)["matching"].equations == lora + 16 * (24 + 48 - 16)  # a sum over 16 tokens
     decoded = Gradient({each: torch.zeros(1, 1) for each in target.names})
     exact = with_saved(target, stack_updates([update]), decoded).dense
     torch.testing.assert_close(exact[name][0], update.gradients[f"{name}.weight"].float().flatten(1))
@@ -238,3 +238,11 @@ def test_pairs_of_a_saved_layer_are_its_gradients(embedded, proxy, tmp_path, pri
     (batch,) = GeneratedPairs(target, update.a, proxy).batches(0, 2)
     for name in ("patch_embed.proj", "head"):
         torch.testing.assert_close(batch.updates[name], batch.gradients.dense(name), rtol=1e-4, atol=1e-6)
+
+
+def test_a_target_inside_of_a_saved_module_has_no_factors(base, tmp_path):
+    folder = trained(base, tmp_path / "a", target_modules=["proj", "qkv"], modules_to_save=["patch_embed"])
+    assert not any("patch_embed" in name for name in read_adapter(folder).weights)
+    target, _ = bound(folder, base)
+    assert target.names[0] == "patch_embed.proj" and target.layers[0].saved
+    assert not any(layer.saved for layer in target.layers[1:]) and len(target.layers) == 5

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -118,15 +119,17 @@ def _draw(path: Path, blocks: list[tuple[str, list[Row]]], legend: str) -> None:
     width, height = LABEL + columns * (cell + GAP) + GAP, tall + 2 * GAP + 1.5 * LINE * bool(legend)
     width = max(width, 0.075 * max(len(text) for text in (legend, *(text for text, _ in blocks))) + 0.3)
     figure = Figure(figsize=(width, height), facecolor="white", dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all, in inches: an Axes for each picture takes seconds
     top = height - GAP
     for text, rows in blocks:
-        # parse_math: a set's name is a folder's name, and may hold a dollar sign.
         top -= _title_height(text)
-        _write(figure, GAP, top + 0.14, text, fontsize=10, weight="bold")
+        _write(axes, GAP, top + 0.14, text, fontsize=10, weight="bold")
         for row in rows:
-            _draw_row(figure, top, row, cell, columns)
+            _draw_row(axes, top, row, cell, columns)
             top -= _height(row, cell, columns)
-    _write(figure, GAP, GAP, legend, fontsize=8)
+    _write(axes, GAP, GAP, legend, fontsize=8)
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
@@ -146,26 +149,22 @@ def _wrapped(row: Row, i: int, cell: float) -> list[tuple[str, bool]]:
     return [(line, exact) for text, exact in row.captions(i) for line in textwrap.wrap(text, wide)]
 
 
-def _draw_row(figure: Figure, top: float, row: Row, cell: float, columns: int) -> None:
+def _draw_row(axes: Axes, top: float, row: Row, cell: float, columns: int) -> None:
     """A name, its images and their captions, from `top` inches above the lower edge downwards."""
     tall = cell * row.images.shape[-2] / row.images.shape[-1]
     color = CONTROL if row.name.startswith("control") else "black"
     name = "\n".join(textwrap.wrap(row.name, 22))
-    _write(figure, GAP, top - tall / 2, name, fontsize=9, color=color, va="center")
-    width, height = figure.get_size_inches()
+    _write(axes, GAP, top - tall / 2, name, fontsize=9, color=color, va="center")
     for i, image in enumerate(row.images[:columns]):
         left = LABEL + i * (cell + GAP)
-        axes = figure.add_axes((left / width, (top - tall) / height, cell / width, tall / height))
-        pixels = image.cpu().permute(1, 2, 0).clamp(0, 1)
-        axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
+        pixels = image.cpu().permute(1, 2, 0).clamp(0, 1).numpy()
+        place = (left, left + cell, top - tall, top)
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto", extent=place)
         for line, (text, exact) in enumerate(_wrapped(row, i, cell)):
-            under = top - tall - 0.02 - line * LINE
             shown = {"color": EXACT, "weight": "bold"} if exact else {"color": color}
-            _write(figure, left, under, text, fontsize=7.5, va="top", **shown)
+            _write(axes, left, top - tall - 0.02 - line * LINE, text, fontsize=7.5, va="top", **shown)
 
 
-def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    """Text at (x, y) inches from the lower left corner, taken literally."""
-    width, height = figure.get_size_inches()
-    figure.text(x / width, y / height, text, parse_math=False, **style)
+def _write(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
+    """Text taken literally: names of sets are those of folders, and may hold a dollar sign."""
+    axes.text(x, y, text, parse_math=False, **style)

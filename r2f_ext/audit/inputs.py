@@ -15,7 +15,6 @@ from r2f_ext.data import ImageSet, load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.models import (
     AdapterFacts,
-    AdapterFiles,
     attach,
     compare_saved,
     load_base,
@@ -58,7 +57,7 @@ def load_adapters(folders: Sequence[str | Path], base: str | BaseModel, device: 
     for i in range(1, len(files)):
         difference = (
             _other_layers(bound[0][0], bound[i][0])
-            or _other_precision(files[0], files[i])
+            or _other_precision(bound[0][1], bound[i][1])
             or _other_stand_in(saved[0].stand_ins, saved[i].stand_ins)
         )
         if difference is not None:
@@ -88,12 +87,11 @@ def _other_layers(first: Target, second: Target) -> str | None:
     return None
 
 
-def _other_precision(first: AdapterFiles, second: AdapterFiles) -> str | None:
+def _other_precision(first: LoraUpdate, second: LoraUpdate) -> str | None:
     """How the stored precision of two adapters differs, as a clause; None if it does not. Their A are averaged."""
-    one, other = (sorted({str(w.dtype) for w in files.weights.values()}) for files in (first, second))
-    if one == other:
+    if first.stored == second.stored:
         return None
-    return f"differ in stored precision ({', '.join(one)} and {', '.join(other)})".replace("torch.", "")
+    return f"differ in stored precision ({first.stored} and {second.stored})".replace("torch.", "")
 
 
 def _other_stand_in(first: dict[str, Tensor], second: dict[str, Tensor]) -> str | None:

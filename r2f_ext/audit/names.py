@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from r2f_ext.inversion.routes import registry
 
@@ -20,8 +21,12 @@ def row_name(key: str) -> str:
     """The title of a route, `control: ...` of a control, and any other key as it is."""
     if key in CONTROLS:
         return f"control: {CONTROLS[key]}"
-    route = registry().get(key)
-    return key if route is None else route.title or key
+    return _titles().get(key, key)
+
+
+@cache
+def _titles() -> dict[str, str]:
+    return {name: route.title or name for name, route in registry().items()}
 
 
 def span(name: str, values: Sequence[float]) -> str:
@@ -33,3 +38,8 @@ def span(name: str, values: Sequence[float]) -> str:
 def counted(count: int, name: str) -> str:
     """`1 adapter`, `2 adapters`."""
     return f"{count:,} {name}{'' if count == 1 else 's'}"
+
+
+def leading_sentences(sentences: Sequence[str]) -> list[str]:
+    """The sentences of a verdict without those on what was tried and not tried, which have a section of their own."""
+    return [one for one in sentences if not one.startswith(("Tried:", "Not tried:"))]

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from r2f_ext.audit.names import counted, row_name, span
+from r2f_ext.audit.names import counted, leading_sentences, row_name, span
 from r2f_ext.progress import Advance, Stages
 
 PIPE_WIDTH = 10_000  # wider than any row: what reads a pipe finds each row on one line
@@ -117,7 +117,7 @@ def print_verdicts(verdicts: list[tuple[str, bool, str]]) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     """The verdict and the figures of an audit, from the data of report.json."""
-    _print_verdict(report["verdict"]["sentences"])
+    _print_verdict(leading_sentences(report["verdict"]["sentences"]))
     for facts in report["adapters"]:
         _print_notes([f"{facts['name']}: {sentence}" for sentence in (*facts["leaks"], *facts["notes"])])
     _print_notes(report["notes"])
@@ -127,6 +127,8 @@ def print_report(report: dict[str, Any]) -> None:
         print_phase0("Phase 0: the exact gradient, inverted in closed form", report["phase0"])
     for proxy, part in report["proxies"].items():
         _print_decoders(proxy, part)
+    for one in report["verdict"]["not_tried"]:
+        console.print(Text(f"not tried: {row_name(one['route'])}: {one['why']}"))
 
 
 def _print_verdict(sentences: list[str]) -> None:

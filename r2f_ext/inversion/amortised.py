@@ -93,7 +93,7 @@ class AmortisedInverter:
         return self._fit(None).choice
 
     def find_labels(self, updates: dict[str, Tensor], known: Tensor | None = None) -> Tensor:
-        """The labels [V] of V victims, by kernel ridge on up to LABEL_PAIRS pairs; `known` [V]: those known, else -1."""
+        """Labels [V] of V victims, by kernel ridge on up to LABEL_PAIRS pairs; `known` [V]: those known, else -1."""
         if known is not None:
             return torch.where(known >= 0, known, self.find_labels(updates)) if bool((known < 0).any()) else known
         victims = len(next(iter(updates.values())))

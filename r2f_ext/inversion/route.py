@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
-from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS
+from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, measured_tokens, structural_tokens
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
 from r2f_ext.inversion.unet import UNetConfig
@@ -138,6 +138,14 @@ class Problem:
     facts: tuple[AdapterFacts, ...] = ()
     evidence: Evidence | None = None
 
+    @cached_property
+    def effective_tokens(self) -> dict[str, int]:
+        """Adapted layer, or linear layer where there is no target -> tokens of one image that its gradient holds."""
+        if self.target is not None and self.base.device.type != "meta":
+            return measured_tokens(self.target)
+        linear = [name for name, module in self.base.model.named_modules() if isinstance(module, nn.Linear)]
+        return structural_tokens(self.base, linear if self.target is None else self.target.names)
+
     @property
     def victims(self) -> int:
         """V: number of groups whose images are reconstructed."""
@@ -202,9 +210,11 @@ class Route(ABC):
         reads: fields of Problem that must not be None.
         after: routes whose reconstructions it reads from `Problem.found`.
         by_default: whether the route runs if no routes are named.
+        threat_model: one sentence: who can use the route, and what they must know.
     """
 
     name: ClassVar[str]
+    threat_model: ClassVar[str]
     title: ClassVar[str | None] = None
     reads: ClassVar[tuple[str, ...]]
     after: ClassVar[tuple[str, ...]] = ()

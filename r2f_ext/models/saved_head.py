@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HEADS = ("head", "fc", "classifier")
+HEADS = ("head", "fc", "classifier", "cls_classifier", "distillation_classifier")
 ONE_IMAGE = 1e-3  # share of a head's gradient outside of one row's multiples below which it is that of one image
 CONSTANT = 0.9  # 10th percentile over 90th of |G| above which a step held only the gradient's signs, as Adam's first
 LISTED = 5  # classes in a sentence

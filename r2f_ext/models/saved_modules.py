@@ -23,6 +23,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.models.adapter_files import AdapterFiles
 from r2f_ext.models.facts import AdapterFacts
 from r2f_ext.models.saved_head import HeadLeak, head_leak, is_head, new_head_leak
+from r2f_ext.models.transformers_base import current_names
 from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
 
 MAX_NUMBERS = 1 << 18  # of a saved layer's gradient, which every proxy pair holds
@@ -153,12 +154,14 @@ def input_width(module: nn.Module) -> int | None:
 
 def _by_module(files: AdapterFiles, base: BaseModel) -> list[_Module]:
     own = base.model.state_dict()
+    current = current_names({key.rpartition(".")[0] for key in files.saved}, base.model)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in files.saved.items():
-        name = key.replace(".base_layer.", ".")
-        module = name.rpartition(".")[0] or name
+        path, _, kind = key.rpartition(".")
+        module = current.get(path, path)
+        name = f"{module}.{kind}" if module else kind
         if value.is_floating_point():
-            groups.setdefault(module, {})[name] = value
+            groups.setdefault(module or name, {})[name] = value
     modules = []
     for module, saved in groups.items():
         wrong = [name for name, value in saved.items() if name in own and own[name].shape != value.shape]

@@ -19,6 +19,10 @@ class AdapterRowspace(Route):
     """See `inversion/adapter_rowspace.py`. A_0 is searched for only if the count allows the solve."""
 
     name = ROUTE
+    threat_model = (
+        "Whoever holds the adapter and knows the base and A before training can run it, if plain SGD "
+        "trained on one image."
+    )
     reads = ("adapters", "initial")
 
     def verdict(self, problem: Problem) -> Verdict:
