@@ -55,7 +55,7 @@ def test_the_tutorials_adapter_goes_through_to_a_report(tutorial):
     config = AuditConfig(pairs=60, decoder_pairs=40, held_out=10, routes=("amortised",))
     report = audit([tutorial / "adapter"], base=str(tutorial / "base"), config=config)
     assert all(verdict.certainty is not Certainty.EXACT for verdict in report.verdicts.values())
-    assert "the base is a ViTForImageClassification" in report.verdicts["patch_position"].why
+    assert "the base is a ViTForImageClassification" in report.verdicts["adapter_rowspace"].why
     found = report.to_json()
     assert found["target"]["tokens"] == 65 and found["target"]["base"] == "base"
     assert set(found["decoders"]) == {layer["name"] for layer in found["target"]["layers"]}
