@@ -17,7 +17,10 @@ def test_finds_the_images_from_the_amortised_start() -> None:
     outcome = run_routes(problem, verdicts_of(problem), ["gauss_newton"])
     start, found = outcome.reconstructions
     assert [start.route, found.route] == ["amortised", "gauss_newton"]
-    assert found.per_victim["exact"].tolist() == [1, 1] and found.details["exact"] == 2
+    # The base embeds patches of 48 numbers in 24, so half of every patch is free: right within the proxies' variation,
+    # but not known to be.
+    assert found.per_victim["exact"].tolist() == [0, 0] and found.details["exact"] == 0
+    assert found.per_victim["free_directions"].min() >= 384
     assert worst_psnr(found.images, images) > max(60, worst_psnr(start.images, images))
 
 
