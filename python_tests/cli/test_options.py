@@ -15,6 +15,7 @@ from r2f_ext.cli.options import DESCRIPTION, EXAMPLES, parse
 from r2f_ext.data import load_images
 from r2f_ext.data.load import LOADERS
 from r2f_ext.inversion.routes import registry
+from r2f_ext.models import base
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -110,6 +111,7 @@ def test_no_command_prints_the_help_and_version_prints_the_version(capsys):
         (["audit", "docs", "--out", "o", "--initial", "docs"], 2, "has no adapter_model.safetensors"),
         (["audit", "docs", "--out", "o", "--seed", str(2**63)], 2, "--seed must be at most"),
         (["audit", "docs", "--out", "o", "--a0-seed", "-1"], 2, "--a0-seed must be at least 0"),
+        (["audit", "docs", "--out", "o", "--base", "setup.py"], 2, "It is a file: pass the folder that holds it"),
         (["audit", "docs", "--out", "o", "--base", "timm-random:"], 2, "name a model after 'timm-random:'"),
         (["audit", "docs", "--out", "o", "--precision", "float16"], 2, "invalid choice: 'float16'"),
         (["audit", "docs", "--out", "o" * 300], 2, "File name too long"),
@@ -145,7 +147,8 @@ def test_every_command_has_its_function():
 def test_the_names_are_those_of_the_library():
     assert tuple(LOADERS) == options.IMAGES and MIN_AUDIT_PAIRS == MIN_PAIRS
     assert tuple(decoders.KINDS) == options.KINDS and options.KINDS[:3] == decoders.DEFAULT_KINDS
-    assert tuple(sorted(registry())) == options.ROUTES and tuple(options.PRIVATE_IMAGES) == options.IMAGES
+    assert options.BASES == base.KINDS and tuple(sorted(registry())) == options.ROUTES
+    assert tuple(options.PRIVATE_IMAGES) == options.IMAGES
 
 
 @pytest.mark.parametrize("name", ["embedded", "lfw", "photos", "procedural"])

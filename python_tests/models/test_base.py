@@ -17,7 +17,7 @@ from r2f_ext.types import BaseModel
     [
         ("no-such-folder", r"use 'embedded', 'timm:NAME', 'timm-random:NAME', 'transformers:OWNER/NAME', or a folder"),
         ("google/vit-base-patch16-224-in21k", r"is named transformers:google/vit-base-patch16-224-in21k"),
-        ("timm:vit_huge_nothing", r"unknown base model 'vit_huge_nothing'.*close: .*vit"),
+        ("timm:vit_huge_nothing", r"unknown base model 'vit_huge_nothing'.*close ones are .*vit"),
         ("timm-random:vit_huge_nothing", r"unknown base model 'vit_huge_nothing'"),
         ("timm-random:vit_tiny_patch16_224:x", "'x' in .* is not a seed"),
         ("timm-random:vit_tiny_patch16_224:-1", "'-1' in .* is not a seed"),

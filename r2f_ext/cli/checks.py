@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from r2f_ext.cli.options import BASE_PREFIXES, IMAGES, PRIVATE_IMAGES, ROUTES
+from r2f_ext.cli.options import BASE_PREFIXES, BASES, IMAGES, PRIVATE_IMAGES, ROUTES
 from r2f_ext.errors import R2FError
 
 MIN_AUDIT_PAIRS = 40  # r2f_ext.audit.run.MIN_PAIRS; a test compares them
@@ -80,9 +80,12 @@ def _base(base: str, command: str) -> None:
     prefix = next((prefix for prefix in BASE_PREFIXES if base.startswith(prefix)), None)
     if prefix is not None and base == prefix:
         raise R2FError(f"unknown base '{base}': name a model after '{prefix}'.")
-    if base != "embedded" and prefix is None and not Path(base).is_dir():
-        forms = ", ".join(f"'{each}NAME'" for each in BASE_PREFIXES)
-        raise R2FError(f"unknown base '{base}': use 'embedded', {forms}, or a folder that exists.")
+    owner, _, name = base.partition("/")
+    if base == "embedded" or prefix is not None or Path(base).is_dir() or (owner and name):
+        return  # the library says what may be meant by OWNER/NAME
+    raise R2FError(
+        f"unknown base '{base}': use {BASES}.{' It is a file: pass the folder that holds it.' * Path(base).is_file()}"
+    )
 
 
 def _images(spec: str) -> None:
@@ -119,9 +122,9 @@ def _routes(names: tuple[str, ...]) -> None:
 
 def _adapter(folder: Path) -> None:
     remedy = "pass a folder written by PEFT's save_pretrained"
-    if folder.is_file():
+    if folder.is_file() and folder.suffix != ".safetensors":  # the library says whose tensors these are
         raise R2FError(f"adapter '{folder}' is a file, not a folder: {remedy}.")
-    if not folder.is_dir():
+    if not folder.exists():
         raise R2FError(f"adapter folder '{folder}' does not exist: {remedy}.")
 
 

@@ -29,6 +29,7 @@ ROUTES = (
     "matching",
     "patch_position",
 )
+BASES = "'embedded', 'timm:NAME', 'timm-random:NAME', 'transformers:OWNER/NAME', or a folder that exists"
 BASE_PREFIXES = ("timm:", "timm-random:", "transformers:")
 
 DESCRIPTION = """\
