@@ -245,7 +245,7 @@ def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private
 def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(audit_stages, "run_audit_stages", lambda *args: pytest.fail("the audit ran"))
     words = ("audit", adapter_folder, adapter_folder, "--count", 40, "--private", "embedded:1", "--out", tmp_path)
-    assert re.search("gives 1 images for 2 adapters", refused(capsys, *words))
+    assert re.search("names 1 images for 2 adapters", refused(capsys, *words))
 
 
 def test_identifiability_of_named_models_matches_the_table_in_the_docs(tmp_path, capsys):
