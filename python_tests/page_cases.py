@@ -53,7 +53,10 @@ def victims(count=1, shape=(1, 32, 32), name="my-adapter", private=True, exact=T
             for one in found
         },
         "controls": {key: 9.1 + i for i, key in enumerate(controls.items())} if controls else {},
-        "control_intervals": {"shuffled_adapter": {"difference_db": 1.3, "interval_db": [0.4, 2.2]}}
+        "control_intervals": {
+            "shuffled_adapter": {"difference_db": 1.3, "interval_db": [0.4, 2.2], "p_value": 0.005, "simulated": 199},
+            "mean_image": {"difference_db": 3.2, "interval_db": None, "p_value": None, "simulated": None},
+        }
         if controls
         else {},
         "judged_route": "amortised",
@@ -95,8 +98,13 @@ def report(sets, phase0=(), adapters=None):
             "threat_model": {"amortised": "Anyone who has the adapter and the public base."},
             "tried": ["amortised"],
             "not_tried": [{"route": "matching", "why": "It was not asked for."}],
-            "sentences": ["One image is recovered exactly, to 78 dB.", "The adapter gives away 1.3 dB (0.4 to 2.2)."]
-            + ["Tried: amortised.", "Not tried: matching. It was not asked for.", "This is no proof of safety."],
+            "sentences": [
+                "One image is recovered exactly, to 78 dB.",
+                "The adapter gives away 1.3 dB (0.4 to 2.2).",
+                "Tried: amortised.",
+                "Not tried: matching. It was not asked for.",
+                "This is no proof of safety.",
+            ],
         },
         "versions": {"r2f_ext": "0.0", "torch": "2.9"},
         "backend": {"gram": "cpu"},

@@ -18,5 +18,5 @@ def test_the_old_report_goes_and_all_else_stays(tmp_path):
 
 def test_what_cannot_be_removed_is_named(tmp_path):
     (tmp_path / "report.json").mkdir()
-    with pytest.raises(R2FError, match="cannot remove the old .*report.json.*another folder"):
+    with pytest.raises(R2FError, match=r"cannot remove the old .*report\.json.*another folder"):
         remove_old_report(tmp_path)

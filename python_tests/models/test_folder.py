@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models import read_adapter
+from r2f_ext.models.adapter_files import read_factors
 from r2f_ext.models.folder import BESIDE, adapters_below, leaks_beside, names_in
 
 KOHYA = {"lora_unet_mid.lora_down.weight": torch.ones(4, 8), "lora_unet_mid.lora_up.weight": torch.ones(8, 4)}
@@ -32,6 +33,8 @@ def test_what_is_no_folder_says_what_it_is(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     assert "notes.txt' is not a folder: pass the folder with adapter_config.json" in refused(tmp_path / "notes.txt")
     assert "does not exist" in refused(folder / WEIGHTS / "deeper")
+    with pytest.raises(R2FError, match="does not exist"):
+        read_factors(folder / "none")
     os.mkfifo(tmp_path / "pipe.safetensors")
     assert "is not a folder" in refused(tmp_path / "pipe.safetensors")
 
@@ -64,7 +67,7 @@ def test_the_adapters_below_are_listed_to_be_named(tmp_path):
     assert "adapters lie in its folders checkpoint-5/inner, one, two: name one of them." in refused(tmp_path / "run")
     for i in range(20):
         write(tmp_path / "run" / f"many{i:02}<b>")
-    assert "many06<b> and 13 more: name one of them" in refused(tmp_path / "run")
+    assert "many06<b> and 15 more: name one of them" in refused(tmp_path / "run")
 
 
 def test_missing_weights(tmp_path):

@@ -255,10 +255,14 @@ def linked(folder: Path, number: int) -> None:
         (WEIGHTS, "/proc/self/mem"),
         (WEIGHTS, "none"),
         (f"{WEIGHTS}.index.json", secret),
+        ("other.safetensors", secret),
     ][number]
     (folder / name).unlink(missing_ok=True)
     if "index" in name:
         (folder / WEIGHTS).unlink()
+    if "other" in name:
+        (folder / WEIGHTS).unlink()
+        (folder / CONFIG).unlink()
     (folder / name).symlink_to(target)
 
 
@@ -268,7 +272,7 @@ CASES |= {
     for name, raw in configurations()
 }
 CASES |= {f"tensors: {name}": lambda folder, made=made: write(folder, made) for name, made in tensors()}
-CASES |= {f"links: {number}": lambda folder, number=number: linked(folder, number) for number in range(10)}
+CASES |= {f"links: {number}": lambda folder, number=number: linked(folder, number) for number in range(11)}
 HUGE = [
     name for name in CASES if "shape" in name or "header of" in name or "offsets" in name or "config: config" in name
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from r2f_ext.audit import run
@@ -39,6 +40,8 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         "fashion_mnist": load_images("embedded", role="private", count=FASHION_VICTIMS, seed=config.seed),
         "lfw": load_images("lfw", role="private", count=FACE_VICTIMS, seed=config.seed),
     }
+    # The victims train on these labels, drawn or not, and each on the image of its own row.
+    private = {name: replace(images, labels_known=True, in_order=True) for name, images in private.items()}
     total = FASHION_VICTIMS + FACE_VICTIMS
     with stages.stage("victims", total) as advance:
         target, victims = make_victims(base, private, folder / "victims", config.seed)

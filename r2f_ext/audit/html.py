@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,10 @@ def write_html(
     Args:
         files: name -> what it holds, of the files beside the page.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"row_name": row_name, "inline": _inline, "counted": counted, "percent": _percent}
     victims = _victim_names(data)
     closed_forms = closed_form_rows(phase0)
     closed_form_count = len(closed_forms[0].images) if closed_forms else 0
-    page = environment.get_template(TEMPLATE).render(
+    page = _environment().get_template(TEMPLATE).render(
         report=data,
         victims=victims,
         adapter_count=len(data["adapters"]) or max(part.count for part in sets),
@@ -64,6 +57,19 @@ def write_html(
         files=files,
     )
     write_text(path, page)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"row_name": row_name, "inline": _inline, "counted": counted, "percent": _percent}
+    return environment
 
 
 def _inline(image: Tensor) -> str:

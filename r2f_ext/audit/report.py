@@ -119,8 +119,9 @@ def set_report(
     estimate = result.estimate[rows]
     if private is None:
         return SetReport(name, proxy.name, len(estimate), parts, None, None, None, notes)
-    paired = pair_up(private, estimate)
-    notes += paired.notes[len(private.notes) :]
+    pairing = pair_up(private, estimate)
+    paired = pairing.originals
+    notes += (pairing.sentence,)
     # Shuffled control: each victim gets the reconstruction from another victim's adapter.
     shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.stranger
     controls = make_controls(proxy, paired.labels, estimate, shuffled)

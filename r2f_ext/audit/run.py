@@ -10,7 +10,7 @@ from torch import Tensor
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines
+from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines, with_saved
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.route import Problem, Proxies, Verdict, adapter_problem
 from r2f_ext.inversion.routes import check_runnable, default_routes, run_routes, verdicts_of
@@ -113,10 +113,12 @@ def run_audit_stages(
     problem = replace(problem, proxies=proxies, decoded=decoded, matching=config.matching, refinement=config.refinement)
     outcome = run_routes(problem, verdicts, chosen_routes(config), stages)
     with stages.stage("control"):
-        far = proxies.ridge.far_from_proxy(observed).cpu()
+        far = proxies.ridge.far_from_proxy(observed, problem.known_labels).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
         found = {part.route: part.images for part in outcome.reconstructions}
-        estimate = found["amortised"] if "amortised" in found else proxies.ridge.invert(observed).images
+        estimate = (
+            found["amortised"] if "amortised" in found else proxies.ridge.invert(observed, problem.known_labels).images
+        )
     return AuditResult(
         count,
         count / stages.seconds["pairs"],
@@ -200,7 +202,7 @@ def score_and_decode(
         for name, figures in cosines.summary().items():
             scored[name][decoder.kind] = figures
         decoded = Gradient({name: g[:victims].clone() for name, g in gradients.items()})
-    return scored, decoded
+    return scored, with_saved(pairs.target, observed, decoded)
 
 
 def _proxy_update(observed: Updates, proxies: dict[str, Tensor], seed: int) -> Updates:

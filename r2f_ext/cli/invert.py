@@ -10,10 +10,12 @@ from typing import Any
 from rich.markup import escape
 
 from r2f_ext.audit.figures import write_images
+from r2f_ext.audit.inputs import load_adapters
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.audit.run import chosen_routes
+from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import console, drawn_stages, table
-from r2f_ext.cli.inputs import check_same_a, read_adapters
+from r2f_ext.cli.inputs import check_same_a
 from r2f_ext.config import AuditConfig
 from r2f_ext.decoders.store import read_gradients
 from r2f_ext.files import output_folder, write_tensors
@@ -30,7 +32,10 @@ FEWER = "make fewer pairs (r2f pairs --count {})"  # the remedy if the stored pa
 
 def run_invert(options: argparse.Namespace) -> dict[str, Any]:
     """Run the routes that the adapter, the pairs and the decoded gradients allow; returns what --json writes."""
-    target, adapters = read_adapters([options.adapter], options)
+    loaded = load_adapters([options.adapter], options.base, chosen_device(options))
+    target, adapters = loaded.target, loaded.updates
+    initial = InitialFactors(target, adapters[0], options.initial, options.a0_seed)
+    given = adapter_problem(target, adapters, initial, loaded.facts)
     folder = output_folder(options.out)
     pairs = StoredPairs(options.pairs, target.base)
     check_same_a(pairs, adapters[0])
@@ -42,9 +47,8 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
     )
     config = fit_to_memory(target, len(adapters), len(pairs), asked, fewer=FEWER)
-    initial = InitialFactors(target, adapters[0], options.initial, options.a0_seed)
     problem = replace(
-        adapter_problem(target, adapters, initial),
+        given,
         a=pairs.a,
         training=pairs.training,
         decoded=None if options.gradients is None else read_gradients(Path(options.gradients), target, len(adapters)),
@@ -68,17 +72,21 @@ def _written(folder: Path, problem: Problem, found: list[Reconstruction], not_ru
         write_images(folder / f"{part.route}.png", [(part.route, part.images.cpu())])
     write_tensors(folder / "images.safetensors", {part.route: part.images for part in found})
     assert problem.proxies is not None and problem.observed is not None
-    far = int(problem.proxies.ridge.far_from_proxy(problem.observed).sum())
+    far = int(problem.proxies.ridge.far_from_proxy(problem.observed, problem.known_labels).sum())
     if far:
         console.print(
             f"warning: {far} of {problem.victims} updates resemble no proxy update: do not trust the amortised "
             "estimate; use a proxy that is nearer to the private data, or procedural."
         )
     table("Routes taken", ["route", "seconds", "why"], [[p.route, f"{p.seconds:.1f}", p.why] for p in found])
+    evidence = list(problem.evidence.sentences) if problem.evidence is not None else []
+    for sentence in evidence:
+        console.print(escape(sentence))
     for route, why in not_run.items():
         console.print(f"{route}: {escape(why)}")
     console.print(f"images: {escape(str(folder))}")
-    return {"routes": {p.route: _figures(p) for p in found}, "not_run": not_run, "far_from_proxy": far}
+    routes = {part.route: _figures(part) for part in found}
+    return {"routes": routes, "not_run": not_run, "far_from_proxy": far, "evidence": evidence}
 
 
 def _figures(part: Reconstruction) -> dict[str, Any]:

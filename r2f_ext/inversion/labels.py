@@ -72,8 +72,9 @@ def _counted(gradient: Tensor, batch: int, probabilities: Tensor | None) -> Tens
     distance = (expected - counts).abs()
     if float(distance.max()) > NEARLY_WHOLE or float(counts.min()) < 0 or int(counts.sum()) != batch:
         worst = int(distance.argmax())
+        times = f"{float(expected[worst]):.2f} times"
         raise R2FError(
-            f"the labels of {batch} images cannot be counted: class {worst} would be there {float(expected[worst]):.2f} "
-            "times by these probabilities; pass the model's mean output on images like these."
+            f"the labels of {batch} images cannot be counted: class {worst} would be there {times} by these "
+            "probabilities; pass the model's mean output on images like these."
         )
     return torch.repeat_interleave(torch.arange(classes), counts.long())

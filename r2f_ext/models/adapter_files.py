@@ -17,8 +17,9 @@ from r2f_ext.models.facts import AdapterFacts
 from r2f_ext.models.folder import (
     CONFIG,
     WEIGHTS,
-    adapter_folder,
     adapters_below,
+    check_adapter_folder,
+    check_folder,
     leaks_beside,
     regular_file,
     weight_files,
@@ -66,7 +67,7 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
             empty, cut or not finite, or every B is zero. The sentence says which, and the remedy.
     """
     folder = Path(folder)
-    adapter_folder(folder)
+    check_adapter_folder(folder)
     config = read_config(regular_file(folder, CONFIG))
     where = f"adapter '{plain(folder, 400)}'"
     keys = canonical(_stored(folder), where)
@@ -89,6 +90,7 @@ def read_factors(folder: Path) -> dict[str, Tensor]:
     Raises:
         R2FError: the tensors are missing, broken, empty, cut or not finite.
     """
+    check_folder(folder)
     where = f"adapter '{plain(folder, 400)}'"
     keys = canonical(_stored(folder), where)
     check_numbers(keys.weights, where)

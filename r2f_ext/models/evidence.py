@@ -20,20 +20,16 @@ from r2f_ext.types import LoraUpdate
 
 KNOWN = "known"
 NEARLY = 0.01  # entries of |B| count as equal to the layer's largest from 1 - NEARLY of it
-MOSTLY = 0.5  # share of such entries from which B holds signs; plain SGD leaves a few per mille
+SIGNS_FROM = 0.1  # share of such entries from which B holds signs: plain SGD leaves less than 0.001, AdamW above 0.9
 FEWEST = 64  # entries of B that are not 0; fewer show nothing
 ZEROS = 0.01  # share of zeros in A that no draw and no step of training leaves
-ROUNDINGS = 2.0  # of the factors' movements, in units of the storage precision
+ROUNDINGS = 1.0  # of the factors, in units of the storage precision; one step leaves up to 0.1 of it
 
 NO_BATCH = "The factors do not show how many images a step saw; every figure assumes one."
 NO_RECIPE = "how many, with which optimiser and which rates, the factors do not show."
 UNCHANGED = (
     "Every B equals its start: the adapter is unchanged, so its factors hold nothing to recover, which does not show "
     "that an adapter trained on the same data is safe."
-)
-SIGNS = (
-    "Most entries of |B| equal the layer's largest to 1 %, as after the first step of Adam or AdamW: B shows the signs "
-    "of the gradient and little of its sizes."
 )
 START_MOVES_A = (
     "As B did not start at 0, A's movement shows B_0^T G too: the file gives away more than a plain adapter."
@@ -69,8 +65,11 @@ SHOWN = {
 }
 CONVERTED = "The file holds its own start, as PEFT converts PiSSA, OLoRA, CorDA and LoRA-GA, and A and B have moved"
 SHOWN_CONVERTED = {
-    Trace.NONE: f"{CONVERTED} from it as in one step of plain SGD.",
-    Trace.MOVED: f"{CONVERTED} otherwise than in one step of plain SGD: in more steps, or by another optimiser.",
+    Trace.NONE: f"{CONVERTED} from it as in one step of plain SGD, up to rounding.",
+    Trace.MOVED: (
+        f"{CONVERTED} otherwise than in one step of plain SGD: in more steps, by another optimiser or in lower "
+        "precision."
+    ),
 }
 
 
@@ -82,7 +81,7 @@ class Evidence:
         steps: 1 where every A is its start as far as the factors show; None where more steps cannot be excluded.
         start: "known" where A before training is, from the file or the user; else how A was drawn: "default",
             "gaussian" or "eva".
-        signs_only: most of |B| is constant, as after the first step of Adam(W): it holds the gradient's signs.
+        signs_only: much of |B| is constant in some adapter, as after the first step of Adam(W): it holds signs.
         sentences: what is known and what is not, for the report.
     """
 
@@ -106,12 +105,10 @@ def evidence_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts] = (
     sentences = [said]
     if any(one.b0 for one in updates):
         sentences.append(START_MOVES_A)
-    signs = all(holds_signs(one.b) for one in updates)
-    if signs:
-        sentences.append(SIGNS)
-    sentences += _zeros_in_a(updates)
+    signs = _signs(updates)
+    sentences += [*signs, *_zeros_in_a(updates)]
     one_step = trace is Trace.NONE or (trace is Trace.POSSIBLE and start != "gaussian")
-    return Evidence(1 if one_step else None, start, signs, (*sentences, NO_BATCH))
+    return Evidence(1 if one_step else None, start, bool(signs), (*sentences, NO_BATCH))
 
 
 def _start_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts]) -> str:
@@ -123,11 +120,10 @@ def _start_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts]) -> s
 def _judged(updates: Sequence[LoraUpdate], start: str) -> tuple[Trace, str]:
     """What A shows of a movement, and that as a sentence."""
     if start == KNOWN:
-        if any(one.b0 for one in updates):
-            trace = Trace.NONE if all(moved_as_one_plain_step(one) for one in updates) else Trace.MOVED
-            return trace, SHOWN_CONVERTED[trace]
-        trace = Trace.NONE if all(_is_start(one) for one in updates) else Trace.MOVED
-        return trace, SHOWN[start, trace]
+        converted = any(one.b0 for one in updates)
+        still = all(moved_as_one_plain_step(one) if one.b0 else _is_start(one) for one in updates)
+        trace = Trace.NONE if still else Trace.MOVED
+        return trace, (SHOWN_CONVERTED[trace] if converted else SHOWN[start, trace])
     factors = [kept for one in updates for a in one.a.values() if len(kept := _without_zero_rows(a))]
     traces = {"default": uniform_trace, "gaussian": gaussian_trace, "eva": eva_trace}
     trace = traces[start](factors) if factors else Trace.POSSIBLE
@@ -156,13 +152,14 @@ def _left_default(factors: Sequence[Tensor]) -> str:
 
 
 def _is_start(update: LoraUpdate) -> bool:
-    """Whether every A is a multiple c <= 1 of A_0 up to storage rounding."""
+    """Whether every entry of every A is that of A_0, times one c <= 1 a layer, up to storage rounding."""
     assert update.a0 is not None
     for name, a in update.a.items():
         after, start = a.double(), update.a0[name].to(a).double()
         share = float((after * start).sum() / start.square().sum().clamp_min(1e-300))
-        eps = torch.finfo(storage_dtype([a])).eps
-        if share > 1 + eps or (after - min(share, 1.0) * start).norm() > eps * after.norm():
+        stored = torch.finfo(storage_dtype([a]))
+        rounding = stored.eps * after.abs().clamp_min(stored.smallest_normal)
+        if share > 1 + stored.eps or ((after - min(share, 1.0) * start).abs() > rounding).any():
             return False
     return True
 
@@ -183,17 +180,31 @@ def moved_as_one_plain_step(update: LoraUpdate) -> bool:
     return True
 
 
-def holds_signs(b: dict[str, Tensor]) -> bool:
-    """Whether most entries of |B| [d_out, r], of all layers, nearly equal their layer's largest.
+def constant_share(b: dict[str, Tensor]) -> float:
+    """Share of the entries of |B| [d_out, r] that equal their layer's largest to 1 %, itself aside; 0 of few entries.
 
     AdamW's first step is -lr g / (|g| + eps): lr in size wherever |g| is far above eps, 1e-8.
     """
     nearly = present = 0
     for factor in b.values():
         sizes = factor[factor != 0].abs()
-        present += len(sizes)
-        nearly += int((sizes >= (1 - NEARLY) * sizes.max()).sum()) if len(sizes) else 0
-    return present >= FEWEST and nearly >= MOSTLY * present
+        if len(sizes):
+            present += len(sizes)
+            nearly += int((sizes >= (1 - NEARLY) * sizes.max()).sum()) - 1
+    return nearly / present if present >= FEWEST else 0.0
+
+
+def _signs(updates: Sequence[LoraUpdate]) -> list[str]:
+    """A sentence on adapters whose B holds signs, if there are any."""
+    shares = [share for one in updates if (share := constant_share(one.b)) >= SIGNS_FROM]
+    if not shares:
+        return []
+    least = int(100 * min(shares))
+    return [
+        f"In {len(shares)} of {len(updates)} adapters {least} % or more of the entries of |B| equal the largest of "
+        "their layer to 1 %, as after the first step of Adam or AdamW: of these, B shows the gradient's signs and "
+        "little of its sizes."
+    ]
 
 
 def _zeros_in_a(updates: Sequence[LoraUpdate]) -> list[str]:
@@ -202,7 +213,8 @@ def _zeros_in_a(updates: Sequence[LoraUpdate]) -> list[str]:
     holed = sorted(name for name, share in shares.items() if share > ZEROS)
     if not holed:
         return []
+    first, part = holed[0], 100 * shares[holed[0]]
     return [
-        f"In {len(holed)} of {len(shares)} layers entries of A are exactly 0 ({shares[holed[0]]:.0%} of {holed[0]}), "
-        "which no draw of PEFT and no step of training leaves: they were cut off, masked or never written."
+        f"In {len(holed)} of {len(shares)} layers entries of A are exactly 0 ({part:.0f} % of {first}), which no draw "
+        "of PEFT and no step of training leaves: they were cut off, masked or never written."
     ]

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from r2f_ext.errors import R2FError, listed, plain
@@ -17,6 +18,7 @@ INDEX = f"{WEIGHTS}.index.json"
 SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
 MAX_SHARDS = 1000
 MAX_ENTRIES = 5000  # of a folder that are looked at
+MAX_BELOW = 100  # folders below a folder in which an adapter is looked for
 FROM_BIN = (
     "where you trust it, convert it with PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(FOLDER), which writes "
     f"{WEIGHTS}"
@@ -45,11 +47,11 @@ BESIDE = (
 )
 
 
-def adapter_folder(path: Path) -> None:
-    """Check that `path` is a folder with an adapter_config.json.
+def check_folder(path: Path) -> None:
+    """Check that `path` is a folder.
 
     Raises:
-        R2FError: it is not; the sentence says what was found, and which folder or file to name instead.
+        R2FError: it is not; the sentence says what it is, and what to name instead.
     """
     where = f"'{plain(path, 400)}'"
     try:
@@ -60,6 +62,16 @@ def adapter_folder(path: Path) -> None:
         raise R2FError(f"{where} does not exist: pass a folder written by PEFT's save_pretrained.") from error
     if not stat.S_ISDIR(mode):
         _refuse_file(path, mode)
+
+
+def check_adapter_folder(path: Path) -> None:
+    """Check that `path` is a folder with an adapter_config.json.
+
+    Raises:
+        R2FError: it is not; the sentence says what was found, and which folder or file to name instead.
+    """
+    check_folder(path)
+    where = f"'{plain(path, 400)}'"
     if os.path.lexists(path / CONFIG):
         return
     names = names_in(path)
@@ -73,7 +85,7 @@ def adapter_folder(path: Path) -> None:
         )
     for name in names:
         if name.endswith(".safetensors"):
-            _refuse_tensors(path / name)
+            _refuse_tensors(regular_file(path, name))
     raise R2FError(f"{where} has no {CONFIG}: pass a folder written by PEFT's save_pretrained.")
 
 
@@ -118,21 +130,27 @@ def regular_file(folder: Path, name: str) -> Path:
 def adapters_below(folder: Path, depth: int = 2) -> list[str]:
     """Relative paths of the folders below that hold an adapter_config.json, links not followed."""
     found = []
-    for name in names_in(folder):
-        below = folder / name
-        if not below.is_symlink() and below.is_dir():
-            if os.path.lexists(below / CONFIG):
-                found.append(name)
-            elif depth > 1:
-                found.extend(f"{name}/{inner}" for inner in adapters_below(below, depth - 1))
+    for name in _folders_in(folder)[:MAX_BELOW]:
+        if os.path.lexists(folder / name / CONFIG):
+            found.append(name)
+        elif depth > 1:
+            found.extend(f"{name}/{inner}" for inner in adapters_below(folder / name, depth - 1))
     return found
 
 
 def names_in(folder: Path) -> list[str]:
     """Sorted names in a folder, at most `MAX_ENTRIES` of them; none where it may not be read."""
+    return sorted(entry.name for entry in _entries(folder))
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry, _ in zip(entries, range(MAX_ENTRIES), strict=False))
+            return list(islice(entries, MAX_ENTRIES))
     except OSError:
         return []
 
@@ -151,20 +169,19 @@ def leaks_beside(folder: Path) -> Iterator[str]:
         )
 
 
-def _shards(index: Path) -> dict[str, set[str] | None]:
+def _shards(index: Path) -> dict[str, set[str]]:
+    """Name of a shard -> the tensors that the index promises in it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise R2FError(f"{plain(index, 400)} names no tensors (weight_map): save the adapter again with PEFT.")
-    shards: dict[str, set[str] | None] = {}
+    shards: dict[str, set[str]] = {}
     for key, name in weight_map.items():
         if not isinstance(name, str) or not SHARD.fullmatch(name):
             raise R2FError(
                 f"{plain(index, 400)} names the file '{plain(name)}', which is no shard of this folder "
                 "(adapter_model-00001-of-00002.safetensors): save the adapter again."
             )
-        keys = shards.setdefault(name, set())
-        assert keys is not None
-        keys.add(key)
+        shards.setdefault(name, set()).add(key)
     if len(shards) > MAX_SHARDS:
         raise R2FError(f"{plain(index, 400)} names {len(shards)} shards, more than the {MAX_SHARDS} of any adapter.")
     return shards

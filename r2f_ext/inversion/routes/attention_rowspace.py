@@ -14,7 +14,7 @@ class AttentionRowspace(Route):
     """See `inversion/attention_rowspace.py`."""
 
     name = ROUTE
-    title = "exact gradient (3c)"
+    title = "exact gradient: row space of attention"
     threat_model = (
         "A server of federated learning that sees the exact gradient of one image, and knows the base, can run it."
     )

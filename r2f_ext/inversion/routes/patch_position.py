@@ -14,7 +14,7 @@ class PatchPosition(Route):
     """See `inversion/patch_position.py`."""
 
     name = ROUTE
-    title = "exact gradient (3b)"
+    title = "exact gradient: patch positions"
     threat_model = (
         "A server of federated learning that sees the exact gradients of one image, and knows the base, can run it."
     )
