@@ -9,8 +9,9 @@ from pathlib import Path
 
 from r2f_ext.audit import run
 from r2f_ext.audit.inputs import load_adapters, load_private
-from r2f_ext.audit.record import Inputs, public_name
-from r2f_ext.audit.report import AuditReport, set_report
+from r2f_ext.audit.record import Inputs, command_of, public_name
+from r2f_ext.audit.report import AuditReport
+from r2f_ext.audit.sets import set_report
 from r2f_ext.audit.write import write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
@@ -84,8 +85,10 @@ def audit(
     problem = adapter_problem(target, updates, start, loaded.facts)
     verdicts = verdicts_of(problem)
     on_ready(Prepared(target, updates, images, originals, verdicts, problem.steps == 1))
-    result = run.run_audit_stages(target, updates, images, config, stages, start, verdicts, loaded.facts)
+    labels = None if originals is None else originals.labels
+    result = run.run_audit_stages(problem, images, config, stages, verdicts, labels)
     given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, target.base.device.type)
+    recorded = given.relative_to(folder or Path())
     report = AuditReport(
         target=target,
         verdicts=result.verdicts,
@@ -93,7 +96,8 @@ def audit(
         sets=[set_report(Path(adapters[0]).resolve().name, result, images, originals)],
         config=result.config,
         seconds={**result.seconds, "total": time.perf_counter() - began},
-        inputs=given.relative_to(folder or Path()),
+        inputs=recorded,
+        command=command_of(recorded, result.config),
         facts=loaded.facts,
         notes=(*images.notes, *result.notes, *(f"{route}: {why}" for route, why in result.not_run.items())),
     )

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from r2f_ext.audit.phase0 import Phase0Report
-from r2f_ext.audit.report import SetReport
+from r2f_ext.audit.sets import SetReport
 from r2f_ext.files import write_atomically
 from r2f_ext.inversion.routes import registry
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from r2f_ext.audit.figures import png_bytes, row_name, rows_of
 from r2f_ext.audit.phase0 import Phase0Report
-from r2f_ext.audit.report import SetReport
+from r2f_ext.audit.sets import SetReport
 from r2f_ext.files import write_text
 
 ASSETS = Path(__file__).parent / "assets"

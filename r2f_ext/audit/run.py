@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from r2f_ext.audit.accuracy import Figures, Scored, score_and_decode
+from r2f_ext.audit.controls import Simulated, simulate
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines
-from r2f_ext.errors import R2FError
-from r2f_ext.inversion.route import Proxies, Verdict, adapter_problem
+from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates
+from r2f_ext.errors import R2FError, expected
+from r2f_ext.inversion.route import Problem, Proxies, Verdict
 from r2f_ext.inversion.routes import check_runnable, default_routes, run_routes, verdicts_of
-from r2f_ext.models import AdapterFacts, InitialFactors
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
-from r2f_ext.types import Gradient, LoraUpdate, Reconstruction, Target
+from r2f_ext.types import Gradient, Reconstruction
 
 MIN_PAIRS = 40  # with fewer there are too few pairs to hold out
+MAX_LABELS = 20  # strangers are simulated for the labels of all private images up to so many, else for those found
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class AuditResult:
 
     Attributes:
         pair_count, pairs_per_second: of the generation pass.
-        decoders: layer -> kind -> {cosine_mean, cosine_p05, norm_error} on held-out pairs.
-        decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units
-            of the victim's learning rate.
+        problem: what was audited, without the proxies.
+        scored: the decoders' figures, and the adapters' gradients as the default decoder gives them, in units of the
+            victim's learning rate.
         reconstructions: one per route that ran, images [V, c, h, w].
         verdicts: route -> verdict, of every route in the registry.
         not_run: requested routes that did not run -> the reason.
@@ -38,6 +40,7 @@ class AuditResult:
             by them, and the image controls are taken of them.
         stranger: [1, c, h, w], the amortised estimate from the update of a proxy sample drawn by the seed: the
             shuffled-adapter control of a single victim.
+        simulated: what the amortised route makes of noise and of strangers; None where that failed, see `notes`.
         far_from_proxy: bool [V], victims whose update resembles no proxy update.
         seconds: stage -> wall time.
         config: the sizes and seeds used, after `fit_to_memory`.
@@ -46,53 +49,59 @@ class AuditResult:
 
     pair_count: int
     pairs_per_second: float
-    decoders: dict[str, dict[str, dict[str, float]]]
-    decoded: Gradient
+    problem: Problem
+    scored: Scored
     reconstructions: list[Reconstruction]
     verdicts: dict[str, Verdict]
     not_run: dict[str, str]
     estimate: Tensor
     stranger: Tensor
+    simulated: Simulated | None
     far_from_proxy: Tensor
     seconds: dict[str, float]
     config: AuditConfig
     notes: tuple[str, ...]
 
+    @property
+    def decoders(self) -> Figures:
+        """layer -> kind -> figures."""
+        return self.scored.figures
+
+    @property
+    def decoded(self) -> Gradient:
+        """The adapters' decoded gradients, [V, d_out, d_in] a layer."""
+        return self.scored.decoded
+
 
 def run_audit_stages(
-    target: Target,
-    adapters: list[LoraUpdate],
+    problem: Problem,
     proxy: ImageSet,
     config: AuditConfig | None = None,
     stages: Stages | None = None,
-    initial: InitialFactors | None = None,
     verdicts: dict[str, Verdict] | None = None,
-    facts: tuple[AdapterFacts, ...] = (),
+    labels: Tensor | None = None,
 ) -> AuditResult:
     """Audit adapters that started from the same A (the clients of one server, or a single one).
 
     Args:
-        target: base and adapted layers, from `attach`.
-        adapters: the victims' factors; all with the same A up to training.
+        problem: from `adapter_problem`.
         proxy: public or generated images with labels.
-        initial: source of A before the first step; None: common seeds are tried.
-        verdicts: of every route, from `verdicts_of(adapter_problem(target, adapters, initial))`, if already computed.
-        facts: what the adapters' folders say beside their factors.
+        verdicts: of every route, from `verdicts_of(problem)`, if already computed.
+        labels: int64, those of the private images, if known: strangers of these are simulated too.
 
     Raises:
-        R2FError: a proxy that is too small, adapters with different initial A's, or an unknown name in `config.routes`.
+        R2FError: a proxy that is too small, an unknown name in `config.routes`, or every chosen route failed.
     """
     config, stages = config or AuditConfig(), stages or Stages()
-    problem = adapter_problem(target, adapters, initial, facts)
-    a, observed = problem.a, problem.observed
-    assert a is not None and observed is not None
+    target, a, observed = problem.target, problem.a, problem.observed
+    assert target is not None and a is not None and observed is not None
     pairs = GeneratedPairs(target, a, proxy, precision=config.precision)
     count = min(config.pairs, len(pairs))
     if count < MIN_PAIRS:
         raise R2FError(
             f"proxy '{proxy.name}' gives {count} pairs: at least {MIN_PAIRS} are needed, thousands are good."
         )
-    config = fit_to_memory(target, len(adapters), count, config)
+    config = fit_to_memory(target, problem.victims, count, config)
     verdicts = verdicts_of(problem) if verdicts is None else verdicts
     check_runnable(problem, verdicts, chosen_routes(config), later=("proxies", "decoded"))
     held_out = min(config.held_out, count // 4)
@@ -105,33 +114,49 @@ def run_audit_stages(
     with stages.stage("decoders"):
         for decoder in decoders:
             decoder.finish()
-    with stages.stage("decode", fitted) as advance:
-        scored, decoded = score_and_decode(pairs, decoders, updates, observed, fitted, held_out)
+    with stages.stage("decode", fitted):
+        scored = score_and_decode(pairs, decoders, updates, proxy.labels[:count], observed, fitted, held_out)
+    decoders.clear()  # their factors are the largest tensors
     device = target.base.device
-    images, labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
-    proxies = Proxies(updates, images, labels, target.base.num_classes)
-    problem = replace(problem, proxies=proxies, decoded=decoded, matching=config.matching, refinement=config.refinement)
-    outcome = run_routes(problem, verdicts, chosen_routes(config), stages)
+    images, proxy_labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
+    proxies = Proxies(updates, images, proxy_labels, target.base.num_classes)
+    posed = replace(
+        problem, proxies=proxies, decoded=scored.decoded, matching=config.matching, refinement=config.refinement
+    )
+    outcome = run_routes(posed, verdicts, chosen_routes(config), stages)
     with stages.stage("control"):
         far = proxies.ridge.far_from_proxy(observed).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
         found = {part.route: part.images for part in outcome.reconstructions}
         estimate = found["amortised"] if "amortised" in found else proxies.ridge.invert(observed).images
+        simulated, failure = _simulated(posed, proxy, labels, config)
     return AuditResult(
         count,
         count / stages.seconds["pairs"],
+        problem,
         scored,
-        decoded,
         outcome.reconstructions,
         verdicts,
         outcome.not_run,
         estimate,
         stranger,
+        simulated,
         far,
         dict(stages.seconds),
         config,
-        _notes(adapters, problem.steps),
+        (*_notes(problem), *failure),
     )
+
+
+def _simulated(
+    problem: Problem, proxy: ImageSet, labels: Tensor | None, config: AuditConfig
+) -> tuple[Simulated | None, tuple[str, ...]]:
+    """The simulated controls, and no sentence; or None and a sentence on why there are none."""
+    likely = [] if labels is None else labels.unique().tolist()
+    try:
+        return simulate(problem, proxy, likely if len(likely) <= MAX_LABELS else [], config.seed, config.precision), ()
+    except (R2FError, RuntimeError, MemoryError) as error:
+        return None, (f"The controls could not be simulated: {expected(error)}",)
 
 
 def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
@@ -140,13 +165,13 @@ def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
     return (*named, "gauss_newton") if config.gauss_newton else named
 
 
-def _notes(adapters: list[LoraUpdate], steps: int | None) -> tuple[str, ...]:
-    if steps == 1:
-        return ()
-    which = "their mean A stands" if len(adapters) > 1 else "its final A stands"
-    return (
-        f"More than one step was taken, so A has moved from where it started: {which} in for the A of the proxies.",
-    )
+def _notes(problem: Problem) -> tuple[str, ...]:
+    evidence = getattr(problem, "evidence", None)
+    said: tuple[str, ...] = () if evidence is None else evidence.sentences
+    if problem.steps == 1:
+        return said
+    which = "their mean A stands" if problem.victims > 1 else "its final A stands"
+    return (*said, f"A may have moved from where it started: {which} in for the A of the proxies.")
 
 
 def generate(
@@ -171,37 +196,6 @@ def generate(
             first += len(batch.labels)
             advance(len(batch.labels))
     return {name: torch.cat(parts) for name, parts in collected.items()}
-
-
-def score_and_decode(
-    pairs: PairSource,
-    decoders: list[Decoder],
-    updates: dict[str, Tensor],
-    observed: Updates,
-    fitted: int,
-    held_out: int,
-) -> tuple[dict[str, dict[str, dict[str, float]]], Gradient]:
-    """Score every decoder on the `held_out` pairs after the fitted ones, and decode the victims with the last one."""
-    scored: dict[str, dict[str, dict[str, float]]] = {name: {} for name in observed}
-    victims = len(next(iter(observed.values())))
-    decoded = Gradient({})
-    for decoder in decoders:
-        both = {
-            name: torch.cat(
-                [
-                    u,
-                    updates[name][fitted : fitted + held_out].view(held_out, *u.shape[1:]),
-                ]
-            )
-            for name, u in observed.items()
-        }
-        gradients = decoder.decode(both).dense
-        rest = Gradient({name: g[victims:] for name, g in gradients.items()})
-        cosines = held_out_cosines(rest, pairs, fitted, fitted + held_out)
-        for name, figures in cosines.summary().items():
-            scored[name][decoder.kind] = figures
-        decoded = Gradient({name: g[:victims].clone() for name, g in gradients.items()})
-    return scored, decoded
 
 
 def _proxy_update(observed: Updates, proxies: dict[str, Tensor], seed: int) -> Updates:

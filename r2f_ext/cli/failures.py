@@ -14,12 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, out_of_memory
 
 REFUSED, UNEXPECTED, INTERRUPTED, TERMINATED = 2, 70, 130, 143  # 70: sysexits.h; 128 + the signal's number
 TRACEBACK = "traceback.txt"
-# Messages of the CPU and CUDA allocators; torch.OutOfMemoryError is a RuntimeError with the first of them.
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Terminated(KeyboardInterrupt):
@@ -60,7 +58,7 @@ def _explain(error: BaseException, options: argparse.Namespace) -> tuple[str, in
         return "terminated; nothing half-written was left behind.", TERMINATED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing half-written was left behind.", INTERRUPTED
-    if _is_out_of_memory(error):
+    if out_of_memory(error):
         on_gpu = "CUDA" in str(error) or "CUBLAS" in str(error)
         remedies = ["run with --device cpu"] if on_gpu else []
         remedies += ["ask for fewer pairs (--count)"] if hasattr(options, "count") else []
@@ -69,12 +67,6 @@ def _explain(error: BaseException, options: argparse.Namespace) -> tuple[str, in
     first_line = (str(error).splitlines() or [""])[0][:200].rstrip(".")
     what = f"unexpected {type(error).__name__}{': ' * bool(first_line)}{first_line}"
     return f"{what}; the traceback is in {_write_traceback(error, options)} (--debug shows it here).", UNEXPECTED
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def _write_traceback(error: BaseException, options: argparse.Namespace) -> Path:

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, expected
 from r2f_ext.inversion.route import Certainty, Problem, Route, Verdict
 from r2f_ext.progress import Stages
 from r2f_ext.types import Reconstruction
@@ -30,7 +30,7 @@ class Outcome:
 
     Attributes:
         reconstructions: one per route that ran, in the order in which they ran.
-        not_run: requested routes that did not run -> the reason, one sentence.
+        not_run: requested routes that did not run, or that failed -> the reason, one sentence.
     """
 
     reconstructions: list[Reconstruction]
@@ -84,7 +84,7 @@ def check_runnable(
 def run_routes(
     problem: Problem, verdicts: dict[str, Verdict], names: Sequence[str] | None = None, stages: Stages | None = None
 ) -> Outcome:
-    """Run the chosen routes that no verdict refuses.
+    """Run the chosen routes that no verdict refuses. A route that fails does not keep the others from running.
 
     Args:
         verdicts: of all routes on this problem, from `verdicts_of`.
@@ -92,20 +92,28 @@ def run_routes(
         stages: times each route under its name.
 
     Raises:
-        R2FError: a name is not in the registry, or a route cannot process its data.
+        R2FError: a name is not in the registry, or a route failed and none succeeded.
     """
     stages, routes = stages or Stages(), registry()
     outcome = Outcome([], {})
+    failed: Exception | None = None
     for name in _with_earlier(default_routes() if names is None else names, routes):
         route, verdict = routes[name], verdicts[name]
         refusal = _refusal(route, verdict, problem) or _missing_start(route, problem)
         if refusal is not None:
             outcome.not_run[name] = refusal
             continue
-        with stages.stage(name, route.units(problem)) as advance:
-            found = route.run(problem, advance)
+        try:
+            with stages.stage(name, route.units(problem)) as advance:
+                found = route.run(problem, advance)
+        except (R2FError, RuntimeError, MemoryError) as error:
+            outcome.not_run[name] = f"Failed: {expected(error)}"
+            failed = error
+            continue
         outcome.reconstructions.append(found)
         problem = replace(problem, found={**problem.found, name: found})
+    if failed is not None and not outcome.reconstructions:
+        raise failed
     return outcome
 
 
