@@ -9,7 +9,7 @@ from PIL import Image
 
 from r2f_ext.audit.figures import png_bytes, rows_of, write_images, write_reconstructions
 from r2f_ext.audit.phase0 import Phase0Report
-from r2f_ext.audit.report import set_report
+from r2f_ext.audit.sets import set_report
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -11,7 +11,8 @@ from PIL import Image
 
 from r2f_ext.audit.html import write_html
 from r2f_ext.audit.phase0 import Phase0Report
-from r2f_ext.audit.report import AuditReport, set_report
+from r2f_ext.audit.report import AuditReport
+from r2f_ext.audit.sets import set_report
 from r2f_ext.inversion.identifiability import identifiability
 
 EVIL = "<script>alert(1)</script>' onerror=\"x"

@@ -7,7 +7,8 @@ their updates lie from the fitted ones, and, where the private images are known,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +43,6 @@ class Scored:
     figures: Figures
     decoded: Gradient
     matrices: dict[str, dict[str, Tensor]]
-
-    def take(self, rows: slice) -> Scored:
-        """The same with only the victims `rows` decoded; the figures stay those of all."""
-        return replace(self, decoded=Gradient({name: g[rows] for name, g in self.decoded.dense.items()}))
 
 
 def score_and_decode(
@@ -143,27 +140,22 @@ def class_mean_cosines(pairs: PairSource, labels: Tensor, fitted: int, held_out:
 
 
 def true_cosines(
-    target: Target, scored: Scored, observed: Updates, images: Tensor, labels: Tensor
+    target: Target, guesses: dict[str, Callable[[str, int], Tensor]], images: Tensor, labels: Tensor
 ) -> dict[str, dict[str, Tensor]]:
     """layer -> kind -> [n] cosine of the decoded gradient with that of the true image and label, at the start.
 
     Args:
-        observed: name -> [n, d_out, r], and `scored.decoded` of the same n victims.
+        guesses: kind -> (layer, victim) -> its decoded gradient [d_out, d_in].
         images: [n, c, h, w]; labels: [n].
     """
-    kinds = list(next(iter(scored.figures.values())))
-    found: dict[str, dict[str, list[Tensor]]] = {
-        name: {kind: [] for kind in kinds} for name in target.names if name in scored.figures
-    }
+    found: dict[str, dict[str, list[Tensor]]] = {name: {kind: [] for kind in guesses} for name in target.names}
     device = target.base.device
     with Capture(target) as capture:
         for victim in range(len(images)):
             row = slice(victim, victim + 1)
             true = capture(images[row, None].to(device), labels[row, None].to(device))
             for name, by_kind in found.items():
-                gradient = true.dense(name).flatten(1)
+                gradient = true.dense(name).flatten()
                 for kind, values in by_kind.items():
-                    matrix = scored.matrices.get(kind, {}).get(name)
-                    guess = scored.decoded.dense[name][row] if matrix is None else observed[name][row] @ matrix
-                    values.append(F.cosine_similarity(guess.flatten(1), gradient).cpu())
-    return {name: {kind: torch.cat(values) for kind, values in kinds.items()} for name, kinds in found.items()}
+                    values.append(F.cosine_similarity(guesses[kind](name, victim).flatten(), gradient, dim=0).cpu())
+    return {name: {kind: torch.stack(values) for kind, values in kinds.items()} for name, kinds in found.items()}

@@ -15,20 +15,20 @@ import torch
 from r2f_ext.audit.accuracy import Figures
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.record import Inputs, public_name
-from r2f_ext.audit.run import AuditResult
+from r2f_ext.audit.run import LATER, AuditResult
 from r2f_ext.audit.sets import SetReport
 from r2f_ext.audit.verdict import JUDGED_ROUTE, LeakVerdict, conclude
 from r2f_ext.config import AuditConfig
 from r2f_ext.env import environment
 from r2f_ext.inversion.geometry import vit_geometry
-from r2f_ext.inversion.route import Certainty, Verdict
-from r2f_ext.inversion.routes import registry
+from r2f_ext.inversion.route import Verdict
+from r2f_ext.inversion.routes import refusals, registry
 from r2f_ext.models import AdapterFacts
 from r2f_ext.ops.schemas import SCHEMAS
 from r2f_ext.types import Target
 
 SCHEMA = 2
-NOT_ASKED = "It was not asked for: name it with --routes."
+NOT_ASKED = "Not asked for: name it with --routes."
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class AuditReport:
     @property
     def not_tried(self) -> dict[str, str]:
         """Every other route -> why it did not run, or failed."""
-        reasons = {route: why for result in self.results.values() for route, why in result.not_run.items()}
-        refused = {route: one.why for route, one in self.verdicts.items() if one.certainty is Certainty.REFUSED}
-        reasons = {**refused, **reasons}
+        reasons: dict[str, str] = {}
+        for result in self.results.values():
+            reasons |= refusals(result.problem, result.verdicts, later=LATER) | result.not_run
         return {route: reasons.get(route, NOT_ASKED) for route in registry() if route not in self.tried}
 
     def verdict(self) -> LeakVerdict:
@@ -140,8 +140,8 @@ class AuditReport:
         for layer, kinds in self.results[proxy].decoders.items():
             figures[layer] = {}
             for kind, values in kinds.items():
-                true = torch.cat([part[layer][kind] for part in parts]) if parts else None
-                figures[layer][kind] = {**values, "victim_true": None if true is None else float(true.mean())}
+                true = [part[layer][kind] for part in parts if kind in part.get(layer, {})]
+                figures[layer][kind] = {**values, "victim_true": float(torch.cat(true).mean()) if true else None}
         return figures
 
 

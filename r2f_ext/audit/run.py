@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from r2f_ext.audit.accuracy import Figures, Scored, score_and_decode
+from r2f_ext.audit.accuracy import Figures, score_and_decode
 from r2f_ext.audit.controls import Simulated, simulate
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.config import AuditConfig
@@ -20,6 +20,7 @@ from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
 from r2f_ext.types import Gradient, Reconstruction
 
+LATER = ("proxies", "decoded")  # fields of a problem that the stages fill in before the routes run
 MIN_PAIRS = 40  # with fewer there are too few pairs to hold out
 MAX_LABELS = 20  # strangers are simulated for the labels of all private images up to so many, else for those found
 
@@ -31,8 +32,10 @@ class AuditResult:
     Attributes:
         pair_count, pairs_per_second: of the generation pass.
         problem: what was audited, without the proxies.
-        scored: the decoders' figures, and the adapters' gradients as the default decoder gives them, in units of the
+        decoders: layer -> kind -> figures, see `Scored`.
+        decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units of the
             victim's learning rate.
+        matrices: kind -> layer -> [r, d_in], decoders that multiply updates by a matrix.
         reconstructions: one per route that ran, images [V, c, h, w].
         verdicts: route -> verdict, of every route in the registry.
         not_run: requested routes that did not run -> the reason.
@@ -50,7 +53,9 @@ class AuditResult:
     pair_count: int
     pairs_per_second: float
     problem: Problem
-    scored: Scored
+    decoders: Figures
+    decoded: Gradient
+    matrices: dict[str, dict[str, Tensor]]
     reconstructions: list[Reconstruction]
     verdicts: dict[str, Verdict]
     not_run: dict[str, str]
@@ -61,16 +66,6 @@ class AuditResult:
     seconds: dict[str, float]
     config: AuditConfig
     notes: tuple[str, ...]
-
-    @property
-    def decoders(self) -> Figures:
-        """layer -> kind -> figures."""
-        return self.scored.figures
-
-    @property
-    def decoded(self) -> Gradient:
-        """The adapters' decoded gradients, [V, d_out, d_in] a layer."""
-        return self.scored.decoded
 
 
 def run_audit_stages(
@@ -103,7 +98,7 @@ def run_audit_stages(
         )
     config = fit_to_memory(target, problem.victims, count, config)
     verdicts = verdicts_of(problem) if verdicts is None else verdicts
-    check_runnable(problem, verdicts, chosen_routes(config), later=("proxies", "decoded"))
+    check_runnable(problem, verdicts, chosen_routes(config), later=LATER)
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)
     config = replace(config, pairs=count, decoder_pairs=fitted, held_out=held_out)
@@ -134,7 +129,9 @@ def run_audit_stages(
         count,
         count / stages.seconds["pairs"],
         problem,
-        scored,
+        scored.figures,
+        scored.decoded,
+        scored.matrices,
         outcome.reconstructions,
         verdicts,
         outcome.not_run,

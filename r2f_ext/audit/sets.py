@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from math import isnan, nan
 from typing import Any
@@ -167,8 +168,6 @@ def set_report(
         scores |= {name: simulated_psnr(pool, originals, candidates) for name, pool in pools.items()}
     # In an order that was found by matching, the other adapters' reconstructions are the same set.
     tested = {control: one for control, one in scores.items() if control != "shuffled_adapter" or not matched}
-    observed = result.problem.observed
-    assert observed is not None and result.problem.target is not None
     return replace(
         part,
         originals=originals,
@@ -177,15 +176,23 @@ def set_report(
         notes=(*part.notes, *paired.notes[len(private.notes) :], *_class_notes(proxy, labels)),
         control_scores=scores,
         judgement=judge(psnr_db(estimate, originals), tested, far, result.config.seed),
-        true_cosines=true_cosines(
-            result.problem.target,
-            result.scored.take(rows),
-            {name: update[rows] for name, update in observed.items()},
-            originals,
-            labels,
-        ),
+        true_cosines=_true_cosines(result, rows, originals, labels),
         pairing=_pairing(len(private), len(estimate)),
     )
+
+
+def _true_cosines(result: AuditResult, rows: slice, originals: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Of the victims `rows`: see `true_cosines`."""
+    target, observed = result.problem.target, result.problem.observed
+    assert target is not None and observed is not None
+    victims = range(len(result.estimate))[rows]
+
+    def by_matrix(matrices: dict[str, Tensor]) -> Callable[[str, int], Tensor]:
+        return lambda name, victim: observed[name][victims[victim]] @ matrices[name]
+
+    guesses = {kind: by_matrix(matrices) for kind, matrices in result.matrices.items()}
+    guesses["ridge"] = lambda name, victim: result.decoded.dense[name][victims[victim]]
+    return true_cosines(target, guesses, originals, labels)
 
 
 def _first_of(pools: list[Tensor]) -> Tensor:

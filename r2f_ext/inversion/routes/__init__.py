@@ -59,6 +59,12 @@ def verdicts_of(problem: Problem) -> dict[str, Verdict]:
     return {name: route.verdict(problem) for name, route in registry().items()}
 
 
+def refusals(problem: Problem, verdicts: dict[str, Verdict], later: Sequence[str] = ()) -> dict[str, str]:
+    """Route -> why it cannot run on this problem, of all routes that cannot; `later`: fields still to be filled in."""
+    reasons = {name: _refusal(route, verdicts[name], problem, later) for name, route in registry().items()}
+    return {name: why for name, why in reasons.items() if why is not None}
+
+
 def check_runnable(
     problem: Problem, verdicts: dict[str, Verdict], names: Sequence[str], later: Sequence[str] = ()
 ) -> None:
@@ -70,14 +76,10 @@ def check_runnable(
     Raises:
         R2FError: no name, a name that is not in the registry, or no route of the choice can run; the sentence says why.
     """
-    routes, refusals = registry(), {}
-    chosen = _with_earlier(names, routes)
-    for name in chosen:
-        refusal = _refusal(routes[name], verdicts[name], problem, later)
-        if refusal is not None:
-            refusals[name] = refusal
-    if len(refusals) == len(chosen):
-        listed = " ".join(f"{name}: {why}" for name, why in refusals.items()) or "name at least one."
+    chosen = _with_earlier(names, registry())
+    refused = {name: why for name, why in refusals(problem, verdicts, later).items() if name in chosen}
+    if len(refused) == len(chosen):
+        listed = " ".join(f"{name}: {why}" for name, why in refused.items()) or "name at least one."
         raise R2FError(f"none of the chosen routes can run. {listed}")
 
 
