@@ -25,7 +25,7 @@ INPUTS = Inputs(("./a",), "embedded", "embedded", None, None, None, "cpu")
 
 def report_of(audited, part, seconds, **more):
     verdicts = identifiability(audited.target.base, adapter=audited.target, steps=1)
-    return AuditReport(audited.target, verdicts, {"p": audited.result}, [part], audited.config, seconds, **more)
+    return AuditReport(audited.target, verdicts, {part.proxy: audited.result}, [part], audited.config, seconds, **more)
 
 
 @pytest.fixture(scope="module")
