@@ -87,10 +87,18 @@ def copy_bandwidth(device: str = "cpu") -> float:
 
 @functools.cache
 def gemm_flops(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
-    """Operations a second of a large square matrix product."""
-    size = 2048 if device == "cpu" else 8192
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / interleaved_medians({"product": lambda: a @ a}, 5, device)["product"] * 1e3
+    """Operations a second of a large square matrix product.
+
+    On a CPU the size doubles from 256 to 2048 while a product takes less than 0.1 s: a processor without bfloat16
+    products takes half a minute for one of 2048.
+    """
+    size, largest = (256, 2048) if device == "cpu" else (8192, 8192)
+    while True:
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        milliseconds = interleaved_medians({"product": functools.partial(torch.matmul, a, a)}, 5, device)["product"]
+        if size == largest or milliseconds > 100:
+            return 2 * size**3 / milliseconds * 1e3
+        size *= 2
 
 
 def roofline_ms(dtype: torch.dtype, device: str, traffic: float | None, flops: float | None) -> float | None:

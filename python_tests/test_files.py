@@ -2,6 +2,11 @@
 
 import errno
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +15,8 @@ from safetensors.torch import load_file
 from r2f_ext import files
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, sha256, write_atomically, write_folder_atomically, write_tensors, write_text
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def test_text_and_tensors(tmp_path):
@@ -62,3 +69,46 @@ def test_need_space(tmp_path):
     files.need_space(tmp_path, free // 2)
     with pytest.raises(R2FError, match="ask for fewer pairs"):
         files.need_space(tmp_path, 2 * free)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path, folder):
+    """A real process that is killed while it writes; what a process that still runs writes is left alone."""
+    program = f"""
+import os, signal
+from pathlib import Path
+from r2f_ext.files import write_atomically, write_folder_atomically
+
+def half(temporary):
+    if {folder}:
+        temporary.mkdir()
+        temporary = temporary / "part"
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+(write_folder_atomically if {folder} else write_atomically)(Path({str(tmp_path / "a")!r}), half)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".a.") and left.is_dir() == folder
+    elsewhere, running = tmp_path / ".b.otherhost-1.partial", files.temporary_name(tmp_path / "c")
+    foreign = tmp_path / ".d.partial"
+    for path in (elsewhere, running, foreign):
+        path.write_text("theirs")
+    output_folder(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([elsewhere, running, foreign])
+
+
+def test_a_folder_written_again_removes_what_a_killed_process_left_beside_it(tmp_path):
+    left = files.temporary_name(tmp_path / "a")
+    left = left.with_name(left.name.replace(f"-{os.getpid()}.", "-999999999."))
+    left.mkdir()
+    write_folder_atomically(tmp_path / "b", lambda temporary: temporary.mkdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_text_that_utf8_cannot_say(tmp_path):
+    """A file name of bytes that are not UTF-8 reaches Python as lone surrogates."""
+    write_text(tmp_path / "a", f"folder {os.fsdecode(bytes([0xFF]))}")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "folder \\udcff"

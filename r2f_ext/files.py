@@ -5,19 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
 
+PARTIAL = ".partial"  # ends the name of a file or folder that is being written
+
 
 def output_folder(path: str | Path) -> Path:
     """Create the folder `path` if necessary and check, before any long work, that it can be written to.
+
+    What a process that was killed left half-written in it is removed.
 
     Raises:
         R2FError: it cannot be made or written to.
@@ -27,9 +33,28 @@ def output_folder(path: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        _remove_abandoned(folder)
     except OSError as error:
         raise R2FError(f"cannot write to '{path}' ({error.strerror or error}): choose another folder.") from error
     return folder
+
+
+def temporary_name(path: Path) -> Path:
+    """Where `path` is written before it is renamed: beside it, hidden, with the host and the process in the name."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes of this machine that no longer run left half-written in `folder`."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        owner, _, process = path.name.removesuffix(PARTIAL).rpartition("-")
+        written_here = owner.endswith(f".{socket.gethostname()}") and process.isdecimal() and len(process) < 10
+        if not written_here or psutil.pid_exists(int(process)):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def need_space(folder: Path, size: int) -> None:
@@ -48,7 +73,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         R2FError: the disk is full or the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = temporary_name(path)
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -66,8 +91,9 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         R2FError: the disk is full or the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = temporary_name(path)
     try:
+        _remove_abandoned(path.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         write(temporary)
         shutil.rmtree(path, ignore_errors=True)
@@ -80,7 +106,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8, atomically."""
+    """Write `text` in UTF-8, atomically. Names of files that are not valid UTF-8 are escaped with backslashes."""
     write_atomically(path, lambda temporary: _write(temporary, text))
 
 
@@ -112,4 +138,4 @@ def sha256(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

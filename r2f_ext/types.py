@@ -17,11 +17,13 @@ class BaseModel:
     """A public base model and what is needed to feed it.
 
     Attributes:
-        model: classifier in eval mode, no parameter requires a gradient.
-        spec: how the user named it: `embedded`, `timm:NAME` or a folder.
+        model: classifier in eval mode, no parameter requires a gradient; it maps inputs [n, c, h, w] to logits
+            [n, num_classes].
+        spec: how the user named it, see `load_base`.
         input_shape: (channels, height, width).
         mean, std: per channel, applied to pixels in [0, 1].
-        num_classes: width of the head.
+        num_classes: width of the head; 0: the base has no classifier, and the model gives features.
+        notes: sentences that qualify every figure measured on this base (random weights, assumed pixel statistics).
     """
 
     model: nn.Module
@@ -30,6 +32,7 @@ class BaseModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
+    notes: tuple[str, ...] = ()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels [n, c, h, w] in [0, 1] -> what the model reads."""
@@ -76,14 +79,26 @@ class Target:
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """One adapter's factors after the victim's steps: a[name] [r, d_in], b[name] [d_out, r], float32 or float64.
+    """One adapter's factors after the victim's steps, float32 or float64.
 
-    `a0` holds the factors A before the first step where they are known (PEFT's B starts at 0).
+    Attributes:
+        a: name -> [r, d_in].
+        b: name -> the change of B since the start [d_out, r], which is B itself where B started at 0 as PEFT's does.
+        a0: name -> A before the first step, where it is known.
+        b0: name -> B before the first step, where it was not 0.
+        stored: the lowest-precision float dtype that holds the file's factors exactly.
     """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     a0: dict[str, Tensor] | None = None
+    b0: dict[str, Tensor] | None = None
+    stored: torch.dtype = torch.float32
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """A before the first step where it is known, else A itself, which stands in for it: name -> [r, d_in]."""
+        return self.a if self.a0 is None else self.a0
 
 
 @dataclass(frozen=True)
@@ -155,6 +170,7 @@ class Reconstruction:
         details: figures of the route as a whole (spectra, held-out errors, ...), plain numbers.
         loo_errors: label -> [n, c * h * w], leave-one-out errors of a statistical route on proxies of that label.
         per_victim: figures of each victim (residuals, passes, ...), float64 [V] each.
+        doubt: why no image can be called exact whatever its figures say, as a clause; None: no reason is known.
     """
 
     route: str
@@ -165,6 +181,7 @@ class Reconstruction:
     details: dict[str, float] = field(default_factory=dict)
     loo_errors: dict[int, Tensor] = field(default_factory=dict)
     per_victim: dict[str, Tensor] = field(default_factory=dict)
+    doubt: str | None = None
 
     def take(self, rows: slice) -> Reconstruction:
         """The same reconstruction with only the victims `rows`."""

@@ -36,7 +36,7 @@ from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.inversion.route import Certainty, adapter_problem
 from r2f_ext.inversion.routes.adapter_rowspace import AdapterRowspace
 from r2f_ext.models import attach, load_base, read_adapter
-from r2f_ext.models.base import unfuse_attention
+from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.types import BaseModel
 
 INVERTERS = {"patch_position": invert_patch_position, "attention_rowspace": invert_attention_rowspace}

@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCo
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
 from r2f_ext.models import load_base
-from r2f_ext.models.base import unfuse_attention
+from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, Victims, simulate
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
 
@@ -239,7 +239,7 @@ def initial_a(target: Target) -> dict[str, Tensor]:
 def stored(victims: Victims, dtype: torch.dtype) -> Victims:
     """What a file of that precision holds."""
     a, b = ({name: t.to(dtype).float() for name, t in factors.items()} for factors in (victims.a, victims.b))
-    return Victims(a, b, victims.gradient)
+    return replace(victims, a=a, b=b)
 
 
 def from_adapters(

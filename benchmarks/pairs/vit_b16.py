@@ -24,7 +24,7 @@ from targets import all_linear, bare_model, initial_a
 
 from r2f_ext.data import ProceduralStream
 from r2f_ext.models import load_base
-from r2f_ext.models.base import unfuse_attention
+from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.pairs.memory import sample_bytes
 from r2f_ext.types import BaseModel, Target

@@ -20,6 +20,8 @@ struct LoraGradLayer {
   float* grad_B = nullptr;  // [groups, d_out, rank]
 };
 
+// The bfloat16 kernel multiplies U as a sum of two bfloat16 numbers, so an infinite input gives NaN, not infinity.
+
 // Whether the kernels support a layer: float32 up to rank 16, bfloat16 up to rank 32, rows of whole 16-byte vectors at
 // aligned addresses. For larger ranks and in float64 the library's batched products are faster (measured on an H100).
 bool lora_grad_cuda_takes(DType dtype, const LoraGradLayer& layer);

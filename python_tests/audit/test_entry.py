@@ -42,7 +42,7 @@ def test_what_is_loaded_is_shown_before_the_long_stages(adapter_folder, monkeypa
     with pytest.raises(ZeroDivisionError):
         audit([adapter_folder], proxy="embedded", private="embedded", config=CONFIG, on_ready=seen.append)
     (ready,) = seen
-    assert len(ready.proxy) == 60 and len(ready.private) == 100 and ready.one_step
+    assert len(ready.proxy) == 60 and len(ready.private) == 100 and ready.evidence.steps == 1
     assert "matching" in ready.verdicts
 
 
@@ -119,9 +119,13 @@ def test_a_report_needs_no_amortised_route(adapter_folder, tmp_path, monkeypatch
     assert list(figures["routes"]) == ["matching"] and figures["n"] == 1 and figures["controls"]
 
 
-@pytest.mark.parametrize("named", [{"initial": "no-such-folder"}, {"a0_seed": 12345}])
-def test_a_start_that_is_not_the_adapters_is_refused(named, adapter_folder):
-    with pytest.raises(R2FError):
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [({"initial": "no-such-folder"}, "no-such-folder"), ({"a0_seed": 12345}, "--a0-seed 12345 does not draw the A")],
+)
+def test_a_start_that_is_not_the_adapters_is_refused_before_images_are_read(named, words, adapter_folder, monkeypatch):
+    monkeypatch.setattr(module, "load_images", lambda *args, **kwargs: pytest.fail("images were read first"))
+    with pytest.raises(R2FError, match=words):
         audit([adapter_folder], proxy="embedded", config=CONFIG, **named)
 
 

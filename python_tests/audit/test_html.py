@@ -1,96 +1,293 @@
-"""report.html loads nothing from anywhere and escapes whatever is in it."""
+"""report.html says the verdict first, loads nothing, escapes whatever is in it, and reads well on any screen."""
 
 import base64
+import html
 import io
+import json
 import re
-from dataclasses import replace
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 
+import numpy as np
 import pytest
+from page_cases import EXACT, closed_forms, report, victims
 from PIL import Image
 
+from r2f_ext.audit import html as module
 from r2f_ext.audit.html import write_html
-from r2f_ext.audit.phase0 import Phase0Report
-from r2f_ext.audit.report import AuditReport
-from r2f_ext.audit.sets import set_report
-from r2f_ext.inversion.identifiability import identifiability
 
 EVIL = "<script>alert(1)</script>' onerror=\"x"
+FILES = {"report.html": "this page", "gradients.safetensors": "the decoded gradients"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Reader(HTMLParser):
+    """Tags, texts by tag, and a check that every tag is closed where it should be."""
+
     def __init__(self):
         super().__init__()
-        self.tags, self.sources, self.attributes, self.text, self.open = [], [], set(), "", []
+        self.tags, self.open, self.text, self.headings, self.links = [], [], "", [], []
+        self.images, self.attributes, self.scopes = [], set(), []
 
     def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
         self.tags.append(tag)
-        self.attributes |= {name for name, _ in attrs}
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        self.attributes |= named.keys()
+        if tag == "img":
+            self.images.append(named)
+        if tag == "a":
+            self.links.append(named["href"])
+        if tag == "th":
+            self.scopes.append(named.get("scope"))
         if tag not in ("meta", "img"):
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
+        if "style" in self.open:
+            return
         self.text += data
+        if self.open and re.fullmatch("h[1-6]", self.open[-1]):
+            self.headings.append((int(self.open[-1][1]), data))
 
 
-@pytest.fixture(scope="module")
-def page(audited, tmp_path_factory):
-    target = replace(audited.target, base=replace(audited.target.base, spec=EVIL))
-    part = replace(set_report(EVIL, audited.result, audited.proxy, audited.private), proxy=EVIL, notes=(EVIL,))
-    verdicts = identifiability(audited.target.base, adapter=audited.target, steps=1)
-    verdicts["matching"] = replace(verdicts["matching"], why=EVIL)
-    result = replace(audited.result, decoders={EVIL: next(iter(audited.result.decoders.values()))})
-    phase0 = [Phase0Report(EVIL, 100.0, 90.0, 0.1, EVIL, part.originals)]
-    config = audited.config
-    report = AuditReport(target, verdicts, {EVIL: result}, [part], config, {}, notes=(EVIL,), phase0=phase0).to_json()
-    path = tmp_path_factory.mktemp("html") / "report.html"
-    write_html(path, report, [part], phase0)
+def page_of(path, sets, phase0=(), data=None):
+    """(its text, what is read from it)."""
+    write_html(path, data or report(sets, phase0), [part for part, _ in sets], phase0, FILES)
     text = path.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
-    return text, reader, report
-
-
-def test_it_loads_nothing(page):
-    text, reader, _ = page
-    assert "script" not in reader.tags and "link" not in reader.tags and "iframe" not in reader.tags
-    assert reader.sources and all(source.startswith("data:image/png;base64,") for source in reader.sources)
-    assert not re.search(r"(src|href)\s*=\s*['\"]?https?:", text) and "@import" not in text and "url(" not in text
-
-
-def test_everything_is_escaped(page):
-    text, reader, _ = page
-    assert "<script" not in text and not {name for name in reader.attributes if name.startswith("on")}
-    # Base, its note, a verdict's reason, set, proxy, the set's note, phase 0 (pictures and table), proxy, layer.
-    assert reader.text.count(EVIL) == 10
     assert reader.open == []
+    return text, reader
 
 
-def test_every_image_is_there(page, audited):
-    _, reader, _ = page
-    assert len(reader.sources) == 3 * (1 + 3 + 4 + 1)  # originals, routes, controls, phase 0
-    image = Image.open(io.BytesIO(base64.b64decode(reader.sources[0].split(",")[1])))
-    assert image.size == (64, 64)
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """name -> (text, reader) of reports of one victim, of two, of many in two sets, and without private images."""
+    folder, many = tmp_path_factory.mktemp("pages"), victims(11, name="clothes")
+    cases = {
+        "one": ([victims(1)], []),
+        "two": ([victims(2, shape=(3, 48, 64))], []),
+        "many": ([many, victims(4, name="faces", exact=False)], closed_forms(many[0])),
+        "unscored": ([victims(1, private=False)], []),
+    }
+    return {name: page_of(folder / f"{name}.html", *case) for name, case in cases.items()}
 
 
-def test_the_figures_are_on_the_page(page):
-    _, reader, report = page
-    figures = report["reconstruction"][EVIL]
-    assert figures["verdict"] in reader.text
-    for route in figures["routes"].values():
-        assert f"{route['psnr_db_mean']:.2f}" in reader.text
-    for value in figures["controls"].values():
-        assert f"{value:.2f}" in reader.text
+@pytest.mark.parametrize("name", ["one", "two", "many", "unscored"])
+def test_it_loads_nothing_and_is_in_order(pages, name):
+    text, reader = pages[name]
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(reader.tags)
+    assert not re.search(r"(src|href)\s*=\s*['\"]?(https?:|//)", text) and "@import" not in text and "url(" not in text
+    assert reader.images and all(image["src"].startswith("data:image/png;base64,") for image in reader.images)
+    assert all(image["alt"] for image in reader.images) and all(reader.scopes)
+    assert 'name="viewport"' in text and "None" not in reader.text and "nan" not in reader.text
+    levels = [level for level, _ in reader.headings]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
 
 
-def test_an_unscored_report_still_has_a_page(audited, tmp_path):
-    part = set_report("x", audited.result, audited.proxy, None)
-    verdicts = identifiability(audited.target.base, adapter=audited.target)
-    report = AuditReport(audited.target, verdicts, {"p": audited.result}, [part], audited.config, {}).to_json()
-    write_html(tmp_path / "report.html", report, [part], [])
-    text = (tmp_path / "report.html").read_text()
-    assert text.count("not scored") == 3 and "Phase 0" not in text and "None" not in text
+def test_everything_from_outside_is_escaped(tmp_path):
+    part, figures = victims(2, name=EVIL)
+    figures |= {"proxy": EVIL, "pairing": EVIL, "notes": [EVIL], "verdict": EVIL, "judged_route": EVIL}
+    for values in figures["routes"].values():
+        values["why"] = EVIL
+        values["exact"] = values["exact"] and [{**EXACT, "words": EVIL}] * 2
+    facts = [{"name": EVIL, "notes": [EVIL], "leaks": [EVIL], "dropout": 0.0, "init": EVIL}] * 2
+    data = report([(part, figures)], adapters=facts)
+    data["verdict"] |= {"sentences": [EVIL, EVIL], "tried": [EVIL], "not_tried": [{"route": EVIL, "why": EVIL}]}
+    data["verdict"]["threat_model"] = {"amortised": EVIL}
+    data["target"] |= {"base": EVIL, "identifiable": {EVIL: True}, "why": {EVIL: EVIL}}
+    decoders = {EVIL: next(iter(data["decoders"].values()))}
+    data |= {"proxies": {EVIL: {**data["proxies"]["procedural"], "decoders": decoders}}, "notes": [EVIL]}
+    data |= {"spectra": {EVIL: next(iter(data["spectra"].values()))}, "command": EVIL, "date": EVIL, "device": EVIL}
+    data["inputs"] = {"adapters": [EVIL], "base": EVIL}
+    text, reader = page_of(tmp_path / "r.html", [(part, figures)], data=data)
+    assert "<script" not in text and not {name for name in reader.attributes if name.startswith("on")}
+    assert reader.text.count(EVIL) >= 35
+    assert all(EVIL in image["alt"] for image in reader.images)
+
+
+def test_the_verdict_comes_first_and_exactness_before_all(pages):
+    _, reader = pages["one"]
+    assert [text for _, text in reader.headings][1] == "Recovered exactly"
+    before = reader.text[: reader.text.index("Pictures")]
+    for words in ("to 78 dB", "+1.3 dB", "95 % interval +0.4 to +2.2 dB", "no proof of safety", "higher is closer"):
+        assert words in before
+    assert "mean image of the proxy has 9.1 dB" in re.sub(r"\s+", " ", before)
+    assert "Tried:" not in before and "Not tried:" not in before
+    assert "this adapter" in reader.text and "these adapters" not in reader.text and "1 adapters" not in reader.text
+    many = pages["many"][1].text
+    assert "this adapter" not in many and "these adapters" in many and "What 15 adapters give away" in many
+
+
+@pytest.mark.parametrize(("leak", "heading"), [(True, "Leak"), (False, "No leak shown"), (None, "Not judged")], ids=str)
+def test_without_an_exact_image_the_heading_is_the_leak(tmp_path, leak, heading):
+    sets = [victims(1, private=leak is not None, exact=False)]
+    data = report(sets)
+    data["verdict"]["leak"] = leak
+    if leak is None:
+        data["verdict"] |= {"beyond_control_db": None, "interval_db": None}
+    _, reader = page_of(tmp_path / "r.html", sets, data=data)
+    assert reader.headings[1] == (2, heading) and "no proof of safety" in reader.text
+    assert "safe" not in reader.text.replace("proof of safety", "").replace("safetensors", "")
+
+
+def test_an_exact_image_without_private_images_is_said_and_not_called_unscored(pages):
+    _, reader = pages["unscored"]
+    assert reader.headings[1][1] == "Recovered exactly" and "✓ exact to 78 dB" in reader.text
+    assert "not scored" not in reader.text and "no picture has a PSNR" in reader.text and "Controls:" not in reader.text
+
+
+def test_pictures_keep_their_shape_and_carry_their_figures(pages):
+    _, reader = pages["two"]
+    assert len(reader.images) == 2 * (1 + 2 + 4)  # originals, routes, controls
+    for image in reader.images:
+        with Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))) as read:
+            assert read.size == (64, 48) == (int(image["width"]), int(image["height"]))
+    assert {image["alt"].split(", ")[1] for image in reader.images} == {"adapter-0", "adapter-1"}
+    assert sum("✓ exact to 78 dB" in image["alt"] for image in reader.images) == 2
+    assert "control: other adapter" in reader.text
+    _, many = pages["many"]
+    assert len(many.images) == 11 * (1 + 2 + 4 + 1) + 4 * (1 + 1 + 4)
+    assert "7 of 11" not in many.text and "exact to 78 dB: 8 of 11 (victim 1, victim 2, victim 4" in many.text
+
+
+def test_many_victims_are_cut_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_VICTIMS", 6)
+    _, reader = page_of(tmp_path / "r.html", [victims(7)])
+    assert "The first 6 of 7 victims" in reader.text and len(reader.images) == 6 * 7
+
+
+def test_routes_say_why_who_and_which_labels(pages):
+    text = pages["two"][1].text
+    for words in (
+        "Why gauss_newton.",
+        "Anyone who has the adapter and the public base.",
+        "0, 1; true: 0, 1 (50 % right)",
+    ):
+        assert words in text
+    for words in ("route minus control", "+1.3 dB", "+0.4 to +2.2 dB", "0.005", "simulated 199 times", "+3.2 dB"):
+        assert words in text
+
+
+def test_layers_are_plotted_with_what_they_are_compared_with(pages):
+    text, reader = pages["one"]
+    assert reader.tags.count("svg") == 5 + 8 + 8  # legend, cosines, spectra
+    for words in ("estimate for the audited data", "class-mean gradient", "projection, no training", "0.760", "0.650"):
+        assert words in reader.text
+    assert text.count('class="bar"') == 8 * 8 and "6 of 8" in reader.text
+    assert 'cx="93.00%"' in text
+
+
+def test_marks_of_figures_that_are_missing_are_left_out(tmp_path):
+    sets = [victims(1)]
+    data = report(sets)
+    for kinds in data["proxies"]["procedural"]["decoders"].values():
+        for figures in kinds.values():
+            figures |= {"victim_true": None, "class_mean_cosine": -0.2}
+            del figures["floor_cosine"]
+    text, reader = page_of(tmp_path / "r.html", sets, data=data)
+    assert "on the private images" not in reader.text and "floor" not in reader.text and "-0.200" in reader.text
+    assert 'x1="0.00%"' in text and "-20" not in text
+
+
+def test_how_it_was_made_and_what_was_not_tried(pages):
+    _, reader = pages["one"]
+    for words in (
+        "2026-01-02 03:04 UTC",
+        "../my-adapter",
+        "r2f audit my-adapter --out report",
+        "r2f audit --replay report.json",
+        "optimizer.pt lies beside it.",
+        "Keys lost a prefix.",
+        "It was not asked for.",
+        "ranks 8-16",
+        "scale 2;",
+        "torch 2.9",
+    ):
+        assert words in reader.text
+    assert reader.links == list(FILES)
+    order = [reader.text.index(words) for words in ("Means tried", "Equations against unknowns", "No gradient is obs")]
+    assert order == sorted(order) and reader.headings[-1][1] == "Equations against unknowns"
+
+
+def test_adapters_of_which_the_same_is_said_share_an_entry(tmp_path):
+    def facts(i):
+        leaks = ["Rare."] if i == 1 else []
+        return {"name": f"a{i}", "notes": [], "leaks": leaks, "dropout": 0.1 * (i == 2), "init": "true"}
+
+    sets = [victims(4)]
+    _, reader = page_of(tmp_path / "r.html", sets, data=report(sets, adapters=[facts(i) for i in range(4)]))
+    folders = [text for level, text in reader.headings if level == 3 and text.startswith("a")]
+    assert folders == ["a0, a3", "a1", "a2"] and "lora_dropout 0.1" in reader.text
+
+
+WRAPPER = """<!doctype html><body>
+<iframe style="width:%dpx;height:900px;border:0;display:block" srcdoc="%s"></iframe><pre></pre>
+<script>
+const lum = c => c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+const rgb = text => text.match(/[\\d.]+/g).map(Number);
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, view = page.defaultView, worst = [21, ""];
+  const back = node => { const c = rgb(view.getComputedStyle(node).backgroundColor);
+    return c.length < 4 || c[3] > 0 ? c : back(node.parentElement); };
+  for (const node of page.body.querySelectorAll("*")) {
+    const own = [...node.childNodes].some(child => child.nodeType == 3 && child.data.trim());
+    if (!own || node.closest("svg")) continue;
+    const pair = [rgb(view.getComputedStyle(node).color), back(node)];
+    const [a, b] = pair.map(c => lum(c.slice(0, 3))).sort((x, y) => y - x);
+    const ratio = (a + .05) / (b + .05);
+    if (ratio < worst[0]) { worst[0] = ratio; worst[1] = node.outerHTML.slice(0, 80); }
+  }
+  const shape = i => i.clientWidth / i.clientHeight * i.naturalHeight / i.naturalWidth;
+  const images = [...page.images].map(i => [i.clientWidth, shape(i)]);
+  const why = [...page.querySelectorAll("td[data-name=why]")].map(td => td.getBoundingClientRect());
+  document.querySelector("pre").textContent = JSON.stringify({
+    overflow: page.documentElement.scrollWidth - view.innerWidth, contrast: worst, images,
+    why: why.every(box => box.width > 100 && box.left >= 0 && box.right <= view.innerWidth),
+    dark: view.matchMedia("(prefers-color-scheme: dark)").matches});
+};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(("name", "width", "dark"), [("one", 390, True), ("many", 390, False), ("one", 1280, False)])
+def test_in_a_browser(pages, tmp_path, name, width, dark):
+    """Nothing overflows, pictures are large and not squashed, contrast is AA (4.5), in light and dark."""
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(WRAPPER % (width, html.escape(pages[name][0])), encoding="utf-8")
+    quiet = "no-first-run disable-background-networking disable-component-update disable-sync disable-quic disable-gpu"
+    options = [f"--{word}" for word in ("headless", "no-sandbox", "hide-scrollbars", *quiet.split())]
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *options,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            f"--window-size={max(width, 500)},1000",
+            f"--screenshot={tmp_path / 'page.png'}",
+            f"--print-to-pdf={tmp_path / 'page.pdf'}",
+            "--dump-dom",
+            wrapper.as_uri(),
+        ],
+        capture_output=True,
+        timeout=120,
+    )
+    seen = json.loads(re.search(r"<pre>(\{.*?\})</pre>", html.unescape(done.stdout.decode()), re.S)[1])
+    assert seen["dark"] is dark and seen["overflow"] <= 0 and seen["why"]
+    assert seen["contrast"][0] >= 4.5, seen["contrast"]
+    least = 128 if name == "one" else 80
+    assert seen["images"] and all(wide >= least and 0.97 < shape < 1.03 for wide, shape in seen["images"])
+    with Image.open(tmp_path / "page.png") as screenshot:
+        shades = np.asarray(screenshot.convert("L").crop((0, 0, width, 900)))
+    assert bool(np.median(shades) < 100) is dark and shades.std() > 10
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")

@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,7 +80,7 @@ def wider(tensors):
 
 ADAPTERS = {
     "missing folder": (lambda source, to: None, "does not exist"),
-    "a file": (lambda source, to: to.write_text("x"), "does not exist"),
+    "a file": (lambda source, to: to.write_text("x"), "is a file, not a folder"),
     "empty folder": (lambda source, to: to.mkdir(), f"has no {CONFIG}"),
     "missing config": (without(CONFIG), f"has no {CONFIG}"),
     "missing safetensors": (without(WEIGHTS), f"has no {WEIGHTS}"),
@@ -111,8 +112,6 @@ ADAPTERS = {
 
 @pytest.mark.parametrize(("make", "words"), ADAPTERS.values(), ids=ADAPTERS.keys())
 def test_bad_adapters(make, words, adapter_folder, tmp_path, out, capsys):
-    import re
-
     make(adapter_folder, tmp_path / "adapter")
     line = refused(capsys, *pairs_of(tmp_path / "adapter", out))
     assert re.search(words, line) and "adapter" in line
@@ -144,7 +143,7 @@ def test_two_clients_of_different_layers(adapter_folder, embedded, tmp_path, out
 BASES = {
     "bad timm name": ("timm:vit_no_such_thing", "unknown base model"),
     "missing folder": ("/no/such/base", "unknown base"),
-    "empty timm name": ("timm:", "unknown base model"),
+    "empty timm name": ("timm:", "unknown base .timm:.: name a model after"),
 }
 
 
@@ -152,7 +151,7 @@ BASES = {
 @pytest.mark.parametrize("command", ["pairs", "audit", "phase0"])
 def test_unknown_bases(base, words, command, adapter_folder, out, capsys):
     adapter = [] if command == "phase0" else [adapter_folder]
-    assert words in refused(capsys, command, *adapter, "--base", base, "--out", out)
+    assert re.search(words, refused(capsys, command, *adapter, "--base", base, "--out", out))
     assert not out.exists() or not files_under(out)
 
 
@@ -176,12 +175,14 @@ def test_proxies_without_enough_images(images, command, adapter_folder, tmp_path
     ("words", "sentence"),
     [
         (("--proxy", "nothing"), "unknown images 'nothing'"),
-        (("--count", 0), "at least 1"),
-        (("--count", -5), "at least 1"),
+        (("--count", 0), "at least 40, got 0"),
+        (("--count", -5), "at least 40, got -5"),
         (("--seed", -1), "--seed must be at least 0"),
         (("--count", 39), "at least 40"),
         (("--private", "embedded:999"), "has 100 images, counted from 0"),
         (("--private", "no-such-folder"), "unknown images"),
+        (("--private", "embedded:3,100"), "has 100 images, counted from 0"),
+        (("--seed", 2**63), "--seed must be at most"),
     ],
 )
 def test_bad_numbers_and_names(words, sentence, adapter_folder, out, capsys):
@@ -285,7 +286,7 @@ def test_pairs_and_decoders_of_another_adapter(stages, embedded, tmp_path, out, 
     line = refused(
         capsys, "decode", stages.adapter, "--pairs", stages.pairs, "--decoders", tmp_path / "none", "--out", out
     )
-    assert "no usable ridge decoder" in line
+    assert "no fitted decoders" in line
 
 
 def test_too_few_pairs_to_fit(stages, tmp_path, out, capsys):
@@ -394,7 +395,7 @@ def test_ctrl_c_while_a_file_is_written(writer, stages, out, capsys, monkeypatch
 
     monkeypatch.setattr(files, writer, stop)
     refused(capsys, *pairs_of(stages.adapter, out), code=130)
-    assert not any(name in files_under(out) for name in ("manifest.json", ".manifest.json.partial"))
+    assert not [name for name in files_under(out) if name == "manifest.json" or name.endswith(".partial")]
     assert not [path for path in out.rglob("*") if path.is_file() and path.read_bytes() == b"half of it"]
 
 
@@ -435,7 +436,8 @@ def test_a_real_signal(number, code, word, adapter_folder, out):
     finally:
         process.kill()
     assert process.returncode == code, errors
-    assert errors.decode().splitlines() == [f"r2f pairs: {word}; nothing half-written was left behind."]
+    (line,) = errors.decode().splitlines()
+    assert line.startswith(f"r2f pairs: {word}; nothing half-written was left behind, and the same command goes on")
     assert not (out / "manifest.json").exists() and not list(out.glob(".*"))
 
 
@@ -447,3 +449,110 @@ def test_a_real_refusal_has_one_line(tmp_path):
         [sys.executable, "-m", "r2f_ext.cli", *words], cwd=REPOSITORY, capture_output=True, timeout=120
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and b"does not exist" in done.stderr
+
+
+def test_victims_that_diverge_and_pairs_that_are_not_finite(stages, tmp_path, out, capsys):
+    line = refused(capsys, *pairs_of(stages.adapter, out), "--steps", 3, "--lr", "1e9")
+    assert "the training of victim 0 diverged" in line and "--lr 1e+09 is too large" in line and not files_under(out)
+    folder = shutil.copytree(stages.pairs, tmp_path / "pairs")
+    tensors = load_file(folder / "pairs-00000.safetensors")
+    tensors[f"update/{FIRST}"][3, 0, 0] = float("nan")
+    save_file(tensors, folder / "pairs-00000.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = files.sha256(folder / "pairs-00000.safetensors")
+    edit_manifest(folder, shards=manifest["shards"])
+    for words in (("fit", folder), ("invert", stages.adapter, "--pairs", folder)):
+        assert f"holds NaN or infinity in update/{FIRST}" in refused(capsys, *words, "--out", out)
+
+
+def test_the_same_pairs_again_and_others_in_their_place(stages, tmp_path, capsys):
+    folder, printed = shutil.copytree(stages.pairs, tmp_path / "pairs"), tmp_path / "p.json"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    same = ("pairs", stages.adapter, "--count", 40, "--proxy", "embedded", "--out", folder, "--json", printed)
+    assert run(*same) == 0
+    assert "holds these 40 pairs already" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(printed.read_text())["made"] == 0
+    for more, words in ((("--seed", 1), "other proxy images"), (("--count", 30), "count 40, not 30")):
+        line = refused(capsys, *same, *more)
+        assert "finished pairs of another recipe" in line and words in line and "another --out" in line
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "pairs-00000.safetensors").unlink()
+    assert run(*same) == 0 and json.loads(printed.read_text())["made"] == 40
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_unfinished_run_goes_on_or_starts_anew_and_says_which(stages, out, capsys, monkeypatch):
+    monkeypatch.setattr("r2f_ext.pairs.generate.BATCH_GROUPS", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr("r2f_ext.pairs.shards._finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        line = refused(capsys, *pairs_of(stages.adapter, out), code=130)
+        assert "the same command goes on from what is finished" in line
+    (out / "pairs-00001.safetensors").write_bytes(b"torn")
+    assert run(*pairs_of(stages.adapter, out), "--json", out.parent / "j") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "holds 10 of the 20 pairs: only the others are made" in said and "10 pairs made" in said
+    assert json.loads((out.parent / "j").read_text())["made"] == 10
+    (out / "manifest.json").unlink()
+    (out / "pairs-00000.json").write_text(json.dumps({"name": "pairs-00000.safetensors", "run": "another"}))
+    assert run(*pairs_of(stages.adapter, out)) == 0
+    assert "unfinished pairs of another recipe: they are removed" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["pairs", "refusal"])
+def test_a_path_that_the_terminal_cannot_show(command, adapter_folder, tmp_path):
+    """An ASCII terminal, and a folder whose name is not valid in any encoding."""
+    out = tmp_path / os.fsdecode("ünï→".encode() + b"\xff")
+    words = ["pairs", str(adapter_folder if command == "pairs" else tmp_path / "none→")]
+    words += ["--count", "4", "--proxy", "embedded", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "r2f_ext.cli", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=200,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    shown = done.stdout + done.stderr
+    assert done.returncode == (0 if command == "pairs" else 2) and b"Traceback" not in shown
+    assert b"\\u2192" in shown and (command == "refusal" or (out / "manifest.json").exists())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_on_a_full_disk():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "r2f_ext.cli", "env"],
+            cwd=REPOSITORY,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode().splitlines() == [
+        "r2f env: No space left on device: free some space or choose another disk."
+    ]
+
+
+STAGES = {
+    "audit": ("matching", "r2f_ext.inversion.routes.matching.match"),
+    "pairs": ("pairs", "r2f_ext.pairs.shards.sha256"),
+    "fit": ("fit", "r2f_ext.decoders.ridge.gram"),
+    "invert": ("amortised_refined", "r2f_ext.inversion.routes.amortised_refined.match"),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_stops_is_not_shown_as_finished(name, error, stages, out, capsys, monkeypatch):
+    stage, place = STAGES[name]
+    importlib.import_module(place.rpartition(".")[0])
+
+    def stop(*args, **options):
+        raise error
+
+    monkeypatch.setattr(place, stop)
+    words = [str(word) for word in (*commands_with_out(stages)[name], "--out", out)]
+    assert run(*words) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.split(":")[0].split()[-1:] == [stage]]
+    assert len(lines) == 1 and "stopped after" in lines[0] and "/s" not in lines[0]

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from r2f_ext.audit import run as audit_stages
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, load_images
+from r2f_ext.inversion.identifiability import identifiability
+from r2f_ext.models import shape_of
 from r2f_ext.pairs import StoredPairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,7 +167,7 @@ def test_audit_without_originals_and_with_an_odd_name(adapter_folder, tmp_path, 
     folder = changed_config(adapter_folder, tmp_path / "x[red] $_$ <script>")
     assert run("audit", folder, "--count", 40, "--proxy", "embedded", "--out", tmp_path / "[red]") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "x[red] $_$ <script>: 1 adapters" in shown and "nothing is scored" in shown and "[red]/report.html" in shown
+    assert "x[red] $_$ <script>: 1 adapter," in shown and "nothing is scored" in shown and "[red]/report.html" in shown
     assert "<script" not in (tmp_path / "[red]" / "report.html").read_text()
 
 
@@ -290,3 +292,15 @@ def test_invert_and_audit_take_the_row_space_where_the_count_allows(wide_rank, t
     assert run("audit", wide_rank, "--count", 40, "--proxy", "embedded", "--out", tmp_path / "o") == 0
     figures = json.loads((tmp_path / "o" / "report.json").read_text())["reconstruction"]["a"]["routes"]
     assert "adapter_rowspace" in figures and figures["adapter_rowspace"]["details"]["lora_rank"] == 80
+
+
+def test_both_tables_of_identifiability_count_at_the_size_asked_for(tmp_path, capsys):
+    name, printed = "vit_tiny_patch16_224", tmp_path / "i.json"
+    assert run("identifiability", name, "--image-size", 64, "--json", printed) == 0
+    counts = json.loads(printed.read_text())[name]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert counts["tokens"] == 17  # (64 / 16)^2 patches and a class token
+    expected = identifiability(shape_of(name, 64))
+    for route in ("patch_position", "attention_rowspace"):
+        assert counts[route]["why"] == expected[route].why and expected[route].why in shown
+    assert expected["attention_rowspace"].why != identifiability(name)["attention_rowspace"].why

@@ -1,8 +1,11 @@
-"""The terminal: names as they are, bars on a terminal, lines on a pipe."""
+"""The terminal: the verdict first, names as they are, bars on a terminal, whole lines on a pipe."""
 
 import io
+import subprocess
+import sys
 
 import pytest
+from page_cases import closed_forms, report, victims
 from rich.console import Console
 
 from r2f_ext.cli import display
@@ -13,22 +16,34 @@ from r2f_ext.progress import Stages
 def screen(monkeypatch):
     """A console that writes into a string; screen(terminal) makes it."""
 
-    def make(terminal=False):
+    def make(terminal=False, width=None):
         file = io.StringIO()
-        options = {"highlight": False, "soft_wrap": True, "width": 120}
+        width = width or (120 if terminal else display.PIPE_WIDTH)
+        options = {"highlight": False, "soft_wrap": True, "width": width}
         monkeypatch.setattr(display, "console", Console(file=file, force_terminal=terminal, **options))
         return file
 
     return make
 
 
+def target(**changes):
+    layers = [{"scale": 12.5, "rank": 8}, {"scale": 1.0, "rank": 16}]
+    return {"base": "b", "layers": layers, "tokens": 65, "steps": "one", "identifiable": {}, "why": {}, **changes}
+
+
 def test_markup_in_names_is_text(screen):
     file = screen()
     display.table("title [/b] [red]", ["layer", "x"], [["[bold]name[/wrong]", "1"], ["control: mean", "2"]])
-    target = {"base": "[/x]", "layers": [{"scale": 2.0}], "rank": 8, "tokens": 65, "steps": "one", "identifiable": {}}
-    display.print_target(target)
+    display.print_target(target(base="[/x]", layers=[{"scale": 2.0, "rank": 8}]))
     shown = file.getvalue()
-    assert "title [/b] [red]" in shown and "[bold]name[/wrong]" in shown and "base [/x], 1 adapted layers" in shown
+    assert "title [/b] [red]" in shown and "[bold]name[/wrong]" in shown
+    assert "base [/x], 1 adapted layer, rank 8, scale 2, 65 tokens" in shown
+
+
+def test_ranks_and_scales_that_differ_are_all_said(screen):
+    file = screen()
+    display.print_target(target())
+    assert "2 adapted layers, ranks 8-16, scales 1-12.5," in file.getvalue()
 
 
 def test_a_pipe_gets_one_line_a_stage(screen):
@@ -41,6 +56,22 @@ def test_a_pipe_gets_one_line_a_stage(screen):
     lines = file.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines] == ["pairs", "fit"] and lines[0].endswith("/s")
     assert "\x1b" not in file.getvalue()
+
+
+def test_a_pipe_gets_each_row_on_one_line_whatever_its_length(screen):
+    file = screen()
+    name, why = "blocks.11.attn." + "long_" * 40, "A reason of many words. " * 30
+    display.table("t", ["layer", "why"], [[name, why]])
+    display.print_verdicts([(name, True, why)])
+    lines = [line for line in file.getvalue().splitlines() if name in line]
+    assert len(lines) == 2 and all(why.strip() in line for line in lines) and "\x1b" not in file.getvalue()
+
+
+def test_the_console_of_a_pipe_is_wide():
+    """In a process of its own: whether there is a terminal is decided when the module is imported."""
+    code = "from r2f_ext.cli import display; print(display.console.width)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=120)
+    assert int(done.stdout) == display.PIPE_WIDTH and display.console_for(terminal=True).width < display.PIPE_WIDTH
 
 
 def test_a_terminal_gets_bars(screen):
@@ -57,33 +88,62 @@ def test_a_failed_stage_leaves_the_terminal_usable(screen):
     assert file.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is shown again
 
 
-def test_controls_are_marked_and_unscored_routes_said(screen):
+def test_a_report_begins_with_the_verdict_in_bold(screen):
+    file = screen(terminal=True)
+    data = report([victims(3)])
+    data["verdict"]["sentences"][0] = "It leaks [/b]."
+    display.print_report(data)
+    assert file.getvalue().startswith("\x1b[1mIt leaks [/b].\x1b[0m\n") and "(0.4 to 2.2)" in file.getvalue()
+
+
+def test_scores_controls_and_sentences_are_shown(screen):
     file = screen()
-    figures = {"cosine_mean": 0.5, "cosine_p05": 0.25}
-    route = {"psnr_db_mean": None, "psnr_db_std": None, "ssim_mean": None, "label_accuracy": None}
-    scored = {"psnr_db_mean": 12.345, "psnr_db_std": 1.0, "ssim_mean": 0.5, "label_accuracy": 0.75}
-    part = {"n": 2, "proxy": "p", "routes": {"matching": route, "amortised": scored}, "controls": {"mean_image": 9.0}}
-    display.print_report(
-        {
-            "phase0": [],
-            "proxies": {"p": {"decoders": {"l": {"ridge": figures}}, "pairs": {"count": 1200, "per_second": 10.0}}},
-            "reconstruction": {"set": {**part, "verdict": "It leaks [/b].", "notes": ["Beware."]}},
-            "notes": ["Refused [/b]."],
-        }
-    )
+    sets = [victims(3, name="clothes"), victims(4, name="faces [/b]", exact=False)]
+    display.print_report(report(sets, closed_forms(sets[0][0])))
     shown = file.getvalue()
     for words in (
-        "not scored",
-        "12.35",
-        "75%",
+        "clothes: 3 adapters, proxy procedural",
+        "control: other adapter",
         "control: mean image",
-        "It leaks [/b].",
-        "Beware.",
-        "Refused [/b].",
-        "1,200 pairs",
+        "+1.3 (+0.4 to +2.2)",
+        "23.40",
+        "50%",
+        "gauss_newton: 2 of 3 exact: victim 1 exact to 78 dB, victim 2 exact to 78 dB. Why gauss_newton.",
+        "paired by assignment",
+        "far from every proxy update",
+        "adapter-0: optimizer.pt lies beside it.",
+        "A sentence on the run.",
+        "faces [/b]: The adapter gave away 1.3 dB.",
+        "3,000 pairs",
+        "class mean",
+        "0.760",
+        "no proof of safety",
+        "not tried: matching: It was not asked for.",
     ):
         assert words in shown
-    assert "0.500" in shown and "0.250" in shown
+    assert "1 adapters" not in shown
+
+
+def test_an_unscored_report_has_no_table_of_scores_and_says_what_is_exact(screen):
+    file = screen()
+    display.print_report(report([victims(1, private=False)]))
+    shown = file.getvalue()
+    assert "SSIM" not in shown and "not scored" not in shown and "without private images there is no PSNR" in shown
+    assert "gauss_newton: exact to 78 dB. Why gauss_newton." in shown and "1 adapter," in shown
+
+
+def test_figures_that_are_missing_are_left_out(screen):
+    file = screen()
+    data = report([victims(2)])
+    for kinds in data["proxies"]["procedural"]["decoders"].values():
+        for figures in kinds.values():
+            figures["victim_true"] = None
+            del figures["victim_estimate"]
+    data["reconstruction"]["my-adapter"]["control_intervals"]["shuffled_adapter"]["interval_db"] = None
+    display.print_report(data)
+    shown = file.getvalue()
+    assert "private images" not in shown.split("Decoders")[1] and "estimate" not in shown and "floor" in shown
+    assert "+1.3\n" in shown.replace(" ", "")
 
 
 def test_stages_survive_without_a_listener():

@@ -5,6 +5,10 @@ import json
 import pytest
 from cli_cases import few_steps, refused, run
 
+from r2f_ext.cli import invert
+from r2f_ext.models.draws import Trace
+from r2f_ext.models.evidence import NO_BATCH, SHOWN
+
 
 @pytest.fixture
 def inverted(stages, tmp_path, monkeypatch, capsys):
@@ -35,6 +39,20 @@ def test_decoded_gradients_add_the_route_matching(inverted, stages):
     printed, _ = inverted("--gradients", stages.gradients)
     assert set(printed["routes"]) == {"amortised", "amortised_refined", "matching"}
     assert set(printed["not_run"]) == {"adapter_rowspace"}
+
+
+def test_what_the_factors_show_is_said(inverted):
+    printed, out = inverted("--routes", "amortised")
+    assert printed["evidence"] == [SHOWN["default", Trace.NONE], NO_BATCH]
+    assert all(sentence in " ".join(out.split()) for sentence in printed["evidence"])
+
+
+def test_a_start_that_is_not_the_adapters_is_refused_before_pairs_are_read(stages, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(invert, "StoredPairs", lambda *args: pytest.fail("pairs were read first"))
+    words = ("invert", stages.adapter, "--pairs", stages.pairs, "--out", tmp_path / "o")
+    assert "--a0-seed 7 does not draw the A" in refused(capsys, *words, "--a0-seed", 7)
+    assert "has no adapter_model" in refused(capsys, *words, "--initial", tmp_path)
+    assert not (tmp_path / "o").exists()
 
 
 def test_bad_requests(stages, tmp_path, capsys, monkeypatch):

@@ -261,3 +261,12 @@ def test_a_set_says_whether_its_labels_mean_anything():
     assert load_images("procedural+lfw", count=8).random_labels
     assert not load_images("procedural+embedded", count=8).random_labels
     assert load_images("procedural", count=8).take(torch.arange(3)).random_labels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"num_classes": 0}, "pass one with its classifier"), ({"seed": -1}, "seed of images must be")],
+)
+def test_a_base_without_classes_and_a_negative_seed_have_sentences_of_their_own(arguments, words):
+    with pytest.raises(R2FError, match=words):
+        load_images("procedural", count=2, **arguments)

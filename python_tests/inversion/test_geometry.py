@@ -19,7 +19,7 @@ def test_geometry_of_the_embedded_base() -> None:
 
 def test_geometry_knows_registers_and_pre_norm() -> None:
     geometry = vit_geometry(small_vit(reg_tokens=4, no_embed_class=True, pre_norm=True).model)
-    assert geometry.prefix_tokens == 5 and geometry.has_pre_norm and geometry.norm_scales == 2
+    assert geometry.prefix_tokens == 5 and geometry.norm_scales == 2
 
 
 def test_a_resnet_has_none() -> None:

@@ -29,7 +29,7 @@ def test_one_image(positive):
         assert recover_labels(weight[None], bias[None]).tolist() == [[label]]
 
 
-@pytest.mark.parametrize("labels", [[3, 3], [0, 1, 2, 3], [9, 9, 9, 1, 4, 4, 0, 2], [5] * 16])
+@pytest.mark.parametrize("labels", [[3, 3], [3, 3, 3, 7], [0, 1, 2, 3], [9, 9, 9, 1, 4, 4, 0, 2], [5] * 16])
 def test_counts_of_a_batch_with_a_fresh_head(labels):
     weight, bias = last_layer_gradients(labels, 0.02)
     assert recover_labels(weight[None], bias[None], batch=len(labels)).tolist() == [sorted(labels)]
@@ -45,7 +45,44 @@ def test_known_probabilities_make_counts_exact():
     p = logits.softmax(1).mean(0).detach()
     expected = [sorted(labels.tolist())]
     assert recover_labels(None, bias[None], batch=32, probabilities=p).tolist() == expected
-    assert recover_labels(None, bias[None], batch=32).tolist() != expected  # uniform is no good guess here
+    with pytest.raises(R2FError, match=r"class 7 would be there 3\.47 times"):
+        recover_labels(None, bias[None], batch=32)  # uniform is no good guess here
+
+
+@pytest.mark.parametrize("labels", [[3, 3, 3, 7], [3, 7], [7, 7, 7, 7]])
+def test_labels_of_a_trained_head_are_counted_right_or_refused(labels, embedded, private):
+    """The head that autograd differentiates is sure of its classes, so uniform probabilities are a bad guess."""
+    images = embedded.normalize(private.batch([0, 1, 2, 0][: len(labels)]))
+    head = embedded.model.head
+    with torch.no_grad():
+        features = embedded.model.forward_head(embedded.model.forward_features(images), pre_logits=True)
+    bias = head.bias.detach().clone().requires_grad_(True)
+    logits = F.linear(features, head.weight.detach(), bias)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, torch.tensor(labels)), [bias])
+    p = logits.detach().softmax(1).mean(0)
+    exact = recover_labels(None, gradient[None], batch=len(labels), probabilities=p)
+    assert exact.tolist() == [sorted(labels)]
+    try:
+        assert recover_labels(None, gradient[None], batch=len(labels)).tolist() == [sorted(labels)]
+    except R2FError as refused:
+        assert "cannot be counted" in str(refused) and len(str(refused).splitlines()) == 1
+
+
+def test_a_count_is_never_wrong_in_silence():
+    """Heads from fresh to sure of themselves: every answer is right, and fresh heads get one."""
+    answered = {}
+    for scale in (0.02, 0.1, 0.3, 1.0, 3.0):
+        for seed in range(40):
+            torch.manual_seed(seed)
+            labels = torch.randint(0, 10, (4,)).tolist()
+            _, bias = last_layer_gradients(labels, scale)
+            try:
+                found = recover_labels(None, bias[None], batch=4).tolist()
+            except R2FError:
+                continue
+            assert found == [sorted(labels)], (scale, seed)
+            answered[scale] = answered.get(scale, 0) + 1
+    assert answered[0.02] == 40 and answered.get(3.0, 0) == 0
 
 
 def test_victims_are_told_apart():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from cases import CONV, LINEAR, samples, target_of, tiny_base
 
 from r2f_ext.capture import Capture
-from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
+from r2f_ext.inversion.objectives import Distance, GradientObjective, UpdateObjective
 from r2f_ext.ops import reference
 from r2f_ext.types import Gradient
 
@@ -31,7 +31,7 @@ def distance(objective, candidate, kind="layer_cosine", weights=None):
     gradients = candidate.dense if isinstance(candidate, Gradient) else candidate.x
     trials = len(next(iter(gradients.values())))
     weights = [1.0] * len(objective.shapes) if weights is None else weights
-    return objective(candidate, kind, weights, torch.zeros(trials, 3, 4, 4), 0.0, False)
+    return objective(candidate, torch.zeros(trials, 3, 4, 4), Distance(kind, weights))
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_total_variation_is_part_of_every_objective(world, kind):
         found = Gradient({n: found.dense(n) for n in NAMES})
     pixels = images.clone().requires_grad_()
     for isotropic in (False, True):
-        loss = objective(found, "layer_cosine", [1.0, 1.0, 1.0], pixels, 0.3, isotropic)
+        loss = objective(found, pixels, Distance("layer_cosine", [1.0, 1.0, 1.0], 0.3, isotropic))
         plain = distance(objective, found) + 0.3 * reference.total_variation(pixels, isotropic)
         torch.testing.assert_close(loss, plain)
         got, expected = (torch.autograd.grad(value.sum(), pixels) for value in (loss, plain))

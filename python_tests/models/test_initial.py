@@ -9,6 +9,7 @@ import torch
 from cases import changed_weights, peft_factors, peft_model, save, train, victim
 
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.route import adapter_problem
 from r2f_ext.models import (
     InitialFactors,
     attach,
@@ -72,22 +73,22 @@ def test_other_seeds_are_not_taken_for_it(trained):
 
 
 def test_a_folder_saved_before_training(trained):
-    target, update, folder, start = trained
-    found = initial_from_folder(folder / "start", target, update)
+    _, update, folder, start = trained
+    found = initial_from_folder(folder / "start", update)
     assert str(folder / "start") in found.source
     assert all(torch.equal(a, start[name]) for name, a in found.a.items())
 
 
 def test_folders_that_are_no_start_are_refused(trained, embedded, tmp_path):
-    target, update, folder, _ = trained
+    _, update, folder, _ = trained
     with pytest.raises(R2FError, match="has no adapter_model"):
-        initial_from_folder(tmp_path, target, update)
+        initial_from_folder(tmp_path, update)
     fewer = changed_weights(folder / "start", tmp_path / "fewer", lambda w: dict(list(w.items())[-1:]))
     with pytest.raises(R2FError, match="holds no A of"):
-        initial_from_folder(fewer, target, update)
+        initial_from_folder(fewer, update)
     other = replace(update, a={name: torch.rand_like(a) - 0.5 for name, a in update.a.items()})
     with pytest.raises(R2FError, match="not where this adapter started"):
-        initial_from_folder(folder / "start", target, other)
+        initial_from_folder(folder / "start", other)
 
 
 def test_a_start_is_looked_for_once(trained, monkeypatch):
@@ -122,3 +123,19 @@ def test_one_tolerance_says_whether_a_is_the_same():
     torch.testing.assert_close(mean["two"], a["two"] + 0.0045)
     with pytest.raises(R2FError, match=r"A of one differs\): audit them one by one"):
         common_a([LoraUpdate(a, {}), LoraUpdate(far, {})])
+
+
+def test_a_known_start_takes_the_place_of_a(trained):
+    """From the file or named by the user: several adapters are still held against each other by what they are."""
+    target, update, folder, start = trained
+    own = replace(update, a0=start)
+    found = InitialFactors(target, own).found
+    assert found is not None and found.a is start and "own file" in found.source and 0.9 < found.cosine < 1
+    assert update.start is update.a and own.start is start
+    assert all(torch.equal(common_a([own, own])[name], start[name]) for name in start)
+    problem = adapter_problem(target, [update], InitialFactors(target, update, folder / "start"))
+    assert problem.evidence is not None and (problem.evidence.start, problem.steps) == ("known", None)
+    assert all(torch.equal(problem.a[name], start[name]) for name in start)
+    stranger = replace(update, a={name: torch.rand_like(a) - 0.5 for name, a in update.a.items()})
+    with pytest.raises(R2FError, match="audit them one by one"):
+        adapter_problem(target, [update, stranger], InitialFactors(target, update, folder / "start"))

@@ -87,10 +87,11 @@ def test_agrees_with_the_definition_and_the_reference(device, dtype, rank, B):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_many_layers_of_many_sizes(device, dtype):
-    """More than one table of the CUDA kernels holds, and of different ranks."""
+@pytest.mark.parametrize("rank", [1, 8, 16, 17, 32, 33])
+def test_many_layers_of_many_sizes(device, dtype, rank):
+    """More layers than one table of the CUDA kernels holds (64), at every rank range, one layer of another rank."""
     shapes = [(3, 1 + layer % 3, 8 * (1 + layer % 5), 24 * (1 + layer % 2)) for layer in range(70)]
-    inputs = make(shapes, 8, dtype, device)
+    inputs = make(shapes, rank, dtype, device)
     inputs.A[5] = inputs.A[5][:3]
     assert_all_close(inputs.call(), by_definition(inputs), TOLERANCE[dtype])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -245,6 +246,25 @@ def test_backward_twice_through_one_graph(device):
     for g in first:
         g.zero_()
     torch.testing.assert_close(torch.autograd.grad(loss, candidate), tuple(copies))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (torch.utils._python_dispatch, "_get_current_dispatch_mode"),
+        (torch._C._autograd, "_get_current_graph_task_keep_graph"),
+    ],
+)
+def test_without_a_private_function_of_torch_nothing_is_reused(monkeypatch, module, name):
+    candidate, observed = make(2, True, torch.float64)
+    variables = [c.requires_grad_() for c in candidate]
+    expected = torch.autograd.grad(matching_loss(candidate, observed, kind="l2").sum(), variables)
+    operator = importlib.import_module("r2f_ext.ops.matching_loss")
+    monkeypatch.delattr(module, name)
+    assert not operator._can_reuse(torch.ones(2))
+    torch.testing.assert_close(
+        torch.autograd.grad(matching_loss(candidate, observed, kind="l2").sum(), variables), expected
+    )
 
 
 @pytest.mark.parametrize("part", ["some candidates", "images"])

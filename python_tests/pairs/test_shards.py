@@ -15,7 +15,8 @@ from cases import LINEAR, cosine, proxy_set
 import r2f_ext
 from r2f_ext import files
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import GeneratedPairs, StoredPairs, generate, write_pairs
+from r2f_ext.pairs import GeneratedPairs, StoredPairs, generate, plan_pairs, write_pairs
+from r2f_ext.pairs.shards import read_manifest
 
 REPOSITORY = Path(r2f_ext.__file__).parent.parent
 Usage = namedtuple("Usage", "total used free")
@@ -75,7 +76,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(made, written, tmp_path
     before = (tmp_path / "pairs-00000.safetensors").stat().st_mtime_ns
     steps = []
     write_pairs(made, 25, tmp_path, steps.append)
-    assert steps == [20, 5] and (tmp_path / "pairs-00000.safetensors").stat().st_mtime_ns == before
+    assert steps == [5] and (tmp_path / "pairs-00000.safetensors").stat().st_mtime_ns == before
     assert contents(tmp_path) == contents(written)
 
 
@@ -95,21 +96,115 @@ def test_what_another_run_left_is_not_taken_over(what, made, tmp_path, monkeypat
             file.write(b"x")
     else:
         (tmp_path / "pairs-00000.json").write_text("[]")
-    steps = []
-    write_pairs(pairs, count, tmp_path, steps.append)
-    assert steps[0] == 0
+    plan = plan_pairs(pairs, count, tmp_path)
+    assert plan.found == 0 and plan.replaces == (what != "a changed shard") and not plan.finished
+    plan.write(silent)
     assert len(StoredPairs(tmp_path, made.target.base)) == count and not list(tmp_path.glob("pairs-*.json"))
 
 
-def test_an_interrupted_run_leaves_no_manifest_not_even_the_old_one(made, copied):
-    def stop(units):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_pairs(made, 25, copied, stop)
-    assert not (copied / "manifest.json").exists() and not list(copied.glob(".*"))
+def test_an_interrupted_run_leaves_no_manifest(made, tmp_path):
+    cut_off(made, 25, tmp_path, after=1)
+    assert not (tmp_path / "manifest.json").exists() and not list(tmp_path.glob(".*"))
     with pytest.raises(R2FError, match="no finished pairs"):
-        StoredPairs(copied, made.target.base)
+        StoredPairs(tmp_path, made.target.base)
+
+
+def test_a_finished_folder_is_recognised_and_left_alone(made, copied, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+    before = contents(copied)
+    plan = plan_pairs(made, 25, copied)
+    assert plan.finished and plan.found == 25 and not plan.replaces
+    plan.write(lambda units: pytest.fail("a pair was made"))
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("name", ["pairs-00001.safetensors", "factors-00000.safetensors", "start.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_finished_folder_is_repaired_by_the_same_command(name, damage, made, copied, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+    before = contents(copied)
+    if damage == "missing":
+        (copied / name).unlink()
+    else:
+        (copied / name).write_bytes(b"x")
+    made_now = []
+    write_pairs(made, 25, copied, made_now.append)
+    assert made_now == ([] if "start" in name else [10]) and contents(copied) == before
+
+
+def test_an_interrupted_repair_keeps_the_manifest(made, copied, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+    before = contents(copied)
+    for shard in (0, 1):
+        (copied / f"pairs-0000{shard}.safetensors").unlink()
+    cut_off(made, 25, copied, after=10)
+    assert (copied / "manifest.json").exists()
+    write_pairs(made, 25, copied, silent)
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("another count", "count 25, not 20"),
+        ("another A", "another adapter, whose A differs"),
+        ("another proxy", "other proxy images"),
+        ("dense", "dense False, not True"),
+        ("an older schema", "schema 2, not 3"),
+    ],
+)
+def test_finished_pairs_of_another_recipe_are_refused(what, words, made, copied, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+    pairs, count = made, 20 if what == "another count" else 25
+    if what == "another A":
+        pairs = GeneratedPairs(made.target, {name: 2 * a for name, a in made.a.items()}, made.proxy)
+    elif what == "another proxy":
+        pairs = GeneratedPairs(made.target, made.a, proxy_set(26, made.target.base))
+    elif what == "an older schema":
+        text = (copied / "manifest.json").read_text()
+        (copied / "manifest.json").write_text(text.replace('"schema": 3', '"schema": 2'))
+    before = contents(copied)
+    with pytest.raises(R2FError, match=f"another recipe.*{words}.*another --out, or delete") as caught:
+        write_pairs(pairs, count, copied, silent, dense=what == "dense")
+    assert contents(copied) == before and str(copied) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000])
+def test_a_damaged_manifest_is_not_overwritten(text, made, copied):
+    (copied / "manifest.json").write_text(text)
+    with pytest.raises(R2FError, match=r"manifest.json' is damaged: delete the folder"):
+        write_pairs(made, 25, copied, silent)
+    assert (copied / "manifest.json").read_text() == text
+
+
+def test_an_unreadable_manifest_is_one_sentence(made, copied):
+    (copied / "manifest.json").unlink()
+    (copied / "manifest.json").mkdir()
+    for read in (lambda: write_pairs(made, 25, copied, silent), lambda: read_manifest(copied / "manifest.json")):
+        with pytest.raises(R2FError, match=r"manifest.json' cannot be read \(Is a directory\)"):
+            read()
+
+
+@pytest.mark.parametrize("part", ["update", "gradient"])
+def test_pairs_that_are_not_finite_are_refused_when_made(part, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+    batches = made.batches
+
+    def spoiled(start=0, stop=None):
+        for batch in batches(start, stop):
+            if start <= 13 < stop:
+                tensors = batch.updates if part == "update" else batch.gradients.delta
+                tensors[LINEAR[1]][13 - start, 0, 0] = float("inf")
+            yield batch
+
+    monkeypatch.setattr(made, "batches", spoiled)
+    with pytest.raises(R2FError, match=rf"{LINEAR[1]} of victim 13 holds NaN or infinity"):
+        write_pairs(made, 25, tmp_path, silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "factors-00000.safetensors",
+        "pairs-00000.json",
+        "pairs-00000.safetensors",
+    ]
 
 
 def test_space_is_asked_for_before_the_first_shard(made, tmp_path, monkeypatch):
@@ -154,14 +249,13 @@ def test_a_run_ended_by_sigkill_goes_on_to_the_same_bits(tmp_path):
     assert 3 <= whole < 15
     again, fresh = start(folder), start(tmp_path / "fresh")
     printed = [process.communicate(timeout=400)[0].split() for process in (again, fresh)]
-    assert int(printed[0][0]) == 100 * whole and int(printed[1][0]) == 0
+    assert [len(each) for each in printed] == [15 - whole, 15]
     assert contents(folder) == contents(tmp_path / "fresh")
 
 
-def test_the_size_is_told_and_right(made, tmp_path):
-    told = []
-    write_pairs(made, 25, tmp_path / "factors", silent, tell=told.append)
-    write_pairs(made, 25, tmp_path / "dense", silent, dense=True, tell=told.append)
-    for size, folder in zip(told, ("factors", "dense"), strict=True):
+def test_the_planned_size_is_that_on_disk(made, tmp_path):
+    for folder in ("factors", "dense"):
+        plan = plan_pairs(made, 25, tmp_path / folder, dense=folder == "dense")
+        plan.write(silent)
         on_disk = sum(p.stat().st_size for p in (tmp_path / folder).glob("*-0*.safetensors"))
-        assert 0.8 * on_disk < size < on_disk
+        assert 0.8 * on_disk < plan.size < on_disk

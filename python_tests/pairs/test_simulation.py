@@ -1,6 +1,8 @@
 """Simulated victims against real ones, trained one by one by PEFT and torch.optim."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from cases import CONV, cosine, peft_factors, peft_model, peft_start, proxy_set, samples, tiny_base
 
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, simulate
+from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, simulate, write_pairs
 
 VICTIMS = 8
 BLOCKS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -212,3 +214,24 @@ def test_senseless_trainings_are_refused(words, said):
 def test_too_small_a_proxy_is_refused(bound, embedded):
     with pytest.raises(R2FError, match="has 3 images: at least 4 are needed"):
         SimulatedPairs(bound[0], bound[1].a, proxy_set(3, embedded), Training(samples=2))
+
+
+def test_victims_whose_training_diverges_are_refused(tmp_path):
+    """The number of the victim and of the step are those at which B is first not finite, found here step by step."""
+    base = tiny_base(torch.float32)
+    target, a = peft_start(base, target_modules=BLOCKS)
+    proxy = proxy_set(12, base)
+    training = Training(steps=6, lr=1e9)
+    pairs = SimulatedPairs(target, a, proxy, training)
+    with pytest.raises(R2FError, match="smaller learning rate") as caught:
+        write_pairs(pairs, 12, tmp_path, lambda units: None)
+    victim, step = (int(number) for number in re.search(r"victim (\d+) .* step (\d+) of 6", str(caught.value)).groups())
+    images, labels = proxy.batch(slice(None))[:, None], proxy.labels[:, None]
+    steps_until_not_finite = {}
+    for steps in range(1, 7):
+        found = simulate(target, a, images, labels, replace(training, steps=steps))
+        for each in range(12):
+            if not all(b[each].isfinite().all() for b in found.b.values()):
+                steps_until_not_finite.setdefault(each, steps)
+    assert min(steps_until_not_finite) == victim and steps_until_not_finite[victim] == step
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,16 @@ from cases import LINEAR, cosine, target_of
 from safetensors.torch import load_file, save_file
 
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import GeneratedPairs, ReprojectedPairs, SimulatedPairs, StoredPairs, Training, write_pairs
+from r2f_ext.files import sha256
+from r2f_ext.pairs import (
+    GeneratedPairs,
+    ReprojectedPairs,
+    SimulatedPairs,
+    StoredPairs,
+    Training,
+    plan_pairs,
+    write_pairs,
+)
 from r2f_ext.types import Target
 
 
@@ -59,6 +68,9 @@ def test_what_cannot_serve_another_adapter_is_refused(made, written, tmp_path):
         lambda m: m.pop("shards"),
         lambda m: m["layers"][0].pop("rank"),
         lambda m: m.update(layers=5),
+        lambda m: m.update(training={"epochs": 3}),
+        lambda m: m.update(shards={}),
+        lambda m: m["shards"].append(None),
         lambda m: m["shards"][0].update(name="../stored/pairs-00000.safetensors"),
         lambda m: m["shards"][0].update(count="ten"),
         lambda m: m["shards"][0].pop("sha256"),
@@ -70,7 +82,7 @@ def test_damaged_manifest(copied, made, change):
         StoredPairs(copied, made.target.base)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", "\xff\xfe"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "[" * 100_000, "\xff\xfe"])
 def test_manifest_that_is_no_record(copied, made, text):
     (copied / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(R2FError, match="damaged"):
@@ -100,6 +112,17 @@ def test_damaged_shard(copied, made, damage):
     assert len(stored.updates(0, 10)[LINEAR[0]]) == 10
     with pytest.raises(R2FError, match=r"pairs-00001\.safetensors' is missing or damaged"):
         stored.updates(0, 25)
+
+
+def test_a_shard_that_is_not_finite(copied, made):
+    """As an earlier version wrote it, with a manifest that fits."""
+    path = copied / "pairs-00001.safetensors"
+    tensors = load_file(path)
+    tensors[f"update/{LINEAR[0]}"][2, 0, 0] = float("nan")
+    save_file(tensors, path)
+    edit(copied, lambda m: m["shards"][1].update(sha256=sha256(path)))
+    with pytest.raises(R2FError, match=rf"holds NaN or infinity in update/{LINEAR[0]}.*smaller --lr"):
+        StoredPairs(copied, made.target.base).updates(0, 25)
 
 
 def test_damaged_start(copied, made):
@@ -142,9 +165,9 @@ def test_some_layers_are_read_alone_with_the_updates_of_all(made, written, tmp_p
 def test_a_second_adapter_shares_the_files_of_the_first(made, written, tmp_path):
     base = made.target.base
     other = {name: torch.randn_like(a) for name, a in made.a.items()}
-    told = []
     pairs = ReprojectedPairs(StoredPairs(written, base), made.target, other)
-    write_pairs(pairs, 15, tmp_path, silent, tell=told.append)
+    plan = plan_pairs(pairs, 15, tmp_path)
+    plan.write(silent)
     name = "factors-00001.safetensors"
     assert os.path.samefile(tmp_path / name, written / name)
     read = StoredPairs(tmp_path, base)
@@ -154,7 +177,7 @@ def test_a_second_adapter_shares_the_files_of_the_first(made, written, tmp_path)
     true = torch.cat([batch.gradients.dense(LINEAR[0]) for batch in read.batches()])
     assert cosine(true, expected.gradients.dense(LINEAR[0])).min() > 0.9999
     own = [p.stat().st_size for p in tmp_path.glob("pairs-*.safetensors")]
-    assert sum(own) * 0.7 < told[0] < sum(own)  # gradients cost nothing
+    assert sum(own) * 0.7 < plan.size < sum(own)  # gradients cost nothing
 
 
 def test_pairs_of_other_weights_serve_no_adapter(made, written):

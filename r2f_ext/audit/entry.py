@@ -18,7 +18,7 @@ from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.files import output_folder
 from r2f_ext.inversion.route import Verdict, adapter_problem
 from r2f_ext.inversion.routes import verdicts_of
-from r2f_ext.models import InitialFactors
+from r2f_ext.models import Evidence, InitialFactors
 from r2f_ext.progress import Stages
 from r2f_ext.types import LoraUpdate, Target
 
@@ -32,7 +32,7 @@ class Prepared:
         proxy: public images, from which the private ones are removed.
         private: the true images, at least V, or None.
         verdicts: route -> verdict, of every route in the registry.
-        one_step: every A lies in PEFT's initial range, so one step was taken.
+        evidence: what the factors show of the training.
     """
 
     target: Target
@@ -40,7 +40,7 @@ class Prepared:
     proxy: ImageSet
     private: ImageSet | None
     verdicts: dict[str, Verdict]
-    one_step: bool
+    evidence: Evidence
 
 
 def audit(
@@ -80,11 +80,12 @@ def audit(
     config, stages = config or AuditConfig(), stages or Stages()
     loaded = load_adapters(adapters, base, device)
     target, updates = loaded.target, loaded.updates
-    images, originals = _load_images(target, len(updates), proxy, private, config)
     start = InitialFactors(target, updates[0], initial, a0_seed)
     problem = adapter_problem(target, updates, start, loaded.facts)
+    assert problem.evidence is not None
+    images, originals = _load_images(target, len(updates), proxy, private, config)
     verdicts = verdicts_of(problem)
-    on_ready(Prepared(target, updates, images, originals, verdicts, problem.steps == 1))
+    on_ready(Prepared(target, updates, images, originals, verdicts, problem.evidence))
     labels = None if originals is None else originals.labels
     result = run.run_audit_stages(problem, images, config, stages, verdicts, labels)
     given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, target.base.device.type)
@@ -99,7 +100,12 @@ def audit(
         inputs=recorded,
         command=command_of(recorded, result.config),
         facts=loaded.facts,
-        notes=(*images.notes, *result.notes, *(f"{route}: {why}" for route, why in result.not_run.items())),
+        notes=(
+            *target.base.notes,
+            *images.notes,
+            *result.notes,
+            *(f"{route}: {why}" for route, why in result.not_run.items()),
+        ),
     )
     if folder is not None:
         write_report(folder, report)

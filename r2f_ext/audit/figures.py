@@ -1,103 +1,170 @@
-"""Pictures: rows of originals, controls and reconstructions."""
+"""Pictures: rows of originals, reconstructions and controls."""
 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from r2f_ext.audit.metrics import psnr_db
+from r2f_ext.audit.names import row_name
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.sets import SetReport
 from r2f_ext.files import write_atomically
-from r2f_ext.inversion.routes import registry
 
 MAX_COLUMNS = 16
-CELL_INCHES = 0.62
-ROW_NAMES = {
-    "original": "original",
-    "mean_image": "control: mean image",
-    "class_mean": "control: class mean",
-    "nearest_proxy": "control: nearest proxy",
-    "shuffled_adapter": "control: other adapter",
-}
+DPI = 110
+LABEL, GAP, LINE, TITLE = 1.8, 0.06, 0.16, 0.42  # inches: names of rows, between cells, a caption line, a block's title
+CELLS = {2: 1.7, 4: 1.3, 8: 0.95, MAX_COLUMNS: 0.7}  # up to so many columns -> width of a picture in inches
+CONTROL, EXACT = "#a32a12", "#116329"
 
 
-def rows_of(part: SetReport) -> list[tuple[str, Tensor]]:
-    """(key, images [n, c, h, w]) from top to bottom."""
-    rows = [] if part.originals is None else [("original", part.originals)]
-    rows += [(r.route, r.images) for r in reversed(part.reconstructions)]
+@dataclass(frozen=True)
+class Row:
+    """One row of pictures.
+
+    Attributes:
+        key: a route, a control or `original`.
+        images: [n, c, h, w] in [0, 1].
+        psnr_db: against the original of the same victim, [n]; empty where there is nothing to compare.
+        exact: words on each exact recovery ("exact to 78 dB"), None for any other; empty: no route of this kind.
+    """
+
+    key: str
+    images: Tensor
+    psnr_db: tuple[float, ...] = ()
+    exact: tuple[str | None, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return row_name(self.key)
+
+    def captions(self, i: int) -> list[tuple[str, bool]]:
+        """Lines under picture i, each with whether it states an exact recovery."""
+        lines = [(f"{self.psnr_db[i]:.1f} dB", False)] if self.psnr_db else []
+        words = self.exact[i] if self.exact else None
+        return lines if words is None else [*lines, (f"✓ {words}", True)]
+
+
+def rows_of(part: SetReport, figures: dict[str, Any]) -> list[Row]:
+    """Rows of a set from top to bottom: the originals, the routes, the controls.
+
+    Args:
+        figures: the set's entry in report.json.
+    """
+    rows = [] if part.originals is None else [Row("original", part.originals)]
+    for found in reversed(part.reconstructions):
+        rows.append(_row(found.route, found.images, part.originals, figures["routes"][found.route].get("exact")))
     if part.controls is not None:
-        rows += list(part.controls.items().items())
+        rows += [_row(name, images, part.originals) for name, images in part.controls.items().items()]
     return rows
 
 
-def row_name(key: str) -> str:
-    route = registry().get(key)
-    return ROW_NAMES.get(key, key) if route is None else route.title or key
+def _row(
+    key: str, images: Tensor, originals: Tensor | None, exact: Sequence[dict[str, Any] | None] | None = None
+) -> Row:
+    psnr = () if originals is None else tuple(psnr_db(images.cpu(), originals).tolist())
+    words = tuple(one["words"] if one is not None and one["exact"] else None for one in exact or ())
+    return Row(key, images, psnr, words)
 
 
-def png_bytes(image: Tensor, scale: int = 2) -> bytes:
-    """[c, h, w] in [0, 1] -> PNG, each pixel `scale` times as large."""
+def closed_form_rows(phase0: Sequence[Phase0Report]) -> list[Row]:
+    """Rows of what exact gradients give away."""
+    return [Row(one.route, one.images) for one in phase0]
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """[c, h, w] in [0, 1] -> PNG."""
     pixels = (image.clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
-    pixels = np.repeat(np.repeat(pixels, scale, 0), scale, 1)
     file = io.BytesIO()
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
-def write_reconstructions(path: Path, sets: Sequence[SetReport], phase0: Sequence[Phase0Report]) -> None:
+def write_reconstructions(
+    path: Path, data: dict[str, Any], sets: Sequence[SetReport], phase0: Sequence[Phase0Report]
+) -> None:
     """One PNG: a block for each set, a column for each victim, a row for each route and control.
 
     Args:
+        data: of report.json.
         phase0: what exact gradients give away, drawn under the first set.
     """
-    closed_forms = [(figures.route, figures.images) for figures in phase0]
-    blocks = [(part, rows_of(part) + (closed_forms if i == 0 else [])) for i, part in enumerate(sets)]
-    columns = min(MAX_COLUMNS, max(len(rows[0][1]) for _, rows in blocks))
-    total_rows = sum(len(rows) + 1 for _, rows in blocks)
-    height, width = (total_rows + 0.3) * CELL_INCHES, (columns + 3.2) * CELL_INCHES
-    figure = Figure(figsize=(width, height), facecolor="white")
-    top = total_rows + 0.15
-    for part, rows in blocks:
-        # parse_math: a set's name is a folder's name, and may hold a dollar sign.
-        height_of_title = (top - 0.65) * CELL_INCHES / height
-        figure.text(0.01, height_of_title, _title(part), fontsize=10, weight="bold", parse_math=False)
-        top -= 1
-        for key, images in rows:
-            top -= 1
-            _draw_row(figure, top, key, images[:columns])
-    _save(figure, path)
-
-
-def _draw_row(figure: Figure, bottom: float, key: str, images: Tensor) -> None:
-    """A name and its images; `bottom` in cells from the lower edge."""
-    width, height = figure.get_size_inches() / CELL_INCHES
-    color = "#b03020" if row_name(key).startswith("control") else "black"
-    figure.text(0.01, (bottom + 0.4) / height, row_name(key), fontsize=8, color=color)
-    for column, image in enumerate(images):
-        axes = figure.add_axes(((3.1 + column) / width, bottom / height, 0.96 / width, 0.96 / height))
-        axes.imshow(image.cpu().permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", interpolation="nearest")
-        axes.set_axis_off()
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-
-
-def _title(part: SetReport) -> str:
-    return f"{part.name}  (proxy: {part.proxy})"
+    blocks = []
+    for i, part in enumerate(sets):
+        rows = rows_of(part, data["reconstruction"][part.name]) + (closed_form_rows(phase0) if i == 0 else [])
+        shown = f"; the first {MAX_COLUMNS} of {part.count} victims" if part.count > MAX_COLUMNS else ""
+        blocks.append((f"{part.name}  (proxy: {part.proxy}{shown})", rows))
+    _draw(path, blocks, "PSNR in dB under each picture: higher is closer to the original. ✓: recovered exactly.")
 
 
 def write_images(path: Path, rows: list[tuple[str, Tensor]]) -> None:
     """One PNG with a row of images [n, c, h, w] for each (name, images)."""
-    columns = min(MAX_COLUMNS, len(rows[0][1]))
-    width, height = (columns + 3.2) * CELL_INCHES, (len(rows) + 0.2) * CELL_INCHES
-    figure = Figure(figsize=(width, height), facecolor="white")
-    for i, (key, images) in enumerate(rows):
-        _draw_row(figure, len(rows) - i - 0.9, key, images[:columns])
-    _save(figure, path)
+    _draw(path, [("", [Row(key, images) for key, images in rows])], "")
+
+
+def _draw(path: Path, blocks: list[tuple[str, list[Row]]], legend: str) -> None:
+    """One PNG of titled blocks; `legend` stands in the last line."""
+    columns = min(MAX_COLUMNS, max(len(rows[0].images) for _, rows in blocks))
+    cell = next(inches for most, inches in CELLS.items() if columns <= most)
+    tall = sum(_title_height(text) + sum(_height(row, cell, columns) for row in rows) for text, rows in blocks)
+    width, height = LABEL + columns * (cell + GAP) + GAP, tall + 2 * GAP + 1.5 * LINE * bool(legend)
+    width = max(width, 0.075 * max(len(text) for text in (legend, *(text for text, _ in blocks))) + 0.3)
+    figure = Figure(figsize=(width, height), facecolor="white", dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all, in inches: an Axes for each picture takes seconds
+    top = height - GAP
+    for text, rows in blocks:
+        top -= _title_height(text)
+        _write(axes, GAP, top + 0.14, text, fontsize=10, weight="bold")
+        for row in rows:
+            _draw_row(axes, top, row, cell, columns)
+            top -= _height(row, cell, columns)
+    _write(axes, GAP, GAP, legend, fontsize=8)
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _title_height(text: str) -> float:
+    return TITLE if text else 0.0
+
+
+def _height(row: Row, cell: float, columns: int) -> float:
+    """Of a row in inches, with its captions and the gap below."""
+    lines = max(len(_wrapped(row, i, cell)) for i in range(min(columns, len(row.images))))
+    return cell * row.images.shape[-2] / row.images.shape[-1] + lines * LINE + 2 * GAP
+
+
+def _wrapped(row: Row, i: int, cell: float) -> list[tuple[str, bool]]:
+    """The captions of picture i in lines that are not wider than its cell."""
+    wide = max(8, int(cell / 0.066))
+    return [(line, exact) for text, exact in row.captions(i) for line in textwrap.wrap(text, wide)]
+
+
+def _draw_row(axes: Axes, top: float, row: Row, cell: float, columns: int) -> None:
+    """A name, its images and their captions, from `top` inches above the lower edge downwards."""
+    tall = cell * row.images.shape[-2] / row.images.shape[-1]
+    color = CONTROL if row.name.startswith("control") else "black"
+    name = "\n".join(textwrap.wrap(row.name, 22))
+    _write(axes, GAP, top - tall / 2, name, fontsize=9, color=color, va="center")
+    for i, image in enumerate(row.images[:columns]):
+        left = LABEL + i * (cell + GAP)
+        pixels = image.cpu().permute(1, 2, 0).clamp(0, 1).numpy()
+        place = (left, left + cell, top - tall, top)
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto", extent=place)
+        for line, (text, exact) in enumerate(_wrapped(row, i, cell)):
+            shown = {"color": EXACT, "weight": "bold"} if exact else {"color": color}
+            _write(axes, left, top - tall - 0.02 - line * LINE, text, fontsize=7.5, va="top", **shown)
+
+
+def _write(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
+    """Text taken literally: names of sets are those of folders, and may hold a dollar sign."""
+    axes.text(x, y, text, parse_math=False, **style)

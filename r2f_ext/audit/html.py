@@ -1,26 +1,72 @@
-"""report.html: a self-contained page with all pictures embedded; it loads no other resource."""
+"""report.html: a self-contained page with all pictures embedded; it loads no other resource and runs no script."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from torch import Tensor
 
-from r2f_ext.audit.figures import png_bytes, row_name, rows_of
+from r2f_ext.audit.figures import Row, closed_form_rows, png_bytes, rows_of
+from r2f_ext.audit.names import counted, leading_sentences, row_name, span
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.sets import SetReport
 from r2f_ext.files import write_text
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = "report.html.j2"
+FEW = 3  # up to so many victims, each has large pictures of its own; more share tables
+COLUMNS = 8  # of such a table: as many as fit a printed page
+MAX_VICTIMS = 48  # with pictures; the figures of all are in report.json
 
 
-def write_html(path: Path, data: dict[str, Any], sets: Sequence[SetReport], phase0: Sequence[Phase0Report]) -> None:
-    """Write report.json's `data` and the pictures of `sets` and `phase0` as a page; every name in it is escaped."""
+def write_html(
+    path: Path,
+    data: dict[str, Any],
+    sets: Sequence[SetReport],
+    phase0: Sequence[Phase0Report],
+    files: Mapping[str, str],
+) -> None:
+    """Write report.json's `data` and the pictures of `sets` and `phase0` as a page; every name in it is escaped.
+
+    Args:
+        files: name -> what it holds, of the files beside the page.
+    """
+    victims = _victim_names(data)
+    closed_forms = closed_form_rows(phase0)
+    closed_form_count = len(closed_forms[0].images) if closed_forms else 0
+    page = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            report=data,
+            victims=victims,
+            adapter_count=len(data["adapters"]) or max(part.count for part in sets),
+            sentences=leading_sentences(data["verdict"]["sentences"]),
+            exact=_exact(data, victims),
+            grids={part.name: _groups(rows_of(part, data["reconstruction"][part.name]), part.count) for part in sets},
+            labels={part.name: _labels(part) for part in sets},
+            exactness={
+                name: _exactness(part["routes"], victims[name]) for name, part in data["reconstruction"].items()
+            },
+            closed_forms=_groups(closed_forms, closed_form_count),
+            closed_form_count=closed_form_count,
+            few=FEW,
+            max_victims=MAX_VICTIMS,
+            facts=_grouped_facts(data["adapters"]),
+            sizes={key: span(key, [layer[key] for layer in data["target"]["layers"]]) for key in ("rank", "scale")},
+            files=files,
+        )
+    )
+    write_text(path, page)
+
+
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         autoescape=True,
@@ -28,13 +74,68 @@ def write_html(path: Path, data: dict[str, Any], sets: Sequence[SetReport], phas
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"row_name": row_name, "inline": _inline}
-    pictures = {part.name: rows_of(part) for part in sets}
-    closed_forms = [(figures.route, figures.images) for figures in phase0]
-    page = environment.get_template(TEMPLATE).render(report=data, pictures=pictures, closed_forms=closed_forms)
-    write_text(path, page)
+    environment.filters |= {"row_name": row_name, "inline": _inline, "counted": counted, "percent": _percent}
+    return environment
 
 
 def _inline(image: Tensor) -> str:
     """An image [c, h, w] as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
+
+
+def _percent(value: float) -> str:
+    """A share as a coordinate of SVG, inside the drawing also where the value is not."""
+    return f"{100 * min(max(value, 0.0), 1.0):.2f}%"
+
+
+def _victim_names(data: dict[str, Any]) -> dict[str, list[str]]:
+    """set -> a name for each victim: its adapter's where the adapters are those of the one set, else its number."""
+    adapters, sets = data["adapters"], data["reconstruction"]
+    named = len(sets) == 1 and len(adapters) == next(iter(sets.values()))["n"]
+    return {
+        name: [adapters[i]["name"] if named else f"victim {i + 1}" for i in range(part["n"])]
+        for name, part in sets.items()
+    }
+
+
+def _exact(data: dict[str, Any], victims: dict[str, list[str]]) -> list[dict[str, str]]:
+    """The victims recovered exactly, once each: name, route and words."""
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    for one in data["verdict"]["exact"]:
+        if one["exact"]:
+            named = {"victim": victims[one["set"]][one["victim"]], "route": one["route"], "words": one["words"]}
+            found.setdefault((one["set"], one["victim"]), named)
+    return list(found.values())
+
+
+def _exactness(routes: dict[str, Any], names: list[str]) -> dict[str, list[tuple[str, bool, list[str]]]]:
+    """route -> (words, whether they state an exact recovery, victims of whom they are said)."""
+    found = {}
+    for route, values in routes.items():
+        said: dict[tuple[str, bool], list[str]] = {}
+        for name, one in zip(names, values["exact"] or (), strict=False):
+            if one is not None:
+                said.setdefault((one["words"], one["exact"]), []).append(name)
+        found[route] = [(words, exact, who) for (words, exact), who in said.items()]
+    return found
+
+
+def _groups(rows: list[Row], count: int) -> list[tuple[range, list[Row]]]:
+    """(victims, rows): all rows for each victim alone where there are few, else for groups that fit a page."""
+    shown, size = min(count, MAX_VICTIMS), 1 if count <= FEW else COLUMNS
+    return [(range(first, min(first + size, shown)), rows) for first in range(0, shown, size)]
+
+
+def _labels(part: SetReport) -> dict[str, list[int]]:
+    """route -> the labels that it used or found; `true`: the private images'."""
+    found = {one.route: one.labels.tolist() for one in part.reconstructions if one.labels is not None}
+    return found if part.labels is None else {"true": part.labels.tolist(), **found}
+
+
+def _grouped_facts(adapters: list[dict[str, Any]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """(names, facts): adapters of which the same is said share one entry."""
+    groups: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for facts in adapters:
+        said = repr({key: value for key, value in facts.items() if key != "name"})
+        groups.setdefault(said, ([], facts))[0].append(facts["name"])
+    return list(groups.values())

@@ -66,7 +66,7 @@ def _difference(first: Target, second: Target) -> str | None:
 
 def _other_head(first: AdapterFiles, second: AdapterFiles) -> str | None:
     """The first tensor other than the LoRA factors that differs, as a clause; None if there is none."""
-    one, other = ({n: w for n, w in files.weights.items() if ".lora_" not in n} for files in (first, second))
+    one, other = first.saved, second.saved
     for name in sorted(one.keys() | other.keys()):
         if name not in one or name not in other or not torch.equal(one[name], other[name]):
             return f"differ in the saved module {name}"

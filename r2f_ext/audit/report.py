@@ -18,9 +18,9 @@ from r2f_ext.audit.record import Inputs, public_name
 from r2f_ext.audit.run import LATER, AuditResult
 from r2f_ext.audit.sets import SetReport
 from r2f_ext.audit.verdict import JUDGED_ROUTE, LeakVerdict, conclude
+from r2f_ext.capture.tokens import tokens_of
 from r2f_ext.config import AuditConfig
 from r2f_ext.env import environment
-from r2f_ext.inversion.geometry import vit_geometry
 from r2f_ext.inversion.route import Verdict
 from r2f_ext.inversion.routes import refusals, registry
 from r2f_ext.models import AdapterFacts
@@ -127,7 +127,7 @@ class AuditReport:
             "p_value": found.p_value,
             "judged_route": JUDGED_ROUTE,
             "exact": [asdict(one) for part in self.sets for one in part.exact()],
-            "threat_model": {route: getattr(registry()[route], "threat_model", "") for route in used},
+            "threat_model": {route: registry()[route].threat_model for route in used},
             "tried": self.tried,
             "not_tried": [{"route": route, "why": why} for route, why in self.not_tried.items()],
             "sentences": list(found.sentences),
@@ -151,7 +151,7 @@ def target_to_json(target: Target, verdicts: dict[str, Verdict]) -> dict[str, An
         "base": public_name(target.base.spec),
         "rank": max(layer.rank for layer in target.layers),
         "layers": [asdict(layer) for layer in target.layers],
-        "tokens": vit_geometry(target.base.model).tokens,
+        "tokens": tokens_of(target.base),
         "identifiable": {route: verdict.identifiable for route, verdict in verdicts.items()},
         "why": {route: verdict.why for route, verdict in verdicts.items()},
     }

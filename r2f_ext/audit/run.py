@@ -163,12 +163,12 @@ def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
 
 
 def _notes(problem: Problem) -> tuple[str, ...]:
-    evidence = getattr(problem, "evidence", None)
-    said: tuple[str, ...] = () if evidence is None else evidence.sentences
-    if problem.steps == 1:
+    adapters = problem.adapters or []
+    said = () if problem.evidence is None else problem.evidence.sentences
+    if problem.steps == 1 or all(one.a0 is not None for one in adapters):
         return said
-    which = "their mean A stands" if problem.victims > 1 else "its final A stands"
-    return (*said, f"A may have moved from where it started: {which} in for the A of the proxies.")
+    which = "their mean A stands" if len(adapters) > 1 else "its final A stands"
+    return (*said, f"A before training is not known: {which} in for it, in the proxies too.")
 
 
 def generate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from math import isnan, nan
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from r2f_ext.audit.metrics import Score, psnr_db, score, ssim
 from r2f_ext.audit.run import AuditResult
 from r2f_ext.audit.verdict import JUDGED_ROUTE, UNSCORED, ExactImage, LeakVerdict, judge
 from r2f_ext.data import ImageSet
+from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.types import Reconstruction
 
 
@@ -126,19 +126,7 @@ def _exactness(found: Reconstruction) -> list[dict[str, Any]] | None:
     """For each victim {exact, bound_db, free_directions, words}; None where the route cannot tell."""
     if "exact" not in found.per_victim:
         return None
-    return [_exactness_of(found, victim) for victim in range(len(found.images))]
-
-
-def _exactness_of(found: Reconstruction, victim: int) -> dict[str, Any]:
-    figure = {name: float(values[victim]) for name, values in found.per_victim.items()}
-    bound, free = figure.get("bound_db", nan), figure.get("free_directions", nan)
-    exact = figure["exact"] == 1
-    return {
-        "exact": exact,
-        "bound_db": None if isnan(bound) else bound,
-        "free_directions": None if isnan(free) else int(free),
-        "words": "exact" if exact else "not exact",
-    }
+    return [asdict(exactness_of(found, victim)) for victim in range(len(found.images))]
 
 
 def set_report(

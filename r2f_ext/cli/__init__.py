@@ -10,12 +10,13 @@ import sys
 import warnings
 
 from r2f_ext.cli.checks import check
-from r2f_ext.cli.failures import report_failure, sigterm_as_interrupt
+from r2f_ext.cli.failures import escape_what_the_terminal_cannot_show, report_failure, sigterm_as_interrupt
 from r2f_ext.cli.options import parse
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    escape_what_the_terminal_cannot_show()
     options = parse(arguments)
     try:
         with sigterm_as_interrupt(), warnings.catch_warnings():

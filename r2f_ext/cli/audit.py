@@ -9,8 +9,10 @@ from rich.markup import escape
 
 from r2f_ext.audit.demo import demo
 from r2f_ext.audit.entry import Prepared, audit
+from r2f_ext.audit.filled import filled
 from r2f_ext.audit.replay import largest_change_db, read_report, replay
-from r2f_ext.audit.report import target_to_json
+from r2f_ext.audit.report import AuditReport, target_to_json
+from r2f_ext.audit.write import report_files
 from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import console, drawn_stages, print_report, print_target
 from r2f_ext.cli.inputs import Options
@@ -42,14 +44,14 @@ def run_audit(options: Options) -> dict[str, Any]:
             stages=stages,
             on_ready=_print_prepared,
         )
-    return _print_finished(report.to_json(), options.out)
+    return _print_finished(report, options.out)
 
 
 def run_demo(options: Options) -> dict[str, Any]:
     folder = output_folder(options.out)
     with drawn_stages() as stages:
         report = demo(folder, AuditConfig(seed=options.seed), chosen_device(options), stages)
-    return _print_finished(report.to_json(), options.out)
+    return _print_finished(report, options.out)
 
 
 def _replay(options: Options) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def _replay(options: Options) -> dict[str, Any]:
     device = None if options.device == "auto" else chosen_device(options)
     with drawn_stages() as stages:
         report = replay(options.replay, out=options.out, device=device, stages=stages, on_ready=_print_prepared)
-    data = _print_finished(report.to_json(), options.out)
+    data = _print_finished(report, options.out)
     change = largest_change_db(recorded, data)
     if change is not None:
         console.print(f"largest change of a mean PSNR against '{escape(options.replay)}': {change:.2f} dB")
@@ -67,20 +69,19 @@ def _replay(options: Options) -> dict[str, Any]:
 
 
 def _print_prepared(ready: Prepared) -> None:
-    steps = "A has left PEFT's initial range, so more than one step was taken"
-    if ready.one_step:
-        steps = "A still lies in PEFT's initial range, as after one step"
+    steps = " ".join(ready.evidence.sentences)
     print_target({**target_to_json(ready.target, ready.verdicts), "steps": steps})
 
 
-def _print_finished(data: dict[str, Any], out: str | None) -> dict[str, Any]:
+def _print_finished(report: AuditReport, out: str | None) -> dict[str, Any]:
+    data = report.to_json()
     console.print()
-    print_report(data)
+    print_report(filled(data))
     seconds = f"{data['seconds']['total']:.0f} s"
     if out is None:
         console.print(seconds)
         return data
     console.print(f"{seconds}; see:")
-    for name in ("report.html", "reconstructions.png", "report.json"):
+    for name in report_files(report):
         console.print(f"  {escape(str(Path(out) / name))}")
     return data

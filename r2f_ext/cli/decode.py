@@ -23,7 +23,7 @@ def run_decode(options: Options) -> dict[str, Any]:
         if pairs.target.layers != target.layers:
             raise R2FError(f"the pairs in '{options.pairs}' are of other layers, rank or alpha: make new ones.")
         projected = AgnosticPairs(pairs, load_core(decoders, pairs))
-        updates = projected.view(updates, adapters[0].a)
+        updates = projected.view(updates, adapters[0].start)
         decoder = load_decoder(decoders, options.kind, pairs, projected)
     else:
         check_same_a(pairs, adapters[0])

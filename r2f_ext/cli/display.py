@@ -1,7 +1,8 @@
-"""Progress bars and tables on the terminal."""
+"""Progress bars, tables and reports on the terminal; without a terminal, plain lines that are never wrapped."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from r2f_ext.audit.names import counted, leading_sentences, row_name, span
 from r2f_ext.progress import Advance, Stages
 
-console = Console(highlight=False, soft_wrap=True)
+PIPE_WIDTH = 10_000  # wider than any row: what reads a pipe finds each row on one line
 CONTROL = "red"
+# Keys of a decoder's figures that are shown where the report has them -> heads of their columns.
+BESIDE = {
+    "victim_true": "private images",
+    "victim_estimate": "estimate for victims",
+    "class_mean_cosine": "class mean",
+    "floor_cosine": "floor",
+}
+
+
+def console_for(terminal: bool) -> Console:
+    """The console of a terminal, as wide as it is, or of a pipe."""
+    return Console(highlight=False, soft_wrap=True, width=None if terminal else PIPE_WIDTH)
+
+
+console = console_for(sys.stdout.isatty())
 
 
 class _Rate(ProgressColumn):
@@ -85,8 +102,9 @@ def print_target(target: dict[str, Any]) -> None:
     """Base, layers and rank of an adapter, and the count of every route."""
     layers = target["layers"]
     console.print(
-        f"base {escape(target['base'])}, {len(layers)} adapted layers, rank {target['rank']}, "
-        f"scale {layers[0]['scale']:g}, {target['tokens']} tokens; {target['steps']}"
+        f"base {escape(target['base'])}, {counted(len(layers), 'adapted layer')}, "
+        f"{span('rank', [layer['rank'] for layer in layers])}, {span('scale', [layer['scale'] for layer in layers])}, "
+        f"{target['tokens']} tokens; {target['steps']}"
     )
     print_verdicts([(route, ok, target["why"][route]) for route, ok in target["identifiable"].items()])
 
@@ -98,23 +116,71 @@ def print_verdicts(verdicts: list[tuple[str, bool, str]]) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The figures of an audit, from the data of report.json."""
+    """The verdict and the figures of an audit, from the data of report.json."""
+    _print_verdict(leading_sentences(report["verdict"]["sentences"]))
+    for facts in report["adapters"]:
+        _print_notes([f"{facts['name']}: {sentence}" for sentence in (*facts["leaks"], *facts["notes"])])
+    _print_notes(report["notes"])
+    for name, figures in report["reconstruction"].items():
+        _print_set(name, figures, alone=len(report["reconstruction"]) == 1)
     if report["phase0"]:
         print_phase0("Phase 0: the exact gradient, inverted in closed form", report["phase0"])
     for proxy, part in report["proxies"].items():
         _print_decoders(proxy, part)
-    _print_notes(report["notes"])
-    for name, figures in report["reconstruction"].items():
-        rows = [_route_row(route, values) for route, values in figures["routes"].items()]
-        rows += [
-            [f"control: {control.replace('_', ' ')}", f"{value:.2f}", "", "", ""]
-            for control, value in figures["controls"].items()
-        ]
-        title = f"{name}: {figures['n']} adapters, proxy {figures['proxy']}"
-        table(title, ["", "PSNR dB", "std", "SSIM", "labels right"], rows)
-        console.print(Text(figures["verdict"], style="bold"))
-        _print_notes(figures["notes"])
-        console.print()
+    for one in report["verdict"]["not_tried"]:
+        console.print(Text(f"not tried: {row_name(one['route'])}: {one['why']}"))
+
+
+def _print_verdict(sentences: list[str]) -> None:
+    """The first sentence in bold, then the others."""
+    for i, sentence in enumerate(sentences):
+        console.print(Text(sentence, style="bold" if i == 0 else ""))
+    console.print()
+
+
+def _print_set(name: str, figures: dict[str, Any], alone: bool) -> None:
+    """The table of a set that is scored; of any set, what each route made of it and the sentences on it."""
+    if not alone:
+        console.print(Text(f"{name}: {figures['verdict']}", style="bold"))
+    title = f"{name}: {counted(figures['n'], 'adapter')}, proxy {figures['proxy']}"
+    if figures["controls"]:
+        _print_scores(title, figures)
+    else:
+        console.print(Text(f"{title}; without private images there is no PSNR", style="bold"))
+    for route, values in figures["routes"].items():
+        exact = [one for one in values["exact"] or () if one is not None]
+        found = f"{row_name(route)}: {_exact_words(exact, figures['n'])}" if exact else row_name(route)
+        console.print(Text(f"{found}. {values['why']}" if exact else f"{found}: {values['why']}"))
+    if figures["pairing"]:
+        console.print(Text(figures["pairing"]))
+    _print_notes(figures["notes"])
+    console.print()
+
+
+def _exact_words(exact: list[dict[str, Any]], count: int) -> str:
+    if count == 1:
+        return str(exact[0]["words"])
+    certain = [f"victim {i + 1} {one['words']}" for i, one in enumerate(exact) if one["exact"]]
+    return f"{len(certain)} of {count} exact{': ' * bool(certain)}{', '.join(certain)}"
+
+
+def _print_scores(title: str, figures: dict[str, Any]) -> None:
+    rows = [_route_row(route, values) for route, values in figures["routes"].items()]
+    rows += [
+        [row_name(control), "" if value is None else f"{value:.2f}", "", "", "", _difference(figures, control)]
+        for control, value in figures["controls"].items()
+    ]
+    head = ["", "PSNR dB", "std", "SSIM", "labels right", "beaten by dB (interval)"]
+    table(title, head, rows)
+
+
+def _difference(figures: dict[str, Any], control: str) -> str:
+    """By how much the judged route is better than a control."""
+    found = figures["control_intervals"].get(control)
+    if found is None:
+        return ""
+    interval = found["interval_db"]
+    return f"{found['difference_db']:+.1f}" + (f" ({interval[0]:+.1f} to {interval[1]:+.1f})" if interval else "")
 
 
 def _print_notes(notes: list[str]) -> None:
@@ -123,15 +189,14 @@ def _print_notes(notes: list[str]) -> None:
 
 
 def _route_row(route: str, values: dict[str, Any]) -> list[str]:
-    if values["psnr_db_mean"] is None:
-        return [route, "not scored", "", "", ""]
     accuracy = values["label_accuracy"]
     return [
-        route,
+        row_name(route),
         f"{values['psnr_db_mean']:.2f}",
         f"{values['psnr_db_std']:.2f}",
         f"{values['ssim_mean']:.3f}",
         "" if accuracy is None else f"{accuracy:.0%}",
+        "",
     ]
 
 
@@ -147,10 +212,18 @@ def _print_decoders(proxy: str, part: dict[str, Any]) -> None:
         for kind, figures in kinds.items():
             by_kind.setdefault(kind, []).append(figures)
     rows = []
+    every = [figures for layers in by_kind.values() for figures in layers]
+    more = [(key, name) for key, name in BESIDE.items() if any(one.get(key) is not None for one in every)]
     for kind, layers in by_kind.items():
         means = [figures["cosine_mean"] for figures in layers]
         worst_p05 = min(figures["cosine_p05"] for figures in layers)
-        rows.append([kind, f"{sum(means) / len(means):.3f}", f"{min(means):.3f}", f"{worst_p05:.3f}"])
+        rows.append([kind, _mean(means), f"{min(means):.3f}", f"{worst_p05:.3f}"])
+        rows[-1] += [_mean([figures[key] for figures in layers if figures.get(key) is not None]) for key, _ in more]
     pairs = part["pairs"]
-    title = f"Decoders, proxy {proxy} ({pairs['count']:,} pairs, {pairs['per_second']:,.0f} a second): held-out cosine"
-    table(title, ["kind", "mean", "worst layer", "worst 5%"], rows)
+    speed = f"{counted(pairs['count'], 'pair')}, {pairs['per_second']:,.0f} a second"
+    title = f"Decoders, proxy {proxy} ({speed}): cosine on held-out pairs of the proxy"
+    table(title, ["kind", "mean", "worst layer", "worst 5%", *(name for _, name in more)], rows)
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.3f}" if values else ""

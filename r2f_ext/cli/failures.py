@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 import tempfile
@@ -16,8 +17,21 @@ from typing import NoReturn
 
 from r2f_ext.errors import R2FError, out_of_memory
 
-REFUSED, UNEXPECTED, INTERRUPTED, TERMINATED = 2, 70, 130, 143  # 70: sysexits.h; 128 + the signal's number
+REFUSED, UNEXPECTED = 2, 70  # 70: sysexits.h
+INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number
 TRACEBACK = "traceback.txt"
+RESUMED = ("pairs", "fit")  # the commands that go on from what an interrupted run finished
+# Errors of the machine, not of this program -> the remedy.
+SYSTEM_ERRORS = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EACCES: "change its permissions or name another one",
+    errno.EPERM: "change its permissions or name another one",
+    errno.EROFS: "choose another disk",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,6 +56,13 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
+def escape_what_the_terminal_cannot_show() -> None:
+    """Print what the terminal cannot show (a path under PYTHONIOENCODING=ascii) as backslash escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def report_failure(error: BaseException, options: argparse.Namespace) -> int:
     """Print what went wrong, the traceback too with --debug; returns the exit code."""
     if options.debug:
@@ -55,18 +76,27 @@ def _explain(error: BaseException, options: argparse.Namespace) -> tuple[str, in
     if isinstance(error, R2FError):
         return str(error), REFUSED
     if isinstance(error, Terminated):
-        return "terminated; nothing half-written was left behind.", TERMINATED
+        return f"terminated; {_left_behind(options)}", TERMINATED
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing half-written was left behind.", INTERRUPTED
+        return f"interrupted; {_left_behind(options)}", INTERRUPTED
     if out_of_memory(error):
         on_gpu = "CUDA" in str(error) or "CUBLAS" in str(error)
         remedies = ["run with --device cpu"] if on_gpu else []
         remedies += ["ask for fewer pairs (--count)"] if hasattr(options, "count") else []
         place = " on the GPU" if on_gpu else ""
         return f"out of memory{place}: {', or '.join([*remedies, 'use a machine with more memory'])}.", REFUSED
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        place = "" if error.filename is None else f" ('{error.filename}')"
+        return f"{error.strerror}{place}: {SYSTEM_ERRORS[error.errno]}.", REFUSED
     first_line = (str(error).splitlines() or [""])[0][:200].rstrip(".")
     what = f"unexpected {type(error).__name__}{': ' * bool(first_line)}{first_line}"
     return f"{what}; the traceback is in {_write_traceback(error, options)} (--debug shows it here).", UNEXPECTED
+
+
+def _left_behind(options: argparse.Namespace) -> str:
+    if options.command in RESUMED:
+        return "nothing half-written was left behind, and the same command goes on from what is finished."
+    return "nothing half-written was left behind."
 
 
 def _write_traceback(error: BaseException, options: argparse.Namespace) -> Path:
@@ -76,10 +106,10 @@ def _write_traceback(error: BaseException, options: argparse.Namespace) -> Path:
         path = Path(options.out) / TRACEBACK
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return path
         except OSError:
             pass
-    with tempfile.NamedTemporaryFile("w", prefix="r2f-", suffix=f"-{TRACEBACK}", delete=False) as file:
-        file.write(text)
+    with tempfile.NamedTemporaryFile("wb", prefix="r2f-", suffix=f"-{TRACEBACK}", delete=False) as file:
+        file.write(text.encode(errors="backslashreplace"))
     return Path(file.name)

@@ -36,7 +36,7 @@ def check_same_a(pairs: StoredPairs, adapter: LoraUpdate) -> None:
     """
     if pairs.per_victim_a:
         raise R2FError(f"each victim of '{pairs.folder}' has its own A: make pairs without --per-victim-a.")
-    name = differing_layer(pairs.a, adapter.a)
+    name = differing_layer(pairs.a, adapter.start)
     if name is not None:
         raise R2FError(
             f"the pairs in '{pairs.folder}' were made for another adapter (A of {name} differs): make new ones."

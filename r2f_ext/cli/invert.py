@@ -10,10 +10,12 @@ from typing import Any
 from rich.markup import escape
 
 from r2f_ext.audit.figures import write_images
+from r2f_ext.audit.inputs import load_adapters
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.audit.run import chosen_routes
+from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import console, drawn_stages, table
-from r2f_ext.cli.inputs import check_same_a, read_adapters
+from r2f_ext.cli.inputs import check_same_a
 from r2f_ext.config import AuditConfig
 from r2f_ext.decoders.store import read_gradients
 from r2f_ext.files import output_folder, write_tensors
@@ -22,7 +24,7 @@ from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
 from r2f_ext.inversion.routes import check_runnable, run_routes, verdicts_of
 from r2f_ext.inversion.unet import UNetConfig
 from r2f_ext.models import InitialFactors
-from r2f_ext.pairs import StoredPairs, Training
+from r2f_ext.pairs import StoredPairs
 from r2f_ext.types import Reconstruction
 
 FEWER = "make fewer pairs (r2f pairs --count {})"  # the remedy if the stored pairs do not fit into memory
@@ -30,7 +32,10 @@ FEWER = "make fewer pairs (r2f pairs --count {})"  # the remedy if the stored pa
 
 def run_invert(options: argparse.Namespace) -> dict[str, Any]:
     """Run the routes that the adapter, the pairs and the decoded gradients allow; returns what --json writes."""
-    target, adapters = read_adapters([options.adapter], options)
+    loaded = load_adapters([options.adapter], options.base, chosen_device(options))
+    target, adapters = loaded.target, loaded.updates
+    initial = InitialFactors(target, adapters[0], options.initial, options.a0_seed)
+    given = adapter_problem(target, adapters, initial, loaded.facts)
     folder = output_folder(options.out)
     pairs = StoredPairs(options.pairs, target.base)
     check_same_a(pairs, adapters[0])
@@ -42,11 +47,10 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
     )
     config = fit_to_memory(target, len(adapters), len(pairs), asked, fewer=FEWER)
-    initial = InitialFactors(target, adapters[0], options.initial, options.a0_seed)
     problem = replace(
-        adapter_problem(target, adapters, initial),
+        given,
         a=pairs.a,
-        training=_training(pairs),
+        training=pairs.training,
         decoded=None if options.gradients is None else read_gradients(Path(options.gradients), target, len(adapters)),
         proxies=Proxies(pairs.updates(0, len(pairs)), *pairs.samples(), target.base.num_classes),
         matching=config.matching,
@@ -63,12 +67,6 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
     return _written(folder, problem, outcome.reconstructions, outcome.not_run)
 
 
-def _training(pairs: StoredPairs) -> Training | None:
-    """The recipe of the stored victims, where they were simulated with one."""
-    recipe = pairs.manifest.get("training")
-    return None if recipe is None else Training(**recipe)
-
-
 def _written(folder: Path, problem: Problem, found: list[Reconstruction], not_run: dict[str, str]) -> dict[str, Any]:
     for part in found:
         write_images(folder / f"{part.route}.png", [(part.route, part.images.cpu())])
@@ -81,10 +79,14 @@ def _written(folder: Path, problem: Problem, found: list[Reconstruction], not_ru
             "estimate; use a proxy that is nearer to the private data, or procedural."
         )
     table("Routes taken", ["route", "seconds", "why"], [[p.route, f"{p.seconds:.1f}", p.why] for p in found])
+    evidence = list(problem.evidence.sentences) if problem.evidence is not None else []
+    for sentence in evidence:
+        console.print(escape(sentence))
     for route, why in not_run.items():
         console.print(f"{route}: {escape(why)}")
     console.print(f"images: {escape(str(folder))}")
-    return {"routes": {p.route: _figures(p) for p in found}, "not_run": not_run, "far_from_proxy": far}
+    routes = {part.route: _figures(part) for part in found}
+    return {"routes": routes, "not_run": not_run, "far_from_proxy": far, "evidence": evidence}
 
 
 def _figures(part: Reconstruction) -> dict[str, Any]:

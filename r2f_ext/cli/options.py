@@ -7,10 +7,30 @@ from typing import Any
 
 from r2f_ext import __version__
 
-# The names of r2f_ext.decoders.KINDS and r2f_ext.data.load.LOADERS, repeated because help must not load torch; tests
-# compare them.
+# Names of the library, repeated because help and refusals must not load torch; tests compare them.
 KINDS = ("projection", "row_lmmse", "ridge", "kernel_ridge", "mlp", "conv", "unet")
 IMAGES = ("embedded", "fashion-mnist", "cifar100", "lfw", "photos", "procedural")
+PRIVATE_IMAGES = {  # how many there are to score against
+    "embedded": 100,
+    "fashion-mnist": 10_000,
+    "cifar100": 10_000,
+    "lfw": 100,
+    "photos": 100,
+    "procedural": 100,
+}
+ROUTES = (
+    "adapter_rowspace",
+    "amortised",
+    "amortised_refined",
+    "attention_rowspace",
+    "gauss_newton",
+    "gauss_newton_matrix_free",
+    "gauss_newton_unrolled",
+    "matching",
+    "patch_position",
+)
+BASES = "'embedded', 'timm:NAME', 'timm-random:NAME', 'transformers:OWNER/NAME', or a folder that exists"
+BASE_PREFIXES = ("timm:", "timm-random:", "transformers:")
 
 DESCRIPTION = """\
 How much of its training data does a LoRA adapter give away?
@@ -42,10 +62,14 @@ pairs and fit also on several processes or machines:
 
 exit codes: 0 done; 2 bad input, explained in one sentence; 70 an error in r2f itself (--debug
 shows the traceback); 130 interrupted with Ctrl-C; 143 terminated.
-Files appear under their final names only when they are complete.
+Files appear under their final names only when they are complete. pairs and fit that were
+interrupted go on when the same command is run again.
 """
 
-BASE_HELP = "embedded (default) | timm:NAME | a FOLDER with config.json and model.safetensors"
+BASE_HELP = (
+    "embedded (default) | timm:NAME | timm-random:NAME (random weights, no download) | transformers:OWNER/NAME | a "
+    "FOLDER that timm or transformers saved"
+)
 Commands = Any  # what add_subparsers returns; argparse keeps its type private
 IMAGES_HELP = f"{' | '.join(IMAGES)} | a FOLDER | a+b"
 
@@ -155,7 +179,7 @@ def _audit(commands: Commands) -> None:
     command.add_argument(
         "--private",
         metavar="DATA",
-        help="the true training images, to score against: as --proxy, or DATA:INDEX for one of them (embedded:3)",
+        help="the true training images, to score against: as --proxy, or DATA:INDEX[,INDEX...] for some (embedded:3)",
     )
     command.add_argument("--count", type=int, default=8000, metavar="N", help="proxy pairs (default 8000)")
     _routes(command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
 from r2f_ext.pairs import (
     GeneratedPairs,
+    PairsPlan,
     ReprojectedPairs,
     SimulatedPairs,
     StoredPairs,
     Training,
     WritablePairs,
-    write_pairs,
+    plan_pairs,
 )
 from r2f_ext.types import BaseModel, Target
 
@@ -30,18 +30,31 @@ from r2f_ext.types import BaseModel, Target
 def run_pairs(options: Options) -> dict[str, Any]:
     target, (adapter,) = read_adapters([options.adapter], options)
     folder = output_folder(options.out)
-    a = {name: a.float() for name, a in adapter.a.items()}
+    a = {name: a.float() for name, a in adapter.start.items()}
     pairs = _new_pairs(options, target, a)
-    count = min(options.count, len(pairs))
-    with drawn_stages() as stages, stages.stage("pairs", count) as advance:
-        write_pairs(pairs, count, folder, advance, options.dense, _print_size(count))
-    rate = count / stages.seconds["pairs"]
-    console.print(f"{count} pairs, {rate:,.0f} a second, in {escape(str(folder))}")
-    return {"count": count, "per_second": rate, "proxy": pairs.recipe["proxy"]}
+    plan = plan_pairs(pairs, min(options.count, len(pairs)), folder, options.dense)
+    _print_plan(plan)
+    made = plan.count - plan.found
+    with drawn_stages() as stages, stages.stage("pairs", made) as advance:
+        plan.write(advance)
+    rate = made / stages.seconds["pairs"]
+    if made:
+        console.print(f"{made} pairs made, {rate:,.0f} a second; {plan.count} in {escape(str(folder))}")
+    return {"count": plan.count, "made": made, "per_second": rate, "proxy": pairs.recipe["proxy"]}
 
 
-def _print_size(count: int) -> Callable[[int], None]:
-    return lambda size: console.print(f"{count:,} pairs take {size / 1e9:.2f} GB on disk")
+def _print_plan(plan: PairsPlan) -> None:
+    """The pairs' size, and what the folder holds of them already."""
+    place = escape(str(plan.folder))
+    console.print(f"{plan.count:,} pairs take {plan.size / 1e9:.2f} GB on disk")
+    if plan.finished:
+        console.print(
+            f"'{place}' holds these {plan.count} pairs already, made by the same recipe: nothing is left to do."
+        )
+    elif plan.found:
+        console.print(f"'{place}' holds {plan.found} of the {plan.count} pairs: only the others are made.")
+    elif plan.replaces:
+        console.print(f"'{place}' holds unfinished pairs of another recipe: they are removed, and all are made anew.")
 
 
 def _new_pairs(options: Options, target: Target, a: dict[str, Tensor]) -> WritablePairs:

@@ -39,11 +39,13 @@ def run_phase0_command(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_identifiability(options: argparse.Namespace) -> dict[str, Any]:
     """Count the closed forms of timm models; of one model, every route's verdict."""
-    counted = {name: closed_forms(shape_of(name, options.image_size)) for name in options.model or TIMM_MODELS}
+    bases = {name: shape_of(name, options.image_size) for name in options.model or TIMM_MODELS}
+    counted = {name: closed_forms(base) for name, base in bases.items()}
     rows = [[name, *one.cells()] for name, one in counted.items()]
     table("Which closed forms can be exact (batch 1)", list(COLUMNS), rows)
-    if len(counted) == 1:
-        print_verdicts([(v.route, v.identifiable, v.why) for v in identifiability(options.model[0]).values()])
+    if len(bases) == 1:
+        (base,) = bases.values()
+        print_verdicts([(v.route, v.identifiable, v.why) for v in identifiability(base).values()])
     return {name: _to_json(one) for name, one in counted.items()}
 
 

@@ -79,8 +79,13 @@ def _check(shape: Shape, num_classes: int, count: int | None, seed: int, role: s
         raise R2FError(f"unknown role '{role}': use 'proxy' or 'private'.")
     if len(shape) != 3 or shape[0] not in (1, 3) or min(shape[1:]) < 8:
         raise R2FError(f"input shape {tuple(shape)} is not (1 or 3, height, width) with sides of at least 8.")
-    if num_classes < 1 or seed < 0:
-        raise R2FError(f"num_classes must be at least 1 and seed at least 0, got {num_classes} and {seed}.")
+    if num_classes < 1:
+        raise R2FError(
+            f"labels need at least one class, and num_classes is {num_classes}: a base without a classifier has "
+            "none, so pass one with its classifier."
+        )
+    if seed < 0:
+        raise R2FError(f"the seed of images must be at least 0, got {seed}.")
     if count is not None and count < 1:
         raise R2FError(f"the count of {role} images must be at least 1, got {count}.")
 

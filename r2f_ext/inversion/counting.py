@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from math import prod
-
-from torch import nn
 
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.geometry import ViTGeometry, base_geometry
@@ -45,15 +44,33 @@ def search_verdict(problem: Problem, route: str, description: str, refusal: str 
 
 
 def _observed_numbers(problem: Problem) -> tuple[int, str]:
+    """How many of the observed numbers are independent, layer by layer, and what they are called."""
+    tokens, model = problem.effective_tokens, problem.base.model
     if problem.target is not None:
         moved = problem.steps is not None and problem.steps > 1
-        layers = problem.target.layers
-        return sum(layer.rank * (layer.d_out + moved * layer.d_in) for layer in layers), "of the LoRA update"
-    model = problem.base.model
-    if problem.shared is not None:
-        return sum(model.get_parameter(name).numel() for name in set(problem.shared)), "of the shared gradients"
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return sum(module.weight.numel() for module in linear), "of the exact gradients of the linear layers"
+        total = 0
+        for layer in problem.target.layers:
+            seen = tokens[layer.name] * problem.batch
+            total += rank_limited(seen, layer.d_out, layer.rank)
+            total += rank_limited(seen, layer.rank, layer.d_in) if moved else 0
+        return total, "of the LoRA update"
+    shapes = {f"{name}.weight": model.get_submodule(name).weight.shape for name in tokens}
+    total = sum(
+        rank_limited(tokens[name.removesuffix(".weight")] * problem.batch, *shape)
+        for name, shape in shapes.items()
+        if problem.shared is None or name in problem.shared
+    )
+    if problem.shared is None:
+        return total, "of the exact gradients of the linear layers"
+    total += sum(model.get_parameter(name).numel() for name in set(problem.shared) - shapes.keys())
+    return total, "of the shared gradients"
+
+
+def rank_limited(tokens: int, rows: int, columns: int) -> int:
+    """Independent numbers in a sum of `tokens` outer products, [rows, columns]: the dimension of the matrices of that
+    rank, k (rows + columns - k). With one token it is rows + columns - 1, however many entries the matrix has."""
+    rank = min(tokens, rows, columns)
+    return rank * (rows + columns - rank)
 
 
 def several_steps(problem: Problem) -> str | None:
@@ -62,10 +79,26 @@ def several_steps(problem: Problem) -> str | None:
         return "the victims did not take one plain SGD step, which the search models; gauss_newton_unrolled models more"
     if (problem.steps or 1) > 1 or (problem.adapters and problem.steps is None):
         return (
-            "A has left PEFT's initial range, so more than one step was taken, and the search models one; "
+            "more than one step was taken, or cannot be excluded, and the search models one; "
             "gauss_newton_unrolled models several"
         )
     return None
+
+
+def doubt(problem: Problem) -> str | None:
+    """Why no image of these adapters can be called exact by a search that models their training, as a clause."""
+    dropped = [facts for facts in problem.facts if facts.dropout > 0]
+    if dropped:
+        return f"'{dropped[0].name}' was trained with dropout, whose random draws are unknown"
+    return None
+
+
+def where_gradients_are(problem: Problem, verdict: Verdict) -> Verdict:
+    """The verdict of a closed form of exact gradients, refused where an adapter was given in their place."""
+    if problem.adapters is None or problem.gradients is not None:
+        return verdict
+    why = "Not run: it needs exact gradients, and an adapter was given."
+    return replace(verdict, certainty=Certainty.REFUSED, why=why)
 
 
 def not_shared(shared: Collection[str] | None, *names: str) -> str | None:

@@ -13,8 +13,8 @@ Besides the damping described in `newton`, convergence from a start of about 20 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,17 @@ from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.exactness import (
+    DRAWS,
+    GRAM_COLUMNS,
+    Bound,
+    DenseMap,
+    arithmetic_errors,
+    bound_error,
+    in_float64,
+    rounded,
+    storage_precision,
+)
 from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
 from r2f_ext.inversion.newton import (
     DAMPINGS,
@@ -43,8 +54,8 @@ from r2f_ext.types import Reconstruction, Target
 ROUTE = "gauss_newton"
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
+FULL_BITS = 32  # of the dtype that PEFT draws A in
 NEAR, FAR = 0.007, 0.02  # relative residuals below which a derivative serves, and above which only a cloud does
-GRAM_COLUMNS = 4096  # of the Jacobian that are in float64 at once
 
 
 @dataclass(frozen=True)
@@ -97,20 +108,6 @@ class Subspace:
 def too_large(pixels: int) -> str:
     """Why the dense search does not accept images of this many pixel values, as a clause."""
     return f"an image has {pixels} numbers, and the search, which is dense, takes up to {MAX_PIXELS}"
-
-
-class DenseMap(Protocol):
-    """A map z from images to updates with a dense Jacobian: `UpdateMap` or `unrolled.UnrolledMap`."""
-
-    target: Target
-
-    def __call__(self, points: Tensor, label: Tensor, /) -> Tensor:
-        """Points [n, p] in [0, 1], all of one label [1] -> [n, R]."""
-        ...
-
-    def jacobian(self, point: Tensor, label: Tensor, basis: Tensor, /) -> Tensor:
-        """dz along the columns of basis [p, q] at point [p]: [q, R]."""
-        ...
 
 
 class UpdateMap:
@@ -254,6 +251,49 @@ def newton_steps(
     )
 
 
+class UpdateBound:
+    """Bounds the errors of images that were found for the updates of V one-step adapters.
+
+    Args:
+        updates: the map of the search; another one in float64 is made of it on first use.
+        observed: name -> updates [V, d_out, r], in the values that were stored.
+    """
+
+    def __init__(self, updates: UpdateMap, observed: dict[str, Tensor]) -> None:
+        self.updates = updates
+        self.observed = {name: observed[name] for name in updates.target.names}
+
+    @cached_property
+    def precise(self) -> UpdateMap:
+        a = {name: each.double() for name, each in self.updates.a.items()}
+        return UpdateMap(in_float64(self.updates.target), a, self.updates.shape, self.updates.directions)
+
+    def __call__(self, victim: int, image: Tensor, label: Tensor) -> Bound:
+        """image [c * h * w] in [0, 1]; label [1]."""
+        stored = {name: each[victim, None] for name, each in self.observed.items()}
+        observed = flat_units({name: each.double() for name, each in stored.items()})
+        generator = torch.Generator().manual_seed(0)
+        draws = [flat_units({n: rounded(each, generator) for n, each in stored.items()}) for _ in range(DRAWS)]
+        errors = torch.cat(draws) - observed
+        errors += arithmetic_errors(self.updates, self.precise, image, label)
+        errors += self._errors_of_a(image, label, generator)
+        return bound_error(self.precise, observed[0], errors, image, label)
+
+    def _errors_of_a(self, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor | float:
+        """Errors of z by the rounding of A, [DRAWS, R]; 0 where A is stored as precisely as PEFT draws it."""
+        rough = {n: each for n, each in self.updates.a.items() if storage_precision(each).bits < FULL_BITS}
+        if not rough:
+            return 0.0
+        precise = self.precise
+        with Capture(precise.target) as capture:
+            gradient = capture(image.double().view(1, 1, *precise.shape), label[None])
+        found = []
+        for _ in range(DRAWS):
+            a = {**precise.a, **{name: rounded(each, generator) for name, each in rough.items()}}
+            found.append(flat_units(project(precise.target, gradient, a)))
+        return torch.cat(found) - flat_units(project(precise.target, gradient, precise.a))
+
+
 def gauss_newton(
     target: Target,
     a: dict[str, Tensor],
@@ -262,8 +302,11 @@ def gauss_newton(
     subspace: Subspace,
     config: GaussNewtonConfig | None = None,
     advance: Callable[[int], None] = lambda victims: None,
+    doubt: str | None = None,
 ) -> Reconstruction:
     """Route `gauss_newton`: images of V one-step, one-image adapters from their updates.
+
+    Layers in which the update of a victim is zero are left out.
 
     Args:
         a: name -> A [r, d_in] of the adapters.
@@ -273,18 +316,16 @@ def gauss_newton(
             Its `loo_errors`, if any, shape the first cloud of a victim.
         subspace: search space, computed from proxies.
         advance: called with 1 after each victim.
+        doubt: why no image can be called exact, as a clause.
 
     Returns:
-        images [V, c, h, w]: the search's if exact or of a residual far below the start's, else the start.
+        images [V, c, h, w]: the search's if its residual is small or far below the start's, else the start.
         See `search_each`.
 
     Raises:
-        R2FError: an update that is zero or not finite, or a start without labels.
+        R2FError: an update that is not finite, no layer that moved in every victim, or a start without labels.
     """
-    config = config or GaussNewtonConfig()
-    for name, update in observed.items():
-        if not torch.isfinite(update).all() or not update.flatten(1).any(dim=1).all():
-            raise R2FError(f"the update of {name} is zero or not finite: the adapter is untrained or damaged.")
+    config, target = config or GaussNewtonConfig(), moved_layers(target, observed)
     updates = UpdateMap(target, a, start.images.shape[1:], config.directions)
     targets = flat_units({layer.name: observed[layer.name] for layer in target.layers})
 
@@ -292,4 +333,22 @@ def gauss_newton(
         errors = start.loo_errors.get(int(label))
         return search(updates, targets[victim], image, label, subspace, config, errors)
 
-    return search_each(ROUTE, start, find, advance)
+    return search_each(ROUTE, start, find, UpdateBound(updates, observed), advance, doubt)
+
+
+def moved_layers(target: Target, observed: dict[str, Tensor]) -> Target:
+    """The target without layers in which the update [V, d_out, r] of a victim is zero.
+
+    Raises:
+        R2FError: an update that is not finite, or no layer is left.
+    """
+    layers = []
+    for layer in target.layers:
+        update = observed[layer.name].flatten(1)
+        if not torch.isfinite(update).all():
+            raise R2FError(f"the update of {layer.name} is not finite: the adapter is damaged.")
+        if update.any(dim=1).all():
+            layers.append(layer)
+    if not layers:
+        raise R2FError("the update of every layer is zero: the adapter is untrained.")
+    return replace(target, layers=tuple(layers))

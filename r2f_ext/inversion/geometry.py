@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from timm.layers import Attention, PatchEmbed, RmsNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
+from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
-from r2f_ext.types import BaseModel
+from r2f_ext.types import BaseModel, Target
 
 FIRST_QKV = "blocks.0.attn.qkv"
 QKV_WEIGHT = f"{FIRST_QKV}.weight"
 PATCH_WEIGHT, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+PROBES = 2  # random images on which the tokens of a gradient are counted
+CLASSIFIERS = ("head", "fc", "classifier", "head.fc")  # layers that read pooled features: one token an image
+MANY = 1 << 20  # tokens of a layer of an unknown structure: no limit is claimed
 NORMS = (nn.LayerNorm, RmsNorm)
 
 
@@ -31,7 +37,6 @@ class ViTGeometry:
         width: d, the embedding dimension.
         has_pos_embed: there is a position embedding, whose gradient is the gradient at each token.
         has_embed_norm: a norm between the patch embedding and the positions.
-        has_pre_norm: a norm between the positions and block 0 (CLIP).
         linear_qkv: block 0 reads its tokens through (a norm and) one qkv projection.
         norm_scales: unknown scalars per token that the norms before qkv bring into the linear equations.
     """
@@ -45,7 +50,6 @@ class ViTGeometry:
     width: int
     has_pos_embed: bool
     has_embed_norm: bool
-    has_pre_norm: bool
     linear_qkv: bool
     norm_scales: int
 
@@ -75,7 +79,10 @@ def vit_geometry(model: nn.Module, input_size: tuple[int, int] | None = None) ->
             not tile the input.
     """
     if not isinstance(model, VisionTransformer):
-        raise R2FError(f"closed forms need a timm VisionTransformer, and the base is a {type(model).__name__}.")
+        raise R2FError(
+            f"closed forms need a timm VisionTransformer, and the base is a {type(model).__name__}: only "
+            "the statistical routes and the searches can run."
+        )
     embed = model.patch_embed
     proj = getattr(embed, "proj", None)
     if not isinstance(embed, PatchEmbed) or not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
@@ -99,7 +106,6 @@ def vit_geometry(model: nn.Module, input_size: tuple[int, int] | None = None) ->
         width=proj.out_channels,
         has_pos_embed=model.pos_embed is not None,
         has_embed_norm=not isinstance(embed.norm, nn.Identity),
-        has_pre_norm=not isinstance(model.norm_pre, nn.Identity),
         linear_qkv=norms is not None,
         norm_scales=sum(getattr(norm, "bias", None) is not None for norm in norms or ()),
     )
@@ -108,6 +114,40 @@ def vit_geometry(model: nn.Module, input_size: tuple[int, int] | None = None) ->
 def base_geometry(base: BaseModel) -> ViTGeometry:
     """`vit_geometry` of a base at the size of its inputs."""
     return vit_geometry(base.model, (base.input_shape[1], base.input_shape[2]))
+
+
+def measured_tokens(target: Target) -> dict[str, int]:
+    """Adapted layer -> the largest number of tokens of one image at which its output has a gradient.
+
+    Where the head reads the class token alone, that is one token in the last block's proj, fc1 and fc2: their gradients
+    have rank 1. It is measured on PROBES random images.
+    """
+    base, generator = target.base, torch.Generator().manual_seed(0)
+    dtype = next(base.model.parameters()).dtype
+    images = torch.rand(PROBES, 1, *base.input_shape, generator=generator).to(base.device, dtype)
+    labels = torch.randint(base.num_classes, (PROBES, 1), generator=generator).to(base.device)
+    with Capture(target) as capture:
+        delta = capture(images, labels).delta
+    return {name: int(each.any(dim=2).sum(dim=1).max()) for name, each in delta.items()}
+
+
+def structural_tokens(base: BaseModel, names: Collection[str]) -> dict[str, int]:
+    """The same for any layers without a pass through the model: for a base without weights, or of exact gradients.
+
+    One token in the classifier, and behind the last attention of a model that reads its class token alone.
+    """
+    model = base.model
+    try:
+        tokens = base_geometry(base).tokens
+    except R2FError:
+        tokens = MANY
+    pooled = isinstance(model, VisionTransformer) and model.global_pool == "token"
+    last = f"blocks.{len(model.blocks) - 1}." if isinstance(model, VisionTransformer) else None
+    found = {}
+    for name in names:
+        behind = pooled and last is not None and name.startswith(last) and not name.endswith("attn.qkv")
+        found[name] = 1 if behind or name in CLASSIFIERS else tokens
+    return found
 
 
 def norms_before_qkv(model: VisionTransformer) -> list[nn.Module] | None:

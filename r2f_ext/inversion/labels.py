@@ -12,6 +12,8 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 
+NEARLY_WHOLE = 0.25  # farthest that a count may lie from a whole number
+
 
 def recover_labels(
     weight: Tensor | None, bias: Tensor | None = None, batch: int = 1, probabilities: Tensor | None = None
@@ -23,12 +25,12 @@ def recover_labels(
         bias: gradient of its bias [V, classes]. For one image both may have any positive scale; for more the bias must
             be the exact gradient, averaged over the images.
         batch: images of a group, b.
-        probabilities: the model's mean output [classes] on any images, a guess of p; None: 1 / classes each, which is
-            right for a fresh head. Counts are then b (p - gradient), made whole numbers: classes below zero are there
-            for certain, the others by the largest remainder.
+        probabilities: the model's mean output [classes] on images like these, a guess of p; None: 1 / classes each,
+            which is right for a fresh head. The counts are b (p - gradient).
 
     Raises:
-        R2FError: no gradient, not finite, zero, of wrong shape, or b > 1 without a bias.
+        R2FError: no gradient, not finite, zero, of wrong shape; for b > 1, no bias, or counts that are not near whole
+            numbers that sum to b, so that the guess of p is not good enough.
     """
     given = [g for g in (weight, bias) if g is not None]
     if not given:
@@ -60,16 +62,19 @@ def recover_labels(
 
 
 def _counted(gradient: Tensor, batch: int, probabilities: Tensor | None) -> Tensor:
-    """Labels [batch] from the bias's gradient [classes]."""
+    """Labels [batch] from the bias's gradient [classes], where the guess of p gives nearly whole counts."""
     classes = len(gradient)
     p = torch.full_like(gradient, 1 / classes) if probabilities is None else probabilities.to(gradient)
     if p.shape != gradient.shape:
         raise R2FError(f"probabilities are {list(p.shape)} for {classes} classes.")
     expected = batch * (p - gradient)
-    counts = torch.maximum(expected.floor().clamp_min(0), (gradient < 0).to(expected))
-    while counts.sum() < batch:
-        counts[(expected - counts).argmax()] += 1
-    while counts.sum() > batch:
-        removable = torch.where(counts > 0, expected - counts, torch.inf)
-        counts[removable.argmin()] -= 1
+    counts = expected.round()
+    distance = (expected - counts).abs()
+    if float(distance.max()) > NEARLY_WHOLE or float(counts.min()) < 0 or int(counts.sum()) != batch:
+        worst = int(distance.argmax())
+        times = f"{float(expected[worst]):.2f} times"
+        raise R2FError(
+            f"the labels of {batch} images cannot be counted: class {worst} would be there {times} by these "
+            "probabilities; pass the model's mean output on images like these."
+        )
     return torch.repeat_interleave(torch.arange(classes), counts.long())

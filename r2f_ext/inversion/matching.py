@@ -20,7 +20,7 @@ from torch import Tensor
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256_of, write_tensors
 from r2f_ext.inversion.candidates import Candidates, candidates_of
-from r2f_ext.inversion.objectives import Candidate, Objective
+from r2f_ext.inversion.objectives import Candidate, Distance, Objective
 from r2f_ext.inversion.optimizers import LBFGS, Adam, Box, Optimizer
 from r2f_ext.ops.matching_loss import KINDS
 from r2f_ext.types import BaseModel, Gradient, Reconstruction, Target
@@ -190,7 +190,8 @@ class _Search:
         config: MatchingConfig,
         prior: Prior | None,
     ) -> None:
-        self.candidates, self.objective, self.weights, self.config = candidates, objective, weights, config
+        self.candidates, self.objective, self.config = candidates, objective, config
+        self.distance = Distance(config.loss, weights, config.tv_weight, config.isotropic)
         self.prior = prior
         self.images, self.labels = images, labels.repeat_interleave(config.restarts, dim=0)
         self.optimizer = OPTIMIZERS[config.optimizer](images, config.box)
@@ -252,10 +253,7 @@ class _Search:
         return loss.detach(), variation_slope + self.candidates.slope_along(self.images, self.labels, along)
 
     def _loss(self, gradient: Candidate, images: Tensor) -> Tensor:
-        config = self.config
-        return self.objective(
-            gradient, config.loss, self.weights, images.flatten(1, 2), config.tv_weight, config.isotropic
-        )
+        return self.objective(gradient, images.flatten(1, 2), self.distance)
 
     def _double_backward_works(self) -> bool:
         """Whether the model supports double backward and its slope at the start agrees with central differences.

@@ -207,7 +207,6 @@ def search_matrix_free(
     label: Tensor,
     coordinates: Coordinates,
     config: MatrixFreeConfig | None = None,
-    announce: Callable[[float], None] = lambda residual: None,
 ) -> Search:
     """The image whose update or gradient is observed, from products with J and J^T alone.
 
@@ -216,13 +215,12 @@ def search_matrix_free(
     Args:
         observed: [R], from `updates.observation`.
         start: [c * h * w] in [0, 1]; label: [1].
-        announce: called with the lowest relative residual after each point.
     """
     config = config or MatrixFreeConfig()
     steps = KrylovSteps(updates, observed, label, coordinates, config)
     layers = len(updates.target.layers)
     return run_search(
-        lambda images: updates(images, label), steps, observed, start, layers, config.points, config.stalled, announce
+        lambda images: updates(images, label), steps, observed, start, layers, config.points, config.stalled
     )
 
 

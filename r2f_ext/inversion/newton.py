@@ -21,14 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.exactness import REPRODUCED, Bound
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
 DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # relative to J^T J's largest eigenvalue
 SOLVED = 1e-5  # relative residual below which float32 holds no more information
-EXACT = 1e-3  # relative residual, with pixels in [0, 1], below which an image counts as the victim's own
 PRECISE = 1e-4  # relative residual below which a search that no longer improves has reached float32's precision
-IMPROVED = 0.03  # ratio to the start's residual below which an image that is not exact replaces the start
+IMPROVED = (
+    0.03  # ratio to the start's residual below which an image that does not reproduce its update replaces the start
+)
 STALLED = 0.8  # ratio to the lowest residual so far below which a pass counts as an improvement
 
 UpdateOf = Callable[[Tensor], Tensor]  # images [n, p] -> updates [n, R]
@@ -40,8 +42,8 @@ class Search:
 
     Attributes:
         image: [c * h * w] in [0, 1], the point with the lowest residual.
-        residual: |z(x) - z*| over the square root of the number of layers: 0 for the victim's own image, about 1 for
-            an unrelated one.
+        residual: |z(x) - z*| over the square root of the number of layers: 0 where the image's update is the observed
+            one, about 1 for an unrelated image. It does not say whether another image has the same update.
         start_residual: the same at the start.
         passes: number of passes taken.
     """
@@ -52,14 +54,9 @@ class Search:
     passes: int
 
     @property
-    def exact(self) -> bool:
-        """Whether the image is the victim's, decided without the original: its update is the observed one."""
-        return self.residual < EXACT
-
-    @property
     def improved(self) -> bool:
         """Whether the image should replace the start."""
-        return self.residual < max(EXACT, IMPROVED * self.start_residual)
+        return self.residual < max(REPRODUCED, IMPROVED * self.start_residual)
 
 
 class Local(Protocol):
@@ -105,7 +102,6 @@ def run_search(
     layers: int,
     passes: int,
     patience: int,
-    announce: Callable[[float], None] = lambda residual: None,
 ) -> Search:
     """Follow `steps` from start [p] in [0, 1] to the image whose update is observed [R]; the best point is returned.
 
@@ -113,7 +109,6 @@ def run_search(
         layers: number of layers, whose updates of norm 1 are concatenated in `observed`.
         passes: maximum number of passes.
         patience: passes without an improvement after which the search restarts or ends.
-        announce: called with the lowest relative residual after each pass.
     """
 
     def misfit(value: Tensor) -> float:
@@ -132,7 +127,6 @@ def run_search(
         image = point.clamp(0, 1)
         if (reached := misfit(update_of(image))) < least:  # solutions outside the box are not the image
             best, least = image, reached
-        announce(least)
         lowest, since = (residual, 0) if residual < STALLED * lowest else (lowest, since + 1)
         if least < PRECISE and since == 2:
             break
@@ -203,17 +197,26 @@ def dense_jacobian(
 
 
 def search_each(
-    route: str, start: Reconstruction, find: Callable[[int, Tensor, Tensor], Search], advance: Advance
+    route: str,
+    start: Reconstruction,
+    find: Callable[[int, Tensor, Tensor], Search],
+    bound: Callable[[int, Tensor, Tensor], Bound],
+    advance: Advance,
+    doubt: str | None = None,
 ) -> Reconstruction:
-    """Run one search per victim; its image replaces the start if it is exact or far below the start's residual.
+    """Run one search per victim; its image replaces the start if its residual is small or far below the start's.
 
     Args:
         start: images [V, c, h, w] in [0, 1] and labels [V] that the searches begin from.
         find: (victim, start point [c * h * w], label [1]) -> Search.
+        bound: (victim, image found [c * h * w], label [1]) -> what the update says of it; for images that replace the
+            start, unless there is a doubt.
         advance: called with 1 after each victim.
+        doubt: why none can be called exact, as a clause.
 
     Returns:
-        `per_victim` holds `residual`, `start_residual`, `exact` (1 or 0) and `passes`; `details` how many are exact.
+        `per_victim` holds `residual`, `start_residual`, `passes`, `exact` (1 or 0), `bound_db`, `free_directions` and
+        `misfit` (see `Bound`; NaN where not computed); `details` how many are exact.
 
     Raises:
         R2FError: the start has no labels.
@@ -221,20 +224,30 @@ def search_each(
     began = time.perf_counter()
     if start.labels is None:
         raise R2FError(f"{route} needs labels: start it from a route that finds them.")
-    images, searches = [], []
+    images, figures = [], []
     for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
         found = find(victim, image.flatten(), label[None])
-        searches.append(found)
+        judged = found.improved and doubt is None
+        known = bound(victim, found.image, label[None]) if judged else Bound()
+        figures.append(
+            {
+                "residual": found.residual,
+                "start_residual": found.start_residual,
+                "passes": found.passes,
+                "exact": known.exact,
+                "bound_db": known.db,
+                "free_directions": known.free,
+                "misfit": known.misfit,
+            }
+        )
         images.append(found.image.view_as(image) if found.improved else image)
         advance(1)
-    per_victim = {
-        key: torch.tensor([float(getattr(one, key)) for one in searches], dtype=torch.float64)
-        for key in ("residual", "start_residual", "exact", "passes")
-    }
+    per_victim = {key: torch.tensor([float(each[key]) for each in figures], dtype=torch.float64) for key in figures[0]}
     exact = int(per_victim["exact"].sum())
-    why = (
-        f"Gauss-Newton on the update itself: {exact} of {len(images)} images reproduce their update to "
-        f"{EXACT:g} and are exact"
-    )
+    why = f"Gauss-Newton on the update itself: {exact} of {len(images)} images are exact"
+    if doubt is not None:
+        why += f", because {doubt}"
     seconds, details = time.perf_counter() - began, {"exact": float(exact)}
-    return Reconstruction(route, torch.stack(images), start.labels, why, seconds, details, per_victim=per_victim)
+    return Reconstruction(
+        route, torch.stack(images), start.labels, why, seconds, details, per_victim=per_victim, doubt=doubt
+    )

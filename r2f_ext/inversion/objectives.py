@@ -4,7 +4,7 @@ one, plus the total variation of its images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
@@ -19,6 +19,56 @@ Candidate = FactoredGradient | Gradient
 Shape = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Distance:
+    """How a candidate's gradients are compared with the observed ones; the arguments of `ops.matching_loss`.
+
+    Attributes:
+        kind: "layer_cosine", "cosine" or "l2".
+        weights: one per layer, at least 0.
+        tv_weight: weight of the images' total variation.
+        isotropic: which total variation.
+    """
+
+    kind: str
+    weights: list[float]
+    tv_weight: float = 0.0
+    isotropic: bool = False
+
+    def of(self, candidate: list[Tensor], observed: list[Tensor], images: Tensor) -> Tensor:
+        """Loss [T] of gradients [T, ...] and the images [T, c, h, w] that they come from."""
+        return matching_loss(
+            candidate,
+            observed,
+            images=images,
+            weights=self.weights,
+            kind=self.kind,
+            tv_weight=self.tv_weight,
+            isotropic=self.isotropic,
+        )
+
+    def of_factors(
+        self,
+        x: list[Tensor],
+        delta: list[Tensor],
+        observed: list[Tensor],
+        observed_delta: list[Tensor] | None,
+        images: Tensor,
+    ) -> Tensor:
+        """Loss [T] of gradients given as factors, see `ops.factored_matching_loss`."""
+        return factored_matching_loss(
+            x,
+            delta,
+            observed,
+            observed_delta,
+            images=images,
+            weights=self.weights,
+            kind=self.kind,
+            tv_weight=self.tv_weight,
+            isotropic=self.isotropic,
+        )
+
+
 class Objective(Protocol):
     """A loss for each trial, differentiable with respect to the candidate's gradient and its images.
 
@@ -29,19 +79,11 @@ class Objective(Protocol):
 
     shapes: dict[str, Shape]
 
-    def __call__(
-        self,
-        candidate: Candidate,
-        kind: str,
-        weights: Sequence[float],
-        images: Tensor,
-        tv_weight: float,
-        isotropic: bool,
-    ) -> Tensor:
+    def __call__(self, candidate: Candidate, images: Tensor, distance: Distance) -> Tensor:
         """Gradients of T trials and the images [T, c, h, w] that they come from -> loss [T].
 
         Args:
-            kind, weights, tv_weight, isotropic: see `ops.matching_loss`; the weights are in the order of `shapes`.
+            distance: how the two are compared; its weights are in the order of `shapes`.
         """
         ...
 
@@ -71,44 +113,18 @@ class GradientObjective:
         first = observed.dense if isinstance(observed, Gradient) else observed.delta
         self.shapes = {name: tuple(self._dense(name).shape[1:]) for name in first}
 
-    def __call__(
-        self,
-        candidate: Candidate,
-        kind: str,
-        weights: Sequence[float],
-        images: Tensor,
-        tv_weight: float,
-        isotropic: bool,
-    ) -> Tensor:
+    def __call__(self, candidate: Candidate, images: Tensor, distance: Distance) -> Tensor:
         names, seen = list(self.shapes), self.observed
         if isinstance(candidate, Gradient):
             dense = [candidate.dense[name] for name in names]
-            return matching_loss(
-                dense,
-                [self._dense(name).to(dense[0].dtype) for name in names],
-                images=images,
-                weights=weights,
-                kind=kind,
-                tv_weight=tv_weight,
-                isotropic=isotropic,
-            )
+            return distance.of(dense, [self._dense(name).to(dense[0].dtype) for name in names], images)
         x, delta = [candidate.x[name] for name in names], [candidate.delta[name] for name in names]
         if isinstance(seen, Gradient):
             observed, observed_delta = [seen.dense[name].to(x[0].dtype) for name in names], None
         else:
             observed = [seen.x[name].to(x[0].dtype) for name in names]
             observed_delta = [seen.delta[name].to(x[0].dtype) for name in names]
-        return factored_matching_loss(
-            x,
-            delta,
-            observed,
-            observed_delta,
-            images=images,
-            weights=weights,
-            kind=kind,
-            tv_weight=tv_weight,
-            isotropic=isotropic,
-        )
+        return distance.of_factors(x, delta, observed, observed_delta, images)
 
     def _dense(self, name: str) -> Tensor:
         return self.observed.dense[name] if isinstance(self.observed, Gradient) else self.observed.dense(name)
@@ -149,15 +165,7 @@ class UpdateObjective:
                 raise R2FError(f"the observed update of {name} does not fit its A: pass both from one adapter.")
             self.shapes[name] = (update.shape[1], a[name].shape[1])
 
-    def __call__(
-        self,
-        candidate: Candidate,
-        kind: str,
-        weights: Sequence[float],
-        images: Tensor,
-        tv_weight: float,
-        isotropic: bool,
-    ) -> Tensor:
+    def __call__(self, candidate: Candidate, images: Tensor, distance: Distance) -> Tensor:
         if isinstance(candidate, Gradient):
             found = {}
             for layer in self.target.layers:
@@ -167,15 +175,7 @@ class UpdateObjective:
             found = project(self.target, candidate, self.a)
         updates = [found[name] for name in self.shapes]
         observed = [self.observed[name].to(updates[0].dtype) for name in self.shapes]
-        return matching_loss(
-            updates,
-            observed,
-            images=images,
-            weights=weights,
-            kind=kind,
-            tv_weight=tv_weight,
-            isotropic=isotropic,
-        )
+        return distance.of(updates, observed, images)
 
     def norms(self) -> Tensor:
         return torch.stack([update.flatten(1).double().norm(dim=1) for update in self.observed.values()], dim=1)

@@ -13,6 +13,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, QKV_WEIGHT
 from r2f_ext.inversion.route import Certainty, Problem, Verdict
 from r2f_ext.inversion.routes import registry, run_routes, verdicts_of
+from r2f_ext.models.base import check_classifier
 from r2f_ext.types import BaseModel, Reconstruction
 
 NEEDED = (PATCH_WEIGHT, POSITIONS, QKV_WEIGHT)
@@ -45,12 +46,14 @@ def exact_gradients(
         the same afterwards as before.
 
     Raises:
-        R2FError: the images do not fit the base, a label is out of range, or the base has no such parameter.
+        R2FError: the images do not fit the base, a label is out of range, or the base has no classifier or no such
+            parameter.
     """
     if tuple(images.shape[1:]) != tuple(base.input_shape) or len(images) != len(labels):
         raise R2FError(
             f"images {tuple(images.shape)} with {len(labels)} labels do not fit the base's input {base.input_shape}."
         )
+    check_classifier(base)
     parameters = dict(base.model.named_parameters())
     chosen_names = tuple(names) if names is not None else tuple(name for name in NEEDED if name in parameters)
     absent = [name for name in chosen_names if name not in parameters]

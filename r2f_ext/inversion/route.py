@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
+from r2f_ext.inversion.geometry import measured_tokens, structural_tokens
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
 from r2f_ext.inversion.unet import UNetConfig
-from r2f_ext.models import AdapterFacts, InitialFactors, common_a, untouched_a
+from r2f_ext.models import AdapterFacts, Evidence, InitialFactors, common_a, evidence_of
 from r2f_ext.pairs import Training
 from r2f_ext.progress import Advance
 from r2f_ext.types import BaseModel, Gradient, LoraUpdate, Reconstruction, Target
@@ -92,7 +93,7 @@ class Problem:
         base: the public base model.
         target: its adapted layers; None where exact gradients are observed and no adapter.
         shared: names of the parameters whose exact gradients are observed; None: of all.
-        steps: the victims' steps T.
+        steps: the victims' steps T; None: unknown.
         batch: images of one group, b.
         gradients: exact gradients of V groups, parameter name -> gradient of the parameter's shape.
         adapters: the factors of V victims.
@@ -108,6 +109,7 @@ class Problem:
         unet: configuration of the U-Net that refines the amortised estimate; None: kernel ridge alone.
         prior: (images, step) -> gradient [n, c, h, w] of a learned prior, added while matching.
         facts: what the adapters' folders say beside their factors, one per adapter.
+        evidence: what the adapters' factors show of the training; None without adapters.
     """
 
     base: BaseModel
@@ -131,6 +133,15 @@ class Problem:
     unet: UNetConfig | None = None
     prior: PriorGradient | None = None
     facts: tuple[AdapterFacts, ...] = ()
+    evidence: Evidence | None = None
+
+    @cached_property
+    def effective_tokens(self) -> dict[str, int]:
+        """Adapted layer, or linear layer where there is no target -> tokens of one image that its gradient holds."""
+        if self.target is not None and self.base.device.type != "meta":
+            return measured_tokens(self.target)
+        linear = [name for name, module in self.base.model.named_modules() if isinstance(module, nn.Linear)]
+        return structural_tokens(self.base, linear if self.target is None else self.target.names)
 
     @property
     def victims(self) -> int:
@@ -154,17 +165,21 @@ def adapter_problem(
         R2FError: the adapters have different initial A's, or `initial` names an A_0 that is not theirs.
     """
     initial = initial or InitialFactors(target, adapters[0])
-    if initial.named:
-        _ = initial.found  # a wrong folder or seed is refused even where no route needs A_0
+    a = common_a(adapters)
+    if initial.named and initial.found is not None:  # a wrong folder or seed is refused even where no route needs A_0
+        adapters = [replace(one, a0=initial.found.a) for one in adapters]
+        a = common_a(adapters)
+    evidence = evidence_of(adapters, facts)
     return Problem(
         target.base,
         target,
-        steps=1 if all(untouched_a(update) for update in adapters) else None,
+        steps=evidence.steps,
         adapters=adapters,
         observed=stack_updates(adapters),
-        a=common_a(adapters),
+        a=a,
         initial=initial,
         facts=facts,
+        evidence=evidence,
     )
 
 
@@ -177,9 +192,11 @@ class Route(ABC):
         reads: fields of Problem that must not be None.
         after: routes whose reconstructions it reads from `Problem.found`.
         by_default: whether the route runs if no routes are named.
+        threat_model: one sentence: who can use the route, and what they must know.
     """
 
     name: ClassVar[str]
+    threat_model: ClassVar[str]
     title: ClassVar[str | None] = None
     reads: ClassVar[tuple[str, ...]]
     after: ClassVar[tuple[str, ...]] = ()

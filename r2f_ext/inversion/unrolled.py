@@ -259,7 +259,7 @@ class FirstAdamWStep:
 
     Attributes:
         gradient: name -> gradient at B [d_out, r]; zero where the step determines the sign alone.
-        weights: name -> [d_out, r] in [0, 1], falling from 1 where the error of an entry passes `aim` of the layer's
+        weights: name -> [d_out, r] in [0, 1], falling from 1 where the error of an entry passes `AIM` of the layer's
             typical entry; 0 where the step determines the sign alone.
     """
 
@@ -267,17 +267,18 @@ class FirstAdamWStep:
     weights: dict[str, Tensor]
 
 
-def first_adamw_step(b: dict[str, Tensor], training: Training, aim: float = AIM) -> FirstAdamWStep:
+def first_adamw_step(b: dict[str, Tensor], training: Training) -> FirstAdamWStep:
     """Recover the gradient from B after AdamW's first step from B = 0, from how far each entry is from +-lr.
 
     With u = -B / lr = g / (|g| + eps): g = eps u / (1 - |u|), known to (|g| + eps)^2 / eps times the error of u, which
     is a few roundings of B's dtype. The largest |B| is the learning rate but for a share of eps / |g|. A rate that is
     too large, by a share of c, gives all entries above eps / c the size eps / c, so that no entry stands out.
+    One that is too large by less than eps over the largest |g| cannot be told from the right one: every rate from the
+    largest |B| on is that of some gradient.
 
     Args:
         b: name -> B [d_out, r], in the dtype that it was trained in.
         training: AdamW's first step; its learning rate to all digits.
-        aim: see `FirstAdamWStep.weights`.
 
     Raises:
         R2FError: another recipe, or a learning rate that did not make this B; the sentence names the one that did.
@@ -295,7 +296,7 @@ def first_adamw_step(b: dict[str, Tensor], training: Training, aim: float = AIM)
         typical = size[determined].square().mean().sqrt() if determined.any() else size.new_ones(())
         error = (size + EPS).square() / EPS * rounding / typical
         gradient[name] = (size * u.sign()).to(each.dtype)
-        weights[name] = torch.where(determined, 1 / (1 + error / aim), 0.0).to(each.dtype)
+        weights[name] = torch.where(determined, 1 / (1 + error / AIM), 0.0).to(each.dtype)
     return FirstAdamWStep(gradient, weights)
 
 

@@ -2,8 +2,9 @@
 
 from r2f_ext.models.adapter_files import AdapterFiles, read_adapter
 from r2f_ext.models.attach import attach, load_adapter
-from r2f_ext.models.base import load_base, save_base, shape_of
-from r2f_ext.models.evidence import forgot_start, untouched_a
+from r2f_ext.models.base import load_base, shape_of
+from r2f_ext.models.draws import forgot_start
+from r2f_ext.models.evidence import Evidence, evidence_of
 from r2f_ext.models.facts import AdapterFacts
 from r2f_ext.models.initial import (
     InitialA,
@@ -13,15 +14,18 @@ from r2f_ext.models.initial import (
     initial_from_folder,
     initial_from_seed,
 )
+from r2f_ext.models.timm_base import save_base
 
 __all__ = [
     "AdapterFacts",
     "AdapterFiles",
+    "Evidence",
     "InitialA",
     "InitialFactors",
     "attach",
     "common_a",
     "differing_layer",
+    "evidence_of",
     "forgot_start",
     "initial_from_folder",
     "initial_from_seed",
@@ -30,5 +34,4 @@ __all__ = [
     "read_adapter",
     "save_base",
     "shape_of",
-    "untouched_a",
 ]

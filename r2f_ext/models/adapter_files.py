@@ -2,158 +2,160 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, listed, plain
+from r2f_ext.models.config_fields import AdapterConfig, read_config
+from r2f_ext.models.factors import Factors, check_factors, check_numbers, factor_pairs
 from r2f_ext.models.facts import AdapterFacts
-
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-
-# Fields of adapter_config.json that are passed on to PEFT. Paths, revisions and code references are never read.
-USED_FIELDS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "fan_in_fan_out",
-    "modules_to_save",
+from r2f_ext.models.folder import (
+    CONFIG,
+    WEIGHTS,
+    adapters_below,
+    check_adapter_folder,
+    check_folder,
+    leaks_beside,
+    regular_file,
+    weight_files,
 )
-# Fields that do not change what A and B mean: descriptions, and settings that act in training or in a refused variant.
-HARMLESS_FIELDS = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "lora_dropout",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-)
-# Well-known variants by name, for the message. Any other field that is not at its default is refused as well.
-VARIANTS = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "lora_bias": "LoRA bias",
-    "bias": "trained biases",
-    "layer_replication": "layer replication",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "LoRA on bare parameters",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow",
-    "corda_config": "CorDA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "eva_config": "EVA",
-    "lora_ga_config": "LoRA-GA",
-    "loftq_config": "LoftQ",
-    "megatron_config": "Megatron",
-}
-DEFAULTS = {field.name: field.default for field in fields(LoraConfig) if field.default is not MISSING}
-PLAIN_INITS = (True, "gaussian")
+from r2f_ext.models.keys import PREFIX, Keys, canonical
+from r2f_ext.models.safetensors_header import MAX_FILE, read_tensors
+
+__all__ = ["CONFIG", "PREFIX", "WEIGHTS", "AdapterFiles", "read_adapter", "read_factors"]
+
+HEADS = ("head.weight", "fc.weight", "classifier.weight")
+CHANCE = 0.5  # of the mean squared cosine that rows drawn at random have: less is no chance
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The two files of a PEFT folder after the checks: plain LoRA, finite numbers, no pickle.
+    """A PEFT folder after the checks: plain LoRA, finite numbers, no pickle.
 
     Attributes:
-        folder: where they were read from.
-        config: the fields of adapter_config.json that are used.
-        weights: PEFT's state dict.
+        folder: where it was read from.
+        config: the arguments of PEFT's LoraConfig that place and scale the factors.
+        weights: the factors of the layers whose B is not zero, under PEFT's names:
+            `base_model.model.<module>.lora_A.weight` [r, d_in] and `.lora_B.weight` [d_out, r].
         facts: what the folder says beside its factors.
+        saved: every other tensor by its name in the base ("head.weight"): modules that were trained as a whole.
     """
 
     folder: Path
-    config: dict
+    config: dict[str, Any]
     weights: dict[str, Tensor]
     facts: AdapterFacts
+    saved: dict[str, Tensor]
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes of the head saved with the adapter (`modules_to_save`), if there is one."""
-        heads = [w for name, w in self.weights.items() if name.removeprefix(PREFIX) in ("head.weight", "fc.weight")]
-        return heads[0].shape[0] if heads else None
+        heads = [self.saved[name] for name in HEADS if name in self.saved]
+        return heads[0].shape[0] if heads and heads[0].ndim == 2 else None
 
 
 def read_adapter(folder: str | Path) -> AdapterFiles:
     """Read and check a PEFT LoRA folder without binding it to a base.
 
     Raises:
-        R2FError: a file is missing or broken, only a pickle is there, the variant is not plain LoRA,
-            or a factor holds NaN or infinity.
+        R2FError: a file is missing or broken, only a pickle is there, the variant is not plain LoRA, a tensor is
+            empty, cut or not finite, or every B is zero. The sentence says which, and the remedy.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise R2FError(f"adapter folder '{folder}' does not exist: pass a folder written by PEFT's save_pretrained.")
-    config = _read_config(folder)
-    weights = read_factors(folder)
-    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise R2FError(
-            f"adapter '{folder}' holds NaN or infinity in {bad[0]}: it diverged or is damaged; save it again."
-        )
-    factors = [tensor for name, tensor in weights.items() if ".lora_B" in name]
-    if factors and not any(tensor.any() for tensor in factors):
-        raise R2FError(f"adapter '{folder}' is untrained: every B is zero, so it holds nothing of any data.")
-    return AdapterFiles(folder, config, weights, AdapterFacts(folder.resolve().name))
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise R2FError(f"'{folder}' has no {CONFIG}: pass a folder written by PEFT's save_pretrained.")
-    try:
-        raw = json.loads(path.read_text())
-        kind = raw.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise R2FError(f"{path} is not a JSON object: save the adapter again with PEFT.") from error
-    if kind != "LORA":
-        raise R2FError(f"{path} is a {kind} adapter: only plain LoRA (peft_type LORA) is supported.")
-    for name in raw.keys() - {*USED_FIELDS, *HARMLESS_FIELDS, "init_lora_weights"}:
-        if raw[name] and raw[name] != DEFAULTS.get(name):
-            raise R2FError(
-                f"{path} uses {VARIANTS.get(name, 'a setting that is not known here')} ({name}): "
-                "only plain LoRA is supported; train without it."
-            )
-    init = raw.get("init_lora_weights", True)
-    if init not in PLAIN_INITS:
-        raise R2FError(
-            f"{path} uses init_lora_weights={init!r}, which changes the base: only PEFT's default start is supported."
-        )
-    return {name: raw[name] for name in USED_FIELDS if raw.get(name) is not None}
+    check_adapter_folder(folder)
+    config = read_config(regular_file(folder, CONFIG))
+    where = f"adapter '{plain(folder, 400)}'"
+    keys = canonical(_stored(folder), where)
+    factors = check_factors(keys.weights, keys.saved, config.lora, where)
+    facts = AdapterFacts(
+        name=plain(folder.resolve().name),
+        notes=tuple(_notes(folder, config, keys, factors)),
+        leaks=tuple(_leaks(folder, config, factors)),
+        dropout=config.dropout,
+        init=config.init,
+        base_name=config.base_name,
+        dropped=factors.dropped,
+    )
+    return AdapterFiles(folder, config.lora, factors.weights, facts, keys.saved)
 
 
 def read_factors(folder: Path) -> dict[str, Tensor]:
-    """PEFT's state dict of an adapter folder, trained or not.
+    """The factors of an adapter folder under PEFT's names, trained or not (every B may be zero).
 
     Raises:
-        R2FError: adapter_model.safetensors is missing or broken.
+        R2FError: the tensors are missing, broken, empty, cut or not finite.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        if (folder / PICKLE).exists():
-            raise R2FError(f"'{folder}' holds {PICKLE}, a pickle, which is never opened: save it as safetensors.")
-        raise R2FError(f"'{folder}' has no {WEIGHTS}: save the adapter with PEFT's save_pretrained.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise R2FError(f"{path} is truncated or not a safetensors file: copy it again.") from error
+    check_folder(folder)
+    where = f"adapter '{plain(folder, 400)}'"
+    keys = canonical(_stored(folder), where)
+    check_numbers(keys.weights, where)
+    factor_pairs(keys.weights, where)
+    return keys.weights
+
+
+def _stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the folder as they are stored, of one file or of shards."""
+    tensors: dict[str, Tensor] = {}
+    size = 0
+    for path, promised in weight_files(folder).items():
+        size += path.stat().st_size
+        if size > MAX_FILE:
+            raise R2FError(
+                f"'{plain(folder, 400)}' has tensors of more than the {MAX_FILE:,} bytes that an adapter is read up to."
+            )
+        part = read_tensors(path)
+        if promised is not None and promised != part.keys():
+            name = sorted(promised ^ part.keys())[0]
+            raise R2FError(f"{plain(path, 400)} and its index disagree about {plain(name)}: copy the folder again.")
+        tensors.update(part)
+    return tensors
+
+
+def _notes(folder: Path, config: AdapterConfig, keys: Keys, factors: Factors) -> Iterator[str]:
+    yield from config.notes
+    yield from keys.notes
+    yield from factors.notes
+    named = config.lora.get("modules_to_save", ())
+    extra = [name for name in keys.saved if not any(_of_module(module, name) for module in named)]
+    if extra:
+        yield (
+            f"The file holds whole tensors that the configuration does not name ({listed(sorted(extra))}), beside the "
+            "LoRA factors."
+        )
+    others = adapters_below(folder, depth=1)
+    if others:
+        yield f"The folder holds other adapters in {listed(others)}: they are not in this audit."
+
+
+def _leaks(folder: Path, config: AdapterConfig, factors: Factors) -> Iterator[str]:
+    if config.init == "eva" and not _orthogonal_on_average(factors.weights):
+        yield (
+            "init_lora_weights is 'eva', but the rows of A are no more orthogonal than random ones: EVA's pass over "
+            "the data was not run, or training has covered its start."
+        )
+    else:
+        yield from config.leaks
+    yield from leaks_beside(folder)
+
+
+def _of_module(module: str, name: str) -> bool:
+    """Whether a tensor belongs to a module called so, as PEFT matches the names in modules_to_save."""
+    return f".{module}." in f".{name}"
+
+
+def _orthogonal_on_average(weights: dict[str, Tensor]) -> bool:
+    """Whether the rows of the A's [r, d_in] are more orthogonal than random ones, whose squared cosine is 1 / d_in."""
+    ratios = []
+    for name, tensor in weights.items():
+        a = tensor.flatten(1)
+        rank = a.shape[0]
+        if ".lora_A." in name and 2 <= rank <= a.shape[1]:
+            unit = torch.nn.functional.normalize(a.double(), dim=1)
+            squared = float((unit @ unit.T).square().sum()) - rank
+            ratios.append(squared / (rank * (rank - 1)) * a.shape[1])
+    return bool(ratios) and sum(ratios) / len(ratios) < CHANCE

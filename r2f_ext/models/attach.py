@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, plain
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
+from r2f_ext.models.base import check_classifier
+from r2f_ext.models.converted import split_start
+from r2f_ext.models.storage import storage_dtype
+from r2f_ext.models.transformers_base import current_names
 from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
+
+A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 
 
 def load_adapter(folder: str | Path, base: BaseModel) -> tuple[Target, LoraUpdate]:
@@ -41,74 +48,222 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     best available estimate of the head at which the victim's gradients were taken.
 
     Returns:
-        (target, update); factors are float32 (float64 stays float64) on the base's device.
+        (target, update); factors are float32 (float64 stays float64) on the base's device. Where the file holds the
+        start of its factors, they are split, see `split_start`. The notes
+        of the target's base say what could not be checked.
 
     Raises:
-        R2FError: the adapter names layers or shapes that the base does not have, or wraps a kind of layer
-            other than Linear and patchifying Conv2d.
+        R2FError: the adapter names layers or shapes that the base does not have, wraps a kind of layer other than
+            Linear and patchifying Conv2d, or neither it nor the base has a classifier.
     """
-    try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws factors before the stored ones replace them
-            wrapped = get_peft_model(copy.deepcopy(base.model), LoraConfig(**files.config))
-        outcome: Any = set_peft_model_state_dict(wrapped, dict(files.weights))  # it renames the keys in place
-    except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
-        raise R2FError(
-            f"adapter '{files.folder}' does not fit base '{base.spec}': {_reason(error)}; name its own base."
-        ) from error
-    missing = [name for name in outcome.missing_keys if "lora_" in name]
-    if outcome.unexpected_keys or missing:
-        name = (list(outcome.unexpected_keys) + missing)[0]
-        raise R2FError(
-            f"adapter '{files.folder}' does not fit base '{base.spec}': no match for {name}; name its own base."
-        )
+    files, notes = _with_current_names(files, base)
+    held, modules = _layer_names(files), dict(base.model.named_modules())
+    for name in held:
+        _check_layer(name, files, base, modules)
+    wrapped = _wrapped(files, base)
+    placed = {
+        path.removeprefix(PREFIX): module for path, module in wrapped.named_modules() if isinstance(module, LoraLayer)
+    }
+    _check_placed(placed, files)
 
     layers: list[AdaptedLayer] = []
     a: dict[str, Tensor] = {}
     b: dict[str, Tensor] = {}
-    for path, module in wrapped.named_modules():
-        name = path.removeprefix(PREFIX)
-        if isinstance(module, LoraLayer):
-            layer = _adapted_layer(name, module)
-            layers.append(layer)
-            dtype = torch.promote_types(files.weights[f"{PREFIX}{name}.lora_A.weight"].dtype, torch.float32)
-            a[name] = files.weights[f"{PREFIX}{name}.lora_A.weight"].to(base.device, dtype).flatten(1)
-            b[name] = files.weights[f"{PREFIX}{name}.lora_B.weight"].to(base.device, dtype).flatten(1)
-    model = _with_saved_modules(wrapped, base.model)
-    return Target(replace(base, model=model), tuple(layers)), LoraUpdate(a, b)
+    for name in [name for name in placed if name in held]:  # in the order of the model
+        stored_a, stored_b = _factors(name, files)
+        dtype = torch.promote_types(stored_a.dtype, torch.float32)
+        a[name] = stored_a.to(base.device, dtype).flatten(1)
+        b[name] = stored_b.to(base.device, dtype).flatten(1)
+        layers.append(AdaptedLayer(name, len(b[name]), a[name].shape[1], len(a[name]), placed[name].scaling["default"]))
+    base = replace(base, notes=base.notes + notes + _notes_on_name(files, base))
+    model = _with_saved(files, base)
+    update = LoraUpdate(a, b, stored=storage_dtype([*a.values(), *b.values()]))
+    trained, update = split_start(str(files.folder), tuple(layers), update)
+    target = Target(replace(base, model=model), trained)
+    check_classifier(target.base)
+    return target, update
 
 
-def _reason(error: Exception) -> str:
-    """The first line of PEFT's or torch's message."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    first = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else " ".join(lines)
-    return first[:300].rstrip(".")
+def _with_current_names(files: AdapterFiles, base: BaseModel) -> tuple[AdapterFiles, tuple[str, ...]]:
+    """Rename layers that an older transformers named; the configuration then lists each layer with its rank and alpha.
 
-
-def _adapted_layer(name: str, module: LoraLayer) -> AdaptedLayer:
-    inner = module.get_base_layer()
-    if isinstance(inner, nn.Linear):
-        d_in = inner.in_features
-    elif isinstance(inner, nn.Conv2d) and _patchifies(inner):
-        d_in = inner.in_channels * inner.kernel_size[0] * inner.kernel_size[1]
-    else:
-        raise R2FError(f"layer {name} is a {type(inner).__name__}: only Linear and patchifying Conv2d are supported.")
-    return AdaptedLayer(name, inner.weight.shape[0], d_in, module.r["default"], module.scaling["default"])
-
-
-def _patchifies(conv: nn.Conv2d) -> bool:
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding in ((0, 0), "valid")
-    return plain and conv.kernel_size == conv.stride
-
-
-def _with_saved_modules(wrapped: nn.Module, model: nn.Module) -> nn.Module:
-    saved = {
-        path.removeprefix(PREFIX): module.modules_to_save["default"]
-        for path, module in wrapped.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
+    The patterns of the configuration are resolved on the old names, as PEFT resolved them when the adapter was trained.
+    """
+    names = _layer_names(files)
+    renamed = current_names(names, base.model)
+    if not renamed:
+        return files, ()
+    config = {name: value for name, value in files.config.items() if name not in _PLACING_FIELDS}
+    new = {old: renamed.get(old, old) for old in names}
+    config["target_modules"] = list(new.values())
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        given = files.config.get(pattern, {})
+        values = {re.escape(now): given.get(get_pattern_key(given, old)) for old, now in new.items()}
+        config[pattern] = {name: value for name, value in values.items() if value is not None}
+    weights = {
+        f"{PREFIX}{new[name]}{end}": files.weights[f"{PREFIX}{name}{end}"]
+        for name in names
+        for end in (A_KEY, B_KEY)
+        if f"{PREFIX}{name}{end}" in files.weights
     }
-    if not saved:
-        return model
-    model = copy.deepcopy(model)
-    for name, module in saved.items():
-        model.set_submodule(name, module.requires_grad_(False))
-    return model
+    old, now = next(iter(renamed.items()))
+    note = f"The adapter names its layers as an older transformers did: {old} is now {now}."
+    return replace(files, config=config, weights=weights), (note,)
+
+
+_PLACING_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _layer_names(files: AdapterFiles) -> list[str]:
+    """Paths of the layers that the file holds factors of, in the file's order."""
+    found = [key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in files.weights if ".lora_" in key]
+    return list(dict.fromkeys(found))
+
+
+def _factors(name: str, files: AdapterFiles) -> tuple[Tensor, Tensor]:
+    pair = tuple(files.weights.get(f"{PREFIX}{name}{end}") for end in (A_KEY, B_KEY))
+    if pair[0] is None or pair[1] is None:
+        lacking = "A" if pair[0] is None else "B"
+        raise R2FError(f"adapter '{files.folder}' holds no {lacking} of {name}: it was saved in part; save it again.")
+    if min(pair[0].ndim, pair[1].ndim) < 2:
+        raise R2FError(f"adapter '{files.folder}' holds factors of {name} that are no matrices: save it again.")
+    return pair[0], pair[1]
+
+
+def _check_layer(name: str, files: AdapterFiles, base: BaseModel, modules: dict[str, nn.Module]) -> None:
+    """Refuse a layer that the base does not have, or has in another size; the sentence says which and why."""
+    module = modules.get(name)
+    if module is None:
+        raise R2FError(_no_such_layer(name, files, base, modules))
+    d_in = _input_width(module)
+    if d_in is None:
+        raise R2FError(f"layer {name} is a {type(module).__name__}: only Linear and patchifying Conv2d are supported.")
+    a, b = (factor.flatten(1) for factor in _factors(name, files))
+    weight: Any = module.weight
+    d_out = len(weight)
+    if len(a) != b.shape[1] or (a.shape[1] == d_in and len(b) != d_out and d_out % max(len(b), 1) == 0):
+        raise R2FError(
+            f"adapter '{files.folder}' holds A {list(a.shape)} and B {list(b.shape)} of {name}, and the layer maps "
+            f"{d_in} to {d_out} numbers: a tensor was cut, as a shard that was saved without gathering; save it whole."
+        )
+    if a.shape[1] != d_in or len(b) != d_out:
+        raise R2FError(
+            f"adapter '{files.folder}' does not fit base '{base.spec}': its {name} maps {a.shape[1]} to {len(b)} "
+            f"numbers, and the base's maps {d_in} to {d_out}: {_pass_its_base(files)}."
+        )
+
+
+def _no_such_layer(name: str, files: AdapterFiles, base: BaseModel, modules: dict[str, nn.Module]) -> str:
+    """Why the base has no layer of that name."""
+    start = f"adapter '{files.folder}' does not fit base '{base.spec}': it changes {name}, and the base "
+    own = [path for path, module in modules.items() if _input_width(module) is not None]
+    inner = next((path for path in own if name.endswith(f".{path}")), None)
+    if inner is not None:
+        prefix = name.removesuffix(inner)
+        return (
+            f"{start}has {inner}: the adapter was trained on a model that holds this one as '{prefix.rstrip('.')}'; "
+            f"remove '{prefix}' from the names in its file if nothing is around it."
+        )
+    outer = next((path for path in own if path.endswith(f".{name}")), None)
+    if outer is not None:
+        return f"{start}has {outer}: the adapter was trained on a part of this model; pass that part as --base."
+    shown = ", ".join(own[1:3]) or "none that LoRA can change"
+    return f"{start}has no such layer (its layers: {shown}, ...): {_pass_its_base(files)}."
+
+
+def _pass_its_base(files: AdapterFiles) -> str:
+    said = files.facts.base_name
+    return "pass the model that it was trained on as --base" + ("" if said is None else f"; it names '{_shown(said)}'")
+
+
+def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
+    """A copy of the base's model in which PEFT has placed the adapter's factors, at their start."""
+    config = {name: value for name, value in files.config.items() if name != "modules_to_save"}
+    try:
+        with torch.random.fork_rng(devices=[]):  # PEFT draws factors
+            return get_peft_model(copy.deepcopy(base.model), LoraConfig(**config))
+    except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
+        reason = plain(" ".join(str(error).split()), 300).rstrip(".") or type(error).__name__
+        raise R2FError(
+            f"adapter '{files.folder}' has a configuration that PEFT cannot apply to base '{base.spec}': {reason}."
+        ) from error
+
+
+def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
+    """Refuse a file whose factors are not those of its configuration."""
+    held = _layer_names(files)
+    dropped = files.facts.dropped
+    lacking = [name for name in placed if name not in held and name not in dropped]
+    extra = [name for name in held if name not in placed]
+    if lacking:
+        raise R2FError(
+            f"adapter '{files.folder}' holds no factors of {lacking[0]}, which its configuration adapts: it was saved "
+            "in part, or the configuration is another adapter's; save both again."
+        )
+    if extra:
+        raise R2FError(
+            f"adapter '{files.folder}' holds factors of {extra[0]}, which its configuration does not adapt: the "
+            "configuration is another adapter's, or was changed; save both again."
+        )
+    for name in held:
+        rank, rows = placed[name].r["default"], len(_factors(name, files)[0])
+        if rank != rows:
+            raise R2FError(
+                f"adapter '{files.folder}' has rank {rank} for {name} in its configuration and {rows} in its file: the "
+                "configuration is another adapter's, or a tensor was cut; save both again."
+            )
+
+
+def _notes_on_name(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
+    """What the base's name says of its weights; nothing in an adapter proves which weights it was trained on."""
+    said = files.facts.base_name
+    if said is None:
+        if base.spec == "embedded":
+            return ()
+        return (
+            f"Adapter '{files.facts.name}' does not name its base: that '{_last_part(base.spec)}' holds the weights it "
+            "was trained on cannot be verified.",
+        )
+    if _last_part(said).casefold() == _last_part(base.spec).casefold():
+        return ()
+    return (
+        f"Adapter '{files.facts.name}' names '{_shown(said)}' as its base and was given '{_last_part(base.spec)}': the figures "
+        "hold only if the weights are the same, which cannot be verified.",
+    )
+
+
+def _last_part(name: str) -> str:
+    """The last part of a base's name or path."""
+    return Path(name.partition(":")[2] if ":" in name else name).name or name
+
+
+def _shown(name: str) -> str:
+    """The name of a base without the folders of a local path."""
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else _last_part(name)
+
+
+def _input_width(module: nn.Module) -> int | None:
+    """d_in of a Linear or a patchifying Conv2d; None for any other kind of layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride:
+        plain = module.groups == 1 and module.dilation == (1, 1) and module.padding in ((0, 0), "valid")
+        return module.in_channels * module.kernel_size[0] * module.kernel_size[1] if plain else None
+    return None
+
+
+def _with_saved(files: AdapterFiles, base: BaseModel) -> nn.Module:
+    """The base's model, or a copy in which the tensors saved with the adapter replace its own."""
+    if not files.saved:
+        return base.model
+    model = copy.deepcopy(base.model)
+    try:
+        outcome = model.load_state_dict(files.saved, strict=False)
+    except RuntimeError as error:
+        raise R2FError(
+            f"adapter '{files.folder}' does not fit base '{base.spec}': {plain(' '.join(str(error).split()), 300)}."
+        ) from error
+    if outcome.unexpected_keys:
+        name = outcome.unexpected_keys[0]
+        raise R2FError(f"adapter '{files.folder}' holds {name}, which base '{base.spec}' does not have.")
+    return model.requires_grad_(False)

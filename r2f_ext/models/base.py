@@ -1,4 +1,4 @@
-"""Base models: the embedded default, timm by name, or a local folder."""
+"""Base models by name or folder: the embedded default, timm's and transformers'."""
 
 from __future__ import annotations
 
@@ -6,54 +6,59 @@ import json
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from r2f_ext.errors import R2FError
-from r2f_ext.files import write_tensors, write_text
 from r2f_ext.models.embedded import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, WEIGHTS, build_embedded_vit
+from r2f_ext.models.timm_base import shape_of_timm, timm_by_name, timm_folder, timm_random, unfuse_attention
+from r2f_ext.models.transformers_base import transformers_by_name, transformers_folder
 from r2f_ext.types import BaseModel
+
+KINDS = "'embedded', 'timm:NAME', 'timm-random:NAME', 'transformers:OWNER/NAME', or a folder that exists"
 
 
 def load_base(spec: str = "embedded", device: str | torch.device = "cpu", num_classes: int | None = None) -> BaseModel:
-    """Load a base classifier in eval mode, with frozen parameters and attention that is not fused.
+    """Load a base classifier in eval mode, with frozen float32 parameters and attention that is not fused.
+
+    Weights are read from safetensors files only; no code of a model folder runs.
 
     Args:
-        spec: `embedded`; `timm:NAME` (timm's pretrained weights where they are cached or can be fetched);
-            or a folder with timm's `config.json` (`architecture`, `num_classes`, `pretrained_cfg`) and
-            `model.safetensors`, as timm's own `save_for_hf` writes it.
+        spec: one of
+            `embedded`;
+            `timm:NAME`: timm's pretrained weights, from the local Hugging Face cache or else fetched;
+            `timm-random:NAME` or `timm-random:NAME:SEED`: the architecture with random weights, without any download;
+            `transformers:OWNER/NAME`: an image classifier of transformers, from the same cache or else fetched;
+            a folder with `config.json` and `model.safetensors`, as timm's
+            `save_for_hf(model, folder, safe_serialization=True)` or transformers' `model.save_pretrained(folder)`
+            write it (there also in several files with an index).
         device: where the model lives.
-        num_classes: number of classes for `timm:NAME`, where an adapter brings its own head.
+        num_classes: number of classes of the head that an adapter brings; the base gets a head of that size, which
+            `attach` fills. None: the base's own head.
 
     Raises:
-        R2FError: unknown name, missing or unreadable weights, not an image classifier.
+        R2FError: unknown name, missing or unreadable weights, a configuration that disagrees with them, not an
+            image model.
     """
-    with torch.random.fork_rng(devices=[]):  # timm draws weights before the stored ones replace them
-        if spec == "embedded":
-            base = _embedded()
-        elif spec.startswith("timm:"):
-            base = _from_timm(spec, num_classes)
-        else:
-            base = _from_folder(spec)
+    with torch.random.fork_rng(devices=[]):  # constructors draw weights before the stored ones replace them
+        base = _load(spec, num_classes)
     unfuse_attention(base.model.eval().requires_grad_(False).to(device))
     return base
 
 
-def unfuse_attention(model: nn.Module) -> None:
-    """Make timm's attention layers of `model` use plain matrix products.
+def _load(spec: str, num_classes: int | None) -> BaseModel:
+    if spec == "embedded":
+        return _embedded()
+    if spec.startswith("timm:"):
+        return timm_by_name(spec, num_classes)
+    if spec.startswith("timm-random:"):
+        return timm_random(spec, num_classes)
+    if spec.startswith("transformers:"):
+        return transformers_by_name(spec, num_classes)
+    return _from_folder(spec, num_classes)
 
-    Gradient matching differentiates the backward pass, and fused attention has no double backward. timm's own switch
-    (`set_fused_attn`) is global, so the flag is set on this model's layers only.
-    """
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # type: ignore[assignment]
 
-
-def shape_of(model: nn.Module | str, image_size: int | None = None) -> BaseModel:
+def shape_of(model: torch.nn.Module | str, image_size: int | None = None) -> BaseModel:
     """Describe a base for counting: shapes are all that is needed, so no weights are loaded for a name.
 
     Args:
@@ -66,32 +71,9 @@ def shape_of(model: nn.Module | str, image_size: int | None = None) -> BaseModel
     Raises:
         R2FError: timm has no model of that name, or no such size of it; or the model is not one of timm's.
     """
-    if isinstance(model, nn.Module):
-        kind = type(model).__name__
-        if hasattr(model, "pretrained_cfg"):
-            return _describe(model, kind)
-        if not isinstance(model, VisionTransformer):
-            raise R2FError(f"a {kind} that timm's create_model did not make: wrap it in a BaseModel.")
-        height, width = model.patch_embed.img_size
-        plain = (0.5,) * model.in_chans
-        return BaseModel(model, kind, (model.in_chans, height, width), plain, plain, model.num_classes)
-    name = model.removeprefix("timm:")
-    if name == "embedded":
+    if model == "embedded":
         return _embedded()
-    _check_name(name)
-    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    try:
-        with torch.device("meta"):
-            return _describe(timm.create_model(name, pretrained=False, **size), f"timm:{name}")
-    except Exception as error:  # timm's constructors raise many types of error
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise R2FError(f"'{name}' cannot be built without weights at that size: {reason}") from error
-
-
-def _check_name(name: str) -> None:
-    if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3]) or "see timm.list_models()"
-        raise R2FError(f"unknown base model '{name}': timm has no model of that name (close: {close}).")
+    return shape_of_timm(model, image_size)
 
 
 def _embedded() -> BaseModel:
@@ -100,74 +82,52 @@ def _embedded() -> BaseModel:
     return BaseModel(model, "embedded", (3, 32, 32), PIXEL_MEAN, PIXEL_STD, NUM_CLASSES)
 
 
-def _from_timm(spec: str, num_classes: int | None) -> BaseModel:
-    name = spec.removeprefix("timm:")
-    _check_name(name)
-    head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    try:
-        model = timm.create_model(name, pretrained=True, **head)
-    except Exception as error:  # hub, network and safetensors errors differ by version
-        raise R2FError(
-            f"the pretrained weights of '{name}' could not be loaded ({type(error).__name__}): "
-            f"save them with timm's save_for_hf and pass that folder as --base."
-        ) from error
-    return _describe(model, spec)
-
-
-def _from_folder(spec: str) -> BaseModel:
+def _from_folder(spec: str, num_classes: int | None) -> BaseModel:
     folder = Path(spec)
     if not folder.is_dir():
-        raise R2FError(f"unknown base '{spec}': use 'embedded', 'timm:NAME', or a folder that exists.")
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise R2FError(f"base folder '{spec}' has no {path.name}: save it with timm's save_for_hf.")
+        raise R2FError(f"unknown base '{spec}': use {KINDS}.{_meant(spec)}")
+    config = _read_config(folder)
+    if "model_type" in config:
+        return transformers_folder(folder, spec, num_classes)
+    return timm_folder(folder, config, spec, num_classes)
+
+
+def _meant(spec: str) -> str:
+    """What the user may have meant by a base that is no folder; empty where there is no guess."""
+    if Path(spec).is_file():
+        return " It is a file: pass the folder that holds it."
+    owner, _, name = spec.partition("/")
+    return f" A model of the Hugging Face hub is named transformers:{spec} or timm:NAME." if owner and name else ""
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a base folder, a JSON object that names an architecture of timm or a type of transformers."""
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise R2FError(f"base folder '{folder}' holds an adapter: pass the model that it was trained on.")
+        raise R2FError(f"base folder '{folder}' has no config.json: save the model with timm or transformers.")
     try:
-        config = json.loads(config_path.read_text())
-        architecture = config["architecture"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise R2FError(f"{config_path} is not a timm config (JSON with 'architecture').") from error
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise R2FError(f"{config_path} names '{architecture}', which timm does not have.")
-    try:
-        model: Any = timm.create_model(
-            architecture,
-            pretrained=False,
-            num_classes=config.get("num_classes", 1000),
-            **config.get("model_args", {}),
+        config = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise R2FError(f"{path} is not readable JSON: save the model with timm or transformers again.") from error
+    if not isinstance(config, dict) or not {"architecture", "model_type"} & config.keys():
+        raise R2FError(
+            f"{path} names neither an 'architecture' (timm) nor a 'model_type' (transformers): save the model with one."
         )
-        model.load_state_dict(load_file(weights_path))
-    except Exception as error:  # a damaged config.json makes timm's constructors raise any type
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise R2FError(f"{weights_path} does not fit '{architecture}' as {config_path} has it: {reason}") from error
-    try:
-        cfg = config.get("pretrained_cfg") or {}
-        model.pretrained_cfg.update({key: tuple(cfg[key]) for key in ("mean", "std", "input_size") if key in cfg})
-        return _describe(model, spec)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise R2FError(f"{config_path} has a damaged pretrained_cfg: save it again with timm's save_for_hf.") from error
+    return config
 
 
-def _describe(model: Any, spec: str) -> BaseModel:
-    cfg = model.pretrained_cfg
-    size = model.patch_embed.img_size if hasattr(model, "patch_embed") else cfg["input_size"][1:]
-    channels = cfg.get("input_size", (3,))[0]
-    shape = (channels, int(size[0]), int(size[1]))
-    return BaseModel(model, spec, shape, tuple(cfg["mean"]), tuple(cfg["std"]), model.num_classes)
+def check_classifier(base: BaseModel) -> None:
+    """Refuse a base without a classifier where gradients of the cross-entropy are to be taken.
 
-
-def save_base(base: BaseModel, folder: Path, architecture: str, model_args: dict | None = None) -> None:
-    """Write `base` in timm's folder layout, which `load_base` reads.
-
-    Args:
-        architecture: timm's name of the model; model_args: arguments of its constructor that are not the defaults.
+    Raises:
+        R2FError: fewer than two classes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architecture": architecture,
-        "num_classes": base.num_classes,
-        "model_args": model_args or {},
-        "pretrained_cfg": {"input_size": base.input_shape, "mean": base.mean, "std": base.std},
-    }
-    write_text(folder / "config.json", json.dumps(config, indent=2))
-    write_tensors(folder / "model.safetensors", base.model.state_dict())
+    if base.num_classes == 1:
+        raise R2FError(f"base '{base.spec}' has one class, for which cross-entropy is constant: pass its true classes.")
+    if base.num_classes < 1:
+        raise R2FError(
+            f"base '{base.spec}' has no classifier, and no adapter brings one, so its loss is unknown: "
+            "pass a base with its classifier, or an adapter that saves its own (modules_to_save)."
+        )

@@ -14,7 +14,9 @@ class AdapterFacts:
         notes: sentences that qualify the figures (keys that were renamed, layers that were dropped, ...).
         leaks: sentences on what the folder gives away outside of the LoRA factors.
         dropout: lora_dropout of the configuration; above 0 no route can be exact.
-        init: init_lora_weights of the configuration, as text.
+        init: init_lora_weights of the configuration, as text: "true", "gaussian" or "eva".
+        base_name: base_model_name_or_path of the configuration, a text to be shown and compared, never opened.
+        dropped: paths of adapted modules whose B is zero; their factors are not in the audit.
     """
 
     name: str
@@ -22,3 +24,5 @@ class AdapterFacts:
     leaks: tuple[str, ...] = ()
     dropout: float = 0.0
     init: str = "true"
+    base_name: str | None = None
+    dropped: tuple[str, ...] = ()

@@ -47,7 +47,7 @@ class InitialFactors:
     Attributes:
         target: base and adapted layers; update: the adapter's factors.
         folder: a PEFT folder saved before training.
-        seed: torch's seed right before PEFT drew A_0. Neither: common seeds are tried.
+        seed: torch's seed right before PEFT drew A_0. Neither: the update's own `a0`, else common seeds are tried.
     """
 
     target: Target
@@ -68,14 +68,16 @@ class InitialFactors:
             R2FError: the folder or the seed does not belong to the adapter.
         """
         if self.folder is not None:
-            return initial_from_folder(self.folder, self.target, self.update)
+            return initial_from_folder(self.folder, self.update)
+        if self.seed is None and self.update.a0 is not None:
+            return InitialA(self.update.a0, "the adapter's own file", _cosine(self.update.a0, self.update.a))
         found = initial_from_seed(self.target, self.update, COMMON_SEEDS if self.seed is None else [self.seed])
         if found is None and self.seed is not None:
             raise R2FError(f"--a0-seed {self.seed} does not draw the A that this adapter started from.")
         return found
 
 
-def initial_from_folder(folder: str | Path, target: Target, update: LoraUpdate) -> InitialA:
+def initial_from_folder(folder: str | Path, update: LoraUpdate) -> InitialA:
     """A_0 from a PEFT folder that was saved before training (its B is zero).
 
     Raises:
@@ -132,17 +134,17 @@ def differing_layer(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | N
 
 
 def common_a(adapters: list[LoraUpdate]) -> dict[str, Tensor]:
-    """Name -> mean A [r, d_in] of adapters that share one start, float32: after several steps it stands in for A_0.
+    """Name -> mean start [r, d_in] of adapters that share one, float32: A_0, or the A after training in its place.
 
     Raises:
         R2FError: the adapters adapt other layers, or their A differ by more than training explains.
     """
-    first = adapters[0].a
+    first = adapters[0].start
     for other in adapters[1:]:
-        name = differing_layer(first, other.a)
+        name = differing_layer(first, other.start)
         if name is not None:
             raise R2FError(f"the adapters do not share one start (A of {name} differs): audit them one by one.")
-    return {name: torch.stack([adapter.a[name].float() for adapter in adapters]).mean(0) for name in first}
+    return {name: torch.stack([adapter.start[name].float() for adapter in adapters]).mean(0) for name in first}
 
 
 def _draw(target: Target, names: tuple[str, ...], seed: int, init: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -46,7 +46,8 @@ def lora_grad(
 
     All tensors share one dtype: float32, float64 or bfloat16. Sums are taken and results returned in float32 (float64
     for float64). Any strides and any rank are accepted; empty tensors give zeros of the right shape. Differentiable
-    twice in x, delta, A and B.
+    twice in x, delta, A and B. The bfloat16 CUDA kernel may give NaN where
+    the exact result is infinite.
 
     Raises:
         ValueError: lists of different lengths; shapes that do not fit together; more than one device.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils import _python_dispatch
 
 from . import reference
 from .checks import check_matching_loss
@@ -149,12 +149,19 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
 def _can_reuse(grad_loss: Tensor) -> bool:
     """Whether the gradients that the forward computed are the result: every loss has gradient 1, and the graph is freed
     after this backward, so nothing else refers to them.
+
+    Two private functions of PyTorch answer that. In a version that lacks one of them nothing is reused, and the
+    backward computes the gradients again.
     """
+    dispatch_mode = getattr(_python_dispatch, "_get_current_dispatch_mode", None)
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return (
-        type(grad_loss) is Tensor
+        dispatch_mode is not None
+        and keeps_graph is not None
+        and type(grad_loss) is Tensor
         and grad_loss.is_cpu
-        and _get_current_dispatch_mode() is None  # while tracing, values cannot be read
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and dispatch_mode() is None  # while tracing, values cannot be read
+        and not keeps_graph()
         and bool((grad_loss == 1).all())
     )
 

@@ -8,7 +8,8 @@ factors-00000.safetensors  x/NAME and delta/NAME bfloat16; or gradient/NAME bflo
 pairs-00000.json           only while a run is unfinished: the manifest entry of this shard
 
 Shard i holds the pairs from i * batch_groups on, whichever process makes it: several processes divide the work by
-shards, and an interrupted run makes only those that are missing.
+shards, and an interrupted run makes only those that are missing. A finished folder is never made anew: the same recipe
+finds it finished (damaged shards are made again), and another recipe is refused.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 
 from r2f_ext import distributed
+from r2f_ext.errors import R2FError
 from r2f_ext.files import need_space, output_folder, sha256, sha256_of, write_atomically, write_tensors, write_text
 from r2f_ext.pairs.generate import PairSource
 from r2f_ext.progress import Advance
 from r2f_ext.types import PairBatch
 
 SCHEMA = 3
+MANIFEST = "manifest.json"
 # bfloat16 keeps every exponent of float32 (deltas can be as small as 1e-8); its rounding moves G by a cosine of 1e-6.
 FACTOR_DTYPE = torch.bfloat16
 
@@ -59,54 +61,172 @@ class WritablePairs(PairSource, Protocol):
         ...
 
 
-def write_pairs(
-    pairs: WritablePairs,
-    count: int,
-    folder: str | Path,
-    advance: Advance,
-    dense: bool = False,
-    tell: Callable[[int], None] = lambda size: None,
-) -> Path:
-    """Write the first `count` pairs and return the manifest's path.
+@dataclass(frozen=True)
+class PairsPlan:
+    """The pairs that a folder is to hold, and which of them it holds already; `write` makes the rest.
+
+    Attributes:
+        count: number of pairs; found: how many are in shards that are whole already, over all processes.
+        size: bytes of all pairs.
+        finished: the folder held all of these pairs before.
+        replaces: the folder holds unfinished pairs of another recipe, which `write` removes.
+    """
+
+    pairs: WritablePairs
+    folder: Path
+    recipe: dict[str, Any]
+    count: int
+    found: int
+    size: int
+    finished: bool
+    replaces: bool
+    stored: list[dict[str, Any]]  # the shards of the manifest that was found
+    mine: tuple[int, ...]  # the missing shards that this process makes
+
+    def write(self, advance: Advance) -> Path:
+        """Write the missing pairs and return the manifest's path; `advance` is called with numbers of pairs just made.
+
+        Raises:
+            R2FError: a victim is not finite, or the disk is full.
+        """
+        pairs, run = self.pairs, _run_of(self.recipe)
+        if self.replaces and distributed.rank() == 0:
+            for path in _of_other_runs(self.folder, self.recipe):
+                path.unlink(missing_ok=True)
+        distributed.barrier()
+        for shard in self.mine:
+            first, size = shard * pairs.batch_groups, _size_of(shard, self.recipe)
+            (batch,) = pairs.batches(first, first + size)
+            _write_shard(self, shard, batch, run)
+            advance(size)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            _finish(self, run)
+        distributed.barrier()
+        return self.folder / MANIFEST
+
+
+def plan_pairs(pairs: WritablePairs, count: int, folder: str | Path, dense: bool = False) -> PairsPlan:
+    """Compare the first `count` pairs with what the folder holds; nothing but the folder itself is made.
 
     A run that was cut off, even by SIGKILL, leaves its finished shards; the same call then makes the others, and ends
     with the same files to the bit. In a distributed run each process writes its share of the shards.
 
     Args:
         dense: write gradients out instead of as factors.
-        tell: called with the total size of the pairs in bytes, before the first is written.
 
     Raises:
-        R2FError: the folder cannot be written to, or the disk cannot hold them.
+        R2FError: the folder cannot be written to, holds finished pairs of another recipe or a damaged manifest, or the
+            disk cannot hold the pairs.
     """
     folder = output_folder(folder)
-    plan = _plan(pairs, count, dense)
-    run = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    shards = range(-(-count // pairs.batch_groups))
-    mine = shards[distributed.rank() :: distributed.world_size()]
-    missing = [shard for shard in mine if _record(folder, shard, run) is None]
-
-    def size(shard: int) -> int:
-        return min(pairs.batch_groups, count - shard * pairs.batch_groups)
-
-    each = _bytes_of_pair(pairs, folder, plan["dense"])
-    tell(each * count)
-    need_space(folder, each * sum(map(size, missing)) * distributed.world_size())
-    if distributed.rank() == 0:
-        (folder / "manifest.json").unlink(missing_ok=True)
-    advance(sum(map(size, mine)) - sum(map(size, missing)))
-    for shard in missing:
-        (batch,) = pairs.batches(shard * pairs.batch_groups, shard * pairs.batch_groups + size(shard))
-        _write_shard(folder, shard, batch, pairs, run, plan["dense"])
-        advance(size(shard))
-    distributed.barrier()
-    if distributed.rank() == 0:
-        _finish(pairs, folder, plan, run, shards)
-    distributed.barrier()
-    return folder / "manifest.json"
+    recipe = _recipe(pairs, count, dense)
+    manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+    if manifest is not None:
+        _check_same_recipe(folder, manifest, recipe)
+    stored = manifest["shards"] if manifest is not None else []
+    mine = _shards_of(recipe)[distributed.rank() :: distributed.world_size()]
+    missing = tuple(shard for shard in mine if _record(folder, shard, recipe, stored) is None)
+    each = _bytes_of_pair(pairs, folder, recipe["dense"])
+    to_make = sum(distributed.gather(sum(_size_of(shard, recipe) for shard in missing)))
+    need_space(folder, each * to_make)
+    return PairsPlan(
+        pairs,
+        folder,
+        recipe,
+        count,
+        found=count - to_make,
+        size=each * count,
+        finished=manifest is not None and to_make == 0,
+        replaces=manifest is None and bool(_of_other_runs(folder, recipe)),
+        stored=stored,
+        mine=missing,
+    )
 
 
-def _plan(pairs: WritablePairs, count: int, dense: bool) -> dict[str, Any]:
+def write_pairs(pairs: WritablePairs, count: int, folder: str | Path, advance: Advance, dense: bool = False) -> Path:
+    """Write the first `count` pairs, as far as the folder does not hold them, and return the manifest's path.
+
+    Raises:
+        R2FError: see `plan_pairs` and `PairsPlan.write`.
+    """
+    return plan_pairs(pairs, count, folder, dense).write(advance)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of finished pairs.
+
+    Raises:
+        R2FError: it cannot be read, or it is not what `write_pairs` wrote.
+    """
+    remedy = "delete the folder and run r2f pairs again, or name another one"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise R2FError(f"'{path}' cannot be read ({error.strerror or error}): {remedy}.") from error
+    except (ValueError, RecursionError) as error:
+        raise R2FError(f"'{path}' is damaged: {remedy}.") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list) or "schema" not in manifest:
+        raise R2FError(f"'{path}' is damaged: {remedy}.")
+    return manifest
+
+
+def _check_same_recipe(folder: Path, manifest: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Refuse to write over finished pairs of another recipe; the sentence names what differs."""
+    recipe = json.loads(json.dumps(recipe))  # as JSON has it: tuples are lists
+    for key in ("count", *recipe, *manifest):
+        if key != "shards" and recipe.get(key) != manifest.get(key):
+            raise R2FError(
+                f"'{folder}' holds finished pairs of another recipe ({_difference(key, manifest, recipe)}): name "
+                "another --out, or delete the folder first."
+            )
+
+
+def _difference(key: str, manifest: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """How two recipes differ in `key`, in words."""
+    known = {
+        "layers": "other layers, rank or alpha",
+        "start_sha256": "another adapter, whose A differs",
+        "base_sha256": "other weights of the base",
+        "proxy_sha256": "other proxy images, by --proxy or --seed",
+        "training": "another training of the victims",
+        "factors_of": "gradients of other pairs",
+    }
+    return known.get(key, f"{key} {manifest.get(key)}, not {recipe.get(key)}")
+
+
+def _shards_of(recipe: dict[str, Any]) -> range:
+    return range(-(-recipe["count"] // recipe["batch_groups"]))
+
+
+def _size_of(shard: int, recipe: dict[str, Any]) -> int:
+    """Number of pairs in a shard."""
+    groups: int = recipe["batch_groups"]
+    return min(groups, recipe["count"] - shard * groups)
+
+
+def _run_of(recipe: dict[str, Any]) -> str:
+    """Identifies the run that a recipe describes: equal recipes make equal shards."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _check_finite(tensors: dict[str, Tensor], first: int) -> None:
+    """Refuse pairs that are not finite, by the number of a victim; `tensors` begin with victim `first`.
+
+    Raises:
+        R2FError: a tensor holds NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        finite = tensor.flatten(1).isfinite().all(1)
+        if not bool(finite.all()):
+            victim = first + int(finite.logical_not().nonzero()[0])
+            raise R2FError(
+                f"{name} of victim {victim} holds NaN or infinity, so no pair is written of it: check the weights of "
+                "the base and the proxy images, or make the pairs with --precision float32."
+            )
+
+
+def _recipe(pairs: WritablePairs, count: int, dense: bool) -> dict[str, Any]:
     """All that decides what the shards will hold."""
     return {
         "schema": SCHEMA,
@@ -126,39 +246,70 @@ def shard_names(shard: int) -> tuple[str, str]:
     return f"pairs-{shard:05d}.safetensors", f"factors-{shard:05d}.safetensors"
 
 
-def _record(folder: Path, shard: int, run: str, verify: bool = True) -> dict[str, Any] | None:
-    """What an unfinished run wrote down of a shard that is whole; None where there is none of this run."""
+def _record(
+    folder: Path, shard: int, recipe: dict[str, Any], stored: list[dict[str, Any]], verify: bool = True
+) -> dict[str, Any] | None:
+    """The manifest entry of a shard that is whole, as an unfinished run of the recipe wrote it down, or as the manifest
+    that was found has it; None where there is none.
+    """
     names = shard_names(shard)
     try:
-        record = json.loads((folder / f"pairs-{shard:05d}.json").read_text())
-        if record.pop("run") != run or record["name"] != names[0]:
+        record = _read_record(folder, shard)
+        if record.pop("run", None) != _run_of(recipe):
+            record = stored[shard]
+        if record["name"] != names[0]:
             return None
         whole = not verify or [sha256(folder / name) for name in names] == [record["sha256"], record["factors_sha256"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, KeyError, TypeError, IndexError):
         return None
     return record if whole else None
 
 
-def _write_shard(folder: Path, shard: int, batch: PairBatch, pairs: WritablePairs, run: str, dense: bool) -> None:
-    name, factors = (folder / part for part in shard_names(shard))
-    cached = pairs.factors_file(shard)
+def _read_record(folder: Path, shard: int) -> dict[str, Any]:
+    """What an unfinished run wrote down of a shard; {} where there is nothing, or nothing of the kind."""
+    try:
+        record = json.loads((folder / f"pairs-{shard:05d}.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _of_other_runs(folder: Path, recipe: dict[str, Any]) -> list[Path]:
+    """The files of shards that unfinished runs of other recipes left in the folder."""
+    found = []
+    for path in sorted(folder.glob("pairs-*.json")):
+        number = path.stem.removeprefix("pairs-")
+        if number.isdecimal() and _read_record(folder, int(number)).get("run") != _run_of(recipe):
+            found += [path, *(folder / name for name in shard_names(int(number)))]
+    return found
+
+
+def _write_shard(plan: PairsPlan, shard: int, batch: PairBatch, run: str) -> None:
+    first = shard * plan.pairs.batch_groups
+    name, factors = (plan.folder / part for part in shard_names(shard))
+    updates, cached = _updates(batch), plan.pairs.factors_file(shard)
+    _check_finite(updates, first)
     if cached is None:
-        write_tensors(factors, _factors(batch, dense))
+        gradients = _factors(batch, plan.recipe["dense"])
+        _check_finite(gradients, first)
+        write_tensors(factors, gradients)
     else:
         write_atomically(factors, lambda temporary: _link(cached, temporary))
-    write_tensors(name, _updates(batch))
+    write_tensors(name, updates)
     record = {"name": name.name, "count": len(batch.labels), "sha256": sha256(name), "factors_sha256": sha256(factors)}
     write_text(name.with_suffix(".json"), json.dumps({**record, "run": run}))
 
 
-def _finish(pairs: WritablePairs, folder: Path, plan: dict[str, Any], run: str, shards: range) -> None:
-    start = dict(pairs.a)
-    start |= {f"b/{name}": tensor for name, tensor in (pairs.b or {}).items()}
+def _finish(plan: PairsPlan, run: str) -> None:
+    """Write the common start and the manifest, then remove the records of the shards."""
+    folder, shards = plan.folder, _shards_of(plan.recipe)
+    start = dict(plan.pairs.a)
+    start |= {f"b/{name}": tensor for name, tensor in (plan.pairs.b or {}).items()}
     write_tensors(folder / "start.safetensors", start)
-    records = [_record(folder, shard, run, verify=False) for shard in shards]
-    write_text(folder / "manifest.json", json.dumps({**plan, "shards": records}, indent=2))
+    records = [_record(folder, shard, plan.recipe, plan.stored, verify=False) for shard in shards]
+    write_text(folder / MANIFEST, json.dumps({**plan.recipe, "shards": records}, indent=2))
     for shard in shards:
-        (folder / f"pairs-{shard:05d}.json").unlink()
+        (folder / f"pairs-{shard:05d}.json").unlink(missing_ok=True)
 
 
 def _link(source: Path, to: Path) -> None:

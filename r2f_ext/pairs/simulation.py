@@ -113,11 +113,13 @@ class Victims:
         gradient: the full gradients of the adapted layers' weights, averaged over the steps, as factors
             [P, T * b * tokens, .], or written out (`FactoredGradient.of_dense`): what a decoder is to find (Liu et al.,
             Recover-to-Forget, Eq. 6).
+        finite_steps: after how many steps the factors were still finite [P] int64; T unless the training diverged.
     """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     gradient: FactoredGradient
+    finite_steps: Tensor
 
 
 class AdaptedCapture(Capture):
@@ -187,6 +189,7 @@ def simulate(
     a, b = stacked(a), stacked(zero if b is None else b)
     optimizer = training.optimizer_of([*a.values(), *b.values()])
     average = _Average(training.steps, dense)
+    finite_steps = torch.full((victims,), training.steps, device=images.device)
     with torch.random.fork_rng(), AdaptedCapture(target, a, training.dropout, PRECISIONS[precision]) as capture:
         torch.manual_seed(seed)
         capture.b = None if starts_at_zero else b
@@ -212,7 +215,9 @@ def simulate(
             optimizer.step()
             capture.b = b
             average.add(step, gradient)
-    return Victims(a, b, average.result())
+            finite = torch.stack([b[name].flatten(1).isfinite().all(1) for name in target.names]).all(0)
+            finite_steps = torch.where(finite, finite_steps, finite_steps.clamp_max(step))
+    return Victims(a, b, average.result(), finite_steps)
 
 
 class _Average:
@@ -250,6 +255,22 @@ class _Average:
         return {name: t.new_empty(len(t), self.steps * t.shape[1], t.shape[2]) for name, t in tensors.items()}
 
 
+def _check_finite(victims: Victims, first: int, training: Training) -> None:
+    """Refuse victims whose training diverged; they are numbered from `first` on.
+
+    Raises:
+        R2FError: the factors of a victim hold NaN or infinity.
+    """
+    diverged = (victims.finite_steps < training.steps).nonzero().flatten()
+    if len(diverged):
+        victim = int(diverged[0])
+        step = int(victims.finite_steps[victim]) + 1
+        raise R2FError(
+            f"the training of victim {first + victim} diverged: its B holds NaN or infinity after step {step} of "
+            f"{training.steps}; use a smaller learning rate (--lr {training.lr:g} is too large)."
+        )
+
+
 class SimulatedPairs:
     """Pairs of (what training did to B, average full gradient), made as they are walked through.
 
@@ -267,7 +288,7 @@ class SimulatedPairs:
         dense, precision: see `simulate`.
 
     Raises:
-        R2FError: the proxy has too few images for two victims.
+        R2FError: the proxy has too few images for two victims; while walking, a victim's training diverged.
     """
 
     def __init__(
@@ -342,6 +363,7 @@ class SimulatedPairs:
                 self.dense,
                 self.precision,
             )
+            _check_finite(victims, first, self.training)
             updates = {name: (b if self.b is None else b - self.b[name]) / -rate for name, b in victims.b.items()}
             a = None if self.one_step else victims.a
             yield PairBatch(updates, victims.gradient, images, labels, a0, a)

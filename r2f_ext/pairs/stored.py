@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256, sha256_of
-from r2f_ext.pairs.shards import SCHEMA, shard_names
+from r2f_ext.pairs.shards import MANIFEST, SCHEMA, read_manifest, shard_names
 from r2f_ext.pairs.simulation import Training
 from r2f_ext.pairs.starts import random_a
 from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
@@ -28,20 +27,22 @@ class StoredPairs:
 
     Attributes:
         a: name -> A [r, d_in] at the victims' common start.
+        training: how the victims trained; None: one step of SGD on one group of images.
         b: name -> B [d_out, r] at the start; None if B = 0.
         target: gradients are read for its layers only, updates for all layers of the folder.
 
     Raises:
-        R2FError: there is no manifest (an unfinished run), the schema is another one, or shards are missing or changed.
+        R2FError: there is no manifest (an unfinished run), the schema is another one, or shards are missing, changed or
+            not finite.
     """
 
     def __init__(self, folder: str | Path, base: BaseModel) -> None:
         self.folder = Path(folder)
-        path = self.folder / "manifest.json"
+        path = self.folder / MANIFEST
         if not path.is_file():
             raise R2FError(f"'{folder}' holds no finished pairs (no manifest.json): run r2f pairs --out '{folder}'.")
+        self.manifest = read_manifest(path)
         try:
-            self.manifest = json.loads(path.read_text())
             if self.manifest["schema"] != SCHEMA:
                 raise R2FError(
                     f"{path} has schema {self.manifest['schema']}, this version reads {SCHEMA}: make it anew."
@@ -64,8 +65,10 @@ class StoredPairs:
             self.batch_groups = int(self.manifest["batch_groups"])
             self.group_size = int(self.manifest["group_size"])
             self.dense = bool(self.manifest["dense"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise R2FError(f"{path} is damaged: run r2f pairs again.") from error
+            recipe = self.manifest.get("training")
+            self.training = None if recipe is None else Training(**recipe)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise R2FError(f"'{path}' is damaged: delete the folder and run r2f pairs again.") from error
         self.target = Target(base, layers)
         self._all_names = self.target.names
         self._verified: set[str] = set()
@@ -78,8 +81,7 @@ class StoredPairs:
     @property
     def one_step(self) -> bool:
         """Whether every victim took one step of plain SGD from B = 0."""
-        training = self.manifest.get("training")
-        return self.b is None and (training is None or Training(**training).plain_step)
+        return self.b is None and (self.training is None or self.training.plain_step)
 
     @property
     def per_victim_a(self) -> bool:
@@ -154,27 +156,44 @@ class StoredPairs:
     ) -> dict[str, Tensor]:
         """Read rows of the tensors `keys`, and of those whose names start with a prefix, from one file.
 
-        On first use the SHA-256 of a shard is compared with the manifest.
+        On first use the SHA-256 of a shard is compared with the manifest, and its numbers must be finite.
         """
         path = self.folder / name
         try:
             if name in self._digests and name not in self._verified:
                 if sha256(path) != self._digests[name]:
                     raise ValueError(name)
+                _check_finite(path)
                 self._verified.add(name)
             with safe_open(path, "pt", device=str(self.target.base.device)) as file:
                 wanted = [*keys, *(key for key in file.keys() if key.startswith(prefixes))] if prefixes else keys  # noqa: SIM118
                 return {key: file.get_tensor(key) if rows is None else file.get_slice(key)[rows] for key in wanted}
         except (SafetensorError, OSError, ValueError) as error:
-            raise R2FError(f"'{path}' is missing or damaged: run r2f pairs again.") from error
+            raise R2FError(f"'{path}' is missing or damaged: run the same r2f pairs again.") from error
 
     def _start(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """A [r, d_in] and B [d_out, r] of every layer, on the base's device."""
         found = self._read("start.safetensors", [], None, ("",))
         for layer in self.target.layers:
             if layer.name not in found or found[layer.name].shape != (layer.rank, layer.d_in):
-                raise R2FError(f"'{self.folder}' does not hold A of {layer.name}: run r2f pairs again.")
+                raise R2FError(f"'{self.folder}' does not hold A of {layer.name}: run the same r2f pairs again.")
         return {name: found[name] for name in self.target.names}, _part(found, "b/") or None
+
+
+def _check_finite(path: Path) -> None:
+    """Refuse a shard that holds NaN or infinity: an earlier version wrote victims whose training diverged.
+
+    Raises:
+        R2FError: the sentence names the tensor.
+    """
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(key)
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise R2FError(
+                    f"'{path}' holds NaN or infinity in {key}: delete the folder and make the pairs again, with a "
+                    "smaller --lr if their victims trained for steps."
+                )
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

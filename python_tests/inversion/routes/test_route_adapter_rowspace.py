@@ -72,6 +72,18 @@ def test_a_folder_or_a_seed_named_by_the_user_gives_the_same(victim) -> None:
         taken(target, [update], seed=41)
 
 
+def test_a_start_that_the_file_holds_needs_no_guess(base, tmp_path) -> None:
+    """PEFT's conversion at saving writes A_0 beside A; no common seed draws this one."""
+    image, label = _image(), torch.tensor([1])
+    model = peft_model(base, seed=424242, r=32, lora_alpha=64)
+    save(model, tmp_path / "start")
+    train(model, base, image, label, steps=5)
+    model.save_pretrained(str(tmp_path / "end"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    target, update = attach(read_adapter(tmp_path / "end"), base)
+    found, why = taken(target, [update])
+    assert found is not None and psnr_db(found.images, image).item() >= 70 and "the adapter's own file" in why
+
+
 def test_float32_storage_is_said_and_promises_less(victim) -> None:
     image, target, update, _ = victim
     stored = replace(update, a={n: a.float().double() for n, a in update.a.items()})

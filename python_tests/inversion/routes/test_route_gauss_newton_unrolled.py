@@ -40,6 +40,7 @@ def test_refusals_say_why() -> None:
         (replace(problem, training=Training()), "which gauss_newton models"),
         (replace(known, training=replace(two, dropout=0.1)), "dropout"),
         (replace(known, training=replace(two, samples=2)), "each of the 2 images"),
+        (replace(known, adapters=[replace(one, b0=one.b) for one in known.adapters]), "B did not start at 0"),
         (replace(known, initial=SimpleNamespace(found=None, named=False)), "pass --initial FOLDER or --a0-seed N"),
         (replace(known, base=replace(known.base, input_shape=(3, 224, 224))), "150528 numbers"),
     ):

@@ -19,6 +19,10 @@ class AdapterRowspace(Route):
     """See `inversion/adapter_rowspace.py`. A_0 is searched for only if the count allows the solve."""
 
     name = ROUTE
+    threat_model = (
+        "Whoever holds the adapter and knows the base and A before training can run it, if plain SGD "
+        "trained on one image."
+    )
     reads = ("adapters", "initial")
 
     def verdict(self, problem: Problem) -> Verdict:
@@ -33,7 +37,7 @@ class AdapterRowspace(Route):
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         start = _start(problem)
         assert problem.adapters and problem.target is not None and start is not None
-        a0 = [start.a or (one.a if problem.steps == 1 else None) for one in problem.adapters]
+        a0 = [start.a or (one.start if problem.steps == 1 else None) for one in problem.adapters]
         victims = [replace(one, a0=a) for one, a in zip(problem.adapters, a0, strict=True)]
         found = stack_victims((invert_adapter_rowspace(problem.target, one) for one in victims), advance)
         return replace(found, why=f"A0 from {start.source}; {found.why}")

@@ -13,6 +13,10 @@ class Amortised(Route):
     """See `inversion/amortised.py` and, with `Problem.unet`, `inversion/unet.py`."""
 
     name = "amortised"
+    threat_model = (
+        "Whoever holds the adapter and the base, head included, can run it; public images like the "
+        "private ones sharpen it."
+    )
     reads = ("observed", "proxies")
 
     def verdict(self, problem: Problem) -> Verdict:

@@ -15,6 +15,10 @@ class AmortisedRefined(Route):
 
     name = "amortised_refined"
     title = "amortised, refined"
+    threat_model = (
+        "Whoever holds the adapter and the base, head included, can run it on an adapter of one plain "
+        "SGD step, as in federated learning."
+    )
     reads = ("target", "a", "observed")
     after = ("amortised",)
 

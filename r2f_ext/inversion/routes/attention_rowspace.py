@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from r2f_ext.inversion.attention_rowspace import ROUTE, count_attention_rowspace, invert_attention_rowspace
+from r2f_ext.inversion.counting import where_gradients_are
 from r2f_ext.inversion.reconstruction import stack_victims
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.progress import Advance
@@ -13,12 +14,16 @@ class AttentionRowspace(Route):
     """See `inversion/attention_rowspace.py`."""
 
     name = ROUTE
-    title = "exact gradient (3c)"
+    title = "exact gradient: row space of attention"
+    threat_model = (
+        "A server of federated learning that sees the exact gradient of one image, and knows the base, can run it."
+    )
     reads = ("gradients",)
     by_default = False
 
     def verdict(self, problem: Problem) -> Verdict:
-        return count_attention_rowspace(problem.base, problem.batch, problem.shared)
+        verdict = count_attention_rowspace(problem.base, problem.batch, problem.shared)
+        return where_gradients_are(problem, verdict)
 
     def units(self, problem: Problem) -> int:
         return problem.victims

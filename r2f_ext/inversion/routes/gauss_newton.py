@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from r2f_ext.inversion.counting import search_verdict, several_steps
+from r2f_ext.inversion.counting import doubt, search_verdict, several_steps
 from r2f_ext.inversion.gauss_newton import MAX_PIXELS, ROUTE, Subspace, gauss_newton, too_large
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.progress import Advance
@@ -12,9 +12,13 @@ from r2f_ext.types import Reconstruction
 
 
 class GaussNewton(Route):
-    """See `inversion/gauss_newton.py`; about a minute per adapter of the embedded base on 2 cores."""
+    """See `inversion/gauss_newton.py`; minutes per adapter of the embedded base on 2 cores."""
 
     name = ROUTE
+    threat_model = (
+        "Whoever receives the adapter of one plain SGD step on one image, a federated update, and knows "
+        "base and head can run it."
+    )
     reads = ("target", "a", "observed", "proxies")
     after = ("amortised",)
     by_default = False
@@ -32,4 +36,13 @@ class GaussNewton(Route):
         assert problem.target is not None and problem.a is not None and problem.observed is not None
         assert problem.proxies is not None
         start, subspace = problem.found["amortised"], Subspace.of(problem.proxies.images)
-        return gauss_newton(problem.target, problem.a, problem.observed, start, subspace, problem.gauss_newton, advance)
+        return gauss_newton(
+            problem.target,
+            problem.a,
+            problem.observed,
+            start,
+            subspace,
+            problem.gauss_newton,
+            advance,
+            doubt(problem),
+        )

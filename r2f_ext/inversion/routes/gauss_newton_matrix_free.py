@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
-from r2f_ext.inversion.counting import search_verdict, several_steps
-from r2f_ext.inversion.gauss_newton import MAX_PIXELS, Subspace
+from r2f_ext.inversion.counting import doubt, search_verdict, several_steps
+from r2f_ext.inversion.exactness import Bound
+from r2f_ext.inversion.gauss_newton import MAX_PIXELS, Subspace, UpdateBound, UpdateMap, moved_layers
 from r2f_ext.inversion.matrix_free import (
     Coordinates,
     GradientMap,
@@ -25,6 +27,10 @@ class GaussNewtonMatrixFree(Route):
     """See `inversion/matrix_free.py`: hundreds of passes through the model at each of up to 14 points."""
 
     name = "gauss_newton_matrix_free"
+    threat_model = (
+        "Whoever receives the adapter of one plain SGD step on one image, a federated update, and knows "
+        "base and head can run it."
+    )
     reads = ("target", "a", "observed", "proxies")
     after = ("amortised",)
     by_default = False
@@ -39,15 +45,23 @@ class GaussNewtonMatrixFree(Route):
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.target is not None and problem.a is not None and problem.observed is not None
         assert problem.proxies is not None
-        target, observed, config = problem.target, problem.observed, problem.matrix_free
-        updates = GradientMap(target, problem.a, problem.base.input_shape)
-        coordinates = _coordinates(problem.base.input_shape, problem.proxies)
+        observed, config, shape = problem.observed, problem.matrix_free, problem.base.input_shape
+        target = moved_layers(problem.target, observed)
+        updates = GradientMap(target, problem.a, shape)
+        coordinates = _coordinates(shape, problem.proxies)
+        dense = UpdateMap(target, problem.a, torch.Size(shape), problem.gauss_newton.directions)
+        bound = UpdateBound(dense, observed) if prod(shape) <= MAX_PIXELS else _unknown
 
         def find(victim: int, image: Tensor, label: Tensor) -> Search:
             wanted = updates.observation([observed[name][victim] for name in target.names])
             return search_matrix_free(updates, wanted, image, label, coordinates, config)
 
-        return search_each(self.name, problem.found["amortised"], find, advance)
+        return search_each(self.name, problem.found["amortised"], find, bound, advance, doubt(problem))
+
+
+def _unknown(victim: int, image: Tensor, label: Tensor) -> Bound:
+    """The spectrum of a Jacobian in all pixels of a large image is not computed, so nothing is said of exactness."""
+    return Bound()
 
 
 def _coordinates(shape: tuple[int, int, int], proxies: Proxies) -> Coordinates:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
-from r2f_ext.inversion.counting import search_verdict
+from r2f_ext.inversion.counting import doubt, search_verdict
+from r2f_ext.inversion.exactness import DRAWS, Bound, arithmetic_errors, bound_error, in_float64, rounded
 from r2f_ext.inversion.gauss_newton import MAX_PIXELS, Subspace, search, too_large
 from r2f_ext.inversion.newton import Search, search_each
 from r2f_ext.inversion.route import Problem, Route, Verdict
@@ -20,6 +22,9 @@ class GaussNewtonUnrolled(Route):
     """See `inversion/unrolled.py`: several steps or AdamW, of a known recipe, from a known A_0, on one image."""
 
     name = "gauss_newton_unrolled"
+    threat_model = (
+        "Whoever knows the base, its head, A before training and the full recipe of a training on one image can run it."
+    )
     reads = ("target", "adapters", "initial", "training", "proxies")
     after = ("amortised",)
     by_default = False
@@ -39,13 +44,17 @@ class GaussNewtonUnrolled(Route):
         subspace, config = Subspace.of(problem.proxies.images), problem.gauss_newton
         modelled = Training() if _reads_adamw(training) else training
         unrolled = UnrolledMap(problem.target, a0, problem.base.input_shape, modelled, config.directions)
+        precise = UnrolledMap(in_float64(problem.target), a0, problem.base.input_shape, modelled, config.directions)
 
         def find(victim: int, image: Tensor, label: Tensor) -> Search:
             updates, observed = _observation(unrolled, adapters[victim], training)
             errors = start.loo_errors.get(int(label))
             return search(updates, observed, image, label, subspace, config, errors)
 
-        return search_each(self.name, start, find, advance)
+        def bound(victim: int, image: Tensor, label: Tensor) -> Bound:
+            return _bound(unrolled, precise, adapters[victim], training, image, label)
+
+        return search_each(self.name, start, find, bound, advance, _doubt(problem, training))
 
 
 def _refusal(problem: Problem) -> str | None:
@@ -58,6 +67,8 @@ def _refusal(problem: Problem) -> str | None:
         return "the victims took one plain SGD step, which gauss_newton models"
     if training.dropout:
         return "the random draws of the victims' dropout are unknown"
+    if any(one.b0 for one in problem.adapters or ()):
+        return "B did not start at 0, as it does in the training that is modelled"
     if training.owned > 1:
         return f"no route gives a start for each of the {training.owned} images of a victim"
     if problem.initial is not None and problem.initial.found is None:
@@ -67,6 +78,31 @@ def _refusal(problem: Problem) -> str | None:
 
 def _reads_adamw(training: Training) -> bool:
     return training.optimizer == "adamw" and training.steps == 1
+
+
+def _doubt(problem: Problem, training: Training) -> str | None:
+    if _reads_adamw(training):
+        return "AdamW's first step shows little more than the signs of the gradient"
+    return doubt(problem)
+
+
+def _bound(
+    unrolled: UnrolledMap,
+    precise: UnrolledMap,
+    adapter: LoraUpdate,
+    training: Training,
+    image: Tensor,
+    label: Tensor,
+) -> Bound:
+    """Bound the error of the image found for one adapter, from the rounding of both of its factors."""
+    rough, (weighed, observed) = _observation(unrolled, adapter, training)[0], _observation(precise, adapter, training)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        {name: torch.stack([rounded(each, generator) for _ in range(DRAWS)]) for name, each in factors.items()}
+        for factors in (adapter.a, adapter.b)
+    )
+    errors = weighed.observation(a, b) - observed + arithmetic_errors(rough, weighed, image, label)
+    return bound_error(weighed, observed, errors, image, label)
 
 
 def _observation(unrolled: UnrolledMap, adapter: LoraUpdate, training: Training) -> tuple[UnrolledMap, Tensor]:

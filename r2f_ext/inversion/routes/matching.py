@@ -16,6 +16,10 @@ class Matching(Route):
     """Images whose full gradient is the decoded one, with the labels of the amortised route."""
 
     name = "matching"
+    threat_model = (
+        "Whoever holds the adapter of one step and the base, head included, can run it on the gradient "
+        "that a decoder estimates."
+    )
     reads = ("target", "decoded")
     after = ("amortised",)
 

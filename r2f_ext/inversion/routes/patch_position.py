@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from r2f_ext.inversion.counting import where_gradients_are
 from r2f_ext.inversion.patch_position import ROUTE, count_patch_position, invert_patch_position
 from r2f_ext.inversion.reconstruction import stack_victims
 from r2f_ext.inversion.route import Problem, Route, Verdict
@@ -13,12 +14,16 @@ class PatchPosition(Route):
     """See `inversion/patch_position.py`."""
 
     name = ROUTE
-    title = "exact gradient (3b)"
+    title = "exact gradient: patch positions"
+    threat_model = (
+        "A server of federated learning that sees the exact gradients of one image, and knows the base, can run it."
+    )
     reads = ("gradients",)
     by_default = False
 
     def verdict(self, problem: Problem) -> Verdict:
-        return count_patch_position(problem.base, problem.batch, problem.shared)
+        verdict = count_patch_position(problem.base, problem.batch, problem.shared)
+        return where_gradients_are(problem, verdict)
 
     def units(self, problem: Problem) -> int:
         return problem.victims

@@ -1,0 +1,260 @@
+"""How precisely an update determines the image that was found for it (docs/methods.md, 3f).
+
+A small residual alone does not make an image the victim's: the update may not depend on all of the image, and an image
+of another model (a batch, another label, another recipe) may nearly reproduce it. `bound_error` therefore
+
+1. linearises the update map z at the image in *all* pixels, in float64: J = dz / dpixels, eigenvalues s_i^2 of J^T J;
+2. draws the errors that rounding leaves in z: of the stored factors and of the model's own arithmetic. An error n moves
+   the image by J^+ n, so by u_i . n / s_i along axis i. Axes along which that can exceed FREE are *free*: the update
+   does not determine the image along them, whatever their number in the residual;
+3. goes on to the least-squares image along the other axes and compares what is left of the residual with rounding. A
+   larger rest means that no image near this one made the update in the way that the search models;
+4. bounds the error by the distance to that image plus SAFETY times the root mean square of the moves by rounding.
+
+The bound is local and probabilistic: it holds where z is close to linear over the error that it states, for rounding
+errors that resemble the drawn ones. `benchmarks/inversion/exactness_study.py` counts how often it is wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from math import floor, isnan, log10, nan
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from r2f_ext.linalg import sum_in_place
+from r2f_ext.types import Reconstruction, Target
+
+REPRODUCED = 1e-3  # relative residual below which an image reproduces its update, which alone proves nothing
+EXACT_DB = 40.0  # least bound of an image that is called exact: errors of 1/100 of the pixel range, invisible
+FREE = 0.1  # length of a move, in units of the pixel range, from which on an axis counts as free
+SAFETY = 3.0  # multiple of the root mean square move by rounding that the bound allows for: 9.5 dB
+EXPLAINED = 3.0  # largest ratio of the residual that is left to the one expected of rounding
+DRAWS = 32  # of rounding errors: their root mean square is then known to an eighth
+JITTER = 1e-4  # change of the pixels that gives another draw of the model's arithmetic errors
+REFINEMENTS = 10  # steps towards the least-squares image
+RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rounding, of J in float32 after float64
+SKETCH = 4  # numbers kept of z per pixel; a random sketch of more is as good and bounds memory
+GRAM_COLUMNS = 4096  # of J that are in float64 at once
+STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class DenseMap(Protocol):
+    """A map z from images to updates with a dense Jacobian: `gauss_newton.UpdateMap` or `unrolled.UnrolledMap`.
+
+    Attributes:
+        directions: batch size of images, or of tangents.
+    """
+
+    target: Target
+    directions: int
+
+    def __call__(self, points: Tensor, label: Tensor, /) -> Tensor:
+        """Points [n, p] in [0, 1], all of one label [1] -> [n, R]."""
+        ...
+
+    def jacobian(self, point: Tensor, label: Tensor, basis: Tensor, /) -> Tensor:
+        """dz along the columns of basis [p, q] at point [p]: [q, R]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What the update says of the image found for it.
+
+    Attributes (NaN: not computed):
+        db: the image's PSNR is at least this, in dB; NaN where axes are free or rounding does not explain the residual.
+        free: number of axes in pixel space along which the update does not determine the image.
+        misfit: residual of the least-squares image nearby, relative to the one that rounding leaves.
+    """
+
+    db: float = nan
+    free: float = nan
+    misfit: float = nan
+
+    @property
+    def exact(self) -> bool:
+        """Whether it allows the word "exact"."""
+        return self.free == 0 and self.db >= EXACT_DB and self.misfit <= EXPLAINED
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Whether a reconstruction is the victim's own image, decided without the original.
+
+    Attributes:
+        exact: the error is bounded, at EXACT_DB or better, in all pixels.
+        bound_db: the PSNR is at least this; None: there is no bound.
+        free_directions: directions in pixel space that the update leaves free; None: not computed.
+        words: "exact to 78 dB", "determined to 31 dB", "determined up to 365 directions", "not determined",
+            "not exact: " and a reason.
+    """
+
+    exact: bool
+    bound_db: float | None
+    free_directions: int | None
+    words: str
+
+
+def exactness_of(found: Reconstruction, victim: int) -> Exactness:
+    """What can be said of the image of one victim, from the figures that its route left in `per_victim`."""
+    figure = {name: float(values[victim]) for name, values in found.per_victim.items()}
+    bound, free, misfit, residual = (
+        figure.get(key, nan) for key in ("bound_db", "free_directions", "misfit", "residual")
+    )
+    exact = figure.get("exact") == 1.0
+    known = None if isnan(bound) else bound, None if isnan(free) else int(free)
+    if exact:
+        words = f"exact to {floor(bound)} dB"
+    elif found.doubt is not None:
+        words = f"not exact: {found.doubt}"
+    elif residual >= REPRODUCED and not misfit <= EXPLAINED:
+        words = f"not exact: the residual is {residual:.1g}"
+    elif free > 0:
+        words = f"determined up to {int(free)} directions"
+    elif misfit > EXPLAINED:
+        words = f"not exact: the residual is {residual:.1g}, more than rounding explains"
+    elif not isnan(bound):
+        words = f"determined to {floor(bound)} dB"
+    else:
+        words = "not determined"
+    return Exactness(exact, *known, words)
+
+
+def storage_precision(factor: Tensor) -> torch.finfo:
+    """The lowest-precision float dtype that represents every entry exactly: the dtype that the adapter was saved in."""
+    exact = (dtype for dtype in STORED if torch.equal(factor.to(dtype).to(factor), factor))
+    return torch.finfo(next(exact, factor.dtype))
+
+
+def rounded(factor: Tensor, generator: torch.Generator) -> Tensor:
+    """A factor that storage could have rounded to the given one: another draw of the rounding error, float64."""
+    stored = storage_precision(factor)
+    spacing = stored.eps * factor.double().abs().clamp_min(stored.smallest_normal)
+    share = torch.rand(factor.shape, generator=generator, dtype=torch.float64).to(factor.device) - 0.5
+    return factor.double() + spacing * share
+
+
+def in_float64(target: Target) -> Target:
+    """The same layers of a copy of the base in float64."""
+    return replace(target, base=replace(target.base, model=copy.deepcopy(target.base.model).double()))
+
+
+def arithmetic_errors(rough: DenseMap, precise: DenseMap, image: Tensor, label: Tensor) -> Tensor:
+    """Errors of z by the model's own arithmetic, [DRAWS, R] float64: `rough` is the map in the model's dtype."""
+    generator = torch.Generator().manual_seed(0)
+    jitter = (torch.rand(DRAWS, len(image), generator=generator, dtype=torch.float64) - 0.5).to(image.device)
+    points = (image.double() + JITTER * jitter).to(image.dtype)
+    return torch.cat(
+        [rough(part, label).double() - precise(part.double(), label) for part in points.split(rough.directions)]
+    )
+
+
+def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tensor, label: Tensor) -> Bound:
+    """Bound the error of an image in all pixels, see the head of this module.
+
+    Args:
+        precise: the update map in float64.
+        observed: [R] float64.
+        errors: [n, R] float64, draws of the errors that rounding leaves in `observed`.
+        image: [p] in [0, 1], the image found; label: of the images that it holds.
+    """
+    point = image.double()
+    axes = _Axes.of(precise, point, label)
+    moves = axes.moves(errors).square().mean(0).sqrt()
+    determined = axes.reliable & (SAFETY * moves < FREE)
+    spare = 1 - int(determined.sum()) / len(observed)
+    expected = float(errors.norm(dim=1).square().mean().sqrt()) * max(spare, 0.0) ** 0.5
+    nearby, residual = _least_squares(precise, observed, axes, determined, point, label, EXPLAINED * expected)
+    misfit = residual / max(expected, 1e-300)
+    if misfit <= EXPLAINED:
+        moves = moves * max(1.0, misfit)
+    free = int((~(axes.reliable & (SAFETY * moves < FREE))).sum())
+    if free or misfit > EXPLAINED:
+        return Bound(nan, free, misfit)
+    error = float((nearby - point).norm()) + SAFETY * float(moves.norm())
+    return Bound(-20 * log10(max(error, 1e-10) / len(point) ** 0.5), 0, misfit)
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """J at one image, sketched, and the axes of pixel space in which J^T J is diagonal.
+
+    Attributes:
+        jacobian: [p, m] float32; curvature: [p] float64, ascending; directions: [p, p] float64, one axis a column.
+        bucket, sign: the sketch, of z's R numbers.
+    """
+
+    jacobian: Tensor
+    curvature: Tensor
+    directions: Tensor
+    bucket: Tensor
+    sign: Tensor
+
+    @staticmethod
+    def of(precise: DenseMap, point: Tensor, label: Tensor) -> _Axes:
+        identity = torch.eye(len(point), dtype=torch.float64, device=point.device)
+        size = precise(point[None], label).shape[1]
+        bucket, sign = _sketch(size, SKETCH * len(point), point.device)
+        parts = []
+        for columns in identity.split(precise.directions, dim=1):
+            parts.append(_sketched(precise.jacobian(point, label, columns), bucket, sign).float())
+        jacobian = torch.cat(parts)
+        gram = sum_in_place(part @ part.T for part in map(Tensor.double, jacobian.split(GRAM_COLUMNS, dim=1)))
+        curvature, directions = torch.linalg.eigh(gram)
+        return _Axes(jacobian, curvature, directions, bucket, sign)
+
+    @property
+    def reliable(self) -> Tensor:
+        """bool [p]: axes whose curvature is more than rounding."""
+        return self.curvature > RELIABLE * self.curvature.sum()
+
+    def moves(self, errors: Tensor) -> Tensor:
+        """Moves of the image along the axes by errors of z [n, R]: [n, p] float64, infinite along unreliable axes."""
+        pulls = (_sketched(errors, self.bucket, self.sign).float() @ self.jacobian.T).double() @ self.directions
+        return torch.where(self.reliable, pulls / self.curvature, torch.inf)
+
+
+def _sketch(size: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where and with which sign each of `size` numbers is added (the count sketch: Clarkson and Woodruff, 2013)."""
+    generator = torch.Generator().manual_seed(1)
+    if size <= kept:
+        return torch.arange(size, device=device), torch.ones(size, dtype=torch.float64, device=device)
+    bucket = torch.randint(kept, (size,), generator=generator)
+    sign = 2.0 * torch.randint(2, (size,), generator=generator).double() - 1
+    return bucket.to(device), sign.to(device)
+
+
+def _sketched(rows: Tensor, bucket: Tensor, sign: Tensor) -> Tensor:
+    """Rows [n, R] float64 -> [n, m]."""
+    return rows.new_zeros(len(rows), int(bucket.max()) + 1).index_add_(1, bucket, rows * sign)
+
+
+def _least_squares(
+    precise: DenseMap,
+    observed: Tensor,
+    axes: _Axes,
+    determined: Tensor,
+    point: Tensor,
+    label: Tensor,
+    enough: float,
+) -> tuple[Tensor, float]:
+    """The image nearby with the smallest residual along the determined axes, and its residual |z - z*|.
+
+    Simplified Newton steps; they end where the residual is `enough` twice or no longer falls.
+    """
+    best, least = point, float("inf")
+    for _ in range(REFINEMENTS):
+        error = precise(point[None], label) - observed
+        residual = float(error.norm())
+        if not residual < least:
+            break
+        settled, best, least = least < enough, point, residual
+        if settled:
+            break
+        move = axes.moves(error)[0]
+        point = point - axes.directions @ torch.where(determined, move, 0.0)
+    return best, least
