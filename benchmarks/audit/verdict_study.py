@@ -1,6 +1,6 @@
 """How often an audit says "gave away": 200 adapters of pure noise, 100 of clothes and 100 of faces, one by one.
 
-    python benchmarks/audit/verdict_study.py --json benchmarks/results/0.1.0/verdict_study.json
+    python benchmarks/audit/verdict_study.py --pairs 4000 --json benchmarks/results/0.1.0/verdict_study.json
 
 Every adapter is judged as `r2f audit ADAPTER --private DATA:INDEX` judges it: one adapter, one private image, the
 default victim (r = 8, alpha = 16, one step of SGD on one image). The pairs and the kernel ridge of one audit serve all

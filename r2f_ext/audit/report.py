@@ -17,6 +17,7 @@ from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.record import Inputs, public_name
 from r2f_ext.audit.run import LATER, AuditResult
 from r2f_ext.audit.sets import SetReport
+from r2f_ext.audit.spectra import spectra_of
 from r2f_ext.audit.verdict import JUDGED_ROUTE, LeakVerdict, conclude
 from r2f_ext.capture.tokens import tokens_of
 from r2f_ext.config import AuditConfig
@@ -85,6 +86,7 @@ class AuditReport:
     def to_json(self) -> dict[str, Any]:
         """The data of report.json: plain dicts, lists, numbers and strings."""
         first = next(iter(self.results.values()))
+        adapters = first.problem.adapters
         information = environment()
         device = self.target.base.device.type
         return {
@@ -108,6 +110,9 @@ class AuditReport:
                 }
                 for name, result in self.results.items()
             },
+            "spectra": {layer: asdict(one) for layer, one in spectra_of(self.target, adapters).items()}
+            if adapters
+            else {},
             "config": asdict(self.config),
             "inputs": None if self.inputs is None else asdict(self.inputs),
             "notes": list(self.notes),
