@@ -110,6 +110,23 @@ def test_figures_of_each_victim_are_cut_to_the_set(audited):
     part = set_report("x", result, audited.proxy, None, slice(1, 3))
     assert part.to_json()["routes"]["matching"]["per_victim"] == {"residual": [2.0, 3.0]}
     assert len(part.reconstructions[1].labels) == 2
+    assert part.reconstructions[1].why.endswith("(all 3 adapters together)")
+
+
+def test_what_one_victim_shows_is_not_said_of_another_set(audited):
+    """A figure and a sentence of the worst of all victims: a set without that victim must not pass them off as its."""
+    worst = replace(
+        named(audited.result.reconstructions, "matching"),
+        why="The worst of all.",
+        details={"expected_error": 9.0, "seconds": 1.0},
+        per_victim={"expected_error": torch.tensor([9.0, 1.0, 2.0])},
+    )
+    result = replace(audited.result, reconstructions=[worst])
+    whole, part = (set_report("x", result, audited.proxy, None, rows).to_json() for rows in (slice(None), slice(1, 3)))
+    assert whole["routes"]["matching"]["details"]["expected_error"] == 9.0
+    figures = part["routes"]["matching"]
+    assert figures["details"] == {"seconds": 1.0} and figures["per_victim"] == {"expected_error": [1.0, 2.0]}
+    assert whole["routes"]["matching"]["why"] == "The worst of all." != figures["why"]
 
 
 def test_more_private_images_than_victims_are_paired_by_the_estimate_whatever_the_order_of_routes(audited):
