@@ -53,13 +53,18 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One linear layer W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's)."""
+    """One linear layer W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's).
+
+    saved: the file holds the layer's whole trained weight; A is the identity, never trained, B the weight's change, and
+    the scale 1.
+    """
 
     name: str
     d_out: int
     d_in: int
     rank: int
     scale: float
+    saved: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,10 @@ class Target:
     def names(self) -> tuple[str, ...]:
         return tuple(layer.name for layer in self.layers)
 
+    def without_saved(self) -> Target:
+        """The layers with trained LoRA factors alone."""
+        return replace(self, layers=tuple(layer for layer in self.layers if not layer.saved))
+
 
 @dataclass(frozen=True)
 class LoraUpdate:
@@ -87,6 +96,10 @@ class LoraUpdate:
         a0: name -> A before the first step, where it is known.
         b0: name -> B before the first step, where it was not 0.
         stored: the lowest-precision float dtype that holds the file's factors exactly.
+        saved: layers whose whole weight is in the file: A is the identity, B its change (`AdaptedLayer.saved`).
+        gradients: parameter name -> start - end, in the parameter's shape, of the parameters whose whole value is in
+            the file: after one step of plain SGD the exact gradient, times the learning rate.
+        label: the class of the images, where a head saved with the adapter tells it (`models.saved_head`).
     """
 
     a: dict[str, Tensor]
@@ -94,11 +107,19 @@ class LoraUpdate:
     a0: dict[str, Tensor] | None = None
     b0: dict[str, Tensor] | None = None
     stored: torch.dtype = torch.float32
+    saved: frozenset[str] = frozenset()
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    label: int | None = None
 
     @property
     def start(self) -> dict[str, Tensor]:
         """A before the first step where it is known, else A itself, which stands in for it: name -> [r, d_in]."""
-        return self.a if self.a0 is None else self.a0
+        return {**self.a, **(self.a0 or {})}
+
+    def without_saved(self) -> LoraUpdate:
+        """The trained LoRA factors alone, without the layers whose whole weight is in the file."""
+        a, b = ({name: each for name, each in of.items() if name not in self.saved} for of in (self.a, self.b))
+        return replace(self, a=a, b=b, saved=frozenset())
 
 
 @dataclass(frozen=True)

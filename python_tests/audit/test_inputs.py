@@ -1,5 +1,7 @@
 """Adapters that differ in what one target cannot express are refused by name; private images in the right order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import changed_config, changed_weights, tiny_base
@@ -50,34 +52,95 @@ def test_other_ranks_and_layers_are_refused(adapter_folder, embedded, tmp_path):
         load_adapters([adapter_folder, fewer], embedded)
 
 
-def test_other_heads_are_refused(adapter_folder, embedded, tmp_path):
-    head = {f"base_model.model.head.{n}": p.clone() for n, p in embedded.model.head.named_parameters()}
-    with_head = changed_config(adapter_folder, tmp_path / "h", modules_to_save=["head"])
-    one = changed_weights(with_head, tmp_path / "one", lambda w: {**w, **head})
-    moved = {name: tensor + 0.1 for name, tensor in head.items()}
-    two = changed_weights(with_head, tmp_path / "two", lambda w: {**w, **moved})
-    assert len(load_adapters([one, one], embedded).updates) == 2
-    for other in (two, adapter_folder):
-        with pytest.raises(R2FError, match=r"differ in the saved module base_model.model.head.bias"):
-            load_adapters([one, other], embedded)
+def with_head(folder, to, embedded, moved=0.0, **fields):
+    """A copy of an adapter folder with a head in the file: the base's, moved by random numbers of that size."""
+    torch.manual_seed(4)
+    head = {
+        f"base_model.model.head.{n}": p + moved * torch.randn_like(p) for n, p in embedded.model.head.named_parameters()
+    }
+    changed = changed_config(folder, to.with_name(to.name + "-config"), modules_to_save=["head"], **fields)
+    return changed_weights(changed, to, lambda w: {**w, **head})
+
+
+def test_every_adapter_has_its_own_trained_head(adapter_folder, embedded, tmp_path):
+    """The heads began at the base's, so each one's change is a gradient of its own."""
+    one = with_head(adapter_folder, tmp_path / "one", embedded, 0.01)
+    two = with_head(adapter_folder, tmp_path / "two", embedded, 0.02)
+    loaded = load_adapters([one, two], embedded)
+    assert loaded.target.layer("head").saved
+    torch.testing.assert_close(loaded.updates[1].b["head"], 2 * loaded.updates[0].b["head"], rtol=1e-3, atol=1e-5)
+    assert all(any("weight of head is in the file" in said for said in one.leaks) for one in loaded.facts)
+
+
+def test_a_head_in_one_adapter_only_is_refused(adapter_folder, embedded, tmp_path):
+    trained = with_head(adapter_folder, tmp_path / "one", embedded, 0.01)
+    untrained = with_head(adapter_folder, tmp_path / "two", embedded)
+    for other in (adapter_folder, untrained):
+        for folders in ([trained, other], [other, trained]):
+            with pytest.raises(R2FError, match="differ in the saved module head, which only one of them holds trained"):
+                load_adapters(folders, embedded)
+    assert len(load_adapters([untrained, adapter_folder], embedded).updates) == 2
+
+
+def test_heads_of_unknown_start_must_be_the_same(adapter_folder, embedded, tmp_path):
+    one = with_head(adapter_folder, tmp_path / "one", embedded, 5.0)
+    two = changed_weights(one, tmp_path / "two", lambda w: {k: v + ("head.bias" in k) for k, v in w.items()})
+    assert not load_adapters([one, one], embedded).target.layers[-1].saved
+    for folders in ([one, two], [one, adapter_folder]):
+        with pytest.raises(R2FError, match=r"differ in head\.\w+, whose start the base does not hold"):
+            load_adapters(folders, embedded)
+
+
+def test_other_precisions_and_scalings_are_refused(adapter_folder, embedded, tmp_path):
+    half = changed_weights(adapter_folder, tmp_path / "h", lambda w: {k: v.bfloat16() for k, v in w.items()})
+    with pytest.raises(R2FError, match=r"differ in stored precision \(float32 and bfloat16\): audit them one by one"):
+        load_adapters([adapter_folder, half], embedded)
+    slow = changed_config(adapter_folder, tmp_path / "rs", use_rslora=True)
+    with pytest.raises(R2FError, match=rf"differ in the scale of {LAYER} \(2 and 5.65685\)"):
+        load_adapters([adapter_folder, slow], embedded)
 
 
 def test_private_images_by_index(embedded):
     whole = load_images("embedded", role="private")
     one = load_private("embedded:3", embedded, 0, 1)
-    assert torch.equal(one.images, whole.images[3:4]) and one.name == "embedded:3"
+    assert torch.equal(one.images, whole.images[3:4]) and one.name == "embedded:3" and one.in_order
+    several = load_private("embedded:4,0,4", embedded, 0, 3)
+    assert torch.equal(several.images, whole.images[[4, 0, 4]])
     assert torch.equal(load_private("embedded", embedded, 0, 5).images, whole.images)
-    with pytest.raises(R2FError, match="has 100 images, counted from 0"):
-        load_private("embedded:100", embedded, 0, 1)
-    with pytest.raises(R2FError, match="gives 1 images for 2 adapters"):
-        load_private("embedded:3", embedded, 0, 2)
+    for spec, adapters, words in [
+        ("embedded:100", 1, "has 100 images, counted from 0"),
+        ("embedded:1,100", 2, "has 100 images, counted from 0"),
+        ("embedded:3", 2, "names 1 images for 2 adapters"),
+        ("embedded:3,1,2", 2, "names 3 images for 2 adapters"),
+        ("embedded:3,", 1, "unknown images 'embedded:3,'"),
+        ("embedded:-1", 1, "unknown images"),
+    ]:
+        with pytest.raises(R2FError, match=words):
+            load_private(spec, embedded, 0, adapters)
 
 
-def test_as_many_images_keep_their_order_and_more_are_paired(private):
-    images = private.batch([2, 0, 1])
-    assert pair_up(private, images) is private
-    paired = pair_up(private, images[:2] + 0.01)
-    assert torch.equal(paired.images, private.images[[2, 0]]) and "flatters" in paired.notes[-1]
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_the_order_of_files_need_not_be_that_of_adapters(order, private):
+    paired = pair_up(private, (private.batch(order) + 0.05).clamp(0, 1))
+    assert torch.equal(paired.originals.images, private.images[order]) and paired.matched
+    changed = "left both in the given order" if order == [0, 1, 2] else "changed their order"
+    assert changed in paired.sentence and "flatters" in paired.sentence and "--private DATA:INDEX" in paired.sentence
+
+
+def test_the_best_of_more_images_is_each_ones(private):
+    paired = pair_up(private, private.batch([2, 0]) + 0.01)
+    assert torch.equal(paired.originals.images, private.images[[2, 0]]) and paired.matched
+    assert paired.sentence.startswith("Each of 2 adapters was matched to the one of 3 private images")
+    single = pair_up(private, private.batch([1]))
+    assert torch.equal(single.originals.images, private.images[[1]]) and single.matched
+
+
+def test_a_named_order_is_kept_and_one_image_is_no_choice(private):
+    named = replace(private, in_order=True)
+    paired = pair_up(named, private.batch([2, 0, 1]))
+    assert torch.equal(paired.originals.images, private.images) and not paired.matched
+    alone = pair_up(private.take(torch.tensor([1])), private.batch([0]))
+    assert not alone.matched and alone.sentence == "One adapter is scored against the one private image."
 
 
 def test_no_adapter_for_this_base(adapter_folder):

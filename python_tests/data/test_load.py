@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 
 from r2f_ext.data import ImageSet, content_hashes, drop_private, fit_images, load, load_images
 from r2f_ext.data.fashion_mnist import DEBIAN_FOLDER
+from r2f_ext.data.folder import list_folder
 from r2f_ext.data.mosaic import read_mosaic, write_mosaic
 from r2f_ext.errors import R2FError
 
@@ -125,14 +127,14 @@ def test_flat_folder_of_every_format(tmp_path):
         paint(tmp_path / f"{index}.{suffix}", index)
     for index, mode in enumerate(("L", "1", "P", "RGBA", "LA")):
         paint(tmp_path / f"mode{index}.png", index, mode=mode)
-    Image.fromarray(np.full((9, 9), 65535, np.uint16)).save(tmp_path / "wide.png")
+    Image.fromarray(np.full((9, 9), 65535, np.uint16)).save(tmp_path / "wide.png")  # the last by name
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / ".hidden.png").write_text("not an image")
     (tmp_path / "link.png").symlink_to(tmp_path / "0.png")
     loaded = load_images(str(tmp_path), seed=4)
     check(loaded, 12)
     assert loaded.images[-1].min() == 255
-    assert "random" in loaded.notes[0]
+    assert "random" in loaded.notes[0] and not loaded.labels_known
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", None])
@@ -270,3 +272,26 @@ def test_a_set_says_whether_its_labels_mean_anything():
 def test_a_base_without_classes_and_a_negative_seed_have_sentences_of_their_own(arguments, words):
     with pytest.raises(R2FError, match=words):
         load_images("procedural", count=2, **arguments)
+
+
+def test_labels_are_known_where_all_of_them_are_those_of_their_images(classes):
+    assert load_images("embedded", count=8).labels_known and load_images(str(classes)).labels_known
+    for spec in ("procedural", "lfw", "photos", "procedural+embedded", f"{classes}+lfw"):
+        assert not load_images(spec, count=8).labels_known
+    assert not load_images("procedural", count=8).take(torch.arange(3)).labels_known
+
+
+def test_numbers_in_names_count_as_numbers(tmp_path):
+    names = ["10.png", "2.png", "1.png", "b10.png", "b9.png", "b9a.png", "02.png", "\u00b2.png"]
+    for index, name in enumerate(names):
+        paint(tmp_path / name, index)
+    found = [path.name for path in list_folder(tmp_path)[0]]
+    assert found == ["1.png", "02.png", "2.png", "10.png", "b9.png", "b9a.png", "b10.png", "\u00b2.png"]
+
+
+def test_classes_keep_the_numbers_that_torchvision_gives(tmp_path):
+    for name in ("10", "9", "1"):
+        paint(tmp_path / name / "a.png")
+    paths, classes = list_folder(tmp_path)
+    expected = datasets.ImageFolder(str(tmp_path)).class_to_idx
+    assert [expected[path.parent.name] for path in paths] == classes

@@ -31,9 +31,11 @@ CASES = {
 
 
 def merged(target, update) -> nn.Module:
-    """The target's base with W + s B A written into its weights."""
+    """The target's base with W + s B A written into its weights, and whole saved parameters as training left them."""
     model = copy.deepcopy(target.base.model)
-    for layer in target.layers:
+    for name, moved in update.gradients.items():
+        model.get_parameter(name).sub_(moved)
+    for layer in target.without_saved().layers:
         weight = model.get_submodule(layer.name).weight
         weight += (layer.scale * update.b[layer.name] @ update.a[layer.name]).view_as(weight)
     return model
@@ -45,8 +47,8 @@ def test_what_peft_saved_is_what_is_read(lora, tmp_path, embedded, private):
     train(model, embedded, private.batch(slice(None)), private.labels, steps=2)
     target, update = attach(read_adapter(save(model, tmp_path / "a")), embedded)
     wrapped = [name for name, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")]
-    assert list(target.names) == wrapped and wrapped
-    for layer in target.layers:
+    assert list(target.without_saved().names) == wrapped and wrapped
+    for layer in target.without_saved().layers:
         a, b, scale = peft_factors(model, layer.name)
         assert (layer.d_out, layer.rank, layer.d_in) == (b.shape[0], a.shape[0], a.shape[1])
         assert layer.scale == pytest.approx(scale, rel=1e-12)
@@ -59,8 +61,10 @@ def test_what_peft_saved_is_what_is_read(lora, tmp_path, embedded, private):
         assert torch.equal(embedded.model(inputs), before)  # the base itself is left alone
 
 
-def test_saved_head_replaces_the_base_head_only_in_the_target(tmp_path, embedded, private):
+def test_a_saved_head_of_unknown_start_replaces_the_base_head_only_in_the_target(tmp_path, embedded, private):
     model = peft_model(embedded, modules_to_save=["head"])
+    with torch.no_grad():
+        nn.init.normal_(model.base_model.model.head.modules_to_save["default"].weight)
     train(model, embedded, private.batch(slice(None)), private.labels)
     files = read_adapter(save(model, tmp_path / "a"))
     before = embedded.model.head.weight.clone()

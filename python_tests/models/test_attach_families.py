@@ -14,7 +14,7 @@ from torch import nn
 from transformers_cases import FAMILIES, PATCHES, classifier
 
 from r2f_ext.errors import R2FError
-from r2f_ext.models import attach, load_base, read_adapter
+from r2f_ext.models import attach, load_base, note_on_base, read_adapter
 from r2f_ext.models.timm_base import describe
 from r2f_ext.types import BaseModel
 
@@ -144,7 +144,11 @@ CASES = {
         {},
         r"B \[36, 4\] of blocks.0.attn.qkv.*a tensor was cut",
     ),
-    "half of A": (lambda w: {n: v[: len(v) // 2].clone() if "lora_A" in n else v for n, v in w.items()}, {}, r"cut"),
+    "half of A": (
+        lambda w: {n: v[: len(v) // 2].clone() if "lora_A" in n else v for n, v in w.items()},
+        {},
+        r"A of blocks.0.attn.qkv has 2 rows and B 4 columns",
+    ),
     "a layer less": (
         lambda w: {n: v for n, v in w.items() if "blocks.1.mlp.fc1" not in n},
         {},
@@ -153,7 +157,7 @@ CASES = {
     "another rank": (
         lambda w: w,
         {"r": 8},
-        r"rank 8 for blocks.0.attn.qkv in its configuration and 4 in its file|rank",
+        r"A of blocks.0.attn.qkv has 4 rows, while adapter_config.json gives r = 8",
     ),
     "another target": (
         lambda w: w,
@@ -189,14 +193,14 @@ def test_a_base_without_a_classifier_needs_the_adapters(bases, tmp_path):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (None, "does not name its base: that 'timm' holds the weights it was trained on cannot be verified"),
-        ("google/vit-base-patch16-224", "names 'google/vit-base-patch16-224' as its base and was given 'timm'"),
+        (None, "does not name its base: that 'timm' holds the weights of its training is not checked"),
+        ("google/vit-base-patch16-224", "names 'google/vit-base-patch16-224' as its base, and it is audited on 'timm'"),
         ("someone/timm", None),
         ("/home/someone/models/other", "names 'other' as its base"),
     ],
 )
 def test_what_the_name_of_the_base_says(said, words, folder, bases, tmp_path):
     other = changed_config(folder, tmp_path / "b", base_model_name_or_path=said)
-    notes = attach(read_adapter(other), bases["timm"])[0].base.notes
+    notes = note_on_base(read_adapter(other), bases["timm"])
     assert notes == () if words is None else len(notes) == 1 and words in notes[0]
     assert not any("/home" in note for note in notes)

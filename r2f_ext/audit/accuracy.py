@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.capture import Capture
-from r2f_ext.decoders import Decoder, Updates, held_out_cosines
+from r2f_ext.decoders import Decoder, Updates, held_out_cosines, with_saved
 from r2f_ext.decoders.base import MatrixDecoder
 from r2f_ext.linalg import sum_in_place
 from r2f_ext.pairs import PairSource
@@ -36,7 +36,7 @@ class Scored:
     Attributes:
         figures: layer -> kind -> {cosine_mean, cosine_p05, norm_error} on held-out pairs; class_mean_cosine and
             floor_cosine, the same for every kind; victim_estimate, the mean over victims. None: not known.
-        decoded: the victims' gradients by the last decoder, [V, d_out, d_in] a layer.
+        decoded: the victims' gradients by the last decoder, [V, d_out, d_in] a layer; exact where the update is one.
         matrices: kind -> layer -> [r, d_in], of the decoders that multiply updates by a matrix.
     """
 
@@ -84,7 +84,7 @@ def score_and_decode(
         floor = kinds[FLOOR]["cosine_mean"] if FLOOR in kinds else None
         for each in kinds.values():
             each |= {"class_mean_cosine": means.get(name), "floor_cosine": floor}
-    return Scored(figures, decoded, matrices)
+    return Scored(figures, with_saved(pairs.target, observed, decoded), matrices)
 
 
 def similarity(asked: Updates, fitted: dict[str, Tensor]) -> Tensor:

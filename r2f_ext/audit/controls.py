@@ -135,7 +135,7 @@ def simulate(problem: Problem, proxy: ImageSet, labels: Iterable[int], seed: int
     assert problem.observed is not None and problem.proxies is not None
     ridge = problem.proxies.ridge
     noise = [ridge.invert(part).images.cpu() for part in noise_updates(problem.observed, SIMULATED, seed)]
-    found = ridge.find_labels(problem.observed).cpu()
+    found = ridge.find_labels(problem.observed, problem.known_labels).cpu()
     needed = sorted({*found.tolist(), *labels})
     strangers = {label: _strangers(problem, proxy, label, seed, precision).cpu() for label in needed}
     return Simulated(torch.cat(noise), strangers, found)

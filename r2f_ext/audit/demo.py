@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         "fashion_mnist": load_images("embedded", role="private", count=FASHION_VICTIMS, seed=config.seed),
         "lfw": load_images("lfw", role="private", count=FACE_VICTIMS, seed=config.seed),
     }
+    # The victims train on these labels, drawn or not, and each on the image of its own row.
+    private = {name: replace(images, labels_known=True, in_order=True) for name, images in private.items()}
     total = FASHION_VICTIMS + FACE_VICTIMS
     with stages.stage("victims", total) as advance:
         target, victims = make_victims(base, private, folder / "victims", config.seed)
@@ -56,10 +59,10 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         for victim in parts.values():
             proxy = drop_private(proxy, private[victim])
         adapters = [update for victim in parts.values() for update in victims[victim]]
-        labels = torch.cat([private[victim].labels for victim in parts.values()])
+        known = [private[victim].labels for victim in parts.values() if private[victim].labels_known]
         problem = adapter_problem(target, adapters)
         results[name] = run.run_audit_stages(
-            problem, proxy, config, Stages(stages.progress, f"{name}: "), labels=labels
+            problem, proxy, config, Stages(stages.progress, f"{name}: "), labels=torch.cat(known) if known else None
         )
         sets += _split(results[name], proxy, {part: private[victim] for part, victim in parts.items()})
     seconds = {

@@ -86,7 +86,7 @@ def audit(
     images, originals = _load_images(target, len(updates), proxy, private, config)
     verdicts = verdicts_of(problem)
     on_ready(Prepared(target, updates, images, originals, verdicts, problem.evidence))
-    labels = None if originals is None else originals.labels
+    labels = originals.labels if originals is not None and originals.labels_known else None
     result = run.run_audit_stages(problem, images, config, stages, verdicts, labels)
     given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, target.base.device.type)
     recorded = given.relative_to(folder or Path())

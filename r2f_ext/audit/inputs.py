@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from r2f_ext.audit.assign import assign
+from r2f_ext.audit.record import split_private
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.errors import R2FError
-from r2f_ext.models import AdapterFacts, AdapterFiles, attach, load_base, read_adapter
+from r2f_ext.models import (
+    AdapterFacts,
+    attach,
+    compare_saved,
+    load_base,
+    note_on_base,
+    read_adapter,
+    with_saved_facts,
+)
 from r2f_ext.types import BaseModel, LoraUpdate, Target
 
 
@@ -38,74 +47,122 @@ def load_adapters(folders: Sequence[str | Path], base: str | BaseModel, device: 
         device: of a base that is loaded here.
 
     Raises:
-        R2FError: an adapter cannot be read or does not fit the base, or the adapters differ in layers, rank, scale or
-            in a module saved with them (a trained head).
+        R2FError: an adapter cannot be read or does not fit the base, or the adapters differ in what one target holds
+            for all: layers, rank, scale, stored precision, or a trained module that stands in for an unknown start.
     """
     files = [read_adapter(folder) for folder in folders]
     loaded = base if isinstance(base, BaseModel) else load_base(base, device, files[0].num_classes)
     bound = [attach(one, loaded) for one in files]
-    for one, (target, _) in zip(files[1:], bound[1:], strict=True):
-        difference = _difference(bound[0][0], target) or _other_head(files[0], one)
+    saved = [compare_saved(one, loaded) for one in files]
+    for i in range(1, len(files)):
+        difference = (
+            _other_layers(bound[0][0], bound[i][0])
+            or _other_precision(bound[0][1], bound[i][1])
+            or _other_stand_in(saved[0].stand_ins, saved[i].stand_ins)
+        )
         if difference is not None:
-            raise R2FError(f"'{files[0].folder}' and '{one.folder}' {difference}: audit them one by one.")
-    return LoadedAdapters(bound[0][0], [update for _, update in bound], tuple(one.facts for one in files))
+            raise R2FError(f"'{files[0].folder}' and '{files[i].folder}' {difference}: audit them one by one.")
+    facts = tuple(
+        with_saved_facts(replace(one.facts, notes=one.facts.notes + note_on_base(one, loaded)), own)
+        for one, own in zip(files, saved, strict=True)
+    )
+    return LoadedAdapters(bound[0][0], [update for _, update in bound], facts)
 
 
-def _difference(first: Target, second: Target) -> str | None:
+def _other_layers(first: Target, second: Target) -> str | None:
     """How the layers of two adapters differ, as a clause; None if they do not."""
     if set(first.names) != set(second.names):
         name = sorted(set(first.names) ^ set(second.names))[0]
+        layer = (first if name in first.names else second).layer(name)
+        if layer.saved:
+            return f"differ in the saved module {name}, which only one of them holds trained"
         return f"do not adapt the same layers ({name} differs)"
     for one in first.layers:
         other = second.layer(one.name)
+        if one.saved != other.saved:
+            return f"differ in the saved module {one.name}, which only one of them holds trained"
         for what in ("rank", "scale"):
             if getattr(one, what) != getattr(other, what):
                 return f"differ in the {what} of {one.name} ({getattr(one, what):g} and {getattr(other, what):g})"
     return None
 
 
-def _other_head(first: AdapterFiles, second: AdapterFiles) -> str | None:
-    """The first tensor other than the LoRA factors that differs, as a clause; None if there is none."""
-    one, other = first.saved, second.saved
-    for name in sorted(one.keys() | other.keys()):
-        if name not in one or name not in other or not torch.equal(one[name], other[name]):
-            return f"differ in the saved module {name}"
+def _other_precision(first: LoraUpdate, second: LoraUpdate) -> str | None:
+    """How the stored precision of two adapters differs, as a clause; None if it does not. Their A are averaged."""
+    if first.stored == second.stored:
+        return None
+    return f"differ in stored precision ({first.stored} and {second.stored})".replace("torch.", "")
+
+
+def _other_stand_in(first: dict[str, Tensor], second: dict[str, Tensor]) -> str | None:
+    """The first parameter of unknown start that differs, as a clause; None if there is none."""
+    for name in sorted(first.keys() | second.keys()):
+        if name not in first or name not in second or not torch.equal(first[name], second[name]):
+            return f"differ in {name}, whose start the base does not hold"
     return None
 
 
 def load_private(spec: str, base: BaseModel, seed: int, adapters: int) -> ImageSet:
-    """Private images by `spec`: as `load_images` takes it, or `DATA:INDEX` for one image of it.
+    """Private images: a `spec` of `load_images`, or `DATA:INDEX,...` for one image of it per adapter, in their order.
 
     Raises:
-        R2FError: no such images, an index beyond them, or fewer images than adapters.
+        R2FError: no such images, an index beyond them, another number of indices than adapters, or fewer images.
     """
-    name, _, index = spec.rpartition(":")
-    single = bool(name) and index.isdigit()
+    name, rows = split_private(spec)
     images = load_images(
-        name if single else spec,
+        name,
         input_shape=base.input_shape,
         num_classes=base.num_classes,
         seed=seed,
         role="private",
     )
-    if single:
-        if int(index) >= len(images):
+    if rows is not None:
+        if max(rows) >= len(images):
             raise R2FError(f"--private {spec}: '{name}' has {len(images)} images, counted from 0.")
-        images = replace(images.take(torch.tensor([int(index)])), name=spec)
+        if len(rows) != adapters:
+            raise R2FError(
+                f"--private {spec} names {len(rows)} images for {adapters} adapters: name one for each, in their order."
+            )
+        return replace(images.take(torch.tensor(rows)), name=spec, in_order=True)
     if len(images) < adapters:
         raise R2FError(f"--private gives {len(images)} images for {adapters} adapters: give one for each.")
     return images
 
 
-def pair_up(private: ImageSet, images: Tensor) -> ImageSet:
-    """Private images in the order of the V adapters whose reconstructions are `images` [V, c, h, w].
+@dataclass(frozen=True)
+class Pairing:
+    """The true images of V adapters.
 
-    Where there are V private images, their order is kept; where there are more, the best match by PSNR is taken, and
-    the set's notes say so.
+    Attributes:
+        originals: V private images, in the order of the adapters.
+        matched: the reconstructions decided which image is whose. That flatters them, so a control is compared fairly
+            only after its reconstructions were matched to the private images in the same way (`assign`).
+        sentence: how adapters and images were paired, for the report.
     """
-    if len(private) == len(images):
-        return private
-    return private.take(assign(images.cpu(), private.batch(slice(None)))).noted(
-        f"{len(private)} private images for {len(images)} adapters: each adapter is scored against its best match, "
-        "which flatters it; name the true image with --private DATA:INDEX."
-    )
+
+    originals: ImageSet
+    matched: bool
+    sentence: str
+
+
+def pair_up(private: ImageSet, images: Tensor) -> Pairing:
+    """Pair V adapters, whose reconstructions are `images` [V, c, h, w], with at least V private images.
+
+    An order that the user named is kept. Otherwise reconstructions are assigned to images by the best sum of PSNR,
+    because the order of files need not be that of adapters.
+    """
+    victims = len(images)
+    if private.in_order:
+        return Pairing(private, False, "The private images are those named for the adapters, one by one.")
+    if len(private) == victims == 1:
+        return Pairing(private, False, "One adapter is scored against the one private image.")
+    rows = assign(images.cpu(), private.batch(slice(None)))
+    remedy = "this flatters the scores; name the true images with --private DATA:INDEX,... in the adapters' order."
+    if len(private) > victims:
+        whose = "adapter was" if victims == 1 else f"of {victims} adapters was"
+        how = f"Each {whose} matched to the one of {len(private)} private images that fits its reconstruction best"
+    elif torch.equal(rows, torch.arange(victims)):
+        how = "The reconstructions were matched to the private images, which left both in the given order"
+    else:
+        how = "The reconstructions were matched to the private images, which changed their order"
+    return Pairing(private.take(rows), True, f"{how}: {remedy}")

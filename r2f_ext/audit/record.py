@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -86,6 +87,14 @@ def command_of(inputs: Inputs, config: AuditConfig) -> str:
     return shlex.join([*words, "--out", "."])
 
 
+def split_private(spec: str) -> tuple[str, list[int] | None]:
+    """`DATA:INDEX,...` -> (DATA, the indices); `DATA` -> (DATA, None)."""
+    name, _, rows = spec.rpartition(":")
+    if not name or not re.fullmatch(r"[0-9]+(,[0-9]+)*", rows):
+        return spec, None
+    return name, [int(row) for row in rows.split(",")]
+
+
 def public_name(spec: str) -> str:
     """A spec of images or of a base as reports show it: folders by their last part only."""
     return _each_folder(spec, os.path.isdir, lambda path: Path(path).resolve().name)
@@ -101,6 +110,6 @@ def _each_folder(spec: str, is_folder: Callable[[str], bool], change: Callable[[
 
 
 def _private(spec: str, change: Callable[[str], str]) -> str:
-    """`DATA` or `DATA:INDEX`."""
-    name, colon, index = spec.rpartition(":")
-    return f"{change(name)}{colon}{index}" if name and index.isdigit() else change(spec)
+    """`DATA` or `DATA:INDEX,...`."""
+    name, rows = split_private(spec)
+    return change(spec) if rows is None else f"{change(name)}:{','.join(map(str, rows))}"

@@ -110,7 +110,7 @@ class AuditReport:
                 }
                 for name, result in self.results.items()
             },
-            "spectra": {layer: asdict(one) for layer, one in spectra_of(self.target, adapters).items()}
+            "spectra": {layer: asdict(one) for layer, one in spectra_of(self.target.without_saved(), adapters).items()}
             if adapters
             else {},
             "config": asdict(self.config),

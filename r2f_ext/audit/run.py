@@ -43,6 +43,7 @@ class AuditResult:
             by them, and the image controls are taken of them.
         stranger: [1, c, h, w], the amortised estimate from the update of a proxy sample drawn by the seed: the
             shuffled-adapter control of a single victim.
+        labels: int64 [V], as the amortised route finds them or a saved head tells them.
         simulated: what the amortised route makes of noise and of strangers; None where that failed, see `notes`.
         far_from_proxy: bool [V], victims whose update resembles no proxy update.
         seconds: stage -> wall time.
@@ -61,6 +62,7 @@ class AuditResult:
     not_run: dict[str, str]
     estimate: Tensor
     stranger: Tensor
+    labels: Tensor
     simulated: Simulated | None
     far_from_proxy: Tensor
     seconds: dict[str, float]
@@ -120,10 +122,12 @@ def run_audit_stages(
     )
     outcome = run_routes(posed, verdicts, chosen_routes(config), stages)
     with stages.stage("control"):
-        far = proxies.ridge.far_from_proxy(observed).cpu()
+        far = proxies.ridge.far_from_proxy(observed, problem.known_labels).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
         found = {part.route: part.images for part in outcome.reconstructions}
-        estimate = found["amortised"] if "amortised" in found else proxies.ridge.invert(observed).images
+        estimate = (
+            found["amortised"] if "amortised" in found else proxies.ridge.invert(observed, problem.known_labels).images
+        )
         simulated, failure = _simulated(posed, proxy, labels, config)
     return AuditResult(
         count,
@@ -137,6 +141,7 @@ def run_audit_stages(
         outcome.not_run,
         estimate,
         stranger,
+        proxies.ridge.find_labels(observed, problem.known_labels).cpu(),
         simulated,
         far,
         dict(stages.seconds),

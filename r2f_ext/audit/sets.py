@@ -142,9 +142,9 @@ def set_report(
     part = SetReport(name, proxy.name, len(estimate), parts, None, None, None, _far_notes(far), far=far)
     if private is None:
         return part
-    paired = pair_up(private, estimate)
-    matched = len(private) != len(estimate)
-    originals, labels = paired.batch(slice(None)), paired.labels
+    pairing = pair_up(private, estimate)
+    matched, paired = pairing.matched, pairing.originals
+    originals, labels = paired.batch(slice(None)), paired.labels if paired.labels_known else None
     candidates = private.batch(slice(None)) if matched else None
     # Shuffled control: each victim gets the reconstruction from another victim's adapter.
     shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.stranger
@@ -161,11 +161,11 @@ def set_report(
         originals=originals,
         labels=labels,
         controls=controls,
-        notes=(*part.notes, *paired.notes[len(private.notes) :], *_class_notes(proxy, labels)),
+        notes=(*part.notes, *_class_notes(proxy, labels)),
         control_scores=scores,
         judgement=judge(psnr_db(estimate, originals), tested, far, result.config.seed),
-        true_cosines=_true_cosines(result, rows, originals, labels),
-        pairing=_pairing(len(private), len(estimate)),
+        true_cosines=_true_cosines(result, rows, originals, result.labels[rows] if labels is None else labels),
+        pairing=pairing.sentence,
     )
 
 
@@ -186,12 +186,6 @@ def _true_cosines(result: AuditResult, rows: slice, originals: Tensor, labels: T
 def _first_of(pools: list[Tensor]) -> Tensor:
     """[n, c, h, w], for pictures: the first simulated image of each victim."""
     return torch.stack([pool[0] for pool in pools])
-
-
-def _pairing(images: int, victims: int) -> str:
-    if images == victims:
-        return "The private images are in the order of the adapters, as given."
-    return f"Each reconstruction was matched to one of {images} private images, and so was every control's."
 
 
 def _class_notes(proxy: ImageSet, labels: Tensor | None) -> tuple[str, ...]:

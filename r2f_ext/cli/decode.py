@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from r2f_ext.cli.display import console, table
 from r2f_ext.cli.inputs import Options, check_same_a, read_adapters
-from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updates
+from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updates, with_saved
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.pairs import StoredPairs
@@ -28,7 +28,7 @@ def run_decode(options: Options) -> dict[str, Any]:
     else:
         check_same_a(pairs, adapters[0])
         decoder = load_decoder(decoders, options.kind, pairs)
-    decoded = decoder.decode(updates)
+    decoded = with_saved(target, stack_updates(adapters), decoder.decode(updates))
     path = folder / "gradients.safetensors"
     write_tensors(path, decoded.dense, {"kind": options.kind, "unit": "the victim's learning rate"})
     norms = {name: float(gradient.norm()) for name, gradient in decoded.dense.items()}

@@ -72,7 +72,7 @@ def _written(folder: Path, problem: Problem, found: list[Reconstruction], not_ru
         write_images(folder / f"{part.route}.png", [(part.route, part.images.cpu())])
     write_tensors(folder / "images.safetensors", {part.route: part.images for part in found})
     assert problem.proxies is not None and problem.observed is not None
-    far = int(problem.proxies.ridge.far_from_proxy(problem.observed).sum())
+    far = int(problem.proxies.ridge.far_from_proxy(problem.observed, problem.known_labels).sum())
     if far:
         console.print(
             f"warning: {far} of {problem.victims} updates resemble no proxy update: do not trust the amortised "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def list_folder(folder: Path) -> tuple[list[Path], list[int] | None]:
-    """Find the images under `folder`, in the order of their paths.
+    """Find the images under `folder`, in the order of their paths, where numbers count as such: 2.png before 10.png.
 
     Hidden files and symbolic links are skipped. If the images are in subfolders, each first-level subfolder is a class;
-    classes are numbered in the order of their names.
+    classes are numbered in the alphabetical order of their names, as torchvision's ImageFolder does.
 
     Returns:
         (paths, class of each path), or (paths, None) if the folder has no class subfolders.
@@ -27,7 +28,8 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int] | None]:
     Raises:
         R2FError: no images, or images both beside and inside subfolders.
     """
-    paths = sorted(path for path in folder.rglob("*") if _is_image(path, folder))
+    found = (path for path in folder.rglob("*") if _is_image(path, folder))
+    paths = sorted(found, key=lambda path: [_natural(part) for part in path.relative_to(folder).parts])
     if not paths:
         raise R2FError(f"folder '{folder}' has no images: put {', '.join(SUFFIXES)} files in it.")
     tops = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
@@ -37,6 +39,12 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int] | None]:
     if any(tops):
         raise R2FError(f"folder '{folder}' has images both beside and inside subfolders: move them all into one kind.")
     return paths, None
+
+
+def _natural(name: str) -> tuple[list[tuple[bool, int, str]], str]:
+    """A sort key in which runs of digits compare as numbers."""
+    runs = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(False, int(run), "") if run[0] in "0123456789" else (True, 0, run) for run in runs], name
 
 
 def _is_image(path: Path, folder: Path) -> bool:

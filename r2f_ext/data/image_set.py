@@ -28,6 +28,8 @@ class ImageSet:
         labels: int64 [n].
         notes: sentences that a report repeats, such as: fewer images than asked for, folded or random labels.
         random_labels: the labels are independent of the images, so that any other label is as good.
+        labels_known: every label is that of its image; False where some were drawn at random.
+        in_order: the user named these images one by one, in the order of the adapters.
     """
 
     name: str
@@ -35,6 +37,8 @@ class ImageSet:
     labels: Tensor
     notes: tuple[str, ...] = ()
     random_labels: bool = False
+    labels_known: bool = True
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:

@@ -140,7 +140,8 @@ class _Request:
     def unlabelled(self, name: str, images: Tensor) -> ImageSet:
         """`images`, already at the input size, with labels from the seed."""
         labels = procedural_labels(len(images), self.num_classes, self.stream)
-        return ImageSet(name, images, labels, (f"labels of '{name}' are random, from the seed.",), random_labels=True)
+        note = f"labels of '{name}' are random, from the seed."
+        return ImageSet(name, images, labels, (note,), random_labels=True, labels_known=False)
 
     def embedded(self) -> ImageSet:
         images, labels = read_mosaic(PROXY_ASSET if self.role == "proxy" else PRIVATE_ASSET)
@@ -204,7 +205,8 @@ class _Request:
         notes = tuple(dict.fromkeys(note for part in sets for note in part.notes))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         random_labels = all(part.random_labels for part in sets)
-        return ImageSet(spec, images, labels, notes, random_labels).take(order)
+        known = all(part.labels_known for part in sets)
+        return ImageSet(spec, images, labels, notes, random_labels, known).take(order)
 
 
 def _cifar100(train: bool) -> tuple[Tensor, Tensor]:

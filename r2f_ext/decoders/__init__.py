@@ -1,7 +1,7 @@
 """Decoders from LoRA space to full gradients, one per layer behind one interface."""
 
 from r2f_ext.decoders.agnostic import ANY_A, ANY_A_KINDS, AgnosticPairs, shared_core
-from r2f_ext.decoders.base import Decoder, Updates, stack_updates
+from r2f_ext.decoders.base import Decoder, Updates, stack_updates, with_saved
 from r2f_ext.decoders.conv import Conv, UNet
 from r2f_ext.decoders.evaluate import HeldOut, held_out_cosines
 from r2f_ext.decoders.fit import fit_decoders
@@ -36,4 +36,5 @@ __all__ = [
     "save_decoders",
     "shared_core",
     "stack_updates",
+    "with_saved",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from r2f_ext.ops import add_weighted_gradients_
 from r2f_ext.pairs import PairSource
-from r2f_ext.types import Gradient, LoraUpdate, PairBatch
+from r2f_ext.types import Gradient, LoraUpdate, PairBatch, Target
 
 Updates = dict[str, Tensor]
 """name -> updates s G A^T [V, d_out, r], up to one positive factor per victim."""
@@ -108,6 +108,12 @@ def stack_updates(adapters: list[LoraUpdate]) -> Updates:
     the same holds, to first order, with a multiple of the average gradient in place of G (section 4).
     """
     return {name: -torch.stack([adapter.b[name].float() for adapter in adapters]) for name in adapters[0].b}
+
+
+def with_saved(target: Target, updates: Updates, decoded: Gradient) -> Gradient:
+    """`decoded` [V, d_out, d_in] a layer, with the exact gradient where the update is one (`AdaptedLayer.saved`)."""
+    exact = {layer.name: updates[layer.name] for layer in target.layers if layer.saved and layer.name in decoded.dense}
+    return Gradient({**decoded.dense, **exact})
 
 
 def add_up(pairs: PairSource, count: int, weights: Callable[[PairBatch, slice], dict[str, Tensor]]) -> Gradient:

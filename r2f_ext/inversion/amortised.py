@@ -106,8 +106,10 @@ class AmortisedInverter:
         """The settings of the fit to the pairs of all labels."""
         return self._fit(None).choice
 
-    def find_labels(self, updates: dict[str, Tensor]) -> Tensor:
-        """The labels [V] of V victims, by kernel ridge on up to LABEL_PAIRS pairs."""
+    def find_labels(self, updates: dict[str, Tensor], known: Tensor | None = None) -> Tensor:
+        """Labels [V] of V victims, by kernel ridge on up to LABEL_PAIRS pairs; `known` [V]: those known, else -1."""
+        if known is not None:
+            return torch.where(known >= 0, known, self.find_labels(updates)) if bool((known < 0).any()) else known
         victims = len(next(iter(updates.values())))
         if bool((self.labels == self.labels[0]).all()):
             return self.labels[:1].expand(victims).clone()
@@ -117,10 +119,10 @@ class AmortisedInverter:
             self.labeller = KernelRidge(self._gram(rows), one_hot, self.num_classes)
         return self.labeller(self._cosine(updates, rows)).argmax(1)
 
-    def invert(self, updates: dict[str, Tensor]) -> Reconstruction:
-        """Updates of V victims [V, d_out, r] a layer -> images and labels."""
+    def invert(self, updates: dict[str, Tensor], known_labels: Tensor | None = None) -> Reconstruction:
+        """Updates of V victims [V, d_out, r] a layer -> images and labels; `known_labels`: see `find_labels`."""
         began = time.perf_counter()
-        labels = self.find_labels(updates)
+        labels = self.find_labels(updates, known_labels)
         images = self.images.new_empty(len(labels), self.images.shape[1])
         pairs = held_out = 0.0
         errors: dict[int, Tensor] = {}
@@ -135,16 +137,18 @@ class AmortisedInverter:
             f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs per victim, of its label where there "
             f"are {OWN_PAIRS}; {held_out:.1f} dB on held-out proxies"
         )
+        if known_labels is not None:
+            why += f"; {int((known_labels >= 0).sum())} of {len(labels)} labels read from a saved head"
         details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
         found = images.clamp(0, 1).unflatten(1, self.shape)
         return Reconstruction("amortised", found, labels, why, time.perf_counter() - began, details, loo_errors=errors)
 
-    def far_from_proxy(self, updates: dict[str, Tensor]) -> Tensor:
+    def far_from_proxy(self, updates: dict[str, Tensor], known_labels: Tensor | None = None) -> Tensor:
         """Bool [V]: victims whose estimate is unreliable, because their update resembles no proxy update.
 
         The largest cosine with a proxy update is below the 5th percentile of that of the proxies among themselves.
         """
-        labels = self.find_labels(updates)
+        labels = self.find_labels(updates, known_labels)
         far = torch.zeros_like(labels, dtype=torch.bool)
         for label in labels.unique().tolist():
             victims = labels == label

@@ -52,8 +52,9 @@ def _observed_numbers(problem: Problem) -> tuple[int, str]:
         for layer in problem.target.layers:
             seen = tokens[layer.name] * problem.batch
             total += rank_limited(seen, layer.d_out, layer.rank)
-            total += rank_limited(seen, layer.rank, layer.d_in) if moved else 0
-        return total, "of the LoRA update"
+            total += rank_limited(seen, layer.rank, layer.d_in) if moved and not layer.saved else 0
+        saved = " and of saved modules" if any(layer.saved for layer in problem.target.layers) else ""
+        return total, f"of the LoRA update{saved}"
     shapes = {f"{name}.weight": model.get_submodule(name).weight.shape for name in tokens}
     total = sum(
         rank_limited(tokens[name.removesuffix(".weight")] * problem.batch, *shape)

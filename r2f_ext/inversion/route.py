@@ -9,12 +9,13 @@ from enum import StrEnum
 from functools import cached_property
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
-from r2f_ext.inversion.geometry import measured_tokens, structural_tokens
+from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, measured_tokens, structural_tokens
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
 from r2f_ext.inversion.unet import UNetConfig
@@ -97,6 +98,7 @@ class Problem:
         batch: images of one group, b.
         gradients: exact gradients of V groups, parameter name -> gradient of the parameter's shape.
         adapters: the factors of V victims.
+        known_labels: the label of each victim [V] where its saved head tells it, else -1; None: no head tells any.
         observed: name -> their updates -B [V, d_out, r].
         a: name -> the common A of the victims and the proxies [r, d_in].
         initial: looks up A before the first step (A_0).
@@ -119,6 +121,7 @@ class Problem:
     batch: int = 1
     gradients: list[dict[str, Tensor]] | None = None
     adapters: list[LoraUpdate] | None = None
+    known_labels: Tensor | None = None
     observed: dict[str, Tensor] | None = None
     a: dict[str, Tensor] | None = None
     initial: InitialFactors | None = None
@@ -169,18 +172,33 @@ def adapter_problem(
     if initial.named and initial.found is not None:  # a wrong folder or seed is refused even where no route needs A_0
         adapters = [replace(one, a0=initial.found.a) for one in adapters]
         a = common_a(adapters)
-    evidence = evidence_of(adapters, facts)
+    evidence = evidence_of([one.without_saved() for one in adapters], facts)
+    gradients = _saved_gradients(adapters)
     return Problem(
         target.base,
         target,
+        shared=None if gradients is None else set.intersection(*(set(one) for one in gradients)),
         steps=evidence.steps,
         adapters=adapters,
+        gradients=gradients,
+        known_labels=_known_labels(adapters, target.base.device),
         observed=stack_updates(adapters),
         a=a,
         initial=initial,
         facts=facts,
         evidence=evidence,
     )
+
+
+def _known_labels(adapters: list[LoraUpdate], device: torch.device) -> Tensor | None:
+    labels = [-1 if one.label is None else one.label for one in adapters]
+    return torch.tensor(labels, device=device) if max(labels) >= 0 else None
+
+
+def _saved_gradients(adapters: list[LoraUpdate]) -> list[dict[str, Tensor]] | None:
+    """The gradients that whole saved parameters show, where they include those that a closed form reads."""
+    needed = {PATCH_WEIGHT, POSITIONS}
+    return [one.gradients for one in adapters] if all(needed <= one.gradients.keys() for one in adapters) else None
 
 
 class Route(ABC):

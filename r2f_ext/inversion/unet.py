@@ -130,10 +130,10 @@ class UNetInverter:
                 net, estimates, features, ridge.images.unflatten(1, ridge.shape), self.config, advance
             )
 
-    def invert(self, updates: dict[str, Tensor]) -> Reconstruction:
-        """Updates of V victims [V, d_out, r] a layer -> images and labels."""
+    def invert(self, updates: dict[str, Tensor], known_labels: Tensor | None = None) -> Reconstruction:
+        """Updates of V victims [V, d_out, r] a layer -> images and labels; `known_labels`: see `find_labels`."""
         began = time.perf_counter()
-        found = self.ridge.invert(updates)
+        found = self.ridge.invert(updates, known_labels)
         assert found.labels is not None
         with torch.no_grad():
             images = self.net(found.images, self._features(self.ridge.unit_updates(updates), found.labels)).clamp(0, 1)

@@ -1,7 +1,7 @@
 """Base models and the adapters bound to them."""
 
 from r2f_ext.models.adapter_files import AdapterFiles, read_adapter
-from r2f_ext.models.attach import attach, load_adapter
+from r2f_ext.models.attach import attach, load_adapter, note_on_base
 from r2f_ext.models.base import load_base, shape_of
 from r2f_ext.models.draws import forgot_start
 from r2f_ext.models.evidence import Evidence, evidence_of
@@ -14,6 +14,7 @@ from r2f_ext.models.initial import (
     initial_from_folder,
     initial_from_seed,
 )
+from r2f_ext.models.saved_modules import SavedModules, compare_saved, with_saved_facts
 from r2f_ext.models.timm_base import save_base
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "Evidence",
     "InitialA",
     "InitialFactors",
+    "SavedModules",
     "attach",
     "common_a",
+    "compare_saved",
     "differing_layer",
     "evidence_of",
     "forgot_start",
@@ -31,7 +34,9 @@ __all__ = [
     "initial_from_seed",
     "load_adapter",
     "load_base",
+    "note_on_base",
     "read_adapter",
     "save_base",
     "shape_of",
+    "with_saved_facts",
 ]

@@ -18,6 +18,7 @@ from r2f_ext.errors import R2FError, plain
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
 from r2f_ext.models.base import check_classifier
 from r2f_ext.models.converted import split_start
+from r2f_ext.models.saved_modules import compare_saved, input_width, with_saved_modules
 from r2f_ext.models.storage import storage_dtype
 from r2f_ext.models.transformers_base import current_names
 from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
@@ -44,8 +45,8 @@ def load_adapter(folder: str | Path, base: BaseModel) -> tuple[Target, LoraUpdat
 def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     """Bind an adapter to its base: which layers it changes, with which factors and scale.
 
-    A head saved with the adapter (`modules_to_save`) replaces the base's head. It is the head *after* training, the
-    best available estimate of the head at which the victim's gradients were taken.
+    Whole parameters saved with the adapter become layers of their own where they began at the base's values. Otherwise
+    they replace the base's: trained as they are, they are the best estimate of where the victim's gradients were taken.
 
     Returns:
         (target, update); factors are float32 (float64 stays float64) on the base's device. Where the file holds the
@@ -75,11 +76,10 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
         a[name] = stored_a.to(base.device, dtype).flatten(1)
         b[name] = stored_b.to(base.device, dtype).flatten(1)
         layers.append(AdaptedLayer(name, len(b[name]), a[name].shape[1], len(a[name]), placed[name].scaling["default"]))
-    base = replace(base, notes=base.notes + notes + _notes_on_name(files, base))
-    model = _with_saved(files, base)
+    base = replace(base, notes=base.notes + notes)
     update = LoraUpdate(a, b, stored=storage_dtype([*a.values(), *b.values()]))
     trained, update = split_start(str(files.folder), tuple(layers), update)
-    target = Target(replace(base, model=model), trained)
+    target, update = with_saved_modules(Target(base, trained), update, compare_saved(files, base))
     check_classifier(target.base)
     return target, update
 
@@ -135,7 +135,7 @@ def _check_layer(name: str, files: AdapterFiles, base: BaseModel, modules: dict[
     module = modules.get(name)
     if module is None:
         raise R2FError(_no_such_layer(name, files, base, modules))
-    d_in = _input_width(module)
+    d_in = input_width(module)
     if d_in is None:
         raise R2FError(f"layer {name} is a {type(module).__name__}: only Linear and patchifying Conv2d are supported.")
     a, b = (factor.flatten(1) for factor in _factors(name, files))
@@ -156,7 +156,7 @@ def _check_layer(name: str, files: AdapterFiles, base: BaseModel, modules: dict[
 def _no_such_layer(name: str, files: AdapterFiles, base: BaseModel, modules: dict[str, nn.Module]) -> str:
     """Why the base has no layer of that name."""
     start = f"adapter '{files.folder}' does not fit base '{base.spec}': it changes {name}, and the base "
-    own = [path for path, module in modules.items() if _input_width(module) is not None]
+    own = [path for path, module in modules.items() if input_width(module) is not None]
     inner = next((path for path in own if name.endswith(f".{path}")), None)
     if inner is not None:
         prefix = name.removesuffix(inner)
@@ -193,7 +193,10 @@ def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
     """Refuse a file whose factors are not those of its configuration."""
     held = _layer_names(files)
     dropped = files.facts.dropped
-    lacking = [name for name in placed if name not in held and name not in dropped]
+    # PEFT leaves out the targets inside of modules that it saves whole.
+    lacking = [
+        name for name in placed if name not in held and name not in dropped and f"{name}.weight" not in files.saved
+    ]
     extra = [name for name in held if name not in placed]
     if lacking:
         raise R2FError(
@@ -214,21 +217,21 @@ def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
             )
 
 
-def _notes_on_name(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
-    """What the base's name says of its weights; nothing in an adapter proves which weights it was trained on."""
+def note_on_base(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
+    """The sentence for `AdapterFacts` where the adapter's own record does not say that it was trained on this base.
+
+    Nothing in an adapter proves which weights it was trained on: shapes are checked by `attach`, and names here.
+    """
     said = files.facts.base_name
+    given = _last_part(base.spec)
     if said is None:
-        if base.spec == "embedded":
-            return ()
-        return (
-            f"Adapter '{files.facts.name}' does not name its base: that '{_last_part(base.spec)}' holds the weights it "
-            "was trained on cannot be verified.",
-        )
-    if _last_part(said).casefold() == _last_part(base.spec).casefold():
+        unsaid = f"The adapter does not name its base: that '{given}' holds the weights of its training is not checked."
+        return () if base.spec == "embedded" else (unsaid,)
+    if _last_part(said).casefold() == given.casefold():
         return ()
     return (
-        f"Adapter '{files.facts.name}' names '{_shown(said)}' as its base and was given '{_last_part(base.spec)}': the figures "
-        "hold only if the weights are the same, which cannot be verified.",
+        f"The adapter names '{_shown(said)}' as its base, and it is audited on '{given}': the figures hold if both "
+        "hold the same weights, which is not checked.",
     )
 
 
@@ -240,30 +243,3 @@ def _last_part(name: str) -> str:
 def _shown(name: str) -> str:
     """The name of a base without the folders of a local path."""
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else _last_part(name)
-
-
-def _input_width(module: nn.Module) -> int | None:
-    """d_in of a Linear or a patchifying Conv2d; None for any other kind of layer."""
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride:
-        plain = module.groups == 1 and module.dilation == (1, 1) and module.padding in ((0, 0), "valid")
-        return module.in_channels * module.kernel_size[0] * module.kernel_size[1] if plain else None
-    return None
-
-
-def _with_saved(files: AdapterFiles, base: BaseModel) -> nn.Module:
-    """The base's model, or a copy in which the tensors saved with the adapter replace its own."""
-    if not files.saved:
-        return base.model
-    model = copy.deepcopy(base.model)
-    try:
-        outcome = model.load_state_dict(files.saved, strict=False)
-    except RuntimeError as error:
-        raise R2FError(
-            f"adapter '{files.folder}' does not fit base '{base.spec}': {plain(' '.join(str(error).split()), 300)}."
-        ) from error
-    if outcome.unexpected_keys:
-        name = outcome.unexpected_keys[0]
-        raise R2FError(f"adapter '{files.folder}' holds {name}, which base '{base.spec}' does not have.")
-    return model.requires_grad_(False)

@@ -84,7 +84,7 @@ def initial_from_folder(folder: str | Path, update: LoraUpdate) -> InitialA:
         R2FError: the folder does not hold an A of the same shape for every adapted layer, or it has nothing to do
             with the adapter's A.
     """
-    weights = read_factors(Path(folder))
+    weights, update = read_factors(Path(folder)), update.without_saved()
     a: dict[str, Tensor] = {}
     for name, trained in update.a.items():
         stored = weights.get(f"{PREFIX}{name}.lora_A.weight")
@@ -106,6 +106,9 @@ def initial_from_seed(target: Target, update: LoraUpdate, seeds: Iterable[int] =
     Returns:
         None where no seed draws an A like the adapter's.
     """
+    target, update = target.without_saved(), update.without_saved()
+    if not target.layers:
+        return None
     first = {target.names[0]: update.a[target.names[0]]}
     for seed in seeds:
         for init in INITS:

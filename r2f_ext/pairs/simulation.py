@@ -187,7 +187,8 @@ def simulate(
     starts_at_zero = b is None
     zero = {layer.name: a[layer.name].new_zeros(layer.d_out, a[layer.name].shape[-2]) for layer in target.layers}
     a, b = stacked(a), stacked(zero if b is None else b)
-    optimizer = training.optimizer_of([*a.values(), *b.values()])
+    frozen = {layer.name for layer in target.layers if layer.saved}  # B alone is then the change of the whole weight
+    optimizer = training.optimizer_of([*(each for name, each in a.items() if name not in frozen), *b.values()])
     average = _Average(training.steps, dense)
     finite_steps = torch.full((victims,), training.steps, device=images.device)
     with torch.random.fork_rng(), AdaptedCapture(target, a, training.dropout, PRECISIONS[precision]) as capture:

@@ -14,12 +14,17 @@ def random_a(target: Target, seed: int, first: int, count: int) -> dict[str, Ten
     """A of the victims `first` to `first + count - 1`, name -> [count, r, d_in] float32, each from its own generator.
 
     PEFT's default start (`reset_lora_parameters`) is Kaiming uniform with a = sqrt(5): uniform within 1 / sqrt(d_in).
-    The A of victim p depends only on the seed and p; two victims have the same A with a probability of 2^-32.
+    The A of victim p depends only on the seed and p; two victims have the same A with a probability of 2^-32. A saved
+    layer's is the identity.
     """
-    sizes = [layer.rank * layer.d_in for layer in target.layers]
+    layers = target.without_saved().layers
+    sizes = [layer.rank * layer.d_in for layer in layers]
     flat = torch.stack([torch.rand(sum(sizes), generator=_generator(seed, first + p)) for p in range(count)])
     found = {}
-    for layer, part in zip(target.layers, flat.split(sizes, dim=1), strict=True):
+    for layer in target.layers:
+        if layer.saved:
+            found[layer.name] = torch.eye(layer.d_in, device=target.base.device).expand(count, -1, -1)
+    for layer, part in zip(layers, flat.split(sizes, dim=1), strict=True):
         uniform = part.unflatten(1, (layer.rank, layer.d_in)).mul(2).sub(1)
         found[layer.name] = (uniform * layer.d_in**-0.5).to(target.base.device)
     return found

@@ -28,7 +28,9 @@ class Amortised(Route):
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.proxies is not None and problem.observed is not None
         if problem.unet is not None:
-            return UNetInverter(problem.proxies.ridge, problem.unet, advance).invert(problem.observed)
-        found = problem.proxies.ridge.invert(problem.observed)
+            return UNetInverter(problem.proxies.ridge, problem.unet, advance).invert(
+                problem.observed, problem.known_labels
+            )
+        found = problem.proxies.ridge.invert(problem.observed, problem.known_labels)
         advance(1)
         return found

@@ -67,6 +67,8 @@ def _refusal(problem: Problem) -> str | None:
         return "the victims took one plain SGD step, which gauss_newton models"
     if training.dropout:
         return "the random draws of the victims' dropout are unknown"
+    if problem.target is not None and any(layer.saved for layer in problem.target.layers):
+        return "whole modules were trained too, and the training that is modelled moves LoRA factors alone"
     if any(one.b0 for one in problem.adapters or ()):
         return "B did not start at 0, as it does in the training that is modelled"
     if training.owned > 1:
