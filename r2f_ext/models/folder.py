@@ -165,8 +165,8 @@ def leaks_beside(folder: Path) -> Iterator[str]:
     for reason, names in kinds.items():
         lies, it = ("lies", "it") if len(names) == 1 else ("lie", "them")
         yield (
-            f"{listed(names, 4)} {lies} beside the adapter; a file of this kind gives away {reason}. It was not opened; "
-            f"do not share {it}."
+            f"{listed(names, 4)} {lies} beside the adapter; a file of this kind gives away {reason}. "
+            f"It was not opened; do not share {it}."
         )
 
 
