@@ -32,3 +32,8 @@ def listed(names: list[str], limit: int = 8) -> str:
 
 def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def reason(error: Exception, limit: int = 200) -> str:
+    """What another library's exception says, on one line and without a full stop, to stand within a sentence."""
+    return plain(" ".join(str(error).split()), limit).rstrip(".") or type(error).__name__
