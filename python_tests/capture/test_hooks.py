@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CONV, LINEAR, samples, target_of, tiny_base
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
+from r2f_ext.types import BaseModel
 
 NAMES = (CONV, "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "head")
 

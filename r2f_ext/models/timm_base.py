@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, reason
 from r2f_ext.files import write_tensors, write_text
 from r2f_ext.models.hub import hub_file
 from r2f_ext.types import BaseModel
