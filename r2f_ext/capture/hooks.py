@@ -109,8 +109,8 @@ class Capture:
     def _output(self, name: str) -> Tensor:
         if name not in self._seen:
             raise R2FError(
-                f"layer {name} of base '{self.target.base.spec}' does not run in its forward pass (its weight may be read "
-                "from elsewhere), so that LoRA on it does nothing: train without it."
+                f"layer {name} of base '{self.target.base.spec}' does not run in its forward pass (its weight may be "
+                "read from elsewhere), so that LoRA on it does nothing: train without it."
             )
         return self._seen[name][1]
 

@@ -186,7 +186,8 @@ def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
             return get_peft_model(copy.deepcopy(base.model), LoraConfig(**config))
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
         raise R2FError(
-            f"adapter '{files.folder}' has a configuration that PEFT cannot apply to base '{base.spec}': {reason(error, 300)}."
+            f"adapter '{files.folder}' has a configuration that PEFT cannot apply to base '{base.spec}': "
+            f"{reason(error, 300)}."
         ) from error
 
 
