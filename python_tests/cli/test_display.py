@@ -27,14 +27,14 @@ def screen(monkeypatch):
 
 
 def target(**changes):
-    layers = [{"scale": 12.5, "rank": 8}, {"scale": 1.0, "rank": 16}]
+    layers = [{"scale": 12.5, "rank": 8, "saved": False}, {"scale": 1.0, "rank": 16, "saved": False}]
     return {"base": "b", "layers": layers, "tokens": 65, "steps": "one", "identifiable": {}, "why": {}, **changes}
 
 
 def test_markup_in_names_is_text(screen):
     file = screen()
     display.table("title [/b] [red]", ["layer", "x"], [["[bold]name[/wrong]", "1"], ["control: mean", "2"]])
-    display.print_target(target(base="[/x]", layers=[{"scale": 2.0, "rank": 8}]))
+    display.print_target(target(base="[/x]", layers=[{"scale": 2.0, "rank": 8, "saved": False}]))
     shown = file.getvalue()
     assert "title [/b] [red]" in shown and "[bold]name[/wrong]" in shown
     assert "base [/x], 1 adapted layer, rank 8, scale 2, 65 tokens" in shown
