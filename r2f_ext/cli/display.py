@@ -129,7 +129,7 @@ def print_report(report: dict[str, Any]) -> None:
     for proxy, part in report["proxies"].items():
         _print_decoders(proxy, part)
     for one in report["verdict"]["not_tried"]:
-        console.print(Text(f"not tried: {row_name(one['route'])}: {one['why']}"))
+        console.print(Text(f"not tried: {one['route']}: {one['why']}"))
 
 
 def _print_verdict(sentences: list[str]) -> None:
