@@ -82,7 +82,7 @@ def report(sets, phase0=(), adapters=None):
     ]
     total = sum(part.count for part, _ in sets)
     layers = [
-        {"name": name, "d_out": 128, "d_in": 128, "rank": 8 + 8 * (i % 2), "scale": 2.0}
+        {"name": name, "d_out": 128, "d_in": 128, "rank": 8 + 8 * (i % 2), "scale": 2.0, "saved": False}
         for i, name in enumerate(LAYERS)
     ]
     return {
