@@ -4,7 +4,7 @@ import torch
 
 from r2f_ext.audit.controls import Controls
 from r2f_ext.audit.phase0 import Phase0Report
-from r2f_ext.audit.report import SetReport
+from r2f_ext.audit.sets import SetReport
 from r2f_ext.types import Reconstruction
 
 LAYERS = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
@@ -82,7 +82,7 @@ def report(sets, phase0=(), adapters=None):
     ]
     total = sum(part.count for part, _ in sets)
     layers = [
-        {"name": name, "d_out": 128, "d_in": 128, "rank": 8 + 8 * (i % 2), "scale": 2.0}
+        {"name": name, "d_out": 128, "d_in": 128, "rank": 8 + 8 * (i % 2), "scale": 2.0, "saved": False}
         for i, name in enumerate(LAYERS)
     ]
     return {

@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from r2f_ext.audit.inputs import load_adapters, load_private, pair_up
 from r2f_ext.data import load_images
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.phase0 import exact_gradients
+from r2f_ext.inversion.route import adapter_problem
+from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.models import attach, read_adapter
 
 LAYER = "blocks.0.attn.qkv"
@@ -98,6 +101,26 @@ def test_other_precisions_and_scalings_are_refused(adapter_folder, embedded, tmp
     slow = changed_config(adapter_folder, tmp_path / "rs", use_rslora=True)
     with pytest.raises(R2FError, match=rf"differ in the scale of {LAYER} \(2 and 5.65685\)"):
         load_adapters([adapter_folder, slow], embedded)
+
+
+def test_patches_and_positions_saved_together_are_a_closed_form(adapter_folder, embedded, private, tmp_path):
+    image, label = private.batch([0]), private.labels[:1]
+    (gradient,) = exact_gradients(embedded, image, label, ("patch_embed.proj.weight", "pos_embed"))
+    moved = {
+        f"base_model.model.{name}": (embedded.model.get_parameter(name) - 0.1 * each).detach()
+        for name, each in gradient.items()
+    }
+    folder = changed_weights(adapter_folder, tmp_path / "a", lambda w: {**w, **moved})
+    loaded = load_adapters([folder], embedded)
+    assert "--routes patch_position" in loaded.facts[0].leaks[-1]
+    problem = adapter_problem(loaded.target, loaded.updates, facts=loaded.facts)
+    outcome = run_routes(problem, verdicts_of(problem), ["patch_position"])
+    error = float((outcome.reconstructions[0].images - image).square().mean())
+    assert error < 1e-3  # 30 dB: the changes are stored beside weights a thousand times larger
+    plain = load_adapters([adapter_folder], embedded)
+    assert not any("patch_position" in said for said in plain.facts[0].leaks)
+    problem = adapter_problem(plain.target, plain.updates)
+    assert list(run_routes(problem, verdicts_of(problem), ["patch_position"]).not_run) == ["patch_position"]
 
 
 def test_private_images_by_index(embedded):

@@ -6,11 +6,15 @@ import pytest
 import torch
 from cases import cosine, proxy_set
 
+from r2f_ext.audit import run as module
 from r2f_ext.audit.run import generate, run_audit_stages
+from r2f_ext.audit.sets import set_report
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, drop_private
 from r2f_ext.decoders import Projection, Ridge, held_out_cosines, stack_updates
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.route import adapter_problem
+from r2f_ext.inversion.routes import registry
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import LoraUpdate
 
@@ -39,7 +43,8 @@ def test_what_comes_out(audited):
         "control",
     }
     assert set(result.not_run) == {"adapter_rowspace"} and "Not exact" in result.not_run["adapter_rowspace"]
-    assert result.verdicts["gauss_newton"].identifiable and result.notes == ()
+    assert result.verdicts["gauss_newton"].identifiable
+    assert result.notes == audited.result.problem.evidence.sentences
     assert result.stranger.shape == (1, 3, 32, 32)
 
 
@@ -51,7 +56,8 @@ def test_scores_are_held_out(audited):
         asked = {n: torch.cat([b.updates[n] for b in pairs.batches(90, 110)]) for n in pairs.target.names}
         expected = held_out_cosines(decoder.decode(asked), pairs, 90, 110).summary()
         for name, figures in expected.items():
-            assert audited.result.decoders[name][kind] == pytest.approx(figures, abs=1e-3)
+            found = audited.result.decoders[name][kind]
+            assert {figure: found[figure] for figure in figures} == pytest.approx(figures, abs=1e-3)
     for figures in audited.result.decoders.values():
         assert set(figures) == KINDS
         means = {kind: figures[kind]["cosine_mean"] for kind in KINDS}
@@ -80,13 +86,15 @@ def test_generate_walks_once_and_keeps_every_update(audited):
 
 
 def test_the_same_seed_gives_the_same_audit(audited):
-    again = run_audit_stages(audited.target, audited.adapters, audited.proxy, audited.config)
+    again = run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, audited.config)
     for first, second in zip(audited.result.reconstructions, again.reconstructions, strict=True):
         assert (first.images - second.images).abs().mean() < 1e-3
 
 
 def test_another_seed_draws_another_stranger(audited):
-    other = run_audit_stages(audited.target, audited.adapters[:1], audited.proxy, replace(audited.config, seed=5))
+    other = run_audit_stages(
+        adapter_problem(audited.target, audited.adapters[:1]), audited.proxy, replace(audited.config, seed=5)
+    )
     assert not torch.allclose(other.stranger, audited.result.stranger, atol=1e-3)
 
 
@@ -104,9 +112,9 @@ def test_private_images_never_reach_the_proxy(audited):
 def test_a_drifted_a_is_said_to_stand_in_for_the_start(audited):
     drifted = [moved(update, lambda a: {n: t * 1.2 for n, t in a.items()}) for update in audited.adapters]
     config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
-    result = run_audit_stages(audited.target, drifted, audited.proxy, config)
+    result = run_audit_stages(adapter_problem(audited.target, drifted), audited.proxy, config)
     assert [r.route for r in result.reconstructions] == ["amortised"]
-    assert "their mean A stands in" in result.notes[0]
+    assert "their mean A stands in" in result.notes[-1]
     assert "more than one step" in result.verdicts["gauss_newton"].why
 
 
@@ -127,9 +135,59 @@ def test_adapters_of_other_starts_are_refused(audited, difference):
     else:
         second = moved(second, lambda a: a | {"blocks.9": a[name]})
     with pytest.raises(R2FError, match="audit them one by one"):
-        run_audit_stages(audited.target, [first, second], audited.proxy, audited.config)
+        adapter_problem(audited.target, [first, second])
 
 
 def test_too_small_a_proxy(audited):
     with pytest.raises(R2FError, match="gives 39 pairs: at least 40"):
-        run_audit_stages(audited.target, audited.adapters, proxy_set(39, audited.target.base), audited.config)
+        run_audit_stages(
+            adapter_problem(audited.target, audited.adapters), proxy_set(39, audited.target.base), audited.config
+        )
+
+
+def failing(error):
+    def run(self, problem, advance):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(R2FError("no such thing."), "no such thing."), (RuntimeError("CUDA out of memory."), "memory")],
+)
+def test_a_route_that_fails_leaves_the_others_and_says_so(audited, monkeypatch, error, words):
+    monkeypatch.setattr(type(registry()["matching"]), "run", failing(error))
+    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised", "matching"))
+    result = run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+    assert [found.route for found in result.reconstructions] == ["amortised"]
+    assert result.not_run["matching"].startswith("Failed: ") and words in result.not_run["matching"]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), RuntimeError("a bug")])
+def test_a_bug_or_an_interrupt_ends_the_audit(audited, monkeypatch, error):
+    monkeypatch.setattr(type(registry()["amortised"]), "run", failing(error))
+    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
+    with pytest.raises(type(error)):
+        run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+
+
+def test_where_every_route_fails_there_is_no_report(audited, monkeypatch):
+    monkeypatch.setattr(type(registry()["amortised"]), "run", failing(R2FError("no such thing.")))
+    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
+    with pytest.raises(R2FError, match=r"no such thing\."):
+        run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+
+
+def test_controls_that_cannot_be_simulated_leave_the_verdict_open(audited, monkeypatch):
+    def simulate(*args):
+        raise R2FError("not positive definite.")
+
+    monkeypatch.setattr(module, "simulate", simulate)
+    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
+    result = run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+    assert result.simulated is None
+    assert result.notes[-1] == "The controls could not be simulated: not positive definite."
+    part = set_report("x", result, audited.proxy, audited.private)
+    assert part.judgement.leak is None and "could not be simulated" in part.verdict()
+    assert set(part.control_psnr()) == {"mean_image", "class_mean", "nearest_proxy", "shuffled_adapter"}

@@ -148,3 +148,17 @@ def test_a_face_is_far_from_clothes_and_clothes_are_not(bound):
     inverter = AmortisedInverter(updates(proxy), proxy.batch(slice(None)), proxy.labels, 10)
     assert inverter.far_from_proxy(updates(faces)).float().mean() > 0.9
     assert inverter.far_from_proxy(updates(clothes)).float().mean() < 0.3
+
+
+def test_labels_that_a_saved_head_tells_are_used(bound, pairs):
+    (batch,) = pairs.batches(0, 100)
+    updates = {name: update.flatten(1) for name, update in batch.updates.items()}
+    inverter = AmortisedInverter(updates, batch.images[:, 0], batch.labels[:, 0], 10)
+    victims = {name: update[:3] for name, update in batch.updates.items()}
+    own = inverter.find_labels(victims)
+    known = torch.stack([own[0] * 0 - 1, (own[1] + 1) % 10, own[2]])
+    found = inverter.invert(victims, known)
+    assert found.labels.tolist() == [int(own[0]), int(known[1]), int(own[2])]
+    assert "2 of 3 labels read from a saved head" in found.why
+    assert torch.equal(inverter.invert(victims, known.clamp_min(0)).labels, known.clamp_min(0))
+    assert "saved head" not in inverter.invert(victims).why

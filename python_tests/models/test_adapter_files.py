@@ -90,7 +90,8 @@ def test_facts_of_the_configuration_arrive(tmp_path):
 def test_eva_is_a_leak_only_where_the_rows_of_a_are_as_eva_makes_them(tmp_path):
     random = factors(rank=4, d_in=64)
     files = read_adapter(write(tmp_path / "a", random, init_lora_weights="eva", eva_config={"rho": 2.0}))
-    assert "no more orthogonal than random" in files.facts.leaks[0] and files.facts.init == "eva"
+    (note,) = files.facts.notes
+    assert "no more orthogonal than random" in note and files.facts.leaks == () and files.facts.init == "eva"
     eva = {n: torch.linalg.qr(t.T)[0].T.contiguous() if ".lora_A" in n else t for n, t in random.items()}
     files = read_adapter(write(tmp_path / "b", eva, init_lora_weights="eva"))
     assert "EVA makes A from the inputs" in files.facts.leaks[0] and files.facts.notes == ()
@@ -156,9 +157,10 @@ def test_what_lies_beside_is_named_and_not_opened(tmp_path):
     for name in ("optimizer.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json", "adapter_model.bin"):
         (folder / name).write_bytes(b"\x80\x04cos\nsystem\n")
     leaks = read_adapter(folder).facts.leaks
-    assert len(leaks) == 4 and all("not opened here" in leak for leak in leaks)
-    assert any("rng_state_0.pth, rng_state_1.pth lie beside the adapter and give away" in leak for leak in leaks)
-    assert any("optimizer.pt lies beside the adapter and gives away" in leak for leak in leaks)
+    assert len(leaks) == 4 and all("was not opened" in leak for leak in leaks)
+    given = "beside the adapter; a file of this kind gives away"
+    assert any(f"rng_state_0.pth, rng_state_1.pth lie {given}" in leak for leak in leaks)
+    assert any(f"optimizer.pt lies {given}" in leak for leak in leaks)
 
 
 def test_a_copy_of_peft_key_by_key_agrees_after_renaming(tmp_path, adapter_folder):

@@ -75,7 +75,7 @@ def test_other_seeds_are_not_taken_for_it(trained):
 def test_a_folder_saved_before_training(trained):
     _, update, folder, start = trained
     found = initial_from_folder(folder / "start", update)
-    assert str(folder / "start") in found.source
+    assert found.source == "the folder 'start'"  # reports hold no absolute path
     assert all(torch.equal(a, start[name]) for name, a in found.a.items())
 
 
@@ -83,7 +83,7 @@ def test_folders_that_are_no_start_are_refused(trained, embedded, tmp_path):
     _, update, folder, _ = trained
     with pytest.raises(R2FError, match="has no adapter_model"):
         initial_from_folder(tmp_path, update)
-    fewer = changed_weights(folder / "start", tmp_path / "fewer", lambda w: dict(list(w.items())[-1:]))
+    fewer = changed_weights(folder / "start", tmp_path / "fewer", lambda w: {n: t for n, t in w.items() if "proj" in n})
     with pytest.raises(R2FError, match="holds no A of"):
         initial_from_folder(fewer, update)
     other = replace(update, a={name: torch.rand_like(a) - 0.5 for name, a in update.a.items()})
@@ -131,7 +131,8 @@ def test_a_known_start_takes_the_place_of_a(trained):
     own = replace(update, a0=start)
     found = InitialFactors(target, own).found
     assert found is not None and found.a is start and "own file" in found.source and 0.9 < found.cosine < 1
-    assert update.start is update.a and own.start is start
+    assert all(torch.equal(update.start[name], a) for name, a in update.a.items())
+    assert all(torch.equal(own.start[name], a) for name, a in start.items())
     assert all(torch.equal(common_a([own, own])[name], start[name]) for name in start)
     problem = adapter_problem(target, [update], InitialFactors(target, update, folder / "start"))
     assert problem.evidence is not None and (problem.evidence.start, problem.steps) == ("known", None)

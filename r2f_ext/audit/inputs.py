@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from r2f_ext.audit.assign import assign
 from r2f_ext.audit.record import split_private
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS
 from r2f_ext.models import (
     AdapterFacts,
     attach,
@@ -63,10 +64,23 @@ def load_adapters(folders: Sequence[str | Path], base: str | BaseModel, device: 
         if difference is not None:
             raise R2FError(f"'{files[0].folder}' and '{files[i].folder}' {difference}: audit them one by one.")
     facts = tuple(
-        with_saved_facts(replace(one.facts, notes=one.facts.notes + note_on_base(one, loaded)), own)
+        with_saved_facts(
+            replace(one.facts, notes=one.facts.notes + note_on_base(one, loaded)),
+            replace(own, leaks=own.leaks + _closed_form(own.gradients)),
+        )
         for one, own in zip(files, saved, strict=True)
     )
     return LoadedAdapters(bound[0][0], [update for _, update in bound], facts)
+
+
+def _closed_form(gradients: Collection[str]) -> tuple[str, ...]:
+    """That the named gradients include those that the route patch_position reads, as a sentence."""
+    if not {PATCH_WEIGHT, POSITIONS} <= set(gradients):
+        return ()
+    return (
+        "The changes of the patch embedding and of the position embedding place the patches: for an adapter of one "
+        "image that plain SGD trained, --routes patch_position solves for them in closed form.",
+    )
 
 
 def _other_layers(first: Target, second: Target) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from r2f_ext.audit.names import counted, leading_sentences, row_name, span
+from r2f_ext.audit.names import counted, layers_in_words, leading_sentences, row_name
 from r2f_ext.progress import Advance, Stages
 
 PIPE_WIDTH = 10_000  # wider than any row: what reads a pipe finds each row on one line
@@ -94,18 +94,19 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
         drawn.add_column(name, justify="left" if i == 0 or name == "why" else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row), style=CONTROL if row[0].startswith("control") else None)
-    console.print(drawn)
+    if console.is_terminal:
+        console.print(drawn)
+    else:  # rich fills up every row with spaces
+        with console.capture() as text:
+            console.print(drawn)
+        console.out("\n".join(line.rstrip() for line in text.get().splitlines()))
     console.print()
 
 
 def print_target(target: dict[str, Any]) -> None:
     """Base, layers and rank of an adapter, and the count of every route."""
-    layers = target["layers"]
-    console.print(
-        f"base {escape(target['base'])}, {counted(len(layers), 'adapted layer')}, "
-        f"{span('rank', [layer['rank'] for layer in layers])}, {span('scale', [layer['scale'] for layer in layers])}, "
-        f"{target['tokens']} tokens; {target['steps']}"
-    )
+    words = layers_in_words(target["layers"])
+    console.print(f"base {escape(target['base'])}, {words}, {target['tokens']} tokens; {target['steps']}")
     print_verdicts([(route, ok, target["why"][route]) for route, ok in target["identifiable"].items()])
 
 
@@ -119,8 +120,8 @@ def print_report(report: dict[str, Any]) -> None:
     """The verdict and the figures of an audit, from the data of report.json."""
     _print_verdict(leading_sentences(report["verdict"]["sentences"]))
     for facts in report["adapters"]:
-        _print_notes([f"{facts['name']}: {sentence}" for sentence in (*facts["leaks"], *facts["notes"])])
-    _print_notes(report["notes"])
+        print_notes([f"{facts['name']}: {sentence}" for sentence in (*facts["leaks"], *facts["notes"])])
+    print_notes(report["notes"])
     for name, figures in report["reconstruction"].items():
         _print_set(name, figures, alone=len(report["reconstruction"]) == 1)
     if report["phase0"]:
@@ -128,7 +129,7 @@ def print_report(report: dict[str, Any]) -> None:
     for proxy, part in report["proxies"].items():
         _print_decoders(proxy, part)
     for one in report["verdict"]["not_tried"]:
-        console.print(Text(f"not tried: {row_name(one['route'])}: {one['why']}"))
+        console.print(Text(f"not tried: {one['route']}: {one['why']}"))
 
 
 def _print_verdict(sentences: list[str]) -> None:
@@ -153,7 +154,7 @@ def _print_set(name: str, figures: dict[str, Any], alone: bool) -> None:
         console.print(Text(f"{found}. {values['why']}" if exact else f"{found}: {values['why']}"))
     if figures["pairing"]:
         console.print(Text(figures["pairing"]))
-    _print_notes(figures["notes"])
+    print_notes(figures["notes"])
     console.print()
 
 
@@ -170,7 +171,7 @@ def _print_scores(title: str, figures: dict[str, Any]) -> None:
         [row_name(control), "" if value is None else f"{value:.2f}", "", "", "", _difference(figures, control)]
         for control, value in figures["controls"].items()
     ]
-    head = ["", "PSNR dB", "std", "SSIM", "labels right", "beaten by dB (interval)"]
+    head = ["", "PSNR dB", "std", "SSIM", "labels right", "judged route above it (interval)"]
     table(title, head, rows)
 
 
@@ -183,7 +184,7 @@ def _difference(figures: dict[str, Any], control: str) -> str:
     return f"{found['difference_db']:+.1f}" + (f" ({interval[0]:+.1f} to {interval[1]:+.1f})" if interval else "")
 
 
-def _print_notes(notes: list[str]) -> None:
+def print_notes(notes: Iterable[str]) -> None:
     for note in notes:
         console.print(Text(note, style="yellow"))
 

@@ -47,18 +47,19 @@ class TensorEntry:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU, as they are stored.
+    """All tensors of a safetensors file, on the CPU, as they are stored and in that order.
 
     Raises:
         R2FError: the file cannot be read, is not safetensors, or its header and its bytes disagree.
     """
-    read_header(path)
+    header = read_header(path)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise R2FError(
             f"{plain(path, 400)} cannot be loaded by safetensors ({plain(error)}): copy it again."
         ) from error
+    return {entry.name: tensors[entry.name] for entry in header}
 
 
 def read_header(path: Path) -> list[TensorEntry]:
@@ -101,7 +102,7 @@ def open_regular(path: Path) -> BinaryIO:
     except PermissionError as error:
         raise R2FError(f"{plain(path, 400)} may not be read: change its permissions.") from error
     except OSError as error:
-        raise R2FError(f"{plain(path, 400)} cannot be read ({error.strerror}): check the disk.") from error
+        raise R2FError(f"{plain(path, 400)} cannot be read ({error.strerror}): copy the folder again.") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise R2FError(f"{plain(path, 400)} is not a regular file: pass the folder that PEFT's save_pretrained wrote.")
@@ -159,7 +160,7 @@ def _misfit(start: bytes, size: int, length: int) -> str:
     if size == 0:
         return "is empty (0 bytes): copy or save it again"
     if size >= 8 and length <= MAX_HEADER:
-        return f"is cut short: its header has {length:,} bytes and {size - 8:,} follow: copy it again"
+        return f"is cut short or damaged: it claims a header of {length:,} bytes and {size - 8:,} follow: copy it again"
     for magic, what, remedy in DISGUISES:
         if start.lstrip().startswith(magic):
             return f"is {what}, {remedy}"

@@ -69,8 +69,8 @@ def new_head_leak(bias: Tensor) -> tuple[str, ...]:
 
 def _one_image(weight: Tensor, bias: Tensor | None, label: int) -> str:
     said = (
-        f"The head in the file gives away the label, {label}: its row moved against all others, as {PLAIN} it moves "
-        "on one image, or on images of one class with equal features (Zhao et al. 2020)"
+        f"The head in the file gives away the label, {label}: its row moved against all others, as {PLAIN} it does on "
+        "one image, or on images of one class with equal features (Zhao et al. 2020)"
     )
     size = f"the {weight.shape[1]} inputs of the last layer"
     sizes = weight.abs().flatten()

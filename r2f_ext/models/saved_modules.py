@@ -207,8 +207,8 @@ def _with_gradient(found: SavedModules, module: _Module, base: BaseModel) -> Sav
     width = None if weight is None else input_width(base.model.get_submodule(module.name))
     if weight is None or width is None:
         said = (
-            f"The file holds the whole trained {_listed(change)}: after one step of plain SGD its change is a "
-            "gradient, too; the searches do not read it."
+            f"The file holds {_listed(change)} as trained: after one step of plain SGD the change since the base is a "
+            "gradient, times the learning rate; the searches do not read it."
         )
         return replace(found, leaks=(*found.leaks, said)) if change else found
     weight = weight.flatten(1)

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 from route_cases import posed, worst_psnr
 
+from r2f_ext.inversion.counting import doubt
 from r2f_ext.inversion.route import Certainty
 from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.inversion.routes.gauss_newton import GaussNewton
+from r2f_ext.models import AdapterFacts
 from r2f_ext.pairs import Training
 
 
@@ -35,3 +37,11 @@ def test_refusals_name_the_route_that_serves() -> None:
     ):
         verdict = route.verdict(other)
         assert verdict.certainty is Certainty.REFUSED and not verdict.identifiable and words in verdict.why
+
+
+def test_dropout_and_signs_cast_doubt_on_every_image() -> None:
+    problem, _ = posed()
+    assert problem.evidence is not None and doubt(problem) is None
+    dropped = replace(problem, facts=(AdapterFacts("a", dropout=0.1),))
+    signs = replace(problem, evidence=replace(problem.evidence, signs_only=True))
+    assert "dropout" in (doubt(dropped) or "") and "signs of the gradient" in (doubt(signs) or "")
