@@ -12,7 +12,13 @@ from r2f_ext import __version__
 from r2f_ext.ops import backend_of, build_information
 from r2f_ext.ops.schemas import SCHEMAS
 
-PACKAGES = {"torchvision": "torchvision", "timm": "timm", "peft": "peft", "numpy": "numpy"}
+PACKAGES = {
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "peft": "peft",
+    "transformers": "transformers",
+    "numpy": "numpy",
+}
 
 
 def environment() -> dict[str, Any]:

@@ -158,7 +158,7 @@ def test_audit_keeps_private_images_out_of_the_proxy(adapter_folder, tmp_path, m
     private = load_images(str(secret), role="private")
     assert len(seen[0]) == 48 and not set(content_hashes(seen[0].images)) & set(content_hashes(private.images))
     shown = " ".join(capsys.readouterr().out.split())
-    assert "2 images of" in shown and "were private ones" in shown and "which flatters it" in shown
+    assert "2 images of" in shown and "were private ones" in shown and "flatters" in shown
 
 
 def test_audit_without_originals_and_with_an_odd_name(adapter_folder, tmp_path, capsys):
@@ -245,7 +245,7 @@ def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private
 def test_fewer_private_images_than_adapters_are_refused_before_any_work(adapter_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(audit_stages, "run_audit_stages", lambda *args: pytest.fail("the audit ran"))
     words = ("audit", adapter_folder, adapter_folder, "--count", 40, "--private", "embedded:1", "--out", tmp_path)
-    assert re.search("gives 1 images for 2 adapters", refused(capsys, *words))
+    assert re.search("names 1 images for 2 adapters", refused(capsys, *words))
 
 
 def test_identifiability_of_named_models_matches_the_table_in_the_docs(tmp_path, capsys):

@@ -64,7 +64,8 @@ def test_a_pipe_gets_each_row_on_one_line_whatever_its_length(screen):
     display.table("t", ["layer", "why"], [[name, why]])
     display.print_verdicts([(name, True, why)])
     lines = [line for line in file.getvalue().splitlines() if name in line]
-    assert len(lines) == 2 and all(why.strip() in line for line in lines) and "\x1b" not in file.getvalue()
+    assert len(lines) == 2 and all(line.endswith(why.strip()) for line in lines) and "\x1b" not in file.getvalue()
+    assert not [line for line in file.getvalue().splitlines() if line != line.rstrip()]
 
 
 def test_the_console_of_a_pipe_is_wide():

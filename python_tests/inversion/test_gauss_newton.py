@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from cases import target_of, tiny_base
+from cases import target_of
+from vit_cases import small_vit
 
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import gauss_newton as module
+from r2f_ext.inversion.exactness import REPRODUCED, exactness_of
 from r2f_ext.inversion.gauss_newton import (
     DenseLocal,
     GaussNewtonConfig,
@@ -20,20 +22,20 @@ from r2f_ext.inversion.gauss_newton import (
 from r2f_ext.types import Reconstruction
 
 NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
-SHAPE = torch.Size((3, 16, 16))
+SHAPE = torch.Size((3, 8, 8))
 
 
 @pytest.fixture(scope="module")
 def problem():
     """target, A, updates of two images of which only 40 directions are unknown, the images, labels, the subspace."""
-    base = tiny_base()
+    base = small_vit(img_size=8, embed_dim=64)
     target = target_of(base, NAMES, rank=8)
     torch.manual_seed(0)
     a = {
         layer.name: (2 * torch.rand(8, layer.d_in, dtype=torch.float64) - 1) / layer.d_in**0.5
         for layer in target.layers
     }
-    smooth = torch.randn(40, 768, dtype=torch.float64) * 0.05
+    smooth = torch.randn(40, 192, dtype=torch.float64) * 0.05
     proxies = (0.5 + torch.randn(300, 40, dtype=torch.float64) @ smooth / 40**0.5).unflatten(1, SHAPE)
     images, labels = proxies[:2].clamp(0, 1), torch.tensor([1, 4])
     with Capture(target) as capture:
@@ -66,6 +68,40 @@ def test_finds_the_images_and_says_that_they_are_exact(problem):
     before, after = (start.images - images).abs().max(), (found.images - images).abs().max()
     assert before > 1e-3 and after < 1e-4
     assert found.details["exact"] == 2 and "2 of 2" in found.why and told == [1, 1]
+    error = (found.images - images).square().mean((1, 2, 3))
+    assert (found.per_victim["bound_db"] <= -10 * error.log10()).all() and found.per_victim["bound_db"].min() > 60
+    assert found.per_victim["free_directions"].tolist() == [0, 0]
+
+
+def test_the_same_image_under_a_doubt_is_not_called_exact(problem):
+    target, a, observed, images, labels, subspace = problem
+    start = start_near(images, labels, subspace, 0.3)
+    found = gauss_newton(target, a, observed, start, subspace, doubt="its training had dropout")
+    assert (found.images - images).abs().max() < 1e-4
+    assert found.details["exact"] == 0 and found.per_victim["bound_db"].isnan().all()
+    assert exactness_of(found, 0).words == "not exact: its training had dropout"
+    assert found.why.endswith("0 of 2 images are exact, because its training had dropout")
+
+
+@pytest.mark.parametrize("names", [NAMES[5:], NAMES[7:]], ids=["behind the last attention", "fc2 alone"])
+def test_images_beside_that_have_the_same_update_are_not_called_exact(problem, names):
+    """Class-token pooling: the gradients have rank 1, and the update leaves most directions free."""
+    whole, _, _, images, labels, subspace = problem
+    target = target_of(whole.base, names, rank=32)
+    a = {layer.name: torch.randn(32, layer.d_in, dtype=torch.float64) / layer.d_in**0.5 for layer in target.layers}
+    with Capture(target) as capture:
+        observed = project(target, capture(images[:, None], labels[:, None]), a)
+    point = images[0].flatten()
+    jacobian = UpdateMap(target, a, SHAPE, 64).jacobian(point, labels[:1], torch.eye(192, dtype=torch.float64))
+    singular = torch.linalg.svd(jacobian)
+    rank = int((1e-9 * singular.S[0] < singular.S).sum())
+    hidden = singular.U[:, rank:] @ torch.randn(192 - rank, dtype=torch.float64)
+    beside = (images + (0.5 * hidden / hidden.norm()).view_as(images[0])).clamp(0, 1)
+    start = Reconstruction("given", beside, labels, "", 0.0)
+    found = gauss_newton(target, a, observed, start, subspace, GaussNewtonConfig(passes=6))
+    assert rank < 100 and found.per_victim["exact"].tolist() == [0, 0]
+    known = found.per_victim["free_directions"]
+    assert (known.isnan() | ((known - (192 - rank)).abs() <= 2)).all() and not known.isnan().all()
 
 
 def test_the_victims_learning_rate_plays_no_part(problem):
@@ -105,7 +141,7 @@ def test_a_solution_outside_the_box_is_not_called_exact(problem, monkeypatch):
     monkeypatch.setattr(module, "NEAR", 10.0)  # from the first pass on
     config, updates = GaussNewtonConfig(passes=3), UpdateMap(target, a, SHAPE, 32)
     found = search(updates, wanted, images[1].flatten(), labels[:1], subspace, config)
-    assert not found.exact and found.image.min() >= 0 and found.image.max() <= 1
+    assert found.residual > REPRODUCED and found.image.min() >= 0 and found.image.max() <= 1
 
 
 def test_nothing_is_searched_where_no_proxy_varies():
@@ -118,16 +154,23 @@ def test_nothing_is_searched_where_no_proxy_varies():
 
 @pytest.mark.parametrize(
     ("broken", "words"),
-    [("zero", "zero or not finite"), ("nan", "zero or not finite"), ("labels", "needs labels")],
+    [("zero", "every layer is zero"), ("nan", "not finite"), ("labels", "needs labels")],
 )
 def test_bad_input_is_refused(problem, broken, words):
     target, a, observed, images, labels, subspace = problem
     start = Reconstruction("given", images, None if broken == "labels" else labels, "", 0.0)
-    name = target.names[0]
     if broken != "labels":
-        observed = {**observed, name: observed[name] * (0 if broken == "zero" else float("nan"))}
+        observed = {name: each * (0 if broken == "zero" else float("nan")) for name, each in observed.items()}
     with pytest.raises(R2FError, match=words):
         gauss_newton(target, a, observed, start, subspace)
+
+
+def test_layers_that_did_not_move_are_left_out(problem):
+    target, a, observed, images, labels, subspace = problem
+    name = target.names[0]
+    observed = {**observed, name: 0 * observed[name]}
+    found = gauss_newton(target, a, observed, start_near(images, labels, subspace, 0.1), subspace)
+    assert (found.images - images).abs().max() < 1e-4
 
 
 def test_proxies_all_alike_are_refused():
@@ -159,6 +202,7 @@ def test_no_curvature_is_negative_in_float32(problem):
 def test_per_victim_figures_are_tensors(problem):
     target, a, observed, images, labels, subspace = problem
     found = gauss_newton(target, a, observed, start_near(images, labels, subspace, 0.3), subspace)
-    assert set(found.per_victim) == {"residual", "start_residual", "exact", "passes"}
+    figures = {"residual", "start_residual", "passes", "exact", "bound_db", "free_directions", "misfit"}
+    assert set(found.per_victim) == figures
     assert all(values.shape == (2,) for values in found.per_victim.values())
     assert found.per_victim["residual"].max() < 1e-4 and found.per_victim["exact"].tolist() == [1, 1]

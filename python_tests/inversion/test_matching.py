@@ -13,7 +13,7 @@ from r2f_ext.audit.assign import assign_groups
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import SCHEDULES, MatchingConfig, match
-from r2f_ext.inversion.objectives import GradientObjective, UpdateObjective
+from r2f_ext.inversion.objectives import Distance, GradientObjective, UpdateObjective
 from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.pairs.simulation import Training, simulate
 from r2f_ext.types import BaseModel, FactoredGradient, Gradient, Reconstruction
@@ -70,8 +70,8 @@ def losses(world, images):
     target, observed, _, labels = world
     with Capture(target) as capture:
         factors = capture(images[:, None], labels[:, None])
-    weights = [1.0] * len(LINEAR)
-    return GradientObjective(observed)(factors, CONFIG.loss, weights, images, CONFIG.tv_weight, CONFIG.isotropic)
+    distance = Distance(CONFIG.loss, [1.0] * len(LINEAR), CONFIG.tv_weight, CONFIG.isotropic)
+    return GradientObjective(observed)(factors, images, distance)
 
 
 def test_it_goes_down_and_says_so(world):

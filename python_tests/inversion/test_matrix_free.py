@@ -7,6 +7,7 @@ from cases import target_of, tiny_base
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.exactness import REPRODUCED
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, UpdateMap, flat_units, search
 from r2f_ext.inversion.matrix_free import (
     GradientMap,
@@ -74,7 +75,7 @@ def test_reaches_the_image_that_the_dense_search_reaches(problem, maps, kind):
     config = MatrixFreeConfig(krylov=20, points=8)
     told = []
     found = search_matrix_free(maps[kind], observed, start, LABEL, ProxyCoordinates(subspace), config, told.append)
-    assert (start - image).abs().max() > 1e-2 and found.exact and len(told) == found.passes
+    assert (start - image).abs().max() > 1e-2 and found.residual < REPRODUCED
     assert (found.image - image).abs().max() < 1e-4
     if kind == "lora":
         dense = search(UpdateMap(target, a, SHAPE, 64), observed, start, LABEL, subspace, GaussNewtonConfig())

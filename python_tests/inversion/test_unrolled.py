@@ -5,6 +5,7 @@ import torch
 from cases import peft_start, samples, tiny_base
 
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.exactness import REPRODUCED
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, flat_units, search
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
 from r2f_ext.pairs import Training, simulate
@@ -70,7 +71,7 @@ def test_finds_the_images_of_a_victim(few_unknowns, training):
     assert len(said) == (0 if training.steps == 1 else len(a))
     updates = UnrolledMap(target, a, shape, training, directions=20).weighing(a_weights=said)
     found = found_from_near(updates, updates.observation(victim.a, victim.b)[0], images, labels, subspace)
-    assert found.exact and (found.image - images.flatten()).abs().max() < 1e-4
+    assert found.residual < REPRODUCED and (found.image - images.flatten()).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -108,7 +109,7 @@ def test_finds_the_image_of_adamws_first_step(few_unknowns):
     updates = UnrolledMap(target, a, shape, Training(), directions=20).weighing(step.weights)
     observed = updates.observation({}, {name: -g[None] for name, g in step.gradient.items()})[0]
     found = found_from_near(updates, observed, images[:1], label, subspace)
-    assert found.exact and (found.image - images[0]).abs().max() < 1e-4
+    assert found.residual < REPRODUCED and (found.image - images[0]).abs().max() < 1e-4
 
 
 def test_one_plain_step_is_the_update_map(few_unknowns):

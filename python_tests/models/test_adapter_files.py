@@ -90,7 +90,8 @@ def test_facts_of_the_configuration_arrive(tmp_path):
 def test_eva_is_a_leak_only_where_the_rows_of_a_are_as_eva_makes_them(tmp_path):
     random = factors(rank=4, d_in=64)
     files = read_adapter(write(tmp_path / "a", random, init_lora_weights="eva", eva_config={"rho": 2.0}))
-    assert "no more orthogonal than random" in files.facts.leaks[0] and files.facts.init == "eva"
+    (note,) = files.facts.notes
+    assert "no more orthogonal than random" in note and files.facts.leaks == () and files.facts.init == "eva"
     eva = {n: torch.linalg.qr(t.T)[0].T.contiguous() if ".lora_A" in n else t for n, t in random.items()}
     files = read_adapter(write(tmp_path / "b", eva, init_lora_weights="eva"))
     assert "EVA makes A from the inputs" in files.facts.leaks[0] and files.facts.notes == ()

@@ -9,6 +9,7 @@ import torch
 from cases import CONFIG, changed_config, changed_weights, save
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers_cases import FAMILIES, PATCHES, classifier
@@ -204,3 +205,23 @@ def test_what_the_name_of_the_base_says(said, words, folder, bases, tmp_path):
     notes = note_on_base(read_adapter(other), bases["timm"])
     assert notes == () if words is None else len(notes) == 1 and words in notes[0]
     assert not any("/home" in note for note in notes)
+
+
+@pytest.mark.parametrize("classes", [4, 7])
+def test_the_adapters_own_head_on_a_base_without_one_or_with_another(classes, tmp_path):
+    """As timm's users do it: a new head, trained and saved with the adapter."""
+    bare = tmp_path / "bare"
+    options = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0 if classes == 4 else 3, **options)
+    save_for_hf(model, str(bare), safe_serialization=True)
+    trained_base = copy.deepcopy(model)
+    trained_base.reset_classifier(classes)
+    full = BaseModel(trained_base, "full", (3, 16, 16), (0.5,) * 3, (0.5,) * 3, classes)
+    peft = trained(full, **options_of("plain", "timm"), modules_to_save=["head"])
+    files = read_adapter(save(peft, tmp_path / "a"))
+    assert files.num_classes == classes
+    target, _ = attach(files, load_base(str(bare), num_classes=classes))
+    inputs = torch.rand(2, 3, 16, 16)
+    assert target.base.num_classes == classes and target.base.model(inputs).shape == (2, classes)
+    saved = peft.base_model.model.head.modules_to_save["default"]
+    assert torch.equal(target.base.model.head.weight, saved.weight)

@@ -84,7 +84,7 @@ def test_a_wrong_type_or_range_is_named(field, value, read):
 
 
 def test_the_sentences_name_value_and_remedy(read):
-    assert "has r = eight: it must be a whole number from 1 to 65536." in refused(read, r="eight")
+    assert 'has r = "eight": it must be a whole number from 1 to 65536.' in refused(read, r="eight")
     assert "has lora_alpha = 0: it must be a number other than 0" in refused(read, lora_alpha=0)
     assert "is of a IA3 adapter: only plain LoRA" in refused(read, peft_type="IA3")
     assert "does not say which modules it adapts" in refused(read, target_modules=[])
@@ -185,9 +185,9 @@ def test_the_config_of_another_start_is_noted(field, read):
     assert read(**{field: {}}).notes == ()
 
 
-def test_eva_is_a_leak(read):
+def test_eva_is_accepted(read):
     taken = read(init_lora_weights="eva", eva_config={"rho": 2.0})
-    assert taken.init == "eva" and taken.notes == () and "gives away" in taken.leaks[0]
+    assert (taken.init, taken.notes, taken.leaks) == ("eva", (), ())
 
 
 @pytest.mark.parametrize(

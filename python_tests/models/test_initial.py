@@ -75,7 +75,7 @@ def test_other_seeds_are_not_taken_for_it(trained):
 def test_a_folder_saved_before_training(trained):
     _, update, folder, start = trained
     found = initial_from_folder(folder / "start", update)
-    assert str(folder / "start") in found.source
+    assert found.source == "the folder 'start'"  # reports hold no absolute path
     assert all(torch.equal(a, start[name]) for name, a in found.a.items())
 
 
@@ -83,7 +83,7 @@ def test_folders_that_are_no_start_are_refused(trained, embedded, tmp_path):
     _, update, folder, _ = trained
     with pytest.raises(R2FError, match="has no adapter_model"):
         initial_from_folder(tmp_path, update)
-    fewer = changed_weights(folder / "start", tmp_path / "fewer", lambda w: dict(list(w.items())[-1:]))
+    fewer = changed_weights(folder / "start", tmp_path / "fewer", lambda w: {n: t for n, t in w.items() if "proj" in n})
     with pytest.raises(R2FError, match="holds no A of"):
         initial_from_folder(fewer, update)
     other = replace(update, a={name: torch.rand_like(a) - 0.5 for name, a in update.a.items()})

@@ -10,7 +10,7 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from torch import nn
 
 from r2f_ext.errors import R2FError
-from r2f_ext.models.starts import REFUSED, start_of
+from r2f_ext.models.starts import REFUSED, shows_eva, start_of
 
 
 def started(init, prepare=None, fields=None):
@@ -82,7 +82,7 @@ def test_the_other_refusals_state_what_peft_does():
     assert state("mica") == (True, False, True, False)
     sentences = {
         "loftq": "replaced by a quantised one",
-        "orthogonal": "B starts from random numbers",
+        "orthogonal": "B then starts from random numbers",
         "mica": "B stays",
     }
     for name, said in sentences.items():
@@ -99,3 +99,18 @@ def test_an_unknown_start_is_refused_as_unknown(value):
     with pytest.raises(R2FError, match="a start that is not known here") as caught:
         start_of(value, "it")
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(("rank", "d_in", "layers"), [(2, 16, 12), (8, 64, 4), (16, 768, 1)])
+def test_evas_rows_are_told_from_random_ones(rank, d_in, layers):
+    """And from rows that a small training has moved."""
+    names = [f"{i}.lora_A.weight" for i in range(layers)]
+    eva = {name: torch.linalg.qr(torch.randn(d_in, rank))[0].T for name in names}
+    moved = {name: a + 0.2 * d_in**-0.5 * torch.randn(rank, d_in) for name, a in eva.items()}
+    assert shows_eva(eva) and shows_eva(moved)
+    assert not shows_eva({name: torch.randn(rank, d_in) for name in names})
+    assert not shows_eva({name: torch.rand(rank, d_in) - 0.5 for name in names})
+
+
+def test_one_row_shows_nothing_of_eva():
+    assert not shows_eva({"a.lora_A.weight": torch.randn(1, 16)}) and not shows_eva({})

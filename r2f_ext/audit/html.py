@@ -39,22 +39,28 @@ def write_html(
     victims = _victim_names(data)
     closed_forms = closed_form_rows(phase0)
     closed_form_count = len(closed_forms[0].images) if closed_forms else 0
-    page = _environment().get_template(TEMPLATE).render(
-        report=data,
-        victims=victims,
-        adapter_count=len(data["adapters"]) or max(part.count for part in sets),
-        sentences=leading_sentences(data["verdict"]["sentences"]),
-        exact=_exact(data, victims),
-        grids={part.name: _groups(rows_of(part, data["reconstruction"][part.name]), part.count) for part in sets},
-        labels={part.name: _labels(part) for part in sets},
-        exactness={name: _exactness(part["routes"], victims[name]) for name, part in data["reconstruction"].items()},
-        closed_forms=_groups(closed_forms, closed_form_count),
-        closed_form_count=closed_form_count,
-        few=FEW,
-        max_victims=MAX_VICTIMS,
-        facts=_grouped_facts(data["adapters"]),
-        sizes={key: span(key, [layer[key] for layer in data["target"]["layers"]]) for key in ("rank", "scale")},
-        files=files,
+    page = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            report=data,
+            victims=victims,
+            adapter_count=len(data["adapters"]) or max(part.count for part in sets),
+            sentences=leading_sentences(data["verdict"]["sentences"]),
+            exact=_exact(data, victims),
+            grids={part.name: _groups(rows_of(part, data["reconstruction"][part.name]), part.count) for part in sets},
+            labels={part.name: _labels(part) for part in sets},
+            exactness={
+                name: _exactness(part["routes"], victims[name]) for name, part in data["reconstruction"].items()
+            },
+            closed_forms=_groups(closed_forms, closed_form_count),
+            closed_form_count=closed_form_count,
+            few=FEW,
+            max_victims=MAX_VICTIMS,
+            facts=_grouped_facts(data["adapters"]),
+            sizes={key: span(key, [layer[key] for layer in data["target"]["layers"]]) for key in ("rank", "scale")},
+            files=files,
+        )
     )
     write_text(path, page)
 

@@ -35,7 +35,7 @@ def check(options: argparse.Namespace) -> None:
         if name in given:
             _images(given[name])
     if "private" in given:
-        _private(given["private"])
+        _private(given["private"], len(given["adapter"]))
     if "routes" in given:
         _routes(given["routes"])
     _paths(given)
@@ -97,8 +97,8 @@ def _images(spec: str) -> None:
             raise R2FError(f"unknown images '{part}': use {names}, a folder that exists, or a mix like a+b.")
 
 
-def _private(spec: str) -> None:
-    """As `_images`, or DATA:INDEX[,INDEX...]."""
+def _private(spec: str, adapters: int) -> None:
+    """As `_images`, or DATA:INDEX[,INDEX...], one for each adapter."""
     found = re.fullmatch(r"(.+):([0-9,]+)", spec)
     if found is None:
         _images(spec)
@@ -110,6 +110,10 @@ def _private(spec: str) -> None:
     for number in numbers:
         if int(number) >= PRIVATE_IMAGES.get(name, int(number) + 1):
             raise R2FError(f"--private {spec}: '{name}' has {PRIVATE_IMAGES[name]} images, counted from 0.")
+    if adapters and len(numbers) != adapters:
+        raise R2FError(
+            f"--private {spec} names {len(numbers)} images for {adapters} adapters: name one for each, in their order."
+        )
 
 
 def _routes(names: tuple[str, ...]) -> None:

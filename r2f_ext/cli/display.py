@@ -94,7 +94,12 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
         drawn.add_column(name, justify="left" if i == 0 or name == "why" else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row), style=CONTROL if row[0].startswith("control") else None)
-    console.print(drawn)
+    if console.is_terminal:
+        console.print(drawn)
+    else:  # rich fills up every row with spaces
+        with console.capture() as text:
+            console.print(drawn)
+        console.out("\n".join(line.rstrip() for line in text.get().splitlines()))
     console.print()
 
 
@@ -170,7 +175,7 @@ def _print_scores(title: str, figures: dict[str, Any]) -> None:
         [row_name(control), "" if value is None else f"{value:.2f}", "", "", "", _difference(figures, control)]
         for control, value in figures["controls"].items()
     ]
-    head = ["", "PSNR dB", "std", "SSIM", "labels right", "beaten by dB (interval)"]
+    head = ["", "PSNR dB", "std", "SSIM", "labels right", "judged route above it (interval)"]
     table(title, head, rows)
 
 

@@ -30,6 +30,7 @@ from r2f_ext.inversion.attention_rowspace import (
     weighted_directions,
 )
 from r2f_ext.inversion.counting import closed_form_verdict, count_on, row_space_refusal
+from r2f_ext.inversion.exactness import storage_precision
 from r2f_ext.inversion.geometry import FIRST_QKV, ViTGeometry, base_geometry
 from r2f_ext.inversion.patches import expected_psnr_db, to_image
 from r2f_ext.inversion.route import Verdict
@@ -38,7 +39,6 @@ from r2f_ext.types import BaseModel, LoraUpdate, Reconstruction, Target
 
 ROUTE = "adapter_rowspace"
 CLUSTER_GAP = 10  # distance of a cluster of eigenvalues below 1, in cluster widths, that indicates weight decay
-STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def count_adapter_rowspace(base: BaseModel, adapter: Target | None, steps: int | None, batch: int = 1) -> Verdict:
@@ -144,12 +144,6 @@ def remaining_share(a: Tensor, start: Tensor, tokens: int) -> float:
     densest = int(spread[:, crowd - 1].argmin())
     share = float(eigenvalues[nearest[densest, :crowd]].real.mean())
     return share if 1 - share > CLUSTER_GAP * float(spread[densest, crowd - 1]) else 1.0
-
-
-def storage_precision(factor: Tensor) -> torch.finfo:
-    """The lowest-precision float dtype that represents every entry exactly: the dtype that the adapter was saved in."""
-    exact = (dtype for dtype in STORED if torch.equal(factor.to(dtype).to(factor), factor))
-    return torch.finfo(next(exact, factor.dtype))
 
 
 def _from_b(

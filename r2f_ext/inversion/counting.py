@@ -91,6 +91,8 @@ def doubt(problem: Problem) -> str | None:
     dropped = [facts for facts in problem.facts if facts.dropout > 0]
     if dropped:
         return f"'{dropped[0].name}' was trained with dropout, whose random draws are unknown"
+    if problem.evidence is not None and problem.evidence.signs_only:
+        return "B shows little more than the signs of the gradient, as after the first step of Adam"
     return None
 
 

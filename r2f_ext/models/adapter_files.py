@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from r2f_ext.errors import R2FError, listed, plain
@@ -26,11 +25,11 @@ from r2f_ext.models.folder import (
 )
 from r2f_ext.models.keys import PREFIX, Keys, canonical
 from r2f_ext.models.safetensors_header import MAX_FILE, read_tensors
+from r2f_ext.models.starts import EVA_LEAK, EVA_UNSEEN, shows_eva
 
 __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "AdapterFiles", "read_adapter", "read_factors"]
 
 HEADS = ("head.weight", "fc.weight", "classifier.weight")
-CHANCE = 0.5  # of the mean squared cosine that rows drawn at random have: less is no chance
 
 
 @dataclass(frozen=True)
@@ -127,35 +126,20 @@ def _notes(folder: Path, config: AdapterConfig, keys: Keys, factors: Factors) ->
             f"The file holds whole tensors that the configuration does not name ({listed(sorted(extra))}), beside the "
             "LoRA factors."
         )
+    if config.init == "eva" and not shows_eva(factors.weights):
+        yield EVA_UNSEEN
     others = adapters_below(folder, depth=1)
     if others:
         yield f"The folder holds other adapters in {listed(others)}: they are not in this audit."
 
 
 def _leaks(folder: Path, config: AdapterConfig, factors: Factors) -> Iterator[str]:
-    if config.init == "eva" and not _orthogonal_on_average(factors.weights):
-        yield (
-            "init_lora_weights is 'eva', but the rows of A are no more orthogonal than random ones: EVA's pass over "
-            "the data was not run, or training has covered its start."
-        )
-    else:
-        yield from config.leaks
+    yield from config.leaks
+    if config.init == "eva" and shows_eva(factors.weights):
+        yield EVA_LEAK
     yield from leaks_beside(folder)
 
 
 def _of_module(module: str, name: str) -> bool:
     """Whether a tensor belongs to a module called so, as PEFT matches the names in modules_to_save."""
     return f".{module}." in f".{name}"
-
-
-def _orthogonal_on_average(weights: dict[str, Tensor]) -> bool:
-    """Whether the rows of the A's [r, d_in] are more orthogonal than random ones, whose squared cosine is 1 / d_in."""
-    ratios = []
-    for name, tensor in weights.items():
-        a = tensor.flatten(1)
-        rank = a.shape[0]
-        if ".lora_A." in name and 2 <= rank <= a.shape[1]:
-            unit = torch.nn.functional.normalize(a.double(), dim=1)
-            squared = float((unit @ unit.T).square().sum()) - rank
-            ratios.append(squared / (rank * (rank - 1)) * a.shape[1])
-    return bool(ratios) and sum(ratios) / len(ratios) < CHANCE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
     """A copy of the base's model in which PEFT has placed the adapter's factors, at their start."""
     config = {name: value for name, value in files.config.items() if name != "modules_to_save"}
     try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws factors
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws factors
+            warnings.simplefilter("ignore")  # what PEFT warns of is checked here
             return get_peft_model(copy.deepcopy(base.model), LoraConfig(**config))
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
         reason = plain(" ".join(str(error).split()), 300).rstrip(".") or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -14,7 +15,7 @@ from peft import LoraConfig
 from r2f_ext.errors import R2FError, plain
 from r2f_ext.models.patterns import check_patterns
 from r2f_ext.models.safetensors_header import read_json
-from r2f_ext.models.starts import EVA_LEAK, START_CONFIGS, start_of
+from r2f_ext.models.starts import START_CONFIGS, start_of
 
 MAX_RANK = 65_536
 MAX_ALPHA = 1e9
@@ -147,7 +148,7 @@ def read_config(path: Path) -> AdapterConfig:
     for name, (check, what) in {**USED_FIELDS, **READ_FIELDS}.items():
         optional = name not in ("r", "lora_alpha", "target_modules")
         if name in raw and not (raw[name] is None and optional) and not check(raw[name]):
-            raise R2FError(f"{where} has {name} = {plain(raw[name], 60)}: it must be {what}.")
+            raise R2FError(f"{where} has {name} = {plain(json.dumps(raw[name]), 60)}: it must be {what}.")
     if not raw.get("target_modules"):
         raise R2FError(f"{where} does not say which modules it adapts (target_modules): save it again with PEFT.")
     check_patterns(_patterns(raw), where)
@@ -160,7 +161,7 @@ def read_config(path: Path) -> AdapterConfig:
         init=init,
         base_name=plain(base_name, 200) if isinstance(base_name, str) and base_name else None,
         notes=tuple(_notes(raw, init)),
-        leaks=tuple(_leaks(raw, init)),
+        leaks=tuple(_leaks(raw)),
     )
 
 
@@ -207,17 +208,15 @@ def _notes(raw: dict[str, Any], init: str) -> Iterator[str]:
             f"The base that the configuration names is quantised{shown}: the adapter's gradients were taken at rounded "
             "weights, so on a base in full precision the figures are approximate."
         )
-    for field, method in START_CONFIGS.items():
+    for field, (method, made_of) in START_CONFIGS.items():
         if raw.get(field) and init != "eva":
             yield (
                 f"adapter_config.json holds {field}, which PEFT ignores at this init_lora_weights; where the adapter "
-                f"was converted when it was saved, the start in its factors is {method}'s."
+                f"was converted when it was saved, the start in its factors is {method}'s, {made_of}."
             )
 
 
-def _leaks(raw: dict[str, Any], init: str) -> Iterator[str]:
-    if init == "eva":
-        yield EVA_LEAK
+def _leaks(raw: dict[str, Any]) -> Iterator[str]:
     name = raw.get("base_model_name_or_path")
     if isinstance(name, str) and LOCAL_PATH.match(name):
         yield (

@@ -47,18 +47,19 @@ class TensorEntry:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU, as they are stored.
+    """All tensors of a safetensors file, on the CPU, as they are stored and in that order.
 
     Raises:
         R2FError: the file cannot be read, is not safetensors, or its header and its bytes disagree.
     """
-    read_header(path)
+    header = read_header(path)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise R2FError(
             f"{plain(path, 400)} cannot be loaded by safetensors ({plain(error)}): copy it again."
         ) from error
+    return {entry.name: tensors[entry.name] for entry in header}
 
 
 def read_header(path: Path) -> list[TensorEntry]:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from r2f_ext.errors import R2FError, plain
 
 CONVERT = "save it with save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER)"
@@ -33,7 +36,7 @@ REFUSED = {
         "init_lora_weights=True"
     ),
     "orthogonal": (
-        "orthogonal: B starts from random numbers that are not in the file, so B does not show the training alone; "
+        "B then starts from random numbers that are not in the file, so B does not show the training alone; "
         "train with init_lora_weights=True"
     ),
     "mica": (
@@ -45,12 +48,23 @@ REFUSED = {
         "train with init_lora_weights=True"
     ),
 }
+MAX_RANK = 1024  # up to which rows are compared
 EVA_LEAK = (
     "init_lora_weights is 'eva': EVA makes A from the inputs that the layers see on the training data, so A itself "
     "gives away the directions that these inputs span."
 )
-# Configurations that act only through init_lora_weights; PEFT ignores them under any other start.
-START_CONFIGS = {"eva_config": "EVA", "corda_config": "CorDA", "lora_ga_config": "LoRA-GA", "loftq_config": "LoftQ"}
+EVA_UNSEEN = (
+    "init_lora_weights is 'eva', but the rows of A are no more orthogonal than random ones: EVA's pass over the data "
+    "was not run, or training has covered its start."
+)
+# Configurations that act only through init_lora_weights (PEFT ignores them under any other start) -> the method and
+# what its start is made of.
+START_CONFIGS = {
+    "eva_config": ("EVA", "made from data"),
+    "corda_config": ("CorDA", "made from data"),
+    "lora_ga_config": ("LoRA-GA", "made from a gradient on data"),
+    "loftq_config": ("LoftQ", "made from the base"),
+}
 
 
 def start_of(value: Any, where: str) -> str:
@@ -74,3 +88,22 @@ def start_of(value: Any, where: str) -> str:
         f"{where} has init_lora_weights {plain(value, 60)}, a start that is not known here: "
         "train with init_lora_weights=True."
     )
+
+
+def shows_eva(weights: dict[str, Tensor]) -> bool:
+    """Whether the rows of the A's are orthogonal as EVA makes them, singular vectors of the layers' inputs.
+
+    Random rows have squared cosines of 1 / d_in on average; less than half of that is no chance.
+
+    Args:
+        weights: canonical names -> factors, A [r, d_in].
+    """
+    ratios = []
+    for name, tensor in weights.items():
+        a = tensor.flatten(1)
+        rank, d_in = a.shape
+        if ".lora_A." in name and 2 <= rank <= min(d_in, MAX_RANK):
+            unit = torch.nn.functional.normalize(a.double(), dim=1)
+            squared = float((unit @ unit.T).square().sum()) - rank
+            ratios.append(squared / (rank * (rank - 1)) * d_in)
+    return bool(ratios) and sum(ratios) / len(ratios) < 0.5

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.utils import logging
 
 from r2f_ext.errors import R2FError
 from r2f_ext.models.hub import hub_folder
@@ -104,17 +106,18 @@ def _load(folder: Path, spec: str, config: PretrainedConfig, num_classes: int | 
         config.num_labels = num_classes
     kind: Any = AutoModelForImageClassification if has_classifier else AutoModel
     try:
-        model, found = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",  # fused attention has no double backward, which matching needs
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with _quiet():
+            model, found = kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="eager",  # fused attention has no double backward, which matching needs
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers and safetensors raise many types of error
         raise R2FError(
             f"the weights of '{spec}' cannot be loaded ({_reason(error)}): save the model again with {SAVE}."
@@ -128,6 +131,20 @@ def _load(folder: Path, spec: str, config: PretrainedConfig, num_classes: int | 
     model.register_forward_hook(_logits if has_classifier else _features)
     own_head = has_classifier and not heads
     return model, int(config.num_labels) if own_head or (has_classifier and num_classes is not None) else 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and its table of tensors that were not found: `_load` says what matters of them."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _logits(model: nn.Module, args: Any, output: Any) -> Tensor:

@@ -24,7 +24,7 @@ def test_finds_the_images_from_a_near_start() -> None:
     found = GaussNewtonMatrixFree().run(
         replace(problem, found={"amortised": near}, matrix_free=config), lambda victims: None
     )
-    assert found.route == "gauss_newton_matrix_free" and found.per_victim["exact"].tolist() == [1, 1]
+    assert found.route == "gauss_newton_matrix_free" and found.per_victim["free_directions"].min() >= 384
     assert worst_psnr(found.images, images) > 60
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from route_cases import posed, worst_psnr
 
+from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.route import Certainty
 from r2f_ext.inversion.routes import run_routes, verdicts_of
@@ -27,7 +28,11 @@ def test_finds_the_images_from_the_amortised_start(training: Training) -> None:
         found = GaussNewtonUnrolled().run(problem, lambda victims: None)
     else:
         found = run_routes(problem, verdicts_of(problem), ["gauss_newton_unrolled"]).reconstructions[-1]
-    assert found.route == "gauss_newton_unrolled" and found.per_victim["exact"].tolist() == [1, 1]
+    assert found.route == "gauss_newton_unrolled" and found.per_victim["exact"].tolist() == [0, 0]
+    if training.optimizer == "adamw":
+        assert "AdamW's first step" in exactness_of(found, 0).words
+    else:
+        assert found.per_victim["free_directions"].min() >= 384  # patches of 48 numbers are embedded in 24
     assert worst_psnr(found.images, images) > 60
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from r2f_ext.inversion.adapter_rowspace import ROUTE, count_adapter_rowspace, invert_adapter_rowspace
+from r2f_ext.inversion.counting import doubt
 from r2f_ext.inversion.geometry import FIRST_QKV
 from r2f_ext.inversion.reconstruction import stack_victims
 from r2f_ext.inversion.route import Certainty, Problem, Route, Verdict
@@ -39,7 +40,9 @@ class AdapterRowspace(Route):
         assert problem.adapters and problem.target is not None and start is not None
         a0 = [start.a or (one.start if problem.steps == 1 else None) for one in problem.adapters]
         victims = [replace(one, a0=a) for one, a in zip(problem.adapters, a0, strict=True)]
-        found = stack_victims((invert_adapter_rowspace(problem.target, one) for one in victims), advance)
+        found = stack_victims(
+            (invert_adapter_rowspace(problem.target, one) for one in victims), advance, doubt(problem)
+        )
         return replace(found, why=f"A0 from {start.source}; {found.why}")
 
 

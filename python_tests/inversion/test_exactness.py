@@ -1,0 +1,134 @@
+"""The bound on an image's error: on maps whose inverse is known, and what is said of it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from r2f_ext.inversion.exactness import (
+    EXPLAINED,
+    Bound,
+    bound_error,
+    exactness_of,
+    rounded,
+    storage_precision,
+)
+from r2f_ext.types import Reconstruction
+
+PIXELS, LABEL = 40, torch.tensor([0])
+
+
+class Known:
+    """z(x) = M x + bend (N x)^2, float64."""
+
+    def __init__(self, rank=PIXELS, size=120, bend=0.0):
+        self.target, self.directions = SimpleNamespace(), 16
+        self.matrix = torch.randn(size, rank, dtype=torch.float64) @ torch.randn(rank, PIXELS, dtype=torch.float64)
+        self.curved = bend * torch.randn(size, PIXELS, dtype=torch.float64)
+
+    def __call__(self, points, label):
+        return points @ self.matrix.T + (points @ self.curved.T).square()
+
+    def jacobian(self, point, label, basis):
+        slope = self.matrix + 2 * (self.curved @ point)[:, None] * self.curved
+        return (slope @ basis).T
+
+
+def psnr_db(found, image):
+    return float(-10 * (found - image).square().mean().log10())
+
+
+def noise(size, count=32, deviation=1e-4):
+    return deviation * torch.randn(count, size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [60, 120, 400], ids=["few numbers", "some", "sketched"])
+@pytest.mark.parametrize("bend", [0.0, 0.1], ids=["linear", "curved"])
+def test_the_bound_holds_and_is_not_idle(size, bend):
+    """The image is one that a search could have ended at: a little beside the least-squares one."""
+    updates = Known(size=size, bend=bend)
+    for trial in range(20):
+        image = torch.rand(PIXELS, dtype=torch.float64)
+        observed = updates(image[None], LABEL)[0] + noise(size, 1)[0]
+        beside = image + (1 + trial % 3) * 1e-3 * torch.randn(PIXELS, dtype=torch.float64)
+        known = bound_error(updates, observed, noise(size), beside, LABEL)
+        assert known.free == 0 and known.misfit < EXPLAINED
+        assert known.db <= psnr_db(beside, image) <= known.db + 40
+
+
+def test_directions_that_the_update_does_not_see_are_counted():
+    updates = Known(rank=27)
+    image = torch.rand(PIXELS, dtype=torch.float64)
+    known = bound_error(updates, updates(image[None], LABEL)[0], noise(120), image, LABEL)
+    assert known.free == PIXELS - 27 and known.db != known.db and not known.exact
+
+
+def test_directions_that_rounding_hides_are_free_as_well():
+    updates = Known()
+    left, singular, right = torch.linalg.svd(updates.matrix, full_matrices=False)
+    singular[-3:] = 1e-4  # as large as the noise: a move of 1
+    updates.matrix = left @ torch.diag(singular) @ right
+    image = torch.rand(PIXELS, dtype=torch.float64)
+    assert bound_error(updates, updates(image[None], LABEL)[0], noise(120), image, LABEL).free == 3
+
+
+def test_a_residual_that_rounding_does_not_explain_is_no_ground_for_a_bound():
+    updates, image = Known(), torch.rand(PIXELS, dtype=torch.float64)
+    observed = updates(image[None], LABEL)[0] + noise(120, 1, 1e-2)[0]
+    known = bound_error(updates, observed, noise(120), image, LABEL)
+    assert known.misfit > EXPLAINED and not known.exact and known.db != known.db
+
+
+def test_as_many_numbers_as_pixels_validate_nothing():
+    """Any image solves a square system, so its residual says nothing about the model."""
+    updates, image = Known(size=PIXELS), torch.rand(PIXELS, dtype=torch.float64)
+    assert not bound_error(updates, updates(image[None], LABEL)[0], noise(PIXELS), image, LABEL).exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rounding_is_drawn_as_large_as_storage_makes_it(dtype):
+    exact = torch.randn(2000, dtype=torch.float64) * 10.0 ** torch.linspace(-7, 0, 2000, dtype=torch.float64)
+    stored = exact.to(dtype).to(torch.promote_types(dtype, torch.float32))
+    assert storage_precision(stored).dtype == str(dtype).removeprefix("torch.")
+    drawn = rounded(stored, torch.Generator().manual_seed(0)) - stored.double()
+    size = exact.abs()
+    for part in (size < 1e-5, size > 1e-3):  # float16 has no relative precision below 6e-5
+        true, found = (each[part].square().mean().sqrt() for each in (stored.double() - exact, drawn))
+        assert dtype == torch.float64 or 0.9 * true <= found <= 3 * true
+
+
+FOUND = {"residual": 1e-5, "exact": 0.0, "bound_db": torch.nan, "free_directions": torch.nan, "misfit": torch.nan}
+
+
+@pytest.mark.parametrize(
+    ("figures", "doubt", "words"),
+    [
+        ({"exact": 1.0, "bound_db": 78.9, "free_directions": 0, "misfit": 1.0}, None, "exact to 78 dB"),
+        ({"free_directions": 365, "misfit": 1.0}, None, "determined up to 365 directions"),
+        ({"bound_db": 31.9, "free_directions": 0, "misfit": 1.0}, None, "determined to 31 dB"),
+        ({"free_directions": 0, "misfit": 40.0}, None, "not exact: the residual is 1e-05, more than rounding explains"),
+        ({"residual": 0.02}, None, "not exact: the residual is 0.02"),
+        ({"residual": 0.02, "free_directions": 3, "misfit": 90.0}, None, "not exact: the residual is 0.02"),
+        ({"residual": 0.002, "bound_db": 31.9, "free_directions": 0, "misfit": 1.0}, None, "determined to 31 dB"),
+        ({}, None, "not determined"),
+        ({}, "'a' was trained with dropout", "not exact: 'a' was trained with dropout"),
+    ],
+)
+def test_words(figures, doubt, words):
+    per_victim = {key: torch.tensor([value]) for key, value in (FOUND | figures).items()}
+    said = exactness_of(
+        Reconstruction("r", torch.zeros(1, 1, 2, 2), None, "", 0.0, per_victim=per_victim, doubt=doubt), 0
+    )
+    assert said.words == words and said.exact == words.startswith("exact")
+    assert (said.bound_db is None) == (figures.get("bound_db") is None)
+
+
+def test_routes_without_figures_determine_nothing():
+    said = exactness_of(Reconstruction("r", torch.zeros(1, 1, 2, 2), None, "", 0.0), 0)
+    assert (said.exact, said.bound_db, said.free_directions, said.words) == (False, None, None, "not determined")
+
+
+def test_exact_asks_for_all_three():
+    assert Bound(45.0, 0, 1.0).exact
+    assert not Bound(39.0, 0, 1.0).exact and not Bound(45.0, 1, 1.0).exact and not Bound(45.0, 0, 4.0).exact
+    assert not Bound().exact

@@ -1,0 +1,71 @@
+"""The examples do what their first lines say; the tutorial's adapter goes from its folder to a report."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from r2f_ext import AuditConfig, audit
+from r2f_ext.audit.inputs import load_adapters
+from r2f_ext.inversion.route import Certainty
+from r2f_ext.models import evidence_of
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run_example(name: str, *words: object) -> None:
+    """Run an example's main() with these arguments, in this process."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, words)])
+        module.main()
+
+
+@pytest.fixture(scope="module")
+def tutorial(tmp_path_factory) -> Path:
+    """The tutorial's base and adapter, smaller still: 3 epochs of 128 images in one step each."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    run_example("tutorial_adapter", "--out", folder, "--images", 128, "--epochs", 3, "--width", 32, "--depth", 2)
+    return folder
+
+
+def test_what_can_be_known_of_the_tutorials_adapter(tutorial):
+    loaded = load_adapters([tutorial / "adapter"], str(tutorial / "base"))
+    target, (update,), (facts,) = loaded.target, loaded.updates, loaded.facts
+    assert [layer.name for layer in target.layers] == [
+        f"vit.layers.{block}.attention.{part}_proj" for block in (0, 1) for part in ("q", "v")
+    ]
+    assert {(layer.rank, layer.scale) for layer in target.layers} == {(16, 1.0)}
+    assert target.base.num_classes == 10 and target.base.input_shape == (3, 32, 32) and target.base.notes == ()
+    assert facts.dropout == 0.1
+    (dropout, head) = facts.notes
+    assert "lora_dropout is 0.1" in dropout and "nothing is exact" in dropout
+    assert "does not hold the classifier.bias, classifier.weight from which training began" in head
+    said = evidence_of([update], loaded.facts)
+    assert said.steps is None and not said.signs_only
+    assert any("more than one step was taken" in sentence for sentence in said.sentences)
+    assert any("do not show how many images a step saw" in sentence for sentence in said.sentences)
+
+
+def test_the_tutorials_adapter_goes_through_to_a_report(tutorial):
+    config = AuditConfig(pairs=60, decoder_pairs=40, held_out=10, routes=("amortised",))
+    report = audit([tutorial / "adapter"], base=str(tutorial / "base"), config=config)
+    assert all(verdict.certainty is not Certainty.EXACT for verdict in report.verdicts.values())
+    assert "the base is a ViTForImageClassification" in report.verdicts["adapter_rowspace"].why
+    found = report.to_json()
+    assert found["target"]["tokens"] == 65 and found["target"]["base"] == "base"
+    assert set(found["decoders"]) == {layer["name"] for layer in found["target"]["layers"]}
+    (part,) = found["reconstruction"].values()
+    assert set(part["routes"]) == {"amortised"} and part["n"] == 1
+
+
+def test_another_base_than_the_named_one_is_said(tutorial, tmp_path):
+    """The right architecture with other weights: nothing in the file can show it, and the name can."""
+    run_example("tutorial_adapter", "--out", tmp_path, "--images", 8, "--epochs", 1, "--width", 32, "--depth", 2)
+    other = (tmp_path / "base").rename(tmp_path / "other")
+    (facts,) = load_adapters([tutorial / "adapter"], str(other)).facts
+    assert any("names 'base' as its base, and it is audited on 'other'" in note for note in facts.notes)
