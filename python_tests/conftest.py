@@ -14,6 +14,7 @@ from r2f_ext.audit import AuditResult, run_audit_stages
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.inversion.matching import MatchingConfig
+from r2f_ext.inversion.route import adapter_problem
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import BaseModel, LoraUpdate, Target
@@ -89,7 +90,8 @@ def audited(
         adapters.append(update)
     steps = MatchingConfig(steps=3)
     config = AuditConfig(pairs=120, decoder_pairs=90, held_out=20, matching=steps, refinement=steps)
-    return Audited(target, adapters, proxy, private, config, run_audit_stages(target, adapters, proxy, config))
+    problem = adapter_problem(target, adapters)
+    return Audited(target, adapters, proxy, private, config, run_audit_stages(problem, proxy, config))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 
 from r2f_ext.audit.controls import Controls
 from r2f_ext.audit.phase0 import Phase0Report
-from r2f_ext.audit.report import SetReport
+from r2f_ext.audit.sets import SetReport
 from r2f_ext.types import Reconstruction
 
 LAYERS = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]

@@ -76,11 +76,13 @@ def figures(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_figures_are_those_recorded_before_the_rebuild(tmp_path: Path) -> None:
     recorded, now = json.loads(RECORD.read_text()), figures(tmp_path)
-    assert {name: set(each) for name, each in now.items()} == {name: set(each) for name, each in recorded.items()}
+    assert all(set(each) <= set(now[name]) for name, each in recorded.items())
     for name, value in recorded["decibels"].items():
         tolerance = ROUNDING if value > 80 else DECIBELS
         assert now["decibels"][name] == pytest.approx(value, abs=tolerance), name
-    assert now["cosines"] == pytest.approx(recorded["cosines"], abs=COSINE)
+    assert {name: now["cosines"][name] for name in recorded["cosines"]} == pytest.approx(
+        recorded["cosines"], abs=COSINE
+    )
     assert now["norms"] == pytest.approx(recorded["norms"], rel=RELATIVE)
 
 

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read, and untrusted text made fit for its sentence."""
+"""The one exception that users are meant to read, untrusted text made fit for its sentence, and errors of memory."""
 
 from __future__ import annotations
 
@@ -32,3 +32,23 @@ def listed(names: list[str], limit: int = 8) -> str:
 
 def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+# Messages of the CPU and CUDA allocators; torch.OutOfMemoryError is a RuntimeError with the first of them.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator raised the error."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def expected(error: Exception) -> str:
+    """The sentence on an error that input or memory caused; any other error is raised again."""
+    if isinstance(error, R2FError):
+        return str(error)
+    if out_of_memory(error):
+        return "out of memory."
+    raise error

@@ -205,9 +205,16 @@ class Reconstruction:
     doubt: str | None = None
 
     def take(self, rows: slice) -> Reconstruction:
-        """The same reconstruction with only the victims `rows`."""
+        """The same reconstruction with only the victims `rows`.
+
+        `why` then says that it speaks of all victims, and `details` lose the figures that each victim has of its own.
+        """
+        if len(self.images[rows]) == len(self.images):
+            return self
         return replace(
             self,
+            why=f"{self.why} (all {len(self.images)} adapters together)",
+            details={name: value for name, value in self.details.items() if name not in self.per_victim},
             images=self.images[rows],
             labels=None if self.labels is None else self.labels[rows],
             per_victim={name: figures[rows] for name, figures in self.per_victim.items()},

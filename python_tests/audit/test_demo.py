@@ -18,9 +18,9 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FACE_VICTIMS", 2)
     proxies, real = [], module.run.run_audit_stages
 
-    def seen(target, adapters, proxy, *rest):
+    def seen(problem, proxy, *rest, **more):
         proxies.append(proxy)
-        return real(target, adapters, proxy, *rest)
+        return real(problem, proxy, *rest, **more)
 
     monkeypatch.setattr(module.run, "run_audit_stages", seen)
     steps = MatchingConfig(steps=2)

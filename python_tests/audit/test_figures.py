@@ -22,6 +22,7 @@ def test_a_png_holds_the_pixels(channels):
 def test_rows_from_top_to_bottom():
     part, figures = victims(3)
     controls = ["mean_image", "class_mean", "nearest_proxy", "shuffled_adapter"]
+    controls += ["noise_adapter", "same_label_stranger"]
     assert [row.key for row in rows_of(part, figures)] == ["original", "amortised", "gauss_newton", *controls]
     part, figures = victims(3, private=False)
     assert [row.key for row in rows_of(part, figures)] == ["amortised", "gauss_newton"]

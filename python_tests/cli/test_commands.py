@@ -148,7 +148,9 @@ def test_audit_keeps_private_images_out_of_the_proxy(adapter_folder, tmp_path, m
         (secret / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
     seen, real = [], audit_stages.run_audit_stages
     monkeypatch.setattr(
-        audit_stages, "run_audit_stages", lambda t, a, proxy, *rest: seen.append(proxy) or real(t, a, proxy, *rest)
+        audit_stages,
+        "run_audit_stages",
+        lambda problem, proxy, *rest: seen.append(proxy) or real(problem, proxy, *rest),
     )
     public = tmp_path / "public"
     public.mkdir()

@@ -6,8 +6,9 @@ from types import ModuleType
 from r2f_ext.audit.entry import Prepared, audit
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.replay import replay
-from r2f_ext.audit.report import AuditReport, SetReport
+from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.run import AuditResult, run_audit_stages
+from r2f_ext.audit.sets import SetReport
 
 __all__ = ["AuditReport", "AuditResult", "Phase0Report", "Prepared", "SetReport", "audit", "replay", "run_audit_stages"]
 

@@ -6,15 +6,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from r2f_ext.audit import run
 from r2f_ext.audit.inputs import load_adapters
 from r2f_ext.audit.phase0 import run_phase0
-from r2f_ext.audit.report import AuditReport, SetReport, set_report
+from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.run import AuditResult
+from r2f_ext.audit.sets import SetReport, set_report
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.audit.write import write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.inversion.route import adapter_problem
 from r2f_ext.models import load_base
 from r2f_ext.progress import Stages
 from r2f_ext.types import BaseModel, LoraUpdate, Target
@@ -55,7 +59,11 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         for victim in parts.values():
             proxy = drop_private(proxy, private[victim])
         adapters = [update for victim in parts.values() for update in victims[victim]]
-        results[name] = run.run_audit_stages(target, adapters, proxy, config, Stages(stages.progress, f"{name}: "))
+        known = [private[victim].labels for victim in parts.values() if private[victim].labels_known]
+        problem = adapter_problem(target, adapters)
+        results[name] = run.run_audit_stages(
+            problem, proxy, config, Stages(stages.progress, f"{name}: "), labels=torch.cat(known) if known else None
+        )
         sets += _split(results[name], proxy, {part: private[victim] for part, victim in parts.items()})
     seconds = {
         **stages.seconds,
@@ -71,6 +79,7 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         notes=tuple(dict.fromkeys(note for result in results.values() for note in result.notes)),
         seconds=seconds,
         phase0=ceiling,
+        command=f"r2f demo --out . --seed {config.seed}",
     )
     write_report(folder, report)
     return report

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from r2f_ext.audit import run
 from r2f_ext.audit.inputs import load_adapters, load_private
-from r2f_ext.audit.record import Inputs, public_name
-from r2f_ext.audit.report import AuditReport, set_report
+from r2f_ext.audit.record import Inputs, command_of, public_name
+from r2f_ext.audit.report import AuditReport
+from r2f_ext.audit.sets import set_report
 from r2f_ext.audit.write import write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
@@ -85,8 +86,10 @@ def audit(
     images, originals = _load_images(target, len(updates), proxy, private, config)
     verdicts = verdicts_of(problem)
     on_ready(Prepared(target, updates, images, originals, verdicts, problem.evidence))
-    result = run.run_audit_stages(target, updates, images, config, stages, start, verdicts, loaded.facts)
+    labels = originals.labels if originals is not None and originals.labels_known else None
+    result = run.run_audit_stages(problem, images, config, stages, verdicts, labels)
     given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, target.base.device.type)
+    recorded = given.relative_to(folder or Path())
     report = AuditReport(
         target=target,
         verdicts=result.verdicts,
@@ -94,7 +97,8 @@ def audit(
         sets=[set_report(Path(adapters[0]).resolve().name, result, images, originals)],
         config=result.config,
         seconds={**result.seconds, "total": time.perf_counter() - began},
-        inputs=given.relative_to(folder or Path()),
+        inputs=recorded,
+        command=command_of(recorded, result.config),
         facts=loaded.facts,
         notes=(
             *target.base.notes,

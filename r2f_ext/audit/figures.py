@@ -17,7 +17,7 @@ from torch import Tensor
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.audit.names import row_name
 from r2f_ext.audit.phase0 import Phase0Report
-from r2f_ext.audit.report import SetReport
+from r2f_ext.audit.sets import SetReport
 from r2f_ext.files import write_atomically
 
 MAX_COLUMNS = 16

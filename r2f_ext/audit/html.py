@@ -14,7 +14,7 @@ from torch import Tensor
 from r2f_ext.audit.figures import Row, closed_form_rows, png_bytes, rows_of
 from r2f_ext.audit.names import counted, leading_sentences, row_name, span
 from r2f_ext.audit.phase0 import Phase0Report
-from r2f_ext.audit.report import SetReport
+from r2f_ext.audit.sets import SetReport
 from r2f_ext.files import write_text
 
 ASSETS = Path(__file__).parent / "assets"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from r2f_ext.config import AuditConfig
 from r2f_ext.data.load import LOADERS
 
 
@@ -63,6 +65,26 @@ class Inputs:
             private=None if self.private is None else _private(self.private, spec),
             initial=None if self.initial is None else path(self.initial),
         )
+
+
+def command_of(inputs: Inputs, config: AuditConfig) -> str:
+    """The command line that repeats an audit, for a shell in the folder that the paths are relative to."""
+    plain = AuditConfig()
+    words = ["r2f", "audit", *inputs.adapters, "--base", inputs.base, "--proxy", inputs.proxy]
+    named = {
+        "--private": inputs.private,
+        "--initial": inputs.initial,
+        "--a0-seed": inputs.a0_seed,
+        "--count": config.pairs,
+        "--routes": None if config.routes is None else ",".join(config.routes),
+        "--precision": None if config.precision == plain.precision else config.precision,
+        "--seed": config.seed,
+        "--device": inputs.device,
+    }
+    for option, value in named.items():
+        words += [] if value is None else [option, str(value)]
+    words += ["--gauss-newton"] if config.gauss_newton else []
+    return shlex.join([*words, "--out", "."])
 
 
 def split_private(spec: str) -> tuple[str, list[int] | None]:

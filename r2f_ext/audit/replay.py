@@ -64,9 +64,9 @@ def read_report(path: str | Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data["schema"] == SCHEMA:
+        if 1 <= data["schema"] <= SCHEMA:
             return dict(data)
-        raise R2FError(f"'{path}' has schema {data['schema']}, and this version reads {SCHEMA}: audit anew.")
+        raise R2FError(f"'{path}' has schema {data['schema']}, and this version reads 1 to {SCHEMA}: audit anew.")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise R2FError(f"'{path}' is not a report.json that r2f audit wrote: name one.") from error
 

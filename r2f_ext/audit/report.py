@@ -1,4 +1,4 @@
-"""The report of an audit: sets of victims beside their originals and controls, and report.json (schema 1).
+"""The report of an audit: sets of victims beside their originals and controls, and report.json (schema 2).
 
 Later versions of the schema only add fields.
 """
@@ -6,134 +6,30 @@ Later versions of the schema only add fields.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from r2f_ext.audit.controls import Controls, make_controls
-from r2f_ext.audit.inputs import pair_up
-from r2f_ext.audit.metrics import Score, psnr_db, score
+from r2f_ext.audit.accuracy import Figures
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.record import Inputs, public_name
-from r2f_ext.audit.run import AuditResult
+from r2f_ext.audit.run import LATER, AuditResult
+from r2f_ext.audit.sets import SetReport
+from r2f_ext.audit.spectra import spectra_of
+from r2f_ext.audit.verdict import JUDGED_ROUTE, LeakVerdict, conclude
 from r2f_ext.capture.tokens import tokens_of
 from r2f_ext.config import AuditConfig
-from r2f_ext.data import ImageSet
 from r2f_ext.env import environment
 from r2f_ext.inversion.route import Verdict
+from r2f_ext.inversion.routes import refusals, registry
 from r2f_ext.models import AdapterFacts
 from r2f_ext.ops.schemas import SCHEMAS
-from r2f_ext.types import Reconstruction, Target
+from r2f_ext.types import Target
 
-SCHEMA = 1
-MIN_GAIN_DB = 0.1  # a smaller gain over the controls that do not need the adapter counts as nothing recovered
-
-
-@dataclass(frozen=True)
-class SetReport:
-    """One set of n victims: their originals (if given), their reconstructions by each route, and the controls.
-
-    Attributes:
-        name: set name in report.json.
-        proxy: name of the proxy that was used.
-        count: n.
-        reconstructions: one per route; images [n, c, h, w].
-        originals: [n, c, h, w], or None where no private images were given.
-        labels: [n] true labels, or None.
-        controls: None where there are no originals to compare with.
-        notes: sentences that qualify the figures.
-    """
-
-    name: str
-    proxy: str
-    count: int
-    reconstructions: list[Reconstruction]
-    originals: Tensor | None
-    labels: Tensor | None
-    controls: Controls | None
-    notes: tuple[str, ...] = ()
-
-    def scores(self) -> dict[str, Score]:
-        """route -> figures; empty without originals."""
-        if self.originals is None:
-            return {}
-        return {r.route: score(r.images.cpu(), self.originals) for r in self.reconstructions}
-
-    def control_psnr(self) -> dict[str, float]:
-        """control -> mean PSNR in dB; empty without originals."""
-        if self.originals is None or self.controls is None:
-            return {}
-        return {name: float(psnr_db(image, self.originals).mean()) for name, image in self.controls.items().items()}
-
-    def verdict(self) -> str:
-        """The conclusion in one sentence."""
-        return _verdict(self.scores(), self.control_psnr())
-
-    def to_json(self) -> dict[str, Any]:
-        scores, controls = self.scores(), self.control_psnr()
-        return {
-            "n": self.count,
-            "proxy": self.proxy,
-            "routes": {r.route: _route_to_json(r, scores.get(r.route), self.labels) for r in self.reconstructions},
-            "controls": controls,
-            "verdict": _verdict(scores, controls),
-            "notes": list(self.notes),
-        }
-
-
-def _verdict(scores: dict[str, Score], controls: dict[str, float]) -> str:
-    if not scores:
-        return "No private images were given, so nothing is scored; look at the pictures."
-    route, best = max(scores.items(), key=lambda item: item[1].psnr_db_mean)
-    gain = best.psnr_db_mean - max(controls["shuffled_adapter"], controls["mean_image"])
-    if gain < MIN_GAIN_DB:
-        return f"Nothing recovered: the best route ({route}) does not beat what is known without this adapter."
-    return f"The adapter gave away {gain:.1f} dB beyond what is known without it (best route: {route})."
-
-
-def _route_to_json(found: Reconstruction, figures: Score | None, labels: Tensor | None) -> dict[str, Any]:
-    unscored = {"psnr_db_mean": None, "psnr_db_std": None, "ssim_mean": None}
-    right = None
-    if labels is not None and found.labels is not None:
-        right = float((found.labels.cpu() == labels).float().mean())
-    return {
-        **(unscored if figures is None else asdict(figures)),
-        "label_accuracy": right,
-        "why": found.why,
-        "details": found.details,
-        "per_victim": {name: values.tolist() for name, values in found.per_victim.items()},
-    }
-
-
-def set_report(
-    name: str, result: AuditResult, proxy: ImageSet, private: ImageSet | None, rows: slice = slice(None)
-) -> SetReport:
-    """Select the victims `rows` of an audit and compare them with their originals.
-
-    Args:
-        private: at least as many images as victims, see `pair_up`; None: nothing is scored.
-    """
-    parts = [found.take(rows) for found in result.reconstructions]
-    notes = _far_from_proxy(result.far_from_proxy[rows])
-    estimate = result.estimate[rows]
-    if private is None:
-        return SetReport(name, proxy.name, len(estimate), parts, None, None, None, notes)
-    pairing = pair_up(private, estimate)
-    paired = pairing.originals
-    notes += (pairing.sentence,)
-    # Shuffled control: each victim gets the reconstruction from another victim's adapter.
-    shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.stranger
-    controls = make_controls(proxy, paired.labels, estimate, shuffled)
-    originals = paired.batch(slice(None))
-    return SetReport(name, proxy.name, len(estimate), parts, originals, paired.labels, controls, notes)
-
-
-def _far_from_proxy(far: Tensor) -> tuple[str, ...]:
-    count = int(far.sum())
-    if count == 0:
-        return ()
-    return (f"{count} of {len(far)} updates lie far from every proxy update: the proxy may not fit this data.",)
+SCHEMA = 2
+NOT_ASKED = "Not asked for: name it with --routes."
 
 
 @dataclass(frozen=True)
@@ -151,6 +47,8 @@ class AuditReport:
         notes: sentences on routes that were refused and on the proxy.
         phase0: closed forms on exact gradients, for comparison.
         facts: what the adapters' folders say beside their factors, one per adapter.
+        date: when the audit began, UTC, ISO 8601.
+        command: the command line that repeats it, with paths as in `inputs`; None where there is none.
     """
 
     target: Target
@@ -163,26 +61,58 @@ class AuditReport:
     notes: tuple[str, ...] = ()
     phase0: Sequence[Phase0Report] = ()
     facts: tuple[AdapterFacts, ...] = ()
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    command: str | None = None
+
+    @property
+    def tried(self) -> list[str]:
+        """The routes that ran, in the order of the registry."""
+        ran = {found.route for part in self.sets for found in part.reconstructions}
+        return [route for route in registry() if route in ran]
+
+    @property
+    def not_tried(self) -> dict[str, str]:
+        """Every other route -> why it did not run, or failed."""
+        reasons: dict[str, str] = {}
+        for result in self.results.values():
+            reasons |= refusals(result.problem, result.verdicts, later=LATER) | result.not_run
+        return {route: reasons.get(route, NOT_ASKED) for route in registry() if route not in self.tried}
+
+    def verdict(self) -> LeakVerdict:
+        """The conclusion over all sets."""
+        exact = [one for part in self.sets for one in part.exact()]
+        return conclude({part.name: part.judgement for part in self.sets}, exact, self.tried, self.not_tried)
 
     def to_json(self) -> dict[str, Any]:
         """The data of report.json: plain dicts, lists, numbers and strings."""
         first = next(iter(self.results.values()))
+        adapters = first.problem.adapters
         information = environment()
         device = self.target.base.device.type
         return {
             "schema": SCHEMA,
+            "date": self.date,
+            "command": self.command,
+            "verdict": self._verdict_to_json(),
             "versions": information["versions"],
             "backend": {op: information["backends"][op][device] for op in SCHEMAS},
             "target": target_to_json(self.target, self.verdicts),
             "phase0": [figures.to_json() for figures in self.phase0],
-            "decoders": first.decoders,
+            "decoders": self._decoders_to_json(next(iter(self.results))),
             "reconstruction": {part.name: part.to_json() for part in self.sets},
             "pairs": _pairs_to_json(first),
             "seconds": self.seconds,
             "proxies": {
-                name: {"decoders": result.decoders, "pairs": _pairs_to_json(result), "seconds": result.seconds}
+                name: {
+                    "decoders": self._decoders_to_json(name),
+                    "pairs": _pairs_to_json(result),
+                    "seconds": result.seconds,
+                }
                 for name, result in self.results.items()
             },
+            "spectra": {layer: asdict(one) for layer, one in spectra_of(self.target.without_saved(), adapters).items()}
+            if adapters
+            else {},
             "config": asdict(self.config),
             "inputs": None if self.inputs is None else asdict(self.inputs),
             "notes": list(self.notes),
@@ -190,6 +120,34 @@ class AuditReport:
             "device": device if information["cuda_device"] is None else information["cuda_device"],
             "lpips": "unavailable: its backbone's weights are not shipped",
         }
+
+    def _verdict_to_json(self) -> dict[str, Any]:
+        found = self.verdict()
+        used = [*self.tried, *self.not_tried]
+        return {
+            "leak": found.leak,
+            "beyond_control_db": found.beyond_control_db,
+            "interval_db": found.interval_db,
+            "confidence": found.confidence,
+            "p_value": found.p_value,
+            "judged_route": JUDGED_ROUTE,
+            "exact": [asdict(one) for part in self.sets for one in part.exact()],
+            "threat_model": {route: registry()[route].threat_model for route in used},
+            "tried": self.tried,
+            "not_tried": [{"route": route, "why": why} for route, why in self.not_tried.items()],
+            "sentences": list(found.sentences),
+        }
+
+    def _decoders_to_json(self, proxy: str) -> Figures:
+        """The decoders' figures with one proxy, and the victims' true cosine over all its sets."""
+        parts = [part.true_cosines for part in self.sets if part.proxy == proxy and part.true_cosines]
+        figures: Figures = {}
+        for layer, kinds in self.results[proxy].decoders.items():
+            figures[layer] = {}
+            for kind, values in kinds.items():
+                true = [part[layer][kind] for part in parts if kind in part.get(layer, {})]
+                figures[layer][kind] = {**values, "victim_true": float(torch.cat(true).mean()) if true else None}
+        return figures
 
 
 def target_to_json(target: Target, verdicts: dict[str, Verdict]) -> dict[str, Any]:

@@ -7,19 +7,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from r2f_ext.audit.accuracy import Figures, score_and_decode
+from r2f_ext.audit.controls import Simulated, simulate
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates, held_out_cosines, with_saved
-from r2f_ext.errors import R2FError
-from r2f_ext.inversion.route import Problem, Proxies, Verdict, adapter_problem
+from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates
+from r2f_ext.errors import R2FError, expected
+from r2f_ext.inversion.route import Problem, Proxies, Verdict
 from r2f_ext.inversion.routes import check_runnable, default_routes, run_routes, verdicts_of
-from r2f_ext.models import AdapterFacts, InitialFactors
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
-from r2f_ext.types import Gradient, LoraUpdate, Reconstruction, Target
+from r2f_ext.types import Gradient, Reconstruction
 
+LATER = ("proxies", "decoded")  # fields of a problem that the stages fill in before the routes run
 MIN_PAIRS = 40  # with fewer there are too few pairs to hold out
+MAX_LABELS = 20  # strangers are simulated for the labels of all private images up to so many, else for those found
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,11 @@ class AuditResult:
 
     Attributes:
         pair_count, pairs_per_second: of the generation pass.
-        decoders: layer -> kind -> {cosine_mean, cosine_p05, norm_error} on held-out pairs.
-        decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units
-            of the victim's learning rate.
+        problem: what was audited, without the proxies.
+        decoders: layer -> kind -> figures, see `Scored`.
+        decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units of the
+            victim's learning rate.
+        matrices: kind -> layer -> [r, d_in], decoders that multiply updates by a matrix.
         reconstructions: one per route that ran, images [V, c, h, w].
         verdicts: route -> verdict, of every route in the registry.
         not_run: requested routes that did not run -> the reason.
@@ -38,6 +43,8 @@ class AuditResult:
             by them, and the image controls are taken of them.
         stranger: [1, c, h, w], the amortised estimate from the update of a proxy sample drawn by the seed: the
             shuffled-adapter control of a single victim.
+        labels: int64 [V], as the amortised route finds them or a saved head tells them.
+        simulated: what the amortised route makes of noise and of strangers; None where that failed, see `notes`.
         far_from_proxy: bool [V], victims whose update resembles no proxy update.
         seconds: stage -> wall time.
         config: the sizes and seeds used, after `fit_to_memory`.
@@ -46,13 +53,17 @@ class AuditResult:
 
     pair_count: int
     pairs_per_second: float
-    decoders: dict[str, dict[str, dict[str, float]]]
+    problem: Problem
+    decoders: Figures
     decoded: Gradient
+    matrices: dict[str, dict[str, Tensor]]
     reconstructions: list[Reconstruction]
     verdicts: dict[str, Verdict]
     not_run: dict[str, str]
     estimate: Tensor
     stranger: Tensor
+    labels: Tensor
+    simulated: Simulated | None
     far_from_proxy: Tensor
     seconds: dict[str, float]
     config: AuditConfig
@@ -60,41 +71,36 @@ class AuditResult:
 
 
 def run_audit_stages(
-    target: Target,
-    adapters: list[LoraUpdate],
+    problem: Problem,
     proxy: ImageSet,
     config: AuditConfig | None = None,
     stages: Stages | None = None,
-    initial: InitialFactors | None = None,
     verdicts: dict[str, Verdict] | None = None,
-    facts: tuple[AdapterFacts, ...] = (),
+    labels: Tensor | None = None,
 ) -> AuditResult:
     """Audit adapters that started from the same A (the clients of one server, or a single one).
 
     Args:
-        target: base and adapted layers, from `attach`.
-        adapters: the victims' factors; all with the same A up to training.
+        problem: from `adapter_problem`.
         proxy: public or generated images with labels.
-        initial: source of A before the first step; None: common seeds are tried.
-        verdicts: of every route, from `verdicts_of(adapter_problem(target, adapters, initial))`, if already computed.
-        facts: what the adapters' folders say beside their factors.
+        verdicts: of every route, from `verdicts_of(problem)`, if already computed.
+        labels: int64, those of the private images, if known: strangers of these are simulated too.
 
     Raises:
-        R2FError: a proxy that is too small, adapters with different initial A's, or an unknown name in `config.routes`.
+        R2FError: a proxy that is too small, an unknown name in `config.routes`, or every chosen route failed.
     """
     config, stages = config or AuditConfig(), stages or Stages()
-    problem = adapter_problem(target, adapters, initial, facts)
-    a, observed = problem.a, problem.observed
-    assert a is not None and observed is not None
+    target, a, observed = problem.target, problem.a, problem.observed
+    assert target is not None and a is not None and observed is not None
     pairs = GeneratedPairs(target, a, proxy, precision=config.precision)
     count = min(config.pairs, len(pairs))
     if count < MIN_PAIRS:
         raise R2FError(
             f"proxy '{proxy.name}' gives {count} pairs: at least {MIN_PAIRS} are needed, thousands are good."
         )
-    config = fit_to_memory(target, len(adapters), count, config)
+    config = fit_to_memory(target, problem.victims, count, config)
     verdicts = verdicts_of(problem) if verdicts is None else verdicts
-    check_runnable(problem, verdicts, chosen_routes(config), later=("proxies", "decoded"))
+    check_runnable(problem, verdicts, chosen_routes(config), later=LATER)
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)
     config = replace(config, pairs=count, decoder_pairs=fitted, held_out=held_out)
@@ -105,13 +111,16 @@ def run_audit_stages(
     with stages.stage("decoders"):
         for decoder in decoders:
             decoder.finish()
-    with stages.stage("decode", fitted) as advance:
-        scored, decoded = score_and_decode(pairs, decoders, updates, observed, fitted, held_out)
+    with stages.stage("decode", fitted):
+        scored = score_and_decode(pairs, decoders, updates, proxy.labels[:count], observed, fitted, held_out)
+    decoders.clear()  # their factors are the largest tensors
     device = target.base.device
-    images, labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
-    proxies = Proxies(updates, images, labels, target.base.num_classes)
-    problem = replace(problem, proxies=proxies, decoded=decoded, matching=config.matching, refinement=config.refinement)
-    outcome = run_routes(problem, verdicts, chosen_routes(config), stages)
+    images, proxy_labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
+    proxies = Proxies(updates, images, proxy_labels, target.base.num_classes)
+    posed = replace(
+        problem, proxies=proxies, decoded=scored.decoded, matching=config.matching, refinement=config.refinement
+    )
+    outcome = run_routes(posed, verdicts, chosen_routes(config), stages)
     with stages.stage("control"):
         far = proxies.ridge.far_from_proxy(observed, problem.known_labels).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
@@ -119,21 +128,37 @@ def run_audit_stages(
         estimate = (
             found["amortised"] if "amortised" in found else proxies.ridge.invert(observed, problem.known_labels).images
         )
+        simulated, failure = _simulated(posed, proxy, labels, config)
     return AuditResult(
         count,
         count / stages.seconds["pairs"],
-        scored,
-        decoded,
+        problem,
+        scored.figures,
+        scored.decoded,
+        scored.matrices,
         outcome.reconstructions,
         verdicts,
         outcome.not_run,
         estimate,
         stranger,
+        proxies.ridge.find_labels(observed, problem.known_labels).cpu(),
+        simulated,
         far,
         dict(stages.seconds),
         config,
-        _notes(problem),
+        (*_notes(problem), *failure),
     )
+
+
+def _simulated(
+    problem: Problem, proxy: ImageSet, labels: Tensor | None, config: AuditConfig
+) -> tuple[Simulated | None, tuple[str, ...]]:
+    """The simulated controls, and no sentence; or None and a sentence on why there are none."""
+    likely = [] if labels is None else labels.unique().tolist()
+    try:
+        return simulate(problem, proxy, likely if len(likely) <= MAX_LABELS else [], config.seed, config.precision), ()
+    except (R2FError, RuntimeError, MemoryError) as error:
+        return None, (f"The controls could not be simulated: {expected(error)}",)
 
 
 def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
@@ -144,10 +169,11 @@ def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
 
 def _notes(problem: Problem) -> tuple[str, ...]:
     adapters = problem.adapters or []
+    said = () if problem.evidence is None else problem.evidence.sentences
     if problem.steps == 1 or all(one.a0 is not None for one in adapters):
-        return ()
+        return said
     which = "their mean A stands" if len(adapters) > 1 else "its final A stands"
-    return (f"A before training is not known: {which} in for it, in the proxies too.",)
+    return (*said, f"A before training is not known: {which} in for it, in the proxies too.")
 
 
 def generate(
@@ -172,37 +198,6 @@ def generate(
             first += len(batch.labels)
             advance(len(batch.labels))
     return {name: torch.cat(parts) for name, parts in collected.items()}
-
-
-def score_and_decode(
-    pairs: PairSource,
-    decoders: list[Decoder],
-    updates: dict[str, Tensor],
-    observed: Updates,
-    fitted: int,
-    held_out: int,
-) -> tuple[dict[str, dict[str, dict[str, float]]], Gradient]:
-    """Score every decoder on the `held_out` pairs after the fitted ones, and decode the victims with the last one."""
-    scored: dict[str, dict[str, dict[str, float]]] = {name: {} for name in observed}
-    victims = len(next(iter(observed.values())))
-    decoded = Gradient({})
-    for decoder in decoders:
-        both = {
-            name: torch.cat(
-                [
-                    u,
-                    updates[name][fitted : fitted + held_out].view(held_out, *u.shape[1:]),
-                ]
-            )
-            for name, u in observed.items()
-        }
-        gradients = decoder.decode(both).dense
-        rest = Gradient({name: g[victims:] for name, g in gradients.items()})
-        cosines = held_out_cosines(rest, pairs, fitted, fitted + held_out)
-        for name, figures in cosines.summary().items():
-            scored[name][decoder.kind] = figures
-        decoded = Gradient({name: g[:victims].clone() for name, g in gradients.items()})
-    return scored, with_saved(pairs.target, observed, decoded)
 
 
 def _proxy_update(observed: Updates, proxies: dict[str, Tensor], seed: int) -> Updates:

@@ -15,13 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, out_of_memory
 
 REFUSED, UNEXPECTED = 2, 70  # 70: sysexits.h
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number
 TRACEBACK = "traceback.txt"
-# Messages of the CPU and CUDA allocators; torch.OutOfMemoryError is a RuntimeError with the first of them.
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 RESUMED = ("pairs", "fit")  # the commands that go on from what an interrupted run finished
 # Errors of the machine, not of this program -> the remedy.
 SYSTEM_ERRORS = {
@@ -81,7 +79,7 @@ def _explain(error: BaseException, options: argparse.Namespace) -> tuple[str, in
         return f"terminated; {_left_behind(options)}", TERMINATED
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {_left_behind(options)}", INTERRUPTED
-    if _is_out_of_memory(error):
+    if out_of_memory(error):
         on_gpu = "CUDA" in str(error) or "CUBLAS" in str(error)
         remedies = ["run with --device cpu"] if on_gpu else []
         remedies += ["ask for fewer pairs (--count)"] if hasattr(options, "count") else []
@@ -99,12 +97,6 @@ def _left_behind(options: argparse.Namespace) -> str:
     if options.command in RESUMED:
         return "nothing half-written was left behind, and the same command goes on from what is finished."
     return "nothing half-written was left behind."
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def _write_traceback(error: BaseException, options: argparse.Namespace) -> Path:

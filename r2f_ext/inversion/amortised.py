@@ -50,6 +50,7 @@ class KernelRidge:
 
     Attributes:
         errors: [n, pixels], leave-one-out errors of a fit to the first n = SELECTION_PAIRS pairs.
+        system: K + ridge I of all N pairs.
     """
 
     def __init__(self, cosine: Tensor, wanted: Tensor, pixels: int) -> None:
@@ -58,11 +59,24 @@ class KernelRidge:
         self.near_similarity = float(cosine.fill_diagonal_(-1).amax(1).quantile(0.05))
         cosine.fill_diagonal_(1)
         self.mean = wanted.mean(0)
-        self.dual = _system_(cosine, self.choice).solve(wanted - self.mean)
+        self.system = _system_(cosine, self.choice)
+        self.dual = self.system.solve(wanted - self.mean)
 
     def __call__(self, cosine: Tensor) -> Tensor:
         """Cosines [V, N] of new updates with the fitted ones -> estimate [V, k]."""
         return _kernel_(cosine.clone(), self.choice.gamma) @ self.dual + self.mean
+
+    def without(self, cosine: Tensor, left_out: Tensor) -> Tensor:
+        """As a call, but estimate v [V, k] is of a fit without the pair left_out[v], int64 [V].
+
+        With C = (K + ridge I)^-1, the solution w = C y becomes w - C e_i w_i / C_ii without pair i, so that an estimate
+        k^T w changes by -(k^T C e_i) w_i / C_ii. The mean and the settings stay those of all pairs.
+        """
+        kernel = _kernel_(cosine.clone(), self.choice.gamma)
+        columns = self.system.solve(F.one_hot(left_out, len(self.dual)).to(kernel).mT)
+        own = columns[left_out, torch.arange(len(left_out), device=columns.device)]
+        share = (kernel * columns.mT).sum(1) / own
+        return kernel @ self.dual - share[:, None] * self.dual[left_out] + self.mean
 
 
 class AmortisedInverter:
@@ -142,12 +156,25 @@ class AmortisedInverter:
             far[victims] = nearest < self._fit(label).near_similarity
         return far
 
+    def invert_without(self, updates: dict[str, Tensor], label: int, pairs: Tensor) -> Tensor:
+        """Images [V, c, h, w] of V updates of one label, each from a fit without the pair of the same row of `pairs`.
+
+        This is the estimate for a proxy as if it had been held out.
+
+        Args:
+            updates: name -> [V, d_out, r] or flat [V, d_out * r].
+            pairs: int64 [V], indices among all pairs; where the label is fitted alone, pairs of that label.
+        """
+        fit, rows = self._fit(label), self._rows(label)
+        places = pairs if isinstance(rows, slice) else torch.searchsorted(rows, pairs)
+        return fit.without(self._cosine(updates, rows), places).clamp(0, 1).unflatten(1, self.shape)
+
     def leave_one_out(self) -> Tensor:
         """The estimate [N, pixels] of every pair from the others of its label: y_i - dual_i / ((K + ridge)^-1)_ii."""
         found = torch.empty_like(self.images)
         for label in self.labels.unique().tolist():
             fit, rows, own = self._fit(label), self._rows(label), self.labels == label
-            estimates = self.images[rows] - _system_(self._gram(rows), fit.choice).leave_one_out_errors(fit.dual)
+            estimates = self.images[rows] - fit.system.leave_one_out_errors(fit.dual)
             found[own] = estimates[own] if isinstance(rows, slice) else estimates
         return found
 

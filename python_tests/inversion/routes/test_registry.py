@@ -10,7 +10,7 @@ from vit_cases import small_vit
 from r2f_ext.audit.run import run_audit_stages
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import routes
-from r2f_ext.inversion.route import Certainty, Problem
+from r2f_ext.inversion.route import Certainty, Problem, adapter_problem
 from r2f_ext.inversion.routes import default_routes, registry, run_routes, verdicts_of
 
 GRAY = """
@@ -55,7 +55,7 @@ def test_every_route_comes_after_those_that_it_reads():
 def test_an_audit_runs_a_new_file_without_another_edit(new_route, audited):
     config = replace(audited.config, pairs=60, decoder_pairs=40, routes=(*default_routes(), "all_gray"))
     assert "all_gray" in default_routes()
-    result = run_audit_stages(audited.target, audited.adapters, audited.proxy, config)
+    result = run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
     (gray,) = (r for r in result.reconstructions if r.route == "all_gray")
     assert gray.images.shape == (3, 3, 32, 32) and bool((gray.images == 0.5).all())
     assert result.verdicts["all_gray"].certainty is Certainty.PLAUSIBLE and "all_gray" in result.seconds

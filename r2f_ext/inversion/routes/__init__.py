@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, expected
 from r2f_ext.inversion.route import Certainty, Problem, Route, Verdict
 from r2f_ext.progress import Stages
 from r2f_ext.types import Reconstruction
@@ -30,7 +30,7 @@ class Outcome:
 
     Attributes:
         reconstructions: one per route that ran, in the order in which they ran.
-        not_run: requested routes that did not run -> the reason, one sentence.
+        not_run: requested routes that did not run, or that failed -> the reason, one sentence.
     """
 
     reconstructions: list[Reconstruction]
@@ -59,6 +59,12 @@ def verdicts_of(problem: Problem) -> dict[str, Verdict]:
     return {name: route.verdict(problem) for name, route in registry().items()}
 
 
+def refusals(problem: Problem, verdicts: dict[str, Verdict], later: Sequence[str] = ()) -> dict[str, str]:
+    """Route -> why it cannot run on this problem, of all routes that cannot; `later`: fields still to be filled in."""
+    reasons = {name: _refusal(route, verdicts[name], problem, later) for name, route in registry().items()}
+    return {name: why for name, why in reasons.items() if why is not None}
+
+
 def check_runnable(
     problem: Problem, verdicts: dict[str, Verdict], names: Sequence[str], later: Sequence[str] = ()
 ) -> None:
@@ -70,21 +76,17 @@ def check_runnable(
     Raises:
         R2FError: no name, a name that is not in the registry, or no route of the choice can run; the sentence says why.
     """
-    routes, refusals = registry(), {}
-    chosen = _with_earlier(names, routes)
-    for name in chosen:
-        refusal = _refusal(routes[name], verdicts[name], problem, later)
-        if refusal is not None:
-            refusals[name] = refusal
-    if len(refusals) == len(chosen):
-        listed = " ".join(f"{name}: {why}" for name, why in refusals.items()) or "name at least one."
+    chosen = _with_earlier(names, registry())
+    refused = {name: why for name, why in refusals(problem, verdicts, later).items() if name in chosen}
+    if len(refused) == len(chosen):
+        listed = " ".join(f"{name}: {why}" for name, why in refused.items()) or "name at least one."
         raise R2FError(f"none of the chosen routes can run. {listed}")
 
 
 def run_routes(
     problem: Problem, verdicts: dict[str, Verdict], names: Sequence[str] | None = None, stages: Stages | None = None
 ) -> Outcome:
-    """Run the chosen routes that no verdict refuses.
+    """Run the chosen routes that no verdict refuses. A route that fails does not keep the others from running.
 
     Args:
         verdicts: of all routes on this problem, from `verdicts_of`.
@@ -92,20 +94,28 @@ def run_routes(
         stages: times each route under its name.
 
     Raises:
-        R2FError: a name is not in the registry, or a route cannot process its data.
+        R2FError: a name is not in the registry, or a route failed and none succeeded.
     """
     stages, routes = stages or Stages(), registry()
     outcome = Outcome([], {})
+    failed: Exception | None = None
     for name in _with_earlier(default_routes() if names is None else names, routes):
         route, verdict = routes[name], verdicts[name]
         refusal = _refusal(route, verdict, problem) or _missing_start(route, problem)
         if refusal is not None:
             outcome.not_run[name] = refusal
             continue
-        with stages.stage(name, route.units(problem)) as advance:
-            found = route.run(problem, advance)
+        try:
+            with stages.stage(name, route.units(problem)) as advance:
+                found = route.run(problem, advance)
+        except (R2FError, RuntimeError, MemoryError) as error:
+            outcome.not_run[name] = f"Failed: {expected(error)}"
+            failed = error
+            continue
         outcome.reconstructions.append(found)
         problem = replace(problem, found={**problem.found, name: found})
+    if failed is not None and not outcome.reconstructions:
+        raise failed
     return outcome
 
 

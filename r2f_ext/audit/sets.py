@@ -1,0 +1,209 @@
+"""One set of victims in a report: reconstructions beside originals and controls, scored and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2f_ext.audit.accuracy import true_cosines
+from r2f_ext.audit.controls import Controls, has_class, make_controls, simulated_psnr
+from r2f_ext.audit.inputs import pair_up
+from r2f_ext.audit.metrics import Score, psnr_db, score, ssim
+from r2f_ext.audit.run import AuditResult
+from r2f_ext.audit.verdict import JUDGED_ROUTE, UNSCORED, ExactImage, LeakVerdict, judge
+from r2f_ext.data import ImageSet
+from r2f_ext.inversion.exactness import exactness_of
+from r2f_ext.types import Reconstruction
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """One set of n victims: their originals (if given), their reconstructions by each route, and the controls.
+
+    Attributes:
+        name: set name in report.json.
+        proxy: name of the proxy that was used.
+        count: n.
+        reconstructions: one per route; images [n, c, h, w].
+        originals: [n, c, h, w], or None where no private images were given.
+        labels: [n] true labels, or None.
+        controls: None where there are no originals to compare with.
+        notes: sentences that qualify the figures.
+        control_scores: control -> PSNR in dB [n, m], m images for each victim; empty without originals.
+        judgement: the test of the judged route against the controls.
+        true_cosines: layer -> decoder -> [n] cosine of the decoded with the true gradient; empty without originals.
+        far: bool [n], victims whose update resembles no proxy update.
+        pairing: how victims and private images were brought together, one sentence; None without originals.
+    """
+
+    name: str
+    proxy: str
+    count: int
+    reconstructions: list[Reconstruction]
+    originals: Tensor | None
+    labels: Tensor | None
+    controls: Controls | None
+    notes: tuple[str, ...] = ()
+    control_scores: dict[str, Tensor] = field(default_factory=dict)
+    judgement: LeakVerdict = field(default_factory=lambda: LeakVerdict(None, sentences=(UNSCORED,)))
+    true_cosines: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    far: Tensor | None = None
+    pairing: str | None = None
+
+    def scores(self) -> dict[str, Score]:
+        """route -> figures; empty without originals."""
+        if self.originals is None:
+            return {}
+        return {r.route: score(r.images.cpu(), self.originals) for r in self.reconstructions}
+
+    def control_psnr(self) -> dict[str, float]:
+        """control -> mean PSNR in dB; empty without originals."""
+        return {name: float(values.mean()) for name, values in self.control_scores.items()}
+
+    def verdict(self) -> str:
+        """The conclusion in one sentence."""
+        return self.judgement.sentences[0]
+
+    def exact(self) -> list[ExactImage]:
+        """What the routes say of exactness, victim by victim; nothing of routes that cannot be exact."""
+        return [
+            ExactImage(self.name, victim, found.route, **one)
+            for found in self.reconstructions
+            for victim, one in enumerate(_exactness(found) or ())
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "n": self.count,
+            "proxy": self.proxy,
+            "routes": {found.route: self._route_to_json(found) for found in self.reconstructions},
+            "controls": self.control_psnr(),
+            "control_intervals": {
+                name: {
+                    "difference_db": one.difference_db,
+                    "interval_db": one.interval_db,
+                    "p_value": one.p_value,
+                    "simulated": one.simulated,
+                }
+                for name, one in self.judgement.comparisons.items()
+            },
+            "judged_route": JUDGED_ROUTE,
+            "leak": self.judgement.leak,
+            "verdict": self.verdict(),
+            "sentences": list(self.judgement.sentences),
+            "pairing": self.pairing,
+            "far_from_proxy": None if self.far is None else self.far.tolist(),
+            "notes": list(self.notes),
+        }
+
+    def _route_to_json(self, found: Reconstruction) -> dict[str, Any]:
+        figures: dict[str, Any] = dict.fromkeys(("psnr_db_mean", "psnr_db_std", "ssim_mean", "psnr_db", "ssim"))
+        right = None
+        if self.originals is not None:
+            images = found.images.cpu()
+            figures = {
+                **asdict(score(images, self.originals)),
+                "psnr_db": psnr_db(images, self.originals).tolist(),
+                "ssim": ssim(images, self.originals).tolist(),
+            }
+        if self.labels is not None and found.labels is not None:
+            right = float((found.labels.cpu() == self.labels).float().mean())
+        return {
+            **figures,
+            "label_accuracy": right,
+            "exact": _exactness(found),
+            "why": found.why,
+            "details": found.details,
+            "per_victim": {name: values.tolist() for name, values in found.per_victim.items()},
+        }
+
+
+def _exactness(found: Reconstruction) -> list[dict[str, Any]] | None:
+    """For each victim {exact, bound_db, free_directions, words}; None where the route cannot tell."""
+    if "exact" not in found.per_victim:
+        return None
+    return [asdict(exactness_of(found, victim)) for victim in range(len(found.images))]
+
+
+def set_report(
+    name: str, result: AuditResult, proxy: ImageSet, private: ImageSet | None, rows: slice = slice(None)
+) -> SetReport:
+    """Select the victims `rows` of an audit and compare them with their originals.
+
+    Args:
+        private: at least as many images as victims, see `pair_up`; None: nothing is scored.
+    """
+    parts = [found.take(rows) for found in result.reconstructions]
+    far, estimate = result.far_from_proxy[rows], result.estimate[rows].cpu()
+    part = SetReport(name, proxy.name, len(estimate), parts, None, None, None, _far_notes(far), far=far)
+    if private is None:
+        return part
+    pairing = pair_up(private, estimate)
+    matched, paired = pairing.matched, pairing.originals
+    originals, labels = paired.batch(slice(None)), paired.labels if paired.labels_known else None
+    candidates = private.batch(slice(None)) if matched else None
+    # Shuffled control: each victim gets the reconstruction from another victim's adapter.
+    shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.stranger
+    controls = make_controls(proxy, labels, estimate, shuffled)
+    scores = {control: psnr_db(images, originals)[:, None] for control, images in controls.items().items()}
+    if result.simulated is not None:
+        pools = result.simulated.pools(rows, labels)
+        controls = replace(controls, **{name: _first_of(pool) for name, pool in pools.items()})
+        scores |= {name: simulated_psnr(pool, originals, candidates) for name, pool in pools.items()}
+    # In an order that was found by matching, the other adapters' reconstructions are the same set.
+    tested = {control: one for control, one in scores.items() if control != "shuffled_adapter" or not matched}
+    return replace(
+        part,
+        originals=originals,
+        labels=labels,
+        controls=controls,
+        notes=(*part.notes, *_class_notes(proxy, labels)),
+        control_scores=scores,
+        judgement=judge(psnr_db(estimate, originals), tested, far, result.config.seed),
+        true_cosines=_true_cosines(result, rows, originals, result.labels[rows] if labels is None else labels),
+        pairing=pairing.sentence,
+    )
+
+
+def _true_cosines(result: AuditResult, rows: slice, originals: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Of the victims `rows`: see `true_cosines`."""
+    target, observed = result.problem.target, result.problem.observed
+    assert target is not None and observed is not None
+    victims = range(len(result.estimate))[rows]
+
+    def by_matrix(matrices: dict[str, Tensor]) -> Callable[[str, int], Tensor]:
+        return lambda name, victim: observed[name][victims[victim]] @ matrices[name]
+
+    guesses = {kind: by_matrix(matrices) for kind, matrices in result.matrices.items()}
+    guesses["ridge"] = lambda name, victim: result.decoded.dense[name][victims[victim]]
+    return true_cosines(target, guesses, originals, labels)
+
+
+def _first_of(pools: list[Tensor]) -> Tensor:
+    """[n, c, h, w], for pictures: the first simulated image of each victim."""
+    return torch.stack([pool[0] for pool in pools])
+
+
+def _class_notes(proxy: ImageSet, labels: Tensor | None) -> tuple[str, ...]:
+    if labels is None:
+        return ("The private images have no labels: there is no class mean.",)
+    if proxy.random_labels:
+        return (f"The labels of '{proxy.name}' are random: its class mean is a mean of arbitrary images.",)
+    missing = sorted(set(labels[~has_class(proxy, labels)].tolist()))
+    if not missing:
+        return ()
+    which = f"class{'es' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+    if bool(has_class(proxy, labels).any()):
+        return (f"The proxy holds no image of {which}: the mean image stands in for the class mean.",)
+    return (f"The proxy holds no image of {which}: there is no class mean.",)
+
+
+def _far_notes(far: Tensor) -> tuple[str, ...]:
+    count = int(far.sum())
+    if count == 0:
+        return ()
+    return (f"{count} of {len(far)} updates lie far from every proxy update: the proxy may not fit this data.",)
