@@ -130,7 +130,7 @@ def _load(folder: Path, spec: str, config: PretrainedConfig, num_classes: int | 
         raise R2FError(f"the weights of '{spec}' {how} {name}, which its config.json asks for: save both with {SAVE}.")
     model.register_forward_hook(_logits if has_classifier else _features)
     own_head = has_classifier and not heads
-    return model, int(config.num_labels) if own_head or (has_classifier and num_classes is not None) else 0
+    return model, int(config.num_labels or 0) if own_head or (has_classifier and num_classes is not None) else 0
 
 
 @contextmanager
