@@ -250,9 +250,10 @@ onload = () => {
   }
   const shape = i => i.clientWidth / i.clientHeight * i.naturalHeight / i.naturalWidth;
   const images = [...page.images].map(i => [i.clientWidth, shape(i)]);
+  const captions = [...page.querySelectorAll("caption")].map(caption => caption.clientWidth);
   const why = [...page.querySelectorAll("td[data-name=why]")].map(td => td.getBoundingClientRect());
   document.querySelector("pre").textContent = JSON.stringify({
-    overflow: page.documentElement.scrollWidth - view.innerWidth, contrast: worst, images,
+    overflow: page.documentElement.scrollWidth - view.innerWidth, contrast: worst, images, captions,
     why: why.every(box => box.width > 100 && box.left >= 0 && box.right <= view.innerWidth),
     dark: view.matchMedia("(prefers-color-scheme: dark)").matches});
 };
@@ -285,6 +286,7 @@ def test_in_a_browser(pages, tmp_path, name, width, dark):
     seen = json.loads(re.search(r"<pre>(\{.*?\})</pre>", html.unescape(done.stdout.decode()), re.S)[1])
     assert seen["dark"] is dark and seen["overflow"] <= 0 and seen["why"]
     assert seen["contrast"][0] >= 4.5, seen["contrast"]
+    assert min(seen["captions"]) > 150
     least = 128 if name == "one" else 80
     assert seen["images"] and all(wide >= least and 0.97 < shape < 1.03 for wide, shape in seen["images"])
     with Image.open(tmp_path / "page.png") as screenshot:

@@ -1,8 +1,6 @@
 """The terminal: the verdict first, names as they are, bars on a terminal, whole lines on a pipe."""
 
 import io
-import subprocess
-import sys
 
 import pytest
 from page_cases import closed_forms, report, victims
@@ -27,14 +25,14 @@ def screen(monkeypatch):
 
 
 def target(**changes):
-    layers = [{"scale": 12.5, "rank": 8}, {"scale": 1.0, "rank": 16}]
+    layers = [{"scale": 12.5, "rank": 8, "saved": False}, {"scale": 1.0, "rank": 16, "saved": False}]
     return {"base": "b", "layers": layers, "tokens": 65, "steps": "one", "identifiable": {}, "why": {}, **changes}
 
 
 def test_markup_in_names_is_text(screen):
     file = screen()
     display.table("title [/b] [red]", ["layer", "x"], [["[bold]name[/wrong]", "1"], ["control: mean", "2"]])
-    display.print_target(target(base="[/x]", layers=[{"scale": 2.0, "rank": 8}]))
+    display.print_target(target(base="[/x]", layers=[{"scale": 2.0, "rank": 8, "saved": False}]))
     shown = file.getvalue()
     assert "title [/b] [red]" in shown and "[bold]name[/wrong]" in shown
     assert "base [/x], 1 adapted layer, rank 8, scale 2, 65 tokens" in shown
@@ -68,11 +66,9 @@ def test_a_pipe_gets_each_row_on_one_line_whatever_its_length(screen):
     assert not [line for line in file.getvalue().splitlines() if line != line.rstrip()]
 
 
-def test_the_console_of_a_pipe_is_wide():
-    """In a process of its own: whether there is a terminal is decided when the module is imported."""
-    code = "from r2f_ext.cli import display; print(display.console.width)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=120)
-    assert int(done.stdout) == display.PIPE_WIDTH and display.console_for(terminal=True).width < display.PIPE_WIDTH
+def test_the_console_of_a_pipe_is_wide_and_that_of_a_terminal_is_not():
+    assert display.console_for(terminal=False).width == display.PIPE_WIDTH
+    assert display.console_for(terminal=True).width < display.PIPE_WIDTH
 
 
 def test_a_terminal_gets_bars(screen):

@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 
 from r2f_ext.audit import run
-from r2f_ext.audit.inputs import load_adapters
+from r2f_ext.audit.inputs import LoadedAdapters, load_adapters
 from r2f_ext.audit.phase0 import run_phase0
 from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.run import AuditResult
 from r2f_ext.audit.sets import SetReport, set_report
 from r2f_ext.audit.victims import VictimConfig, train_victims
-from r2f_ext.audit.write import write_report
+from r2f_ext.audit.write import remove_old_report, write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.inversion.route import adapter_problem
 from r2f_ext.models import load_base
 from r2f_ext.progress import Stages
-from r2f_ext.types import BaseModel, LoraUpdate, Target
+from r2f_ext.types import BaseModel, LoraUpdate
 
 FASHION_VICTIMS, FACE_VICTIMS = 16, 8
 # proxy -> set name in the report -> which victims
@@ -48,8 +48,10 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
     private = {name: replace(images, labels_known=True, in_order=True) for name, images in private.items()}
     total = FASHION_VICTIMS + FACE_VICTIMS
     with stages.stage("victims", total) as advance:
-        target, victims = make_victims(base, private, folder / "victims", config.seed)
+        loaded, victims = make_victims(base, private, folder / "victims", config.seed)
         advance(total)
+    target = loaded.target
+    remove_old_report(folder)
     with stages.stage("phase 0"):
         ceiling, _ = run_phase0(base, private["fashion_mnist"])
     results: dict[str, AuditResult] = {}
@@ -79,6 +81,7 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         notes=tuple(dict.fromkeys(note for result in results.values() for note in result.notes)),
         seconds=seconds,
         phase0=ceiling,
+        facts=loaded.facts,
         command=f"r2f demo --out . --seed {config.seed}",
     )
     write_report(folder, report)
@@ -87,11 +90,11 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
 
 def make_victims(
     base: BaseModel, sets: dict[str, ImageSet], folder: Path, seed: int
-) -> tuple[Target, dict[str, list[LoraUpdate]]]:
+) -> tuple[LoadedAdapters, dict[str, list[LoraUpdate]]]:
     """Train and save one adapter per image with PEFT, then read them back as any adapter folder is read.
 
     Returns:
-        (target, set name -> updates).
+        (all of them, set name -> their updates).
     """
     folders = {
         name: train_victims(base, images.batch(slice(None)), images.labels, folder / name, VictimConfig(seed=seed))
@@ -99,7 +102,7 @@ def make_victims(
     }
     loaded = load_adapters([path for paths in folders.values() for path in paths], base)
     remaining = iter(loaded.updates)
-    return loaded.target, {name: [next(remaining) for _ in paths] for name, paths in folders.items()}
+    return loaded, {name: [next(remaining) for _ in paths] for name, paths in folders.items()}
 
 
 def _split(result: AuditResult, proxy: ImageSet, sets: dict[str, ImageSet]) -> list[SetReport]:

@@ -12,7 +12,7 @@ from r2f_ext.audit.inputs import load_adapters, load_private
 from r2f_ext.audit.record import Inputs, command_of, public_name
 from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.sets import set_report
-from r2f_ext.audit.write import write_report
+from r2f_ext.audit.write import remove_old_report, write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.files import output_folder
@@ -87,6 +87,8 @@ def audit(
     verdicts = verdicts_of(problem)
     on_ready(Prepared(target, updates, images, originals, verdicts, problem.evidence))
     labels = originals.labels if originals is not None and originals.labels_known else None
+    if folder is not None:
+        remove_old_report(folder)
     result = run.run_audit_stages(problem, images, config, stages, verdicts, labels)
     given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, target.base.device.type)
     recorded = given.relative_to(folder or Path())

@@ -12,7 +12,7 @@ import jinja2
 from torch import Tensor
 
 from r2f_ext.audit.figures import Row, closed_form_rows, png_bytes, rows_of
-from r2f_ext.audit.names import counted, leading_sentences, row_name, span
+from r2f_ext.audit.names import counted, layers_in_words, leading_sentences, row_name
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.sets import SetReport
 from r2f_ext.files import write_text
@@ -58,7 +58,7 @@ def write_html(
             few=FEW,
             max_victims=MAX_VICTIMS,
             facts=_grouped_facts(data["adapters"]),
-            sizes={key: span(key, [layer[key] for layer in data["target"]["layers"]]) for key in ("rank", "scale")},
+            layers=layers_in_words(data["target"]["layers"]),
             files=files,
         )
     )

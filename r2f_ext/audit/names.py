@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from r2f_ext.inversion.routes import registry
 
@@ -33,6 +34,16 @@ def span(name: str, values: Sequence[float]) -> str:
     """`rank 8` where all values agree, else `ranks 8-16`."""
     low, high = min(values), max(values)
     return f"{name} {low:g}" if low == high else f"{name}s {low:g}-{high:g}"
+
+
+def layers_in_words(layers: Sequence[dict[str, Any]]) -> str:
+    """The `layers` of report.json's target: `16 adapted layers, ranks 8-16, scale 2, 1 layer saved whole`."""
+    adapted = [layer for layer in layers if not layer["saved"]]
+    words = [counted(len(adapted), "adapted layer")] if adapted else []
+    words += [span(key, [layer[key] for layer in adapted]) for key in ("rank", "scale") if adapted]
+    if len(adapted) < len(layers):
+        words.append(f"{counted(len(layers) - len(adapted), 'layer')} saved whole")
+    return ", ".join(words)
 
 
 def counted(count: int, name: str) -> str:

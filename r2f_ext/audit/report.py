@@ -154,7 +154,7 @@ def target_to_json(target: Target, verdicts: dict[str, Verdict]) -> dict[str, An
     """Base, rank, layers and tokens of the adapter, and the verdict of every route."""
     return {
         "base": public_name(target.base.spec),
-        "rank": max(layer.rank for layer in target.layers),
+        "rank": max((layer.rank for layer in target.layers if not layer.saved), default=0),
         "layers": [asdict(layer) for layer in target.layers],
         "tokens": tokens_of(target.base),
         "identifiable": {route: verdict.identifiable for route, verdict in verdicts.items()},

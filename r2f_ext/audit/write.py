@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from r2f_ext.audit.figures import write_reconstructions
-from r2f_ext.audit.filled import filled
 from r2f_ext.audit.html import write_html
 from r2f_ext.audit.report import AuditReport
 from r2f_ext.errors import R2FError
@@ -51,13 +50,12 @@ def write_report(folder: Path, report: AuditReport) -> None:
         R2FError: a file cannot be written.
     """
     data = report.to_json()
-    shown = filled(data)
     for proxy, result in report.results.items():
         victims = ", ".join(part.name for part in report.sets if part.proxy == proxy)
         about = {"unit": "the victims' learning rate", "victims": victims}
         write_tensors(folder / _gradients(report, proxy), result.decoded.dense, about)
-    write_reconstructions(folder / PICTURES, shown, report.sets, report.phase0)
-    write_html(folder / PAGE, shown, report.sets, report.phase0, report_files(report))
+    write_reconstructions(folder / PICTURES, data, report.sets, report.phase0)
+    write_html(folder / PAGE, data, report.sets, report.phase0, report_files(report))
     write_text(folder / DATA, json.dumps(data, indent=1))
 
 

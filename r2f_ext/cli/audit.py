@@ -9,7 +9,6 @@ from rich.markup import escape
 
 from r2f_ext.audit.demo import demo
 from r2f_ext.audit.entry import Prepared, audit
-from r2f_ext.audit.filled import filled
 from r2f_ext.audit.replay import largest_change_db, read_report, replay
 from r2f_ext.audit.report import AuditReport, target_to_json
 from r2f_ext.audit.write import report_files
@@ -76,7 +75,7 @@ def _print_prepared(ready: Prepared) -> None:
 def _print_finished(report: AuditReport, out: str | None) -> dict[str, Any]:
     data = report.to_json()
     console.print()
-    print_report(filled(data))
+    print_report(data)
     seconds = f"{data['seconds']['total']:.0f} s"
     if out is None:
         console.print(seconds)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from r2f_ext.audit.names import counted, leading_sentences, row_name, span
+from r2f_ext.audit.names import counted, layers_in_words, leading_sentences, row_name
 from r2f_ext.progress import Advance, Stages
 
 PIPE_WIDTH = 10_000  # wider than any row: what reads a pipe finds each row on one line
@@ -105,12 +105,8 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
 def print_target(target: dict[str, Any]) -> None:
     """Base, layers and rank of an adapter, and the count of every route."""
-    layers = target["layers"]
-    console.print(
-        f"base {escape(target['base'])}, {counted(len(layers), 'adapted layer')}, "
-        f"{span('rank', [layer['rank'] for layer in layers])}, {span('scale', [layer['scale'] for layer in layers])}, "
-        f"{target['tokens']} tokens; {target['steps']}"
-    )
+    words = layers_in_words(target["layers"])
+    console.print(f"base {escape(target['base'])}, {words}, {target['tokens']} tokens; {target['steps']}")
     print_verdicts([(route, ok, target["why"][route]) for route, ok in target["identifiable"].items()])
 
 
@@ -133,7 +129,7 @@ def print_report(report: dict[str, Any]) -> None:
     for proxy, part in report["proxies"].items():
         _print_decoders(proxy, part)
     for one in report["verdict"]["not_tried"]:
-        console.print(Text(f"not tried: {row_name(one['route'])}: {one['why']}"))
+        console.print(Text(f"not tried: {one['route']}: {one['why']}"))
 
 
 def _print_verdict(sentences: list[str]) -> None:
