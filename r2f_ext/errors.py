@@ -34,6 +34,11 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def reason(error: Exception, limit: int = 200) -> str:
+    """What another library's exception says, on one line and without a full stop, to stand within a sentence."""
+    return plain(" ".join(str(error).split()), limit).rstrip(".") or type(error).__name__
+
+
 # Messages of the CPU and CUDA allocators; torch.OutOfMemoryError is a RuntimeError with the first of them.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 

@@ -138,7 +138,7 @@ def test_more_private_images_than_victims_are_paired_by_the_estimate_whatever_th
         found = [perfect, named(audited.result.reconstructions, "matching")][::order]
         part = set_report("x", replace(audited.result, reconstructions=found), audited.proxy, more)
         assert torch.equal(part.originals, perfect.images) and torch.equal(part.labels, audited.private.labels)
-        assert part.pairing.startswith("Each of 3 adapters was matched to the one of 4") and "flatters" in part.pairing
+        assert "one of 4 private images" in part.pairing and "flatters" in part.pairing
 
 
 def test_without_originals_nothing_is_scored(audited):

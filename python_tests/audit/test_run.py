@@ -6,12 +6,15 @@ import pytest
 import torch
 from cases import cosine, proxy_set
 
+from r2f_ext.audit import run as module
 from r2f_ext.audit.run import generate, run_audit_stages
+from r2f_ext.audit.sets import set_report
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, drop_private
 from r2f_ext.decoders import Projection, Ridge, held_out_cosines, stack_updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.route import adapter_problem
+from r2f_ext.inversion.routes import registry
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import LoraUpdate
 
@@ -40,7 +43,8 @@ def test_what_comes_out(audited):
         "control",
     }
     assert set(result.not_run) == {"adapter_rowspace"} and "Not exact" in result.not_run["adapter_rowspace"]
-    assert result.verdicts["gauss_newton"].identifiable and result.notes == ()
+    assert result.verdicts["gauss_newton"].identifiable
+    assert result.notes == audited.result.problem.evidence.sentences
     assert result.stranger.shape == (1, 3, 32, 32)
 
 
@@ -110,7 +114,7 @@ def test_a_drifted_a_is_said_to_stand_in_for_the_start(audited):
     config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
     result = run_audit_stages(adapter_problem(audited.target, drifted), audited.proxy, config)
     assert [r.route for r in result.reconstructions] == ["amortised"]
-    assert "their mean A stands in" in result.notes[0]
+    assert "their mean A stands in" in result.notes[-1]
     assert "more than one step" in result.verdicts["gauss_newton"].why
 
 
@@ -139,3 +143,51 @@ def test_too_small_a_proxy(audited):
         run_audit_stages(
             adapter_problem(audited.target, audited.adapters), proxy_set(39, audited.target.base), audited.config
         )
+
+
+def failing(error):
+    def run(self, problem, advance):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(R2FError("no such thing."), "no such thing."), (RuntimeError("CUDA out of memory."), "memory")],
+)
+def test_a_route_that_fails_leaves_the_others_and_says_so(audited, monkeypatch, error, words):
+    monkeypatch.setattr(type(registry()["matching"]), "run", failing(error))
+    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised", "matching"))
+    result = run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+    assert [found.route for found in result.reconstructions] == ["amortised"]
+    assert result.not_run["matching"].startswith("Failed: ") and words in result.not_run["matching"]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), RuntimeError("a bug")])
+def test_a_bug_or_an_interrupt_ends_the_audit(audited, monkeypatch, error):
+    monkeypatch.setattr(type(registry()["amortised"]), "run", failing(error))
+    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
+    with pytest.raises(type(error)):
+        run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+
+
+def test_where_every_route_fails_there_is_no_report(audited, monkeypatch):
+    monkeypatch.setattr(type(registry()["amortised"]), "run", failing(R2FError("no such thing.")))
+    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
+    with pytest.raises(R2FError, match=r"no such thing\."):
+        run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+
+
+def test_controls_that_cannot_be_simulated_leave_the_verdict_open(audited, monkeypatch):
+    def simulate(*args):
+        raise R2FError("not positive definite.")
+
+    monkeypatch.setattr(module, "simulate", simulate)
+    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
+    result = run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+    assert result.simulated is None
+    assert result.notes[-1] == "The controls could not be simulated: not positive definite."
+    part = set_report("x", result, audited.proxy, audited.private)
+    assert part.judgement.leak is None and "could not be simulated" in part.verdict()
+    assert set(part.control_psnr()) == {"mean_image", "class_mean", "nearest_proxy", "shuffled_adapter"}

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CONV, LINEAR, samples, target_of, tiny_base
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
+from r2f_ext.types import BaseModel
 
 NAMES = (CONV, "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "head")
 
@@ -184,3 +186,29 @@ def test_parameters_that_want_a_gradient_get_none():
     for name in LINEAR:
         assert torch.equal(found.x[name], expected.x[name])
         torch.testing.assert_close(found.delta[name], expected.delta[name], rtol=1e-12, atol=1e-14)
+
+
+class Aside(nn.Module):
+    """A classifier with a layer whose output is not used, and one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.idle = nn.Linear(12, 5), nn.Linear(12, 3), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        self.unused(x)
+        return self.used(x)
+
+
+def test_layers_that_do_not_reach_the_logits():
+    model = Aside().requires_grad_(False).eval()
+    base = BaseModel(model, "aside", (3, 2, 2), (0.5,) * 3, (0.5,) * 3, 5)
+    inputs = torch.rand(1, 2, 3, 2, 2), torch.tensor([[0, 3]])
+    with Capture(target_of(base, ("used", "unused"))) as capture:
+        found = capture(*inputs)
+    assert found.dense("used").any() and not found.dense("unused").any()
+    with Capture(target_of(base, ("used", "idle"))) as capture, pytest.raises(R2FError, match="idle .* does not run"):
+        capture(*inputs)
+    with Capture(target_of(base, ("unused",))) as capture, pytest.raises(R2FError, match="no adapted layer"):
+        capture(*inputs)

@@ -8,7 +8,9 @@ from vit_cases import psnr, small_vit, smooth_images
 
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.adapter_rowspace import invert_adapter_rowspace, remaining_share
+from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.inversion.geometry import FIRST_QKV
+from r2f_ext.inversion.reconstruction import stack_victims
 from r2f_ext.types import AdaptedLayer, LoraUpdate, Target
 
 
@@ -116,3 +118,17 @@ def test_unknown_start_missing_layer_and_damage_are_refused() -> None:
         broken = {FIRST_QKV: update.a[FIRST_QKV] * float(bad)}
         with pytest.raises(R2FError, match="NaN"):
             invert_adapter_rowspace(target, dataclasses.replace(update, a=broken))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-6, 1e-3, 1e-1])
+def test_a_closed_form_of_a_disturbed_adapter_claims_no_more_than_is_true(size: float) -> None:
+    image, target, update = _victim(32, 5)
+    movement = update.a[FIRST_QKV] - update.a0[FIRST_QKV]
+    noise = size * movement.square().mean().sqrt() * torch.randn(movement.shape, dtype=torch.float64)
+    disturbed = dataclasses.replace(update, a={FIRST_QKV: update.a[FIRST_QKV] + noise})
+    found = stack_victims([invert_adapter_rowspace(target, disturbed)])
+    said = exactness_of(found, 0)
+    assert said.exact == (said.bound_db is not None) and (size < 1e-3 or not said.exact)
+    assert said.bound_db is None or psnr(found.images, image) >= said.bound_db
+    assert size > 0 or said.exact
+    assert not exactness_of(stack_victims([invert_adapter_rowspace(target, update)], doubt="of dropout"), 0).exact

@@ -157,9 +157,10 @@ def test_what_lies_beside_is_named_and_not_opened(tmp_path):
     for name in ("optimizer.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json", "adapter_model.bin"):
         (folder / name).write_bytes(b"\x80\x04cos\nsystem\n")
     leaks = read_adapter(folder).facts.leaks
-    assert len(leaks) == 4 and all("not opened here" in leak for leak in leaks)
-    assert any("rng_state_0.pth, rng_state_1.pth lie beside the adapter and give away" in leak for leak in leaks)
-    assert any("optimizer.pt lies beside the adapter and gives away" in leak for leak in leaks)
+    assert len(leaks) == 4 and all("was not opened" in leak for leak in leaks)
+    given = "beside the adapter; a file of this kind gives away"
+    assert any(f"rng_state_0.pth, rng_state_1.pth lie {given}" in leak for leak in leaks)
+    assert any(f"optimizer.pt lies {given}" in leak for leak in leaks)
 
 
 def test_a_copy_of_peft_key_by_key_agrees_after_renaming(tmp_path, adapter_folder):

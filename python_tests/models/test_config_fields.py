@@ -141,14 +141,14 @@ def test_dropout_is_noted(read):
 @pytest.mark.parametrize("name", ["unsloth/vit-bnb-4bit", "x/vit-8bit", "x/model-GPTQ", "x/vit-AWQ"])
 def test_a_quantised_base_is_noted(name, read):
     (note,) = read(base_model_name_or_path=name).notes
-    assert f"is quantised ('{name}')" in note and "approximate" in note
+    assert f"The name of the base, '{name}', says that the base is quantised" in note and "approximate" in note
 
 
 def test_a_quantisation_field_is_noted_and_other_names_are_not(read):
-    assert "is quantised:" in read(quantization_config={"bits": 4}).notes[0]
+    assert "The configuration says that the base is quantised" in read(quantization_config={"bits": 4}).notes[0]
     for name in (
         "google/vit-base-patch16-224",
-        "timm/vit_tiny_patch16_224.augreg_in21k",
+        "paint8/vit_tiny_patch16_224.augreg_in21k",
         "",
         None,
         5,

@@ -87,8 +87,13 @@ class Capture:
                 logits = self.target.base.model(self.target.base.normalize(images.flatten(0, 1)))
             logits = logits.float() if low else logits  # its gradient is a difference of probabilities
             loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / size
-            outputs = [self._seen[name][1] for name in self.target.names]
-            grads = torch.autograd.grad(loss, outputs, create_graph=create_graph)
+            outputs = [self._output(name) for name in self.target.names]
+            if not loss.requires_grad:
+                raise R2FError(
+                    f"no adapted layer of base '{self.target.base.spec}' reaches its logits: LoRA on them does nothing."
+                )
+            # A layer whose output does not reach the logits (a pooling head beside the classifier) has gradient 0.
+            grads = torch.autograd.grad(loss, outputs, create_graph=create_graph, materialize_grads=True)
         x, delta = {}, {}
         for name, grad in zip(self.target.names, grads, strict=True):
             module, inputs = self._modules[name], self._seen[name][0]
@@ -100,6 +105,14 @@ class Capture:
             delta[name] = grad.reshape(groups, -1, grad.shape[-1])
         self._seen.clear()
         return FactoredGradient(x, delta)
+
+    def _output(self, name: str) -> Tensor:
+        if name not in self._seen:
+            raise R2FError(
+                f"layer {name} of base '{self.target.base.spec}' does not run in its forward pass (its weight may be "
+                "read from elsewhere), so that LoRA on it does nothing: train without it."
+            )
+        return self._seen[name][1]
 
 
 def as_tokens(module: nn.Module, x: Tensor) -> Tensor:

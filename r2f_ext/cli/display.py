@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -120,8 +120,8 @@ def print_report(report: dict[str, Any]) -> None:
     """The verdict and the figures of an audit, from the data of report.json."""
     _print_verdict(leading_sentences(report["verdict"]["sentences"]))
     for facts in report["adapters"]:
-        _print_notes([f"{facts['name']}: {sentence}" for sentence in (*facts["leaks"], *facts["notes"])])
-    _print_notes(report["notes"])
+        print_notes([f"{facts['name']}: {sentence}" for sentence in (*facts["leaks"], *facts["notes"])])
+    print_notes(report["notes"])
     for name, figures in report["reconstruction"].items():
         _print_set(name, figures, alone=len(report["reconstruction"]) == 1)
     if report["phase0"]:
@@ -154,7 +154,7 @@ def _print_set(name: str, figures: dict[str, Any], alone: bool) -> None:
         console.print(Text(f"{found}. {values['why']}" if exact else f"{found}: {values['why']}"))
     if figures["pairing"]:
         console.print(Text(figures["pairing"]))
-    _print_notes(figures["notes"])
+    print_notes(figures["notes"])
     console.print()
 
 
@@ -184,7 +184,7 @@ def _difference(figures: dict[str, Any], control: str) -> str:
     return f"{found['difference_db']:+.1f}" + (f" ({interval[0]:+.1f} to {interval[1]:+.1f})" if interval else "")
 
 
-def _print_notes(notes: list[str]) -> None:
+def print_notes(notes: Iterable[str]) -> None:
     for note in notes:
         console.print(Text(note, style="yellow"))
 

@@ -6,6 +6,7 @@ import argparse
 
 from r2f_ext.audit.inputs import load_adapters
 from r2f_ext.cli.device import chosen_device
+from r2f_ext.cli.display import print_notes
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.models import differing_layer
@@ -18,6 +19,7 @@ Options = argparse.Namespace
 def read_adapters(folders: list[str], options: Options) -> tuple[Target, list[LoraUpdate]]:
     """The adapters in `folders`, attached to --base on --device."""
     loaded = load_adapters(folders, options.base, chosen_device(options))
+    print_notes(loaded.target.base.notes)
     return loaded.target, loaded.updates
 
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from r2f_ext.audit.figures import write_images
 from r2f_ext.audit.phase0 import run_phase0
 from r2f_ext.cli.device import chosen_device
-from r2f_ext.cli.display import console, print_phase0, print_verdicts, table
+from r2f_ext.cli.display import console, print_notes, print_phase0, print_verdicts, table
 from r2f_ext.cli.inputs import images_of
 from r2f_ext.files import output_folder
 from r2f_ext.inversion.identifiability import identifiability
@@ -22,6 +22,7 @@ from r2f_ext.models import load_base, shape_of
 def run_phase0_command(options: argparse.Namespace) -> dict[str, Any]:
     """Invert the exact gradient of every image in closed form; returns what --json writes."""
     base = load_base(options.base, chosen_device(options))
+    print_notes(base.notes)
     folder = output_folder(options.out)
     images = images_of(options.images, base, options, "private", count=options.count)
     ceiling, verdicts = run_phase0(base, images)
@@ -34,7 +35,11 @@ def run_phase0_command(options: argparse.Namespace) -> dict[str, Any]:
     if not figures:
         console.print("No closed form applies to this base: see the reasons above; the picture shows the originals.")
     console.print(f"pictures: {escape(str(folder / 'phase0.png'))}")
-    return {"phase0": figures, "identifiable": {v.route: v.identifiable for v in verdicts.values()}}
+    return {
+        "phase0": figures,
+        "identifiable": {v.route: v.identifiable for v in verdicts.values()},
+        "notes": list(base.notes),
+    }
 
 
 def run_identifiability(options: argparse.Namespace) -> dict[str, Any]:

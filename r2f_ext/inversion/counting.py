@@ -55,9 +55,9 @@ def _observed_numbers(problem: Problem) -> tuple[int, str]:
             total += rank_limited(seen, layer.rank, layer.d_in) if moved and not layer.saved else 0
         saved = " and of saved modules" if any(layer.saved for layer in problem.target.layers) else ""
         return total, f"of the LoRA update{saved}"
-    shapes = {f"{name}.weight": model.get_submodule(name).weight.shape for name in tokens}
+    shapes = {f"{name}.weight": model.get_parameter(f"{name}.weight").shape for name in tokens}
     total = sum(
-        rank_limited(tokens[name.removesuffix(".weight")] * problem.batch, *shape)
+        rank_limited(tokens[name.removesuffix(".weight")] * problem.batch, shape[0], shape[1])
         for name, shape in shapes.items()
         if problem.shared is None or name in problem.shared
     )

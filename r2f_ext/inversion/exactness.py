@@ -12,7 +12,8 @@ of another model (a batch, another label, another recipe) may nearly reproduce i
 4. bounds the error by the distance to that image plus SAFETY times the root mean square of the moves by rounding.
 
 The bound is local and probabilistic: it holds where z is close to linear over the error that it states, for rounding
-errors that resemble the drawn ones. `benchmarks/inversion/exactness_study.py` counts how often it is wrong.
+errors that resemble the drawn ones. It is not claimed beyond CEILING_DB. `benchmarks/inversion/exactness_study.py`
+counts how often it is wrong.
 """
 
 from __future__ import annotations
@@ -26,20 +27,24 @@ import torch
 from torch import Tensor
 
 from r2f_ext.linalg import sum_in_place
+from r2f_ext.models.storage import storage_dtype
 from r2f_ext.types import Reconstruction, Target
 
 REPRODUCED = 1e-3  # relative residual below which an image reproduces its update, which alone proves nothing
 EXACT_DB = 40.0  # least bound of an image that is called exact: errors of 1/100 of the pixel range, invisible
+# Highest bound that is claimed: all bytes of an image are then right, and a batch of images that differ by less than
+# this cannot be told from one image.
+CEILING_DB = 60.0
 FREE = 0.1  # length of a move, in units of the pixel range, from which on an axis counts as free
 SAFETY = 3.0  # multiple of the root mean square move by rounding that the bound allows for: 9.5 dB
 EXPLAINED = 3.0  # largest ratio of the residual that is left to the one expected of rounding
+SPARE = 0.05  # least share of z's numbers beyond the directions solved for: with fewer any image reproduces any update
 DRAWS = 32  # of rounding errors: their root mean square is then known to an eighth
 JITTER = 1e-4  # change of the pixels that gives another draw of the model's arithmetic errors
 REFINEMENTS = 10  # steps towards the least-squares image
 RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rounding, of J in float32 after float64
 SKETCH = 4  # numbers kept of z per pixel; a random sketch of more is as good and bounds memory
 GRAM_COLUMNS = 4096  # of J that are in float64 at once
-STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class DenseMap(Protocol):
@@ -126,8 +131,7 @@ def exactness_of(found: Reconstruction, victim: int) -> Exactness:
 
 def storage_precision(factor: Tensor) -> torch.finfo:
     """The lowest-precision float dtype that represents every entry exactly: the dtype that the adapter was saved in."""
-    exact = (dtype for dtype in STORED if torch.equal(factor.to(dtype).to(factor), factor))
-    return torch.finfo(next(exact, factor.dtype))
+    return torch.finfo(storage_dtype([factor]))
 
 
 def rounded(factor: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,7 +171,9 @@ def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tens
     moves = axes.moves(errors).square().mean(0).sqrt()
     determined = axes.reliable & (SAFETY * moves < FREE)
     spare = 1 - int(determined.sum()) / len(observed)
-    expected = float(errors.norm(dim=1).square().mean().sqrt()) * max(spare, 0.0) ** 0.5
+    if spare < SPARE:
+        return Bound(free=int((~determined).sum()))
+    expected = float(errors.norm(dim=1).square().mean().sqrt()) * spare**0.5
     nearby, residual = _least_squares(precise, observed, axes, determined, point, label, EXPLAINED * expected)
     misfit = residual / max(expected, 1e-300)
     if misfit <= EXPLAINED:
@@ -176,7 +182,7 @@ def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tens
     if free or misfit > EXPLAINED:
         return Bound(nan, free, misfit)
     error = float((nearby - point).norm()) + SAFETY * float(moves.norm())
-    return Bound(-20 * log10(max(error, 1e-10) / len(point) ** 0.5), 0, misfit)
+    return Bound(min(CEILING_DB, -20 * log10(max(error, 1e-10) / len(point) ** 0.5)), 0, misfit)
 
 
 @dataclass(frozen=True)

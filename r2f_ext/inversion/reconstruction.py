@@ -7,7 +7,7 @@ from math import log10
 
 import torch
 
-from r2f_ext.inversion.exactness import EXACT_DB, SAFETY
+from r2f_ext.inversion.exactness import CEILING_DB, EXACT_DB, SAFETY
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
@@ -36,7 +36,7 @@ def stack_victims(
     per_victim = {
         key: torch.tensor([part.details[key] for part in found], dtype=torch.float64) for key in worst.details
     }
-    bound = per_victim["expected_psnr_db"] - 20 * log10(SAFETY)
+    bound = (per_victim["expected_psnr_db"] - 20 * log10(SAFETY)).clamp_max(CEILING_DB)
     exact = (bound >= EXACT_DB) & (doubt is None)
     per_victim |= {"bound_db": torch.where(exact, bound, torch.nan), "exact": exact.double()}
     return Reconstruction(

@@ -141,7 +141,7 @@ class Problem:
     @cached_property
     def effective_tokens(self) -> dict[str, int]:
         """Adapted layer, or linear layer where there is no target -> tokens of one image that its gradient holds."""
-        if self.target is not None and self.base.device.type != "meta":
+        if self.target is not None and self.base.device.type != "meta" and self.base.num_classes:
             return measured_tokens(self.target)
         linear = [name for name, module in self.base.model.named_modules() if isinstance(module, nn.Linear)]
         return structural_tokens(self.base, linear if self.target is None else self.target.names)

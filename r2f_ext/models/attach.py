@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from r2f_ext.errors import R2FError, plain
+from r2f_ext.errors import R2FError, reason
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
 from r2f_ext.models.base import check_classifier
 from r2f_ext.models.converted import split_start
@@ -185,9 +185,9 @@ def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
             warnings.simplefilter("ignore")  # what PEFT warns of is checked here
             return get_peft_model(copy.deepcopy(base.model), LoraConfig(**config))
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
-        reason = plain(" ".join(str(error).split()), 300).rstrip(".") or type(error).__name__
         raise R2FError(
-            f"adapter '{files.folder}' has a configuration that PEFT cannot apply to base '{base.spec}': {reason}."
+            f"adapter '{files.folder}' has a configuration that PEFT cannot apply to base '{base.spec}': "
+            f"{reason(error, 300)}."
         ) from error
 
 

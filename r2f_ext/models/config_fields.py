@@ -127,7 +127,7 @@ VARIANTS = {
     "megatron_config": "Megatron",
 }
 DEFAULTS = {field.name: field.default for field in fields(LoraConfig) if field.default is not MISSING}
-QUANTISED = re.compile(r"bnb|[48]-?bit|gptq|awq|int[48]", re.IGNORECASE)
+QUANTISED = re.compile(r"(?<![a-z0-9])(bnb|[48]-?bit|gptq|awq|int[48])(?![a-z0-9])", re.IGNORECASE)
 PLAIN_PATH = re.compile(r"\^?(\w|-|\\?\.)*\$?")  # of a module, with or without escaped dots and anchors
 LOCAL_PATH = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]")
 
@@ -203,9 +203,9 @@ def _notes(raw: dict[str, Any], init: str) -> Iterator[str]:
     base = raw.get("base_model_name_or_path")
     by_name = isinstance(base, str) and QUANTISED.search(base) is not None
     if by_name or raw.get("quantization_config"):
-        shown = f" ('{plain(base)}')" if by_name else ""
+        said = f"The name of the base, '{plain(base)}', says" if by_name else "The configuration says"
         yield (
-            f"The base that the configuration names is quantised{shown}: the adapter's gradients were taken at rounded "
+            f"{said} that the base is quantised: the adapter's gradients were taken at rounded "
             "weights, so on a base in full precision the figures are approximate."
         )
     for field, (method, made_of) in START_CONFIGS.items():

@@ -67,7 +67,8 @@ def check_factors(weights: dict[str, Tensor], saved: dict[str, Tensor], lora: di
     if _from_svd(kept):
         notes.append(
             "In every layer the rows of A are orthogonal and so are the columns of B, as an SVD of a difference of "
-            "weights makes them: A is not what training started from, so what is said of A's start does not hold."
+            "weights makes them: if they are one, A is not where training started, and what is said of A's start does "
+            "not hold."
         )
     return Factors({key: weights[key] for path in kept for key in _keys(path)}, tuple(zero), tuple(notes))
 
@@ -78,7 +79,7 @@ def check_numbers(tensors: dict[str, Tensor], where: str) -> None:
     if empty:
         raise R2FError(
             f"{where} holds {len(empty)} empty tensors of {len(tensors)} ({listed(empty, 3)}), as DeepSpeed ZeRO-3 "
-            f"leaves them where it saves without gathering: nothing can be said of the training; {GATHER}."
+            f"leaves them where it saves without gathering: what they held is not known; {GATHER}."
         )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -166,7 +167,8 @@ def _raise_rank_mismatch(ratios: dict[str, tuple[int, int]], layers: int, where:
     parts = {columns // rows if columns % rows == 0 else 0 for rows, columns in ratios.values()}
     if len(ratios) == layers and len(parts) == 1 and min(parts) > 1:
         raise R2FError(
-            f"{where} holds a slice: {said}, in every layer the share of one of {min(parts)} processes: {GATHER}."
+            f"{where} holds a slice: {said}, and so in every layer, as one of {min(parts)} processes holds it: "
+            f"{GATHER}."
         )
     raise R2FError(f"{where} holds factors that do not belong together: {said}; save it again.")
 

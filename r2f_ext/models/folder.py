@@ -163,9 +163,10 @@ def leaks_beside(folder: Path) -> Iterator[str]:
         if reason is not None:
             kinds.setdefault(reason, []).append(name)
     for reason, names in kinds.items():
-        lies, gives = ("lies", "gives") if len(names) == 1 else ("lie", "give")
+        lies, it = ("lies", "it") if len(names) == 1 else ("lie", "them")
         yield (
-            f"{listed(names, 4)} {lies} beside the adapter and {gives} away {reason}: not opened here; do not share it."
+            f"{listed(names, 4)} {lies} beside the adapter; a file of this kind gives away {reason}. "
+            f"It was not opened; do not share {it}."
         )
 
 

@@ -102,7 +102,7 @@ def open_regular(path: Path) -> BinaryIO:
     except PermissionError as error:
         raise R2FError(f"{plain(path, 400)} may not be read: change its permissions.") from error
     except OSError as error:
-        raise R2FError(f"{plain(path, 400)} cannot be read ({error.strerror}): check the disk.") from error
+        raise R2FError(f"{plain(path, 400)} cannot be read ({error.strerror}): copy the folder again.") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise R2FError(f"{plain(path, 400)} is not a regular file: pass the folder that PEFT's save_pretrained wrote.")
@@ -160,7 +160,7 @@ def _misfit(start: bytes, size: int, length: int) -> str:
     if size == 0:
         return "is empty (0 bytes): copy or save it again"
     if size >= 8 and length <= MAX_HEADER:
-        return f"is cut short: its header has {length:,} bytes and {size - 8:,} follow: copy it again"
+        return f"is cut short or damaged: it claims a header of {length:,} bytes and {size - 8:,} follow: copy it again"
     for magic, what, remedy in DISGUISES:
         if start.lstrip().startswith(magic):
             return f"is {what}, {remedy}"

@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from r2f_ext.errors import R2FError, plain
+from r2f_ext.errors import R2FError, reason
 from r2f_ext.files import write_tensors, write_text
 from r2f_ext.models.hub import hub_file
 from r2f_ext.types import BaseModel
@@ -229,11 +229,6 @@ def check_name(name: str) -> None:
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
         hint = f"close ones are {close}" if close else "timm.list_models() lists them"
         raise R2FError(f"unknown base model '{name}': timm has no model of that name; {hint}.")
-
-
-def reason(error: Exception) -> str:
-    """An exception's message on one line."""
-    return plain(" ".join(str(error).split()), 300).rstrip(".") or type(error).__name__
 
 
 def save_base(base: BaseModel, folder: Path, architecture: str, model_args: dict[str, Any] | None = None) -> None:

@@ -31,7 +31,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, reason
 from r2f_ext.models.hub import hub_folder
 from r2f_ext.types import BaseModel
 
@@ -89,7 +89,7 @@ def transformers_folder(folder: Path, spec: str, num_classes: int | None) -> Bas
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types of error for a damaged config.json
         raise R2FError(
-            f"config.json of '{spec}' is not of a model that the installed transformers knows ({_reason(error)}): "
+            f"config.json of '{spec}' is not of a model that the installed transformers knows ({reason(error)}): "
             f"save it with {SAVE}."
         ) from error
     model, classes = _load(folder, spec, config, num_classes)
@@ -120,7 +120,7 @@ def _load(folder: Path, spec: str, config: PretrainedConfig, num_classes: int | 
             )
     except Exception as error:  # transformers and safetensors raise many types of error
         raise R2FError(
-            f"the weights of '{spec}' cannot be loaded ({_reason(error)}): save the model again with {SAVE}."
+            f"the weights of '{spec}' cannot be loaded ({reason(error)}): save the model again with {SAVE}."
         ) from error
     other = sorted(str(one[0]) for one in found["mismatched_keys"]) + sorted(found["missing_keys"])
     heads = [name for name in other if name.split(".")[0] in HEADS]
@@ -130,7 +130,7 @@ def _load(folder: Path, spec: str, config: PretrainedConfig, num_classes: int | 
         raise R2FError(f"the weights of '{spec}' {how} {name}, which its config.json asks for: save both with {SAVE}.")
     model.register_forward_hook(_logits if has_classifier else _features)
     own_head = has_classifier and not heads
-    return model, int(config.num_labels) if own_head or (has_classifier and num_classes is not None) else 0
+    return model, int(config.num_labels or 0) if own_head or (has_classifier and num_classes is not None) else 0
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def _pixels(folder: Path, config: PretrainedConfig) -> Pixels:
         cropped = read.get("do_center_crop", "crop_size" in read) and "crop_size" in read
         return Pixels(_size(read.get("crop_size" if cropped else "size")), mean, std)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise R2FError(f"{path} is damaged ({_reason(error)}): save the image processor again.") from error
+        raise R2FError(f"{path} is damaged ({reason(error)}): save the image processor again.") from error
 
 
 def _statistics(config: PretrainedConfig, default: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -221,7 +221,7 @@ def _input_shape(model: Any, config: PretrainedConfig, pixels: Pixels, spec: str
                 model.eval()(torch.zeros(1, channels, *size))
             return (channels, *size)
         except Exception as error:  # each model refuses other sizes in its own way
-            problem = _reason(error)
+            problem = reason(error)
     raise R2FError(f"'{spec}' does not read images by themselves ({problem}): pass a vision model.")
 
 
@@ -247,11 +247,6 @@ def _notes(config: PretrainedConfig, shape: tuple[int, int, int], pixels: Pixels
 
 def _listed(values: Any) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
-
-
-def _reason(error: Exception) -> str:
-    """An exception's message on one line."""
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def current_names(names: Iterable[str], model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,106 @@
+"""Whole verdicts: adapters of noise are not leaks, real victims are, and foreign data are not judged."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from r2f_ext.audit.controls import noise_updates
+from r2f_ext.audit.run import run_audit_stages
+from r2f_ext.audit.sets import set_report
+from r2f_ext.config import AuditConfig
+from r2f_ext.data import load_images
+from r2f_ext.inversion.matching import MatchingConfig
+from r2f_ext.inversion.route import adapter_problem
+from r2f_ext.pairs import GeneratedPairs
+
+NOISE, VICTIMS = 40, 12
+STEPS = MatchingConfig(steps=1)
+CONFIG = AuditConfig(
+    pairs=400, decoder_pairs=40, held_out=10, routes=("amortised",), matching=STEPS, refinement=STEPS, seed=2
+)
+
+
+@pytest.fixture(scope="module")
+def judged(audited):
+    """One audit of noise, clothes and faces together: (result, proxy, sets of private images with their rows)."""
+    target, proxy = audited.target, load_images("embedded", count=400)
+    clothes = load_images("embedded", role="private", count=VICTIMS)
+    faces = load_images("lfw", role="private", count=VICTIMS)
+    problem = adapter_problem(target, audited.adapters)
+    observed = {name: [] for name in target.names}
+    for images in (clothes, faces):
+        for batch in GeneratedPairs(target, problem.a, images).batches():
+            for name, update in batch.updates.items():
+                observed[name].append(update)
+    (noise,) = noise_updates({n: parts[0] for n, parts in observed.items()}, NOISE, seed=9)
+    stacked = {n: torch.cat([noise[n], *parts]) for n, parts in observed.items()}
+    adapters = [audited.adapters[0]] * (NOISE + 2 * VICTIMS)
+    problem = replace(problem, observed=stacked, adapters=adapters)
+    result = run_audit_stages(problem, proxy, CONFIG, labels=clothes.labels)
+    return result, proxy, clothes, faces
+
+
+def leaks(judged, private, first, count, far=True):
+    """The verdicts of `count` adapters from `first` on, each with an image of its own."""
+    result, proxy, *_ = judged
+    if not far:
+        result = replace(result, far_from_proxy=torch.zeros_like(result.far_from_proxy))
+    return [
+        set_report(
+            "x", result, proxy, private.take(torch.tensor([i % VICTIMS])), slice(first + i, first + i + 1)
+        ).judgement.leak
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_noise_is_not_called_a_leak(judged, far):
+    """Neither with the rule that far updates are not judged, nor by the test alone: 5 % of 40 are 2."""
+    assert sum(one is True for one in leaks(judged, judged[2], 0, NOISE, far)) <= 2
+
+
+def test_most_real_victims_are_called_a_leak(judged):
+    assert sum(one is True for one in leaks(judged, judged[2], NOISE, VICTIMS)) >= VICTIMS // 2
+
+
+def test_faces_are_not_judged_by_clothes(judged):
+    assert leaks(judged, judged[3], NOISE + VICTIMS, VICTIMS).count(None) >= VICTIMS - 1
+
+
+def test_sets_are_judged_as_wholes(judged):
+    result, proxy, clothes, _ = judged
+    whole = set_report("x", result, proxy, replace(clothes, in_order=True), slice(NOISE, NOISE + VICTIMS)).judgement
+    assert whole.leak is True and whole.interval_db[0] > 0 and "shuffled_adapter" in whole.comparisons
+    near = replace(result, far_from_proxy=torch.zeros_like(result.far_from_proxy))
+    for first in range(0, NOISE - VICTIMS, VICTIMS):
+        for ordered in (True, False):  # matched to its best images, noise is still noise
+            private = replace(clothes, in_order=ordered)
+            assert set_report("x", near, proxy, private, slice(first, first + VICTIMS)).judgement.leak is False
+
+
+def test_another_order_of_the_private_images_gives_the_same_verdict(judged):
+    result, proxy, clothes, _ = judged
+    turned = clothes.take(torch.arange(VICTIMS).roll(5))
+    rows = slice(NOISE, NOISE + VICTIMS)
+    one, other = (set_report("x", result, proxy, images, rows) for images in (clothes, turned))
+    assert torch.equal(one.originals, other.originals) and one.judgement.leak is other.judgement.leak is True
+    assert "matched" in one.pairing
+
+
+def test_images_without_labels_have_strangers_of_the_found_label_and_no_class_mean(judged):
+    result, proxy, clothes, _ = judged
+    unlabelled = replace(clothes.take(torch.tensor([0])), labels_known=False)
+    part = set_report("x", result, proxy, unlabelled, slice(NOISE, NOISE + 1))
+    assert part.labels is None and "class_mean" not in part.control_psnr()
+    assert "same_label_stranger" in part.judgement.comparisons and part.judgement.leak is True
+    assert any("have no labels" in note for note in part.notes)
+
+
+def test_a_class_without_proxies_is_said(judged):
+    result, proxy, clothes, _ = judged
+    label = int(clothes.labels[0])
+    without = proxy.take(torch.nonzero(proxy.labels != label).flatten())
+    part = set_report("x", result, without, clothes.take(torch.tensor([0])), slice(NOISE, NOISE + 1))
+    assert "class_mean" not in part.control_psnr()
+    assert any(f"no image of class {label}: there is no class mean" in note for note in part.notes)
