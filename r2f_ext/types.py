@@ -114,7 +114,7 @@ class LoraUpdate:
     @property
     def start(self) -> dict[str, Tensor]:
         """A before the first step where it is known, else A itself, which stands in for it: name -> [r, d_in]."""
-        return {**self.a, **(self.a0 or {})}
+        return self.a if self.a0 is None else self.a | self.a0
 
     def without_saved(self) -> LoraUpdate:
         """The trained LoRA factors alone, without the layers whose whole weight is in the file."""

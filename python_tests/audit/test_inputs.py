@@ -112,7 +112,7 @@ def test_patches_and_positions_saved_together_are_a_closed_form(adapter_folder, 
     }
     folder = changed_weights(adapter_folder, tmp_path / "a", lambda w: {**w, **moved})
     loaded = load_adapters([folder], embedded)
-    assert "--routes patch_position" in loaded.facts[0].leaks[-1]
+    assert "the route patch_position solves" in loaded.facts[0].leaks[-1]
     problem = adapter_problem(loaded.target, loaded.updates, facts=loaded.facts)
     outcome = run_routes(problem, verdicts_of(problem), ["patch_position"])
     error = float((outcome.reconstructions[0].images - image).square().mean())

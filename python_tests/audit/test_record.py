@@ -1,10 +1,13 @@
 """Recorded inputs hold no absolute path and lead back to the same files from the report's folder."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
-from r2f_ext.audit.record import Inputs, public_name
+from r2f_ext.audit.record import Inputs, command_of, public_name
+from r2f_ext.cli.options import parse
+from r2f_ext.config import AuditConfig
 
 
 @pytest.fixture
@@ -62,3 +65,18 @@ def test_a_folder_inside_the_reports_is_told_from_a_name(place):
 def test_reports_name_folders_by_their_last_part(place):
     assert public_name(str(place / "a")) == "a" and public_name(f"{place}/a+embedded") == "a+embedded"
     assert public_name("procedural") == "procedural" and public_name("timm:vit") == "timm:vit"
+
+
+def test_the_recorded_command_is_read_back_as_the_same_audit():
+    given = inputs(adapters=("../a b", "./c"), private="embedded:3,4", initial="../start", proxy="../x+embedded")
+    config = AuditConfig(pairs=300, routes=("amortised", "matching"), gauss_newton=True, precision="bfloat16", seed=4)
+    program, *words = shlex.split(command_of(given, config))
+    options = parse(words)
+    assert program == "r2f" and options.command == "audit" and options.out == "."
+    assert tuple(options.adapter) == given.adapters and options.a0_seed == 3
+    for name in ("base", "proxy", "private", "initial", "device"):
+        assert getattr(options, name) == getattr(given, name)
+    assert (options.count, options.routes, options.seed) == (300, ("amortised", "matching"), 4)
+    assert options.gauss_newton and options.precision == "bfloat16"
+    plain = parse(shlex.split(command_of(inputs(), AuditConfig()))[1:])
+    assert plain.routes is None and not plain.gauss_newton and plain.private is None

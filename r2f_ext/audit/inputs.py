@@ -79,7 +79,7 @@ def _closed_form(gradients: Collection[str]) -> tuple[str, ...]:
         return ()
     return (
         "The changes of the patch embedding and of the position embedding place the patches: for an adapter of one "
-        "image that plain SGD trained, --routes patch_position solves for them in closed form.",
+        "image that plain SGD trained, the route patch_position solves for them in closed form.",
     )
 
 

@@ -14,6 +14,7 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates
 from r2f_ext.errors import R2FError, expected
+from r2f_ext.inversion.patch_position import ROUTE as PATCH_POSITION
 from r2f_ext.inversion.route import Problem, Proxies, Verdict
 from r2f_ext.inversion.routes import check_runnable, default_routes, run_routes, verdicts_of
 from r2f_ext.pairs import GeneratedPairs, PairSource
@@ -100,7 +101,10 @@ def run_audit_stages(
         )
     config = fit_to_memory(target, problem.victims, count, config)
     verdicts = verdicts_of(problem) if verdicts is None else verdicts
-    check_runnable(problem, verdicts, chosen_routes(config), later=LATER)
+    names = chosen_routes(config)
+    if config.routes is None and problem.gradients is not None:
+        names += (PATCH_POSITION,)
+    check_runnable(problem, verdicts, names, later=LATER)
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)
     config = replace(config, pairs=count, decoder_pairs=fitted, held_out=held_out)
@@ -120,7 +124,7 @@ def run_audit_stages(
     posed = replace(
         problem, proxies=proxies, decoded=scored.decoded, matching=config.matching, refinement=config.refinement
     )
-    outcome = run_routes(posed, verdicts, chosen_routes(config), stages)
+    outcome = run_routes(posed, verdicts, names, stages)
     with stages.stage("control"):
         far = proxies.ridge.far_from_proxy(observed, problem.known_labels).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
