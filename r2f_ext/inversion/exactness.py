@@ -43,6 +43,7 @@ DRAWS = 32  # of rounding errors: their root mean square is then known to an eig
 JITTER = 1e-4  # change of the pixels that gives another draw of the model's arithmetic errors
 REFINEMENTS = 10  # steps towards the least-squares image
 RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rounding, of J in float32 after float64
+PRECISE = 1e-12  # relative error of z that float64 arithmetic itself may leave
 SKETCH = 4  # numbers kept of z per pixel; a random sketch of more is as good and bounds memory
 GRAM_COLUMNS = 4096  # of J that are in float64 at once
 
@@ -173,9 +174,10 @@ def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tens
     spare = 1 - int(determined.sum()) / len(observed)
     if spare < SPARE:
         return Bound(free=int((~determined).sum()))
-    expected = float(errors.norm(dim=1).square().mean().sqrt()) * spare**0.5
+    rounding = max(float(errors.norm(dim=1).square().mean().sqrt()), PRECISE * float(observed.norm()))
+    expected = rounding * spare**0.5
     nearby, residual = _least_squares(precise, observed, axes, determined, point, label, EXPLAINED * expected)
-    misfit = residual / max(expected, 1e-300)
+    misfit = residual / expected
     if misfit <= EXPLAINED:
         moves = moves * max(1.0, misfit)
     free = int((~(axes.reliable & (SAFETY * moves < FREE))).sum())
