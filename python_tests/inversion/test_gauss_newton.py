@@ -89,7 +89,7 @@ def test_the_same_image_under_a_doubt_is_not_called_exact(problem):
 @pytest.mark.parametrize("names", [NAMES[5:], NAMES[7:]], ids=["behind the last attention", "fc2 alone"])
 def test_images_beside_that_have_the_same_update_are_not_called_exact(problem, names):
     """Class-token pooling: the gradients have rank 1, and the update leaves most directions free."""
-    whole, _, _, images, labels, subspace = problem
+    whole, _, _, images, labels, _ = problem
     target = target_of(whole.base, names, rank=32)
     a = {layer.name: torch.randn(32, layer.d_in, dtype=torch.float64) / layer.d_in**0.5 for layer in target.layers}
     with Capture(target) as capture:
