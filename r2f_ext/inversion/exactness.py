@@ -62,6 +62,10 @@ class DenseMap(Protocol):
         """Points [n, p] in [0, 1], all of one label [1] -> [n, R]."""
         ...
 
+    def together(self, batches: Tensor, label: Tensor, /) -> Tensor:
+        """Updates of n victims that trained on batches [n, b, p] of one label [1] -> [n, R]."""
+        ...
+
     def jacobian(self, point: Tensor, label: Tensor, basis: Tensor, /) -> Tensor:
         """dz along the columns of basis [p, q] at point [p]: [q, R]."""
         ...
@@ -184,21 +188,23 @@ def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tens
     if free or misfit > EXPLAINED:
         return Bound(nan, free, misfit)
     error = (float((nearby - point).norm()) + SAFETY * float(moves.norm())) / len(point) ** 0.5
-    error += _alike(precise, point, label, EXPLAINED * expected)
+    error += _alike(precise, axes, point, label, EXPLAINED * expected)
     return Bound(min(CEILING_DB, -20 * log10(max(error, 1e-10))), 0, misfit)
 
 
-def _alike(precise: DenseMap, point: Tensor, label: Tensor, explained: float) -> float:
-    """Root mean square distance per pixel at which the images of a batch pass for their mean.
+def _alike(precise: DenseMap, axes: _Axes, point: Tensor, label: Tensor, explained: float) -> float:
+    """Root mean square error per pixel at which two images of a batch pass for one image.
 
-    Two images x +- h have the update of x but for z''[h, h] / 2, which is hidden where it is no longer than
-    `explained`. The least of PAIRS random h decides.
+    The update of a batch of x +- h is that of x but for a term of second order in h. One image nearby reproduces a part
+    of it, and the rest is hidden where it is no longer than `explained`. The worst of PAIRS random h decides.
     """
     generator = torch.Generator().manual_seed(2)
-    shift = STEP * torch.randn(PAIRS, len(point), generator=generator, dtype=torch.float64).to(point.device)
-    ahead, behind = (precise(point + side * shift, label) for side in (1, -1))
-    bent = ((ahead + behind) / 2 - precise(point[None], label)).norm(dim=1).min()
-    return STEP * (explained / max(float(bent), 1e-300)) ** 0.5
+    shift = STEP * torch.randn(PAIRS, 1, len(point), generator=generator, dtype=torch.float64).to(point.device)
+    bent = precise.together(point + torch.cat([shift, -shift], dim=1), label) - precise(point[None], label)
+    moves = axes.moves(bent)
+    rest = (axes.sketched(bent) - (moves @ axes.directions.T) @ axes.jacobian.double()).norm(dim=1)
+    growth = explained / rest.clamp_min(1e-300)  # of h, squared
+    return float((STEP * growth.sqrt() + growth * moves.norm(dim=1) / len(point) ** 0.5).max())
 
 
 @dataclass(frozen=True)
@@ -234,9 +240,13 @@ class _Axes:
         """bool [p]: axes whose curvature is more than rounding."""
         return self.curvature > RELIABLE * self.curvature.sum()
 
+    def sketched(self, rows: Tensor) -> Tensor:
+        """Rows [n, R] float64 -> [n, m]."""
+        return _sketched(rows, self.bucket, self.sign)
+
     def moves(self, errors: Tensor) -> Tensor:
         """Moves of the image along the axes by errors of z [n, R]: [n, p] float64, infinite along unreliable axes."""
-        pulls = (_sketched(errors, self.bucket, self.sign).float() @ self.jacobian.T).double() @ self.directions
+        pulls = (self.sketched(errors).float() @ self.jacobian.T).double() @ self.directions
         return torch.where(self.reliable, pulls / self.curvature, torch.inf)
 
 

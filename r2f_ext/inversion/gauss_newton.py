@@ -121,8 +121,12 @@ class UpdateMap:
 
     def __call__(self, points: Tensor, label: Tensor) -> Tensor:
         """Points [n, c * h * w] in [0, 1], all of one label [1] -> [n, R]."""
+        return self.together(points[:, None], label)
+
+    def together(self, batches: Tensor, label: Tensor) -> Tensor:
+        """Batches [n, b, c * h * w] of one label [1], each of one step -> [n, R]."""
         with Capture(self.target) as capture:
-            gradient = capture(points.unflatten(1, self.shape)[:, None], label.expand(len(points))[:, None])
+            gradient = capture(batches.unflatten(2, self.shape), label.expand(batches.shape[:2]))
         return flat_units({name: u.detach() for name, u in project(self.target, gradient, self.a).items()})
 
     def jacobian(self, point: Tensor, label: Tensor, basis: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ steps.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,13 @@ class UnrolledMap:
         """Points [n, owned * c * h * w] in [0, 1], all of the labels [owned] -> [n, R]."""
         images = points.unflatten(1, self._shape)
         victims = simulate(self.target, self.a0, images, labels.expand(len(points), -1), self.training)
+        return self.observation(victims.a, victims.b)
+
+    def together(self, batches: Tensor, label: Tensor) -> Tensor:
+        """Batches [n, b, c * h * w] of one label [1], each the batch of every step -> [n, R]."""
+        images = batches.unflatten(2, self._shape[1:])
+        training = replace(self.training, batch=images.shape[1], samples=None)
+        victims = simulate(self.target, self.a0, images, label.expand(images.shape[:2]), training)
         return self.observation(victims.a, victims.b)
 
     def observation(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
