@@ -208,7 +208,7 @@ def test_layers_that_do_not_reach_the_logits():
     with Capture(target_of(base, ("used", "unused"))) as capture:
         found = capture(*inputs)
     assert found.dense("used").any() and not found.dense("unused").any()
-    with Capture(target_of(base, ("used", "idle"))) as capture, pytest.raises(R2FError, match="idle .* does not run"):
+    with Capture(target_of(base, ("used", "idle"))) as capture, pytest.raises(R2FError, match=r"idle .* does not run"):
         capture(*inputs)
     with Capture(target_of(base, ("unused",))) as capture, pytest.raises(R2FError, match="no adapted layer"):
         capture(*inputs)
