@@ -33,7 +33,7 @@ from r2f_ext.data import load_images
 from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, gauss_newton
 from r2f_ext.models import load_base
-from r2f_ext.models.base import unfuse_attention
+from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, simulate
 from r2f_ext.types import AdaptedLayer, BaseModel, Reconstruction, Target
 

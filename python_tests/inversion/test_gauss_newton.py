@@ -19,7 +19,7 @@ from r2f_ext.inversion.gauss_newton import (
     gauss_newton,
     search,
 )
-from r2f_ext.models.base import unfuse_attention
+from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.types import Reconstruction
 
 NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
