@@ -148,7 +148,7 @@ def test_an_exact_image_without_private_images_is_said_and_not_called_unscored(p
 
 def test_pictures_keep_their_shape_and_carry_their_figures(pages):
     _, reader = pages["two"]
-    assert len(reader.images) == 2 * (1 + 2 + 4)  # originals, routes, controls
+    assert len(reader.images) == 2 * (1 + 2 + 6)  # originals, routes, controls
     for image in reader.images:
         with Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))) as read:
             assert read.size == (64, 48) == (int(image["width"]), int(image["height"]))
@@ -163,7 +163,7 @@ def test_pictures_keep_their_shape_and_carry_their_figures(pages):
 def test_many_victims_are_cut_with_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_VICTIMS", 6)
     _, reader = page_of(tmp_path / "r.html", [victims(7)])
-    assert "The first 6 of 7 victims" in reader.text and len(reader.images) == 6 * 7
+    assert "The first 6 of 7 victims" in reader.text and len(reader.images) == 6 * 9
 
 
 def test_routes_say_why_who_and_which_labels(pages):
