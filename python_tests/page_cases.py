@@ -62,7 +62,7 @@ def victims(count=1, shape=(1, 32, 32), name="my-adapter", private=True, exact=T
         "judged_route": "amortised",
         "pairing": "Victims and private images are paired by assignment on the reconstructions." if private else None,
         "verdict": "The adapter gave away 1.3 dB.",
-        "notes": ["1 of 1 updates lie far from every proxy update."],
+        "notes": ["The update lies far from every proxy update."],
     }
     return part, figures
 

@@ -37,7 +37,8 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     assert [part["proxy"] for part in report["reconstruction"].values()] == ["embedded", "procedural", "procedural"]
     assert set(report["proxies"]) == {"embedded", "procedural"}
     assert report["decoders"] == report["proxies"]["embedded"]["decoders"]
-    assert len(report["target"]["layers"]) == 16 and not report["target"]["identifiable"]["patch_position"]
+    assert len(report["target"]["layers"]) == 16
+    assert not report["target"]["identifiable"]["patch_position"]  # adapters show no exact gradient
     assert {f["route"] for f in report["phase0"]} == {"patch_position", "attention_rowspace"}
     assert min(f["psnr_db_mean"] for f in report["phase0"]) > 40
     assert {"victims", "phase 0", "embedded: pairs", "procedural: matching", "total"} <= set(report["seconds"])

@@ -156,7 +156,7 @@ def test_pictures_keep_their_shape_and_carry_their_figures(pages):
     assert sum("✓ exact to 78 dB" in image["alt"] for image in reader.images) == 2
     assert "control: other adapter" in reader.text
     _, many = pages["many"]
-    assert len(many.images) == 11 * (1 + 2 + 4 + 1) + 4 * (1 + 1 + 4)
+    assert len(many.images) == 11 * (1 + 2 + 6 + 1) + 4 * (1 + 1 + 6)
     assert "7 of 11" not in many.text and "exact to 78 dB: 8 of 11 (victim 1, victim 2, victim 4" in many.text
 
 

@@ -19,6 +19,7 @@ from r2f_ext.inversion.gauss_newton import (
     gauss_newton,
     search,
 )
+from r2f_ext.models.base import unfuse_attention
 from r2f_ext.types import Reconstruction
 
 NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
@@ -29,6 +30,7 @@ SHAPE = torch.Size((3, 8, 8))
 def problem():
     """target, A, updates of two images of which only 40 directions are unknown, the images, labels, the subspace."""
     base = small_vit(img_size=8, embed_dim=64)
+    unfuse_attention(base.model)
     target = target_of(base, NAMES, rank=8)
     torch.manual_seed(0)
     a = {

@@ -206,4 +206,5 @@ def _far_notes(far: Tensor) -> tuple[str, ...]:
     count = int(far.sum())
     if count == 0:
         return ()
-    return (f"{count} of {len(far)} updates lie far from every proxy update: the proxy may not fit this data.",)
+    which = "The update lies" if len(far) == 1 else f"{count} of {len(far)} updates {'lies' if count == 1 else 'lie'}"
+    return (f"{which} far from every proxy update: the proxy may not fit this data.",)

@@ -129,8 +129,8 @@ def _load(folder: Path, spec: str, config: PretrainedConfig, num_classes: int | 
         how = "lack" if name in found["missing_keys"] else "hold another shape of"
         raise R2FError(f"the weights of '{spec}' {how} {name}, which its config.json asks for: save both with {SAVE}.")
     model.register_forward_hook(_logits if has_classifier else _features)
-    own_head = has_classifier and not heads
-    return model, int(config.num_labels) if own_head or (has_classifier and num_classes is not None) else 0
+    usable = has_classifier and (not heads or num_classes is not None)  # a head made anew waits for the adapter's
+    return model, (config.num_labels or 0) if usable else 0
 
 
 @contextmanager
@@ -197,8 +197,9 @@ def _per_channel(value: Any, channels: int) -> tuple[float, ...]:
 def _size(value: Any) -> tuple[int, int] | None:
     """(height, width) of a size in preprocessor_config.json: a number, or height and width, or the shortest edge."""
     if isinstance(value, dict):
-        edges = (value.get("height", value.get("shortest_edge")), value.get("width", value.get("shortest_edge")))
-        return None if None in edges else (int(edges[0]), int(edges[1]))
+        edge = value.get("shortest_edge")
+        height, width = value.get("height", edge), value.get("width", edge)
+        return None if height is None or width is None else (int(height), int(width))
     return None if value is None else (int(value), int(value))
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from route_cases import posed
 
+from r2f_ext.inversion.counting import rank_limited
 from r2f_ext.inversion.routes.amortised import Amortised
 from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 
@@ -23,5 +24,8 @@ def test_its_verdict_counts_the_update() -> None:
     problem, _ = posed()
     assert problem.target is not None
     verdict = AmortisedRefined().verdict(problem)
-    assert verdict.equations == sum(layer.rank * layer.d_out for layer in problem.target.layers)
+    layers, tokens = problem.target.layers, problem.effective_tokens
+    entries = sum(layer.rank * layer.d_out for layer in layers)
+    independent = [rank_limited(tokens[layer.name], layer.d_out, layer.rank) for layer in layers]
+    assert verdict.equations == sum(independent) < entries
     assert verdict.unknowns == 768 and "without a guarantee" in verdict.why

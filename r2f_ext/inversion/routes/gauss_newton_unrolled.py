@@ -62,7 +62,7 @@ def _refusal(problem: Problem) -> str | None:
     if pixels > MAX_PIXELS:
         return too_large(pixels)
     if training is None:
-        return None
+        return "the victims' training recipe is not known (r2f pairs --steps, ...)" if problem.adapters else None
     if training.plain_step:
         return "the victims took one plain SGD step, which gauss_newton models"
     if training.dropout:
