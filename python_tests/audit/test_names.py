@@ -1,7 +1,7 @@
 """Words for people: every route and control has one, and numbers agree with their nouns."""
 
 from r2f_ext.audit.controls import Controls
-from r2f_ext.audit.names import CONTROLS, counted, layers_in_words, leading_sentences, row_name, span
+from r2f_ext.audit.names import CONTROLS, counted, layers_in_words, row_name, span
 from r2f_ext.inversion.routes import registry
 
 
@@ -27,10 +27,3 @@ def test_layers_in_words_keep_whole_layers_apart():
     assert layers_in_words([lora]) == "1 adapted layer, rank 8, scale 2"
     assert layers_in_words([lora, whole]) == "1 adapted layer, rank 8, scale 2, 1 layer saved whole"
     assert layers_in_words([whole, whole]) == "2 layers saved whole"
-
-
-def test_sentences_on_means_are_set_apart():
-    assert leading_sentences(["It leaks.", "Tried: a.", "Not tried: b. Why.", "No proof."]) == [
-        "It leaks.",
-        "No proof.",
-    ]

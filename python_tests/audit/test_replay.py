@@ -84,7 +84,7 @@ def edited(recorded, to, **fields):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"schema": 2}, "has schema 2, and this version reads 1"),
+        ({"schema": 3}, "has schema 3, and this version reads 1 to 2"),
         ({"inputs": None}, "a demo is repeated by r2f demo"),
         ({"inputs": {"adapters": []}}, "the inputs in .* are not what this version writes"),
         ({"config": {"seed": 0}}, "the config is not one that this version writes"),

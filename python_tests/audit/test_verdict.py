@@ -6,7 +6,6 @@ import torch
 from r2f_ext.audit import verdict
 from r2f_ext.audit.verdict import (
     CONFIDENCE,
-    JUDGED_ROUTE,
     NO_PROOF,
     ExactImage,
     LeakVerdict,
@@ -121,26 +120,19 @@ def exact_image(victim: int, bound: float | None = 78.4, exact: bool = True) -> 
 
 def test_an_exact_image_is_said_first_and_needs_no_private_images():
     unscored = LeakVerdict(None, sentences=("No private images were given.",))
-    found = conclude(
-        {"a": unscored}, [exact_image(0), exact_image(2, 90.0)], ["gauss_newton"], {"matching": "Failed: x."}
-    )
+    found = conclude({"a": unscored}, [exact_image(0), exact_image(2, 90.0)])
     assert found.leak is True
     assert found.sentences[0] == "Recovered exactly by gauss_newton: training images 1, 3, to 78 dB or more."
-    assert found.sentences[1:] == (
-        "No private images were given.",
-        "Tried: gauss_newton.",
-        "Not tried: matching. Failed: x.",
-        NO_PROOF,
-    )
+    assert found.sentences[1:] == ("No private images were given.", NO_PROOF)
 
 
 @pytest.mark.parametrize(
     "one", [exact_image(0, None), exact_image(0, None, exact=False), exact_image(0, 20.0, exact=False)]
 )
 def test_what_is_not_exact_or_not_bounded_is_not_said_to_be_recovered(one):
-    found = conclude({"a": LeakVerdict(None, sentences=("x",))}, [one], [], {})
+    found = conclude({"a": LeakVerdict(None, sentences=("x",))}, [one])
     assert found.leak is None and not any("Recovered exactly" in text for text in found.sentences)
-    assert found.sentences[-2:] == ("No route was tried.", NO_PROOF)
+    assert found.sentences[-1] == NO_PROOF
 
 
 def test_a_report_of_several_sets_names_them_and_leads_with_the_leak():
@@ -148,6 +140,6 @@ def test_a_report_of_several_sets_names_them_and_leads_with_the_leak():
         "a": LeakVerdict(False, 0.1, (-1.0, 1.0), sentences=("No.",)),
         "b": judge(scores(16.0), controls(1), NEAR, 0),
     }
-    found = conclude(sets, [], [JUDGED_ROUTE], {})
+    found = conclude(sets, [])
     assert found.leak is True and found.beyond_control_db == pytest.approx(3.5)
     assert found.sentences[0] == "a: No." and found.sentences[1].startswith("b: The adapter gave away")

@@ -86,7 +86,7 @@ def test_a_wrong_type_or_range_is_named(field, value, read):
 def test_the_sentences_name_value_and_remedy(read):
     assert 'has r = "eight": it must be a whole number from 1 to 65536.' in refused(read, r="eight")
     assert "has lora_alpha = 0: it must be a number other than 0" in refused(read, lora_alpha=0)
-    assert "is of a IA3 adapter: only plain LoRA" in refused(read, peft_type="IA3")
+    assert "has peft_type IA3: only plain LoRA" in refused(read, peft_type="IA3")
     assert "does not say which modules it adapts" in refused(read, target_modules=[])
     assert "which is no regular expression (missing )" in refused(read, target_modules="(")
     assert "could search for minutes" in refused(read, target_modules="(a+)+$")

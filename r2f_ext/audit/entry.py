@@ -61,7 +61,7 @@ def audit(
 
     Args:
         adapters: folders as PEFT's save_pretrained writes them.
-        base: `embedded`, `timm:NAME` or a folder, see `load_base`.
+        base: `embedded`, `timm:NAME`, `timm-random:NAME`, `transformers:OWNER/NAME` or a folder, see `load_base`.
         proxy: public images, see `load_images`.
         private: the true training images to score against, as `proxy`, or `DATA:INDEX` for one of them.
         out: folder for report.json, report.html, reconstructions.png and the decoded gradients; None writes nothing.

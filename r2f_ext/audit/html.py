@@ -12,7 +12,7 @@ import jinja2
 from torch import Tensor
 
 from r2f_ext.audit.figures import Row, closed_form_rows, png_bytes, rows_of
-from r2f_ext.audit.names import counted, layers_in_words, leading_sentences, row_name
+from r2f_ext.audit.names import counted, layers_in_words, row_name
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.sets import SetReport
 from r2f_ext.files import write_text
@@ -46,7 +46,7 @@ def write_html(
             report=data,
             victims=victims,
             adapter_count=len(data["adapters"]) or max(part.count for part in sets),
-            sentences=leading_sentences(data["verdict"]["sentences"]),
+            sentences=data["verdict"]["sentences"],
             exact=_exact(data, victims),
             grids={part.name: _groups(rows_of(part, data["reconstruction"][part.name]), part.count) for part in sets},
             labels={part.name: _labels(part) for part in sets},

@@ -49,8 +49,3 @@ def layers_in_words(layers: Sequence[dict[str, Any]]) -> str:
 def counted(count: int, name: str) -> str:
     """`1 adapter`, `2 adapters`."""
     return f"{count:,} {name}{'' if count == 1 else 's'}"
-
-
-def leading_sentences(sentences: Sequence[str]) -> list[str]:
-    """The sentences of a verdict without those on what was tried and not tried, which have a section of their own."""
-    return [one for one in sentences if not one.startswith(("Tried:", "Not tried:"))]

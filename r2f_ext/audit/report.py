@@ -81,7 +81,7 @@ class AuditReport:
     def verdict(self) -> LeakVerdict:
         """The conclusion over all sets."""
         exact = [one for part in self.sets for one in part.exact()]
-        return conclude({part.name: part.judgement for part in self.sets}, exact, self.tried, self.not_tried)
+        return conclude({part.name: part.judgement for part in self.sets}, exact)
 
     def to_json(self) -> dict[str, Any]:
         """The data of report.json: plain dicts, lists, numbers and strings."""

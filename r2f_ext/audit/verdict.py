@@ -188,15 +188,12 @@ class ExactImage:
     words: str
 
 
-def conclude(
-    sets: Mapping[str, LeakVerdict], exact: Sequence[ExactImage], tried: Sequence[str], not_tried: Mapping[str, str]
-) -> LeakVerdict:
-    """The verdict of a report: what is exact first, then the test of each set, then what was and was not tried.
+def conclude(sets: Mapping[str, LeakVerdict], exact: Sequence[ExactImage]) -> LeakVerdict:
+    """The verdict of a report: what is exact first, then the test of each set, and that this proves no safety.
 
     Args:
         sets: set -> its verdict.
         exact: of every route that says so, victim by victim.
-        tried: routes that ran; not_tried: the others -> why.
     """
     recovered = [one for one in exact if one.exact and one.bound_db is not None]
     order = sorted(sets.values(), key=lambda one: {True: 0, False: 1, None: 2}[one.leak])
@@ -204,8 +201,6 @@ def conclude(
     sentences = list(_exact_sentences(recovered, sets))
     for name, one in sets.items():
         sentences += [f"{name}: {text}" if len(sets) > 1 else text for text in one.sentences]
-    sentences.append(f"Tried: {', '.join(tried)}." if tried else "No route was tried.")
-    sentences += [f"Not tried: {route}. {why}" for route, why in not_tried.items()]
     return LeakVerdict(
         True if recovered else leading.leak,
         leading.beyond_control_db,

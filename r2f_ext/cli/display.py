@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from r2f_ext.audit.names import counted, layers_in_words, leading_sentences, row_name
+from r2f_ext.audit.names import counted, layers_in_words, row_name
 from r2f_ext.progress import Advance, Stages
 
 PIPE_WIDTH = 10_000  # wider than any row: what reads a pipe finds each row on one line
@@ -118,7 +118,7 @@ def print_verdicts(verdicts: list[tuple[str, bool, str]]) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     """The verdict and the figures of an audit, from the data of report.json."""
-    _print_verdict(leading_sentences(report["verdict"]["sentences"]))
+    _print_verdict(report["verdict"]["sentences"])
     for facts in report["adapters"]:
         print_notes([f"{facts['name']}: {sentence}" for sentence in (*facts["leaks"], *facts["notes"])])
     print_notes(report["notes"])

@@ -141,7 +141,7 @@ def read_config(path: Path) -> AdapterConfig:
     raw, where = read_json(path), plain(path, 400)
     kind = raw.get("peft_type")
     if kind != "LORA":
-        what = "names no peft_type" if kind is None else f"is of a {plain(kind, 60)} adapter"
+        what = "names no peft_type" if kind is None else f"has peft_type {plain(kind, 60)}"
         raise R2FError(f"{where} {what}: only plain LoRA (peft_type LORA) is supported.")
     init = start_of(raw.get("init_lora_weights", True), where)
     _refuse_variants(raw, where)
