@@ -158,7 +158,7 @@ def _gauss_newton(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--gauss-newton",
         action="store_true",
-        help="also search for the exact image of a one-step, one-image adapter; about a minute each on 2 cores",
+        help="also search for the exact image of a one-step, one-image adapter; a few minutes each on 2 cores",
     )
 
 
