@@ -1,6 +1,6 @@
 """How often the word "exact" is wrong: searches whose image is known, and the bound that is claimed for each.
 
-    python benchmarks/inversion/exactness_study.py --victims 20 --json benchmarks/results/0.1.0/exactness.json
+    python benchmarks/inversion/exactness_study.py --victims 16 --json benchmarks/results/0.1.0/exactness.json
     python benchmarks/inversion/exactness_study.py --base embedded --victims 1 --json FILE
 
 Each case differs in one thing from the search's assumptions: layers that leave the image free, files in half precision,
@@ -126,7 +126,7 @@ CASES = {
 def main() -> None:
     parser = json_parser(__doc__, required=True)
     parser.add_argument("--base", choices=("tiny", "embedded"), default="tiny")
-    parser.add_argument("--victims", type=int, default=20, help="of each case")
+    parser.add_argument("--victims", type=int, default=16, help="of each case")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(CASES), help=f"of {', '.join(CASES)}")
     options = parser.parse_args()
     path = Path(options.json)
@@ -139,9 +139,10 @@ def main() -> None:
             for row in searched(base, CASES[name], some):
                 print({"case": name, **row}, flush=True)
                 record["rows"].append({"base": options.base, "case": name, **row})
-            record["summary"] = summary(record["rows"])
-            write_json(path, record)
-    for line in summary(record["rows"]):
+            write_json(path, record | {"summary": summary(record["rows"])})
+    record["summary"] = summary(record["rows"])
+    write_json(path, record)
+    for line in record["summary"]:
         print(line)
 
 
