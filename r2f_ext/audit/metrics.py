@@ -38,13 +38,17 @@ class Score:
     psnr_db_median: float
     ssim_mean: float
 
+    @staticmethod
+    def of(psnr: Tensor, similarity: Tensor) -> Score:
+        """From each image's PSNR in dB and SSIM, [n] each."""
+        return Score(
+            float(psnr.mean()),
+            float(psnr.std(correction=0)),
+            float(psnr.quantile(0.5)),
+            float(similarity.mean()),
+        )
+
 
 def score(images: Tensor, originals: Tensor) -> Score:
     """Score reconstructions [n, c, h, w] against originals, in order."""
-    psnr = psnr_db(images, originals)
-    return Score(
-        float(psnr.mean()),
-        float(psnr.std(correction=0)),
-        float(psnr.quantile(0.5)),
-        float(ssim(images, originals).mean()),
-    )
+    return Score.of(psnr_db(images, originals), ssim(images, originals))

@@ -76,7 +76,8 @@ class AuditReport:
         reasons: dict[str, str] = {}
         for result in self.results.values():
             reasons |= refusals(result.problem, result.verdicts, later=LATER) | result.not_run
-        return {route: reasons.get(route, NOT_ASKED) for route in registry() if route not in self.tried}
+        tried = self.tried
+        return {route: reasons.get(route, NOT_ASKED) for route in registry() if route not in tried}
 
     def verdict(self) -> LeakVerdict:
         """The conclusion over all sets."""
@@ -123,7 +124,7 @@ class AuditReport:
 
     def _verdict_to_json(self) -> dict[str, Any]:
         found = self.verdict()
-        used = [*self.tried, *self.not_tried]
+        tried, not_tried, routes = self.tried, self.not_tried, registry()
         return {
             "leak": found.leak,
             "beyond_control_db": found.beyond_control_db,
@@ -132,9 +133,9 @@ class AuditReport:
             "p_value": found.p_value,
             "judged_route": JUDGED_ROUTE,
             "exact": [asdict(one) for part in self.sets for one in part.exact()],
-            "threat_model": {route: registry()[route].threat_model for route in used},
-            "tried": self.tried,
-            "not_tried": [{"route": route, "why": why} for route, why in self.not_tried.items()],
+            "threat_model": {route: routes[route].threat_model for route in (*tried, *not_tried)},
+            "tried": tried,
+            "not_tried": [{"route": route, "why": why} for route, why in not_tried.items()],
             "sentences": list(found.sentences),
         }
 

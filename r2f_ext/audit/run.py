@@ -126,7 +126,8 @@ def run_audit_stages(
     )
     outcome = run_routes(posed, verdicts, names, stages)
     with stages.stage("control"):
-        far = proxies.ridge.far_from_proxy(observed, problem.known_labels).cpu()
+        found_labels = proxies.ridge.find_labels(observed, problem.known_labels)
+        far = proxies.ridge.far_from_proxy(observed, found_labels).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
         found = {part.route: part.images for part in outcome.reconstructions}
         estimate = (
@@ -145,7 +146,7 @@ def run_audit_stages(
         outcome.not_run,
         estimate,
         stranger,
-        proxies.ridge.find_labels(observed, problem.known_labels).cpu(),
+        found_labels.cpu(),
         simulated,
         far,
         dict(stages.seconds),

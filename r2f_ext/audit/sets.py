@@ -12,7 +12,7 @@ from torch import Tensor
 from r2f_ext.audit.accuracy import true_cosines
 from r2f_ext.audit.controls import Controls, has_class, make_controls, simulated_psnr
 from r2f_ext.audit.inputs import pair_up
-from r2f_ext.audit.metrics import Score, psnr_db, score, ssim
+from r2f_ext.audit.metrics import Score, psnr_db, ssim
 from r2f_ext.audit.run import AuditResult
 from r2f_ext.audit.verdict import JUDGED_ROUTE, UNSCORED, ExactImage, LeakVerdict, judge
 from r2f_ext.data import ImageSet
@@ -53,12 +53,6 @@ class SetReport:
     true_cosines: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     far: Tensor | None = None
     pairing: str | None = None
-
-    def scores(self) -> dict[str, Score]:
-        """route -> figures; empty without originals."""
-        if self.originals is None:
-            return {}
-        return {r.route: score(r.images.cpu(), self.originals) for r in self.reconstructions}
 
     def control_psnr(self) -> dict[str, float]:
         """control -> mean PSNR in dB; empty without originals."""
@@ -105,11 +99,8 @@ class SetReport:
         right = None
         if self.originals is not None:
             images = found.images.cpu()
-            figures = {
-                **asdict(score(images, self.originals)),
-                "psnr_db": psnr_db(images, self.originals).tolist(),
-                "ssim": ssim(images, self.originals).tolist(),
-            }
+            psnr, similarity = psnr_db(images, self.originals), ssim(images, self.originals)
+            figures = {**asdict(Score.of(psnr, similarity)), "psnr_db": psnr.tolist(), "ssim": similarity.tolist()}
         if self.labels is not None and found.labels is not None:
             right = float((found.labels.cpu() == self.labels).float().mean())
         return {

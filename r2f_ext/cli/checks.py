@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from r2f_ext.cli.options import BASE_PREFIXES, BASES, IMAGES, PRIVATE_IMAGES, ROUTES
 from r2f_ext.errors import R2FError
+from r2f_ext.json_file import read_json_file
 
 MIN_AUDIT_PAIRS = 40  # r2f_ext.audit.run.MIN_PAIRS; a test compares them
 MAX_SEED = 2**62  # torch's generators take 64 bits, and some streams add to the seed
@@ -148,12 +148,7 @@ def _holds(folder: Path, file: str, what: str, command: str) -> None:
 def _report(path: Path) -> None:
     """Check that it is a JSON object with the fields of a report; the library reads it again and checks the rest."""
     remedy = "name a report.json that r2f audit wrote"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise R2FError(f"'{path}' cannot be read ({error.strerror or error}): {remedy}.") from error
-    except (ValueError, RecursionError) as error:
-        raise R2FError(f"'{path}' is not JSON: {remedy}.") from error
+    data = read_json_file(path, "not JSON", remedy)
     if not isinstance(data, dict) or "schema" not in data or "reconstruction" not in data:
         raise R2FError(f"'{path}' is not a report: {remedy}.")
 

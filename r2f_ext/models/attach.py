@@ -51,8 +51,8 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
 
     Returns:
         (target, update); factors are float32 (float64 stays float64) on the base's device. Where the file holds the
-        start of its factors, they are split, see `split_start`. The notes
-        of the target's base say what could not be checked.
+        start of its factors, they are split, see `split_start`. The notes of the target's base say what could not be
+        checked.
 
     Raises:
         R2FError: the adapter names layers or shapes that the base does not have, wraps a kind of layer other than

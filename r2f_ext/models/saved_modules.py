@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, listed
 from r2f_ext.models.adapter_files import AdapterFiles
 from r2f_ext.models.facts import AdapterFacts
 from r2f_ext.models.saved_head import HeadLeak, head_leak, is_head, new_head_leak
@@ -283,7 +283,4 @@ def _flat(values: Iterable[Tensor]) -> Tensor:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names for a sentence: the first few, and how many more there are."""
-    names = list(names)
-    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + rest
+    return listed(list(names), LISTED)

@@ -33,13 +33,13 @@ from transformers.utils import logging
 
 from r2f_ext.errors import R2FError, reason
 from r2f_ext.models.hub import hub_folder
+from r2f_ext.models.saved_head import HEADS
 from r2f_ext.types import BaseModel
 
 PREPROCESSOR = "preprocessor_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAVE = "model.save_pretrained(folder)"
 FETCHED = ("config.json", PREPROCESSOR, "model*.safetensors", INDEX)
-HEADS = ("classifier", "head", "fc", "cls_classifier", "distillation_classifier")  # what transformers calls heads
 # Pixel statistics that the published models of a type were trained with, where no preprocessor_config.json says.
 STATISTICS = {
     **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)),

@@ -28,6 +28,7 @@ from torch import Tensor
 from r2f_ext import distributed
 from r2f_ext.errors import R2FError
 from r2f_ext.files import need_space, output_folder, sha256, sha256_of, write_atomically, write_tensors, write_text
+from r2f_ext.json_file import read_json_file
 from r2f_ext.pairs.generate import PairSource
 from r2f_ext.progress import Advance
 from r2f_ext.types import PairBatch
@@ -160,12 +161,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         R2FError: it cannot be read, or it is not what `write_pairs` wrote.
     """
     remedy = "delete the folder and run r2f pairs again, or name another one"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise R2FError(f"'{path}' cannot be read ({error.strerror or error}): {remedy}.") from error
-    except (ValueError, RecursionError) as error:
-        raise R2FError(f"'{path}' is damaged: {remedy}.") from error
+    manifest = read_json_file(path, "damaged", remedy)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list) or "schema" not in manifest:
         raise R2FError(f"'{path}' is damaged: {remedy}.")
     return manifest
