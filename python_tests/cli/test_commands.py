@@ -97,7 +97,7 @@ def test_invert_and_audit_search_for_the_exact_image(stages, tmp_path, capsys):
     options = ("--pairs", stages.pairs, "--out", out, "--json", tmp_path / "i.json")
     assert run("invert", stages.adapter, "--gauss-newton", *options) == 0
     route = json.loads((tmp_path / "i.json").read_text())["routes"]["gauss_newton"]
-    assert "of 1 images reproduce their update" in route["why"] and route["per_victim"]["passes"][0] >= 1
+    assert "of 1 images are exact" in route["why"] and route["per_victim"]["passes"][0] >= 1
     assert (out / "gauss_newton.png").is_file()
     audit = (
         "audit",
