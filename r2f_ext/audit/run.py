@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from r2f_ext.audit.accuracy import Figures, score_and_decode
+from r2f_ext.audit.base_check import BaseCheck, check_base
 from r2f_ext.audit.controls import Simulated, simulate
 from r2f_ext.audit.memory import fit_to_memory
 from r2f_ext.config import AuditConfig
@@ -47,6 +48,7 @@ class AuditResult:
         labels: int64 [V], as the amortised route finds them or a saved head tells them.
         simulated: what the amortised route makes of noise and of strangers; None where that failed, see `notes`.
         far_from_proxy: bool [V], victims whose update resembles no proxy update.
+        base_check: whether the updates can come from the base's weights.
         seconds: stage -> wall time.
         config: the sizes and seeds used, after `fit_to_memory`.
         notes: sentences that qualify the figures.
@@ -66,6 +68,7 @@ class AuditResult:
     labels: Tensor
     simulated: Simulated | None
     far_from_proxy: Tensor
+    base_check: BaseCheck
     seconds: dict[str, float]
     config: AuditConfig
     notes: tuple[str, ...]
@@ -127,6 +130,7 @@ def run_audit_stages(
     outcome = run_routes(posed, verdicts, names, stages)
     with stages.stage("control"):
         found_labels = proxies.ridge.find_labels(observed, problem.known_labels)
+        base_check = check_base(posed)
         far = proxies.ridge.far_from_proxy(observed, found_labels).cpu()
         stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
         found = {part.route: part.images for part in outcome.reconstructions}
@@ -149,9 +153,10 @@ def run_audit_stages(
         found_labels.cpu(),
         simulated,
         far,
+        base_check,
         dict(stages.seconds),
         config,
-        (*_notes(problem), *failure),
+        (*_notes(problem), *base_check.notes, *failure),
     )
 
 
