@@ -6,7 +6,8 @@ the classifier reads the class token alone, D of the last block has one row d, a
     B_o = d (A_o y)^T        B_v,h = (W_o,h^T d) (A_v x_h)^T        (up to the learning rate and the scales)
 for any image, label and learning rate. B_o shows d, so each head's columns of B_v are known from W_o alone: the
 relative residual is the part of B_v outside of them. It is rounding at the right weights and about sqrt(1 - H/e) at
-unrelated ones. That a layer obeys the relation is itself tested, on updates of proxy images at this base.
+unrelated ones. That D has one row is measured (`Problem.effective_tokens`), and that the layers are those of the
+relation is tested on updates of proxy images at this base.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from r2f_ext.decoders import Updates
-from r2f_ext.errors import expected
+from r2f_ext.errors import R2FError, expected, reason
 from r2f_ext.inversion.route import Problem
 from r2f_ext.types import Target
 
@@ -113,10 +114,13 @@ class BaseCheck:
 
 def check_base(problem: Problem) -> BaseCheck:
     """Test the adapters of a problem, with `observed`, `proxies`, `adapters` and `evidence`, against its base."""
+    failed = "The weights of the base could not be checked:"
     try:
         return _check(problem)
-    except (RuntimeError, MemoryError) as error:
-        return _undecided(problem.victims, f"The weights of the base could not be checked: {expected(error)}")
+    except torch.linalg.LinAlgError as error:
+        return _undecided(problem.victims, f"{failed} {reason(error)}.")
+    except (R2FError, RuntimeError, MemoryError) as error:
+        return _undecided(problem.victims, f"{failed} {expected(error)}")
 
 
 def _check(problem: Problem) -> BaseCheck:
@@ -125,7 +129,8 @@ def _check(problem: Problem) -> BaseCheck:
     made = {
         layer.name: proxies.updates[layer.name][:PROXIES].unflatten(1, (layer.d_out, -1)) for layer in target.layers
     }
-    for relation in relations(target):
+    one_token = [one for one in relations(target) if problem.effective_tokens[one.outer] == 1]
+    for relation in one_token:
         on_proxies = residual(relation, made)
         at_most = float(on_proxies.relative.max())
         if bool(on_proxies.one_image.all()) and at_most <= HOLDS:
@@ -197,7 +202,7 @@ def _sentences(layer: str, found: Residual, fits: list[bool | None], at_most: fl
         )
     fitting = [i for i, one in enumerate(fits) if one is True]
     if fitting:
-        fit = "fit" if several else "fits"
+        fit = "fits" if len(fitting) == 1 else "fit"
         yield (
             f"{who(fitting)} {fit} the base's weights of {layer}: the relation that they force on any image holds to "
             f"{float(relative[fitting].max()):.1g}, as in updates made on this base. {OTHER_LAYERS}"
