@@ -9,7 +9,7 @@ from cases import cosine, peft_model, proxy_set, save, target_of, train, victim
 from transformers_cases import classifier
 
 from r2f_ext.audit import base_check
-from r2f_ext.audit.base_check import NO_LAYER, OTHER_LAYERS, check_base, relations, residual
+from r2f_ext.audit.base_check import NO_LAYER, NO_PROXIES, OTHER_LAYERS, check_base, relations, residual
 from r2f_ext.audit.controls import noise_updates
 from r2f_ext.audit.run import run_audit_stages
 from r2f_ext.audit.sets import set_report
@@ -195,6 +195,11 @@ def test_a_layer_that_does_not_obey_the_relation_is_not_used(embedded, folders):
     assert bool(found[LAYER].one_image.all())
     for name, one in found.items():
         assert name == LAYER or float(one.relative.min()) > 0.1
+
+
+def test_without_proxies_nothing_is_checked(embedded, folders):
+    found = check_base(replace(problem_of(embedded, [folders["own", "clothes"]]), proxies=None))
+    assert found.fits == (None,) and found.notes == (NO_PROXIES,) and found.refusal is None
 
 
 def test_a_failure_leaves_a_sentence(embedded, folders, monkeypatch):

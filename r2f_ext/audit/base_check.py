@@ -34,6 +34,7 @@ NO_LAYER = (
     "The weights of the base are not checked: the relation that tests them needs a classifier that reads the class "
     "token alone, and the values and the output projection of the last block among the adapted layers."
 )
+NO_PROXIES = "The weights of the base are not checked: there are no proxy pairs to test the relation on."
 OTHER_LAYERS = "The weights of other layers, the classifier's too, are not checked by this."
 
 
@@ -113,7 +114,7 @@ class BaseCheck:
 
 
 def check_base(problem: Problem) -> BaseCheck:
-    """Test the adapters of a problem, with `observed`, `proxies`, `adapters` and `evidence`, against its base."""
+    """Test the adapters of a problem, with `observed`, `adapters`, `evidence` and `proxies`, against its base."""
     failed = "The weights of the base could not be checked:"
     try:
         return _check(problem)
@@ -125,7 +126,9 @@ def check_base(problem: Problem) -> BaseCheck:
 
 def _check(problem: Problem) -> BaseCheck:
     target, proxies, evidence = problem.target, problem.proxies, problem.evidence
-    assert target is not None and proxies is not None and problem.observed is not None and problem.adapters
+    assert target is not None and problem.observed is not None and problem.adapters
+    if proxies is None:
+        return _undecided(problem.victims, NO_PROXIES)
     made = {
         layer.name: proxies.updates[layer.name][:PROXIES].unflatten(1, (layer.d_out, -1)) for layer in target.layers
     }
