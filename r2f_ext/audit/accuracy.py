@@ -24,7 +24,7 @@ from r2f_ext.types import Gradient, Target
 FLOOR = "projection"  # the decoder without training
 CLASS_PAIRS = 1000  # fitted pairs that class means are taken of
 CLASSES = 10  # class means in memory: of the labels that are most frequent among the held-out pairs
-UNLIKE, UNLIKE_QUANTILE = 0.1, 0.05  # see `estimated_cosine`
+UNLIKE, UNLIKE_QUANTILE = 0.25, 0.05  # see `estimated_cosine`
 LEAST_OF_CLASS = 20  # a mean of fewer gradients says little
 
 Figures = dict[str, dict[str, dict[str, float | None]]]  # layer -> decoder -> name -> value
