@@ -95,3 +95,20 @@ def test_precision_is_of_the_kinds_that_learn(stages, tmp_path):
     assert figures["float32"]["mlp"] != figures["bfloat16"]["mlp"]
     for name, layer in figures["float32"]["mlp"].items():
         assert layer["cosine_mean"] == pytest.approx(figures["bfloat16"]["mlp"][name]["cosine_mean"], abs=0.02)
+
+
+def test_fit_wrote_every_kind(stages):
+    record = json.loads((stages.decoders / "decoders.json").read_text())
+    assert record["kinds"] == ["projection", "row_lmmse", "ridge"] and record["count"] == 32
+    kinds = [f"{kind}.safetensors" for kind in ("projection", "ridge", "row_lmmse")]
+    assert files_under(stages.decoders) == ["decoders.json", *kinds]
+
+
+def test_fit_prints_what_it_says_in_json(stages, tmp_path, capsys):
+    assert run("fit", stages.pairs, "--out", tmp_path / "d", "--json", tmp_path / "fit.json") == 0
+    printed = json.loads((tmp_path / "fit.json").read_text())
+    assert (printed["fitted"], printed["held_out"]) == (32, 8)
+    shown = capsys.readouterr().out
+    for kind in ("projection", "row_lmmse", "ridge"):
+        figures = printed["decoders"][kind]["blocks.0.attn.qkv"]
+        assert f"{figures['cosine_mean']:.3f} ({figures['cosine_p05']:.3f})" in shown
