@@ -12,8 +12,12 @@ EXTRA = $(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproje
 demo: $(VENV)/installed
 	$(BIN)/r2f demo --out $(OUT)
 
+# Two processes of one thread each. The operators' loops are tested with several threads, in one process, and so are the
+# benchmarks, which pytest-benchmark does not run in several.
+ONE_PROCESS := python_tests/ops python_tests/test_benchmarks.py
 test: $(VENV)/installed test-kernels
-	$(BIN)/pytest -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "" -n 2 --dist loadfile -p no:benchmark $(ONE_PROCESS:%=--ignore=%)
+	$(BIN)/pytest -m "" $(ONE_PROCESS)
 
 # The kernels and their ctests, built without torch.
 test-kernels: $(VENV)/installed

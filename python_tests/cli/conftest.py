@@ -1,11 +1,11 @@
-"""Commands of few matching steps, and where they write."""
+"""Commands of few matching steps and simulated controls, and where they write."""
 
 import pytest
 from cli_cases import few_steps
 
 
 @pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
+def _few_steps(few_controls, monkeypatch):
     few_steps(monkeypatch)
 
 

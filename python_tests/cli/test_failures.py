@@ -15,6 +15,7 @@ from cli_cases import NAMES, commands_with_out, files_under, pairs_of, refused, 
 from r2f_ext import files
 from r2f_ext.cli import execute
 from r2f_ext.cli.failures import TRACEBACK
+from r2f_ext.pairs import shards
 
 
 @pytest.fixture
@@ -201,3 +202,18 @@ def test_ctrl_c_while_torch_loads(monkeypatch, capsys, out):
 
     monkeypatch.setattr(importlib, "import_module", stop)
     assert "interrupted" in refused(capsys, "env", code=130)
+
+
+def test_sigterm_between_two_files_leaves_nothing_half_written(stages, out, capsys, monkeypatch):
+    monkeypatch.setattr("r2f_ext.pairs.generate.BATCH_GROUPS", 10)
+    write_shard = shards._write_shard
+
+    def terminated_after(*args):
+        write_shard(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(shards, "_write_shard", terminated_after)
+    line = refused(capsys, *pairs_of(stages.adapter, out), code=143)
+    assert line.startswith("r2f pairs: terminated; nothing half-written was left behind, and the same command goes on")
+    assert (out / "pairs-00000.safetensors").exists() and not (out / "pairs-00001.safetensors").exists()
+    assert not (out / "manifest.json").exists() and not list(out.glob(".*"))

@@ -10,6 +10,7 @@ from cli_cases import files_under, refused, run
 from safetensors.torch import load_file
 
 from r2f_ext.capture import Capture
+from r2f_ext.decoders.mlp import MLP
 from r2f_ext.models import attach, read_adapter
 
 
@@ -85,7 +86,8 @@ def test_a_log_needs_its_package_and_a_kind_that_learns(stages, tmp_path, monkey
     assert not (tmp_path / "log").exists() and not files_under(tmp_path / "d")
 
 
-def test_precision_is_of_the_kinds_that_learn(stages, tmp_path):
+def test_precision_is_of_the_kinds_that_learn(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(MLP, "most_epochs", 3)
     figures = {}
     for precision in ("float32", "bfloat16"):
         words = ("fit", stages.pairs, "--kind", "row_lmmse", "mlp", "--precision", precision)

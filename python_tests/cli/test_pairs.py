@@ -1,7 +1,10 @@
 """`r2f pairs`: the files it writes, runs that go on, and victims that train."""
 
+import io
 import json
+import os
 import shutil
+import sys
 
 import torch
 from cases import cosine, victim
@@ -98,3 +101,13 @@ def test_an_unfinished_run_goes_on_or_starts_anew_and_says_which(stages, out, ca
     (out / "pairs-00000.json").write_text(json.dumps({"name": "pairs-00000.safetensors", "run": "another"}))
     assert run(*pairs_of(stages.adapter, out)) == 0
     assert "unfinished pairs of another recipe: they are removed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_the_terminal_cannot_show(adapter_folder, tmp_path, monkeypatch):
+    """An ASCII terminal, and a folder whose name is not valid in any encoding."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    out = tmp_path / os.fsdecode("ünï→".encode() + b"\xff")
+    assert run("pairs", adapter_folder, "--count", 4, "--proxy", "embedded", "--out", out) == 0
+    shown.flush()
+    assert b"\\u2192" in shown.buffer.getvalue() and (out / "manifest.json").exists()
