@@ -1,6 +1,7 @@
 """`r2f invert`: which routes run, and what is said of those that do not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from cli_cases import FIRST, files_under, refused, run
 from safetensors.torch import load_file, save_file
 
 from r2f_ext.cli import invert
+from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
+from r2f_ext.inversion.routes import registry
 from r2f_ext.models.draws import Trace
 from r2f_ext.models.evidence import NO_BATCH, SHOWN
 
@@ -94,3 +97,19 @@ def test_bad_gradients(damage, stages, tmp_path, out, capsys, monkeypatch):
     words = ("invert", stages.adapter, "--pairs", stages.pairs, "--gradients", path, "--out", out)
     assert str(path) in refused(capsys, *words)
     assert not files_under(out)
+
+
+def test_the_search_for_the_exact_image(stages, tmp_path, monkeypatch, recwarn):
+    """Two passes of the 22 that it may take."""
+    route = type(registry()["gauss_newton"])
+    whole, config = route.run, GaussNewtonConfig(passes=2)
+    monkeypatch.setattr(
+        route, "run", lambda self, problem, advance: whole(self, replace(problem, gauss_newton=config), advance)
+    )
+    out = tmp_path / "i"
+    options = ("--pairs", stages.pairs, "--out", out, "--json", tmp_path / "i.json")
+    assert run("invert", stages.adapter, "--gauss-newton", *options) == 0
+    found = json.loads((tmp_path / "i.json").read_text())["routes"]["gauss_newton"]
+    assert "of 1 images are exact" in found["why"] and found["per_victim"]["passes"] == [2]
+    assert (out / "gauss_newton.png").is_file()
+    assert [str(each.message) for each in recwarn] == []  # nothing of torch's or PEFT's inner workings
