@@ -45,7 +45,7 @@ def test_what_comes_out(audited):
     assert set(result.not_run) == {"adapter_rowspace"} and "Not exact" in result.not_run["adapter_rowspace"]
     assert result.verdicts["gauss_newton"].identifiable
     assert result.notes == audited.result.problem.evidence.sentences
-    assert result.stranger.shape == (1, 3, 32, 32)
+    assert result.estimates.stranger.shape == (1, 3, 32, 32) and result.failed == {}
 
 
 def test_scores_are_held_out(audited):
@@ -78,11 +78,11 @@ def test_decoded_gradients_point_along_the_victims_true_ones(audited):
 
 
 def test_generate_walks_once_and_keeps_every_update(audited):
-    pairs, decoder, units = pairs_of(audited), Projection(), []
-    updates = generate(pairs, 50, [decoder], 30, units.append)
+    pairs, units, failed = pairs_of(audited), [], {}
+    updates = generate(pairs, 50, {"projection": Projection()}, 30, units.append, failed)
     expected = torch.cat([b.updates[pairs.target.names[1]] for b in pairs.batches(0, 50)]).flatten(1)
     torch.testing.assert_close(updates[pairs.target.names[1]], expected, rtol=1e-3, atol=1e-6)
-    assert sum(units) == 50
+    assert sum(units) == 50 and failed == {}
 
 
 def test_the_same_seed_gives_the_same_audit(audited):
@@ -95,7 +95,7 @@ def test_another_seed_draws_another_stranger(audited):
     other = run_audit_stages(
         adapter_problem(audited.target, audited.adapters[:1]), audited.proxy, replace(audited.config, seed=5)
     )
-    assert not torch.allclose(other.stranger, audited.result.stranger, atol=1e-3)
+    assert not torch.allclose(other.estimates.stranger, audited.result.estimates.stranger, atol=1e-3)
 
 
 def test_private_images_never_reach_the_proxy(audited):
