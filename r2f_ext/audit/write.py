@@ -57,10 +57,10 @@ def _set_aside(path: Path) -> None:
 
 
 def _date(folder: Path) -> str:
-    """`, of 2026-01-31T12:00:00+00:00`; empty where the earlier report does not say when it was made."""
+    """`, of 2026-01-31T12:00:00+00:00,`; empty where the earlier report does not say when it was made."""
     try:
         date = json.loads((folder / f"{PREVIOUS}{DATA}").read_text(encoding="utf-8"))["date"]
-        return f", of {plain(datetime.fromisoformat(date).isoformat())}"
+        return f", of {plain(datetime.fromisoformat(date).isoformat())},"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
