@@ -188,7 +188,7 @@ def test_where_every_route_fails_the_result_says_so(audited, monkeypatch):
     assert result.estimates is not None and result.decoded is not None
 
 
-@pytest.mark.parametrize("step", ["start", "observe", "finish", "decode"])
+@pytest.mark.parametrize("step", ["observe", "decode"])
 def test_a_decoder_that_fails_takes_only_its_own_figures_and_routes(audited, monkeypatch, step):
     monkeypatch.setattr(Ridge, step, failing_step(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")))
     result = small_audit(audited, "amortised", "matching")

@@ -82,6 +82,6 @@ def test_what_cannot_be_renamed_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(type(tmp_path), "replace", refuse)
-    with pytest.raises(R2FError, match=r"cannot rename the old '.*report\.html' \(Permission denied\)"):
-        with replacing_report(tmp_path):
-            pytest.fail("the run began")
+    words = r"cannot rename the old '.*report\.html' \(Permission denied\)"
+    with pytest.raises(R2FError, match=words), replacing_report(tmp_path):
+        pytest.fail("the run began")

@@ -265,7 +265,8 @@ def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
 def _notes(problem: Problem) -> tuple[str, ...]:
     adapters = problem.adapters or []
     said = () if problem.evidence is None else problem.evidence.sentences
-    if problem.steps == 1 or all(one.a0 is not None for one in adapters):
+    factors = any(one.without_saved().a for one in adapters)  # none are trained where only a saved head is
+    if problem.steps == 1 or not factors or all(one.a0 is not None for one in adapters):
         return said
     which = "their mean A stands" if len(adapters) > 1 else "its final A stands"
     return (*said, f"A before training is not known: {which} in for it, in the proxies too.")

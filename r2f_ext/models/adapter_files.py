@@ -53,7 +53,11 @@ class AdapterFiles:
     @property
     def num_classes(self) -> int | None:
         """Number of classes of the head saved with the adapter (`modules_to_save`), if there is one."""
-        heads = [value for name, value in self.saved.items() if name.endswith(".weight") and is_head(name.removesuffix(".weight"))]
+        heads = [
+            value
+            for name, value in self.saved.items()
+            if name.endswith(".weight") and is_head(name.removesuffix(".weight"))
+        ]
         return next((len(weight) for weight in heads if weight.ndim == 2), None)
 
 
