@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import victim
+from cases import changed_weights, victim
 from cli_cases import few_steps, files_under, refused, run
 from PIL import Image
 
@@ -16,6 +16,7 @@ from r2f_ext.data import load_images
 from r2f_ext.decoders import Projection, Ridge, RowLMMSE
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
+from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.inversion.routes import registry
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import Reconstruction
@@ -215,3 +216,19 @@ def test_a_replay_into_its_own_folder_that_fails_keeps_the_report(adapter_folder
     assert set(files_under(tmp_path)) == kept
     again = json.loads(path.read_text())
     assert again["config"] == json.loads(recorded)["config"] and again["inputs"] == json.loads(recorded)["inputs"]
+
+
+def test_without_pairs_a_closed_form_still_runs_and_is_scored(adapter_folder, embedded, private, tmp_path, no_pairs):
+    image, label = private.batch([0]), private.labels[:1]
+    (gradient,) = exact_gradients(embedded, image, label, ("patch_embed.proj.weight", "pos_embed"))
+    moved = {
+        f"base_model.model.{name}": (embedded.model.get_parameter(name) - 0.1 * each).detach()
+        for name, each in gradient.items()
+    }
+    folder = changed_weights(adapter_folder, tmp_path / "a", lambda w: {**w, **moved})
+    report = audit([folder], proxy="embedded", private="embedded:0", config=CONFIG, out=tmp_path / "out")
+    assert report.tried == ["patch_position"] and report.incomplete.endswith("out of memory.")
+    (figures,) = report.to_json()["reconstruction"].values()
+    assert figures["routes"]["patch_position"]["psnr_db_mean"] > 30 and figures["controls"] == {}
+    assert "reconstructions.png" in files_under(tmp_path / "out")
+    assert "Controls: what is known" not in (tmp_path / "out" / "report.html").read_text()
