@@ -150,9 +150,11 @@ def run_audit_stages(
 
     failed: dict[str, str] = {}
     updates, scored = _updates_and_decoders(problem, pairs, proxy.labels, config, stages, failed)
-    device = target.base.device
-    images, proxy_labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
-    proxies = None if updates is None else Proxies(updates, images, proxy_labels, target.base.num_classes)
+    proxies = None
+    if updates is not None:
+        device = target.base.device
+        images, proxy_labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
+        proxies = Proxies(updates, images, proxy_labels, target.base.num_classes)
     posed = replace(
         problem, proxies=proxies, decoded=scored.decoded, matching=config.matching, refinement=config.refinement
     )
