@@ -227,8 +227,11 @@ def test_without_pairs_a_closed_form_still_runs_and_is_scored(adapter_folder, em
     }
     folder = changed_weights(adapter_folder, tmp_path / "a", lambda w: {**w, **moved})
     report = audit([folder], proxy="embedded", private="embedded:0", config=CONFIG, out=tmp_path / "out")
-    assert report.tried == ["patch_position"] and report.incomplete.endswith("out of memory.")
+    assert report.tried == ["patch_position"] and report.failed == {"pairs": SENTENCE}
+    verdict = report.verdict()  # the closed form bounds its own error, so nothing that failed is needed
+    assert verdict.leak is True and verdict.sentences[0].startswith("Recovered exactly by patch_position")
+    assert verdict.sentences[1] == f"Not judged: n{SENTENCE[1:]}" and report.incomplete is None
     (figures,) = report.to_json()["reconstruction"].values()
-    assert figures["routes"]["patch_position"]["psnr_db_mean"] > 30 and figures["controls"] == {}
+    assert figures["routes"]["patch_position"]["psnr_db_mean"] > 60 and figures["controls"] == {}
     assert "reconstructions.png" in files_under(tmp_path / "out")
     assert "Controls: what is known" not in (tmp_path / "out" / "report.html").read_text()
