@@ -224,11 +224,16 @@ def test_the_report_does_not_blame_the_images_for_another_base(embedded, folders
         said = (*part.judgement.sentences, *part.notes, *result.notes)
         assert not any("proxy may not fit" in one or "No leak" in one or "nearer to" in one for one in said)
     right = replace(result, base_check=replace(result.base_check, fits=(True,), sentences=("It fits.",)))
-    part = set_report("a", replace(right, far_from_proxy=torch.ones(1, dtype=torch.bool)), proxy, None)
+    part = set_report(
+        "a", replace(right, estimates=replace(result.estimates, far=torch.ones(1, dtype=torch.bool))), proxy, None
+    )
     assert part.judgement.sentences == (UNSCORED,)
     assert f"other layers than {LAYER} are not those of the training" in part.notes[0]
     open_ = replace(result.base_check, fits=(None,), sentences=("It is open.",))
     part = set_report(
-        "a", replace(right, base_check=open_, far_from_proxy=torch.ones(1, dtype=torch.bool)), proxy, None
+        "a",
+        replace(right, base_check=open_, estimates=replace(result.estimates, far=torch.ones(1, dtype=torch.bool))),
+        proxy,
+        None,
     )
     assert "the base or the recipe is not the adapter's" in part.notes[0]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from route_cases import posed
@@ -78,6 +79,21 @@ def test_a_route_whose_start_did_not_run_does_not_run():
     without = replace(problem, proxies=None)
     outcome = run_routes(without, verdicts_of(without), ["amortised_refined"])
     assert outcome.reconstructions == [] and "amortised did not run" in outcome.not_run["amortised_refined"]
+
+
+def test_where_every_route_failed_the_last_error_is_there_to_be_raised(monkeypatch):
+    problem, _ = posed()
+    for error in (R2FError("no."), torch.linalg.LinAlgError("svd"), np.linalg.LinAlgError("svd")):
+
+        def run(self, problem, advance, error=error):
+            raise error
+
+        monkeypatch.setattr(type(registry()["amortised"]), "run", run)
+        outcome = run_routes(problem, verdicts_of(problem), ["amortised"])
+        assert outcome.reconstructions == [] and outcome.not_run["amortised"].startswith("Failed: ")
+        with pytest.raises(type(error)):
+            outcome.found()
+    assert run_routes(problem, verdicts_of(problem), ["adapter_rowspace"]).found() == []
 
 
 def test_an_unknown_name_is_refused():
