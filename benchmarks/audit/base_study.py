@@ -1,10 +1,10 @@
-"""Whether the check of the base tells other weights from other images: PEFT's own victims, right and wrong bases.
+"""Whether the check of the base tells other weights from other images: victims of right and wrong bases.
 
-    python benchmarks/audit/base_study.py --victims 20 --json benchmarks/results/0.1.0/base_study.json
+    python benchmarks/audit/base_study.py --victims 60 --json benchmarks/results/0.1.0/base_study.json
 
 Every adapter is judged as `r2f audit ADAPTER` judges it (`r2f_ext.audit.base_check`): the default victim (r = 8,
 alpha = 16, one step of SGD on one image, all linear layers of the blocks) on the embedded base's architecture, audited
-on the embedded base, with 16 procedural proxies.
+on the embedded base, with 16 procedural proxies. PEFT draws A; the updates are what that step does to B.
 
 Right base: clothes, faces, procedural images, uniform noise, flat colours and nearly black images. Wrong base, trained
 on clothes and faces: other seeds, the embedded base trained further on clothes (1, 10 and 100 steps of SGD at 0.01) or
@@ -32,7 +32,7 @@ from measure import json_parser, write_json
 from r2f_ext.audit.base_check import BaseCheck, check_base
 from r2f_ext.audit.controls import noise_updates
 from r2f_ext.audit.victims import VictimConfig, train_victims
-from r2f_ext.data import load_images
+from r2f_ext.data import ImageSet, load_images
 from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.models.embedded import build_embedded_vit, reset_head
@@ -45,7 +45,7 @@ Images = tuple[Tensor, Tensor]  # [n, 3, 32, 32] and labels [n]
 
 def main() -> None:
     parser = json_parser(__doc__)
-    parser.add_argument("--victims", type=int, default=20)
+    parser.add_argument("--victims", type=int, default=60)
     options = parser.parse_args()
     base, kinds = load_base("embedded"), images_of(options.victims)
     rows = [row("the same", kind, check(base, base, images)) for kind, images in kinds.items()]
@@ -106,15 +106,19 @@ def trained_further(base: BaseModel, steps: int) -> BaseModel:
 
 def check(base: BaseModel, trained_on: BaseModel, images: Images, noise: bool = False) -> BaseCheck:
     """Victims of `trained_on`, checked against `base`."""
+    pixels, labels = images
     with tempfile.TemporaryDirectory() as folder:
-        paths = train_victims(trained_on, *images, Path(folder), VictimConfig())
-        bound = [attach(read_adapter(path), base) for path in paths]
-    problem = with_proxies(adapter_problem(bound[0][0], [update for _, update in bound]))
+        (path,) = train_victims(trained_on, pixels[:1], labels[:1], Path(folder), VictimConfig())
+        target, update = attach(read_adapter(path), base)
+    problem = with_proxies(adapter_problem(target, [update]))
+    assert problem.a is not None
+    private = ImageSet("private", (255 * pixels).round().to(torch.uint8), labels)
+    batches = [one.updates for one in GeneratedPairs(replace(target, base=trained_on), problem.a, private).batches()]
+    observed = {name: torch.cat([one[name] for one in batches]) for name in target.names}
     if noise:
-        assert problem.observed is not None
-        parts = list(noise_updates(problem.observed, len(paths), seed=1))
-        problem = replace(problem, observed={name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-    return check_base(problem)
+        parts = list(noise_updates(observed, len(labels), seed=1))
+        observed = {name: torch.cat([part[name] for part in parts]) for name in target.names}
+    return check_base(replace(problem, observed=observed, adapters=[update] * len(labels)))
 
 
 def with_proxies(problem: Problem) -> Problem:
