@@ -1,6 +1,6 @@
 """Whether the check of the base tells other weights from other images: victims of right and wrong bases.
 
-    python benchmarks/audit/base_study.py --victims 60 --json benchmarks/results/0.1.0/base_study.json
+    python benchmarks/audit/base_study.py --victims 20 --json benchmarks/results/0.1.0/base_study.json
 
 Every adapter is judged as `r2f audit ADAPTER` judges it (`r2f_ext.audit.base_check`): the default victim (r = 8,
 alpha = 16, one step of SGD on one image, all linear layers of the blocks) on the embedded base's architecture, audited
@@ -45,7 +45,7 @@ Images = tuple[Tensor, Tensor]  # [n, 3, 32, 32] and labels [n]
 
 def main() -> None:
     parser = json_parser(__doc__)
-    parser.add_argument("--victims", type=int, default=60)
+    parser.add_argument("--victims", type=int, default=20)
     options = parser.parse_args()
     base, kinds = load_base("embedded"), images_of(options.victims)
     rows = [row("the same", kind, check(base, base, images)) for kind, images in kinds.items()]
