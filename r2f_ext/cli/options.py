@@ -21,6 +21,7 @@ PRIVATE_IMAGES = {  # how many there are to score against
 ROUTES = (
     "adapter_rowspace",
     "amortised",
+    "amortised_by_label",
     "amortised_refined",
     "attention_rowspace",
     "gauss_newton",
