@@ -90,8 +90,10 @@ class SearchFiles:
                 image, figures = file.get_tensor("image"), file.get_tensor("figures")
         except (SafetensorError, OSError) as error:
             raise ValueError("unreadable") from error
-        inside = image.dtype == start.dtype and bool(((image >= 0) & (image <= 1)).all())
-        if about.get("sha256") != sha256_of([image, figures]) or not inside or figures.shape != (3,):
+        if (image.dtype, figures.dtype, figures.shape) != (start.dtype, torch.float64, (3,)):
+            raise ValueError("made for another search")
+        inside = bool(((image >= 0) & (image <= 1)).all())
+        if about.get("sha256") != sha256_of([image, figures]) or not inside:
             raise ValueError("changed since it was written")
         residual, start_residual, passes = figures.tolist()
         return Search(image.to(start.device), residual, start_residual, int(passes))

@@ -48,7 +48,9 @@ def search_each(
     if start.labels is None:
         raise R2FError(f"{route} needs labels: start it from a route that finds them.")
     if files is not None and (strangers := files.strangers()):
-        advance(0, f"{strangers} kept searches are of other adapters, images, settings or versions and are not used")
+        which, verb = ("search", "is") if strangers == 1 else ("searches", "are")
+        others = f"{strangers} kept {which} {verb} of other adapters, images, settings or versions"
+        advance(0, f"{others} and {verb} not used")
     images, figures = [], []
     for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
         found, remark = _found(victim, image.flatten(), label[None], find, files)
