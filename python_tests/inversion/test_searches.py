@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from route_cases import posed
 
 from r2f_ext.inversion.exactness import Bound
+from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.kept import KeptSearches, SearchFiles
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.routes import run_routes, verdicts_of
@@ -114,9 +116,9 @@ class Heard:
 
 
 def searched(folder, say):
-    """Two victims by the route gauss_newton, their searches kept in a folder."""
+    """Two victims by the route gauss_newton, two passes each, their searches kept in a folder."""
     problem, _ = posed()
-    problem = type(problem)(**{**vars(problem), "kept": KeptSearches(folder, "test")})
+    problem = replace(problem, kept=KeptSearches(folder, "test"), gauss_newton=GaussNewtonConfig(passes=2))
     return run_routes(problem, verdicts_of(problem), ["gauss_newton"], Stages(Heard(say))).reconstructions[-1]
 
 
@@ -137,4 +139,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     found = searched(tmp_path, said.append)
     assert said[0].endswith("it had ended in an earlier run") and len(said) == 2
     (tmp_path / "new").mkdir()
-    torch.testing.assert_close(found.images, searched(tmp_path / "new", said.append).images)
+    afresh = searched(tmp_path / "new", said.append)
+    torch.testing.assert_close(found.per_victim["residual"], afresh.per_victim["residual"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.images, afresh.images, rtol=1e-3, atol=1e-3)

@@ -22,9 +22,7 @@ def test_finds_the_images_from_a_near_start() -> None:
     shift = 0.2 * torch.randn(2, basis.shape[1], dtype=torch.float64) @ basis.T
     near = Reconstruction("amortised", (images + shift.view_as(images)).clamp(0, 1), torch.tensor([2, 2]), "", 0.0)
     config = MatrixFreeConfig(krylov=12, points=8)
-    found = GaussNewtonMatrixFree().run(
-        replace(problem, found={"amortised": near}, matrix_free=config), unheard
-    )
+    found = GaussNewtonMatrixFree().run(replace(problem, found={"amortised": near}, matrix_free=config), unheard)
     assert found.route == "gauss_newton_matrix_free" and found.per_victim["free_directions"].min() >= 384
     assert worst_psnr(found.images, images) > 60
 
