@@ -94,7 +94,7 @@ def test_controls(report, audited):
 def test_a_single_victim_is_compared_with_a_stranger(audited):
     part = set_report("x", audited.result, audited.proxy, audited.private.take(torch.tensor([1])), slice(1, 2))
     assert len(part.reconstructions[0].images) == 1
-    assert torch.equal(part.controls.shuffled_adapter, audited.result.stranger)
+    assert torch.equal(part.controls.shuffled_adapter, audited.result.estimates.stranger)
     for found, whole in zip(part.reconstructions, audited.result.reconstructions, strict=True):
         assert torch.equal(found.images[0], whole.images[1])
 
@@ -207,9 +207,11 @@ def test_decoders_are_scored_on_what_they_were_asked(report, audited):
 
 
 def test_a_far_update_is_noted(audited):
-    count = len(audited.result.far_from_proxy)
+    count = len(audited.result.estimates.far)
     for far in (1, 0):
         flags = torch.arange(count) < far
-        notes = set_report("x", replace(audited.result, far_from_proxy=flags), audited.proxy, None).notes
+        notes = set_report(
+            "x", replace(audited.result, estimates=replace(audited.result.estimates, far=flags)), audited.proxy, None
+        ).notes
         assert bool(notes) is (far > 0)
         assert not far or notes[0].startswith(f"1 of {count} updates")
