@@ -28,6 +28,7 @@ DECODED = DEFAULT_KINDS[-1]  # the decoder whose gradients are handed on
 CLASS_MEAN = "class mean"
 CLASS_PAIRS = 1000  # fitted pairs that class means are taken of
 CLASSES = 10  # class means in memory: of the labels that are most frequent among the held-out pairs
+UNLIKE, UNLIKE_QUANTILE = 0.25, 0.05  # see `estimated_cosine`
 LEAST_OF_CLASS = 20  # a mean of fewer gradients says little
 
 Figures = dict[str, dict[str, dict[str, float | None]]]  # layer -> decoder -> name -> value
@@ -179,13 +180,17 @@ def similarity(asked: Updates, fitted: dict[str, Tensor]) -> Tensor:
 
 
 def estimated_cosine(near: Tensor, cosines: Tensor, asked: Tensor) -> float | None:
-    """The mean cosine to expect of victims, from a line through held-out pairs.
+    """The mean cosine to expect of victims, from a line through held-out pairs; None for victims unlike these.
+
+    The line holds among images like the proxies only: at the same similarity, other images are decoded worse.
 
     Args:
         near, cosines: [n], the similarity of each held-out pair to the fitted ones and its cosine.
-        asked: [V], the victims' similarity.
+        asked: [V], the victims' similarity; more than UNLIKE of them below UNLIKE_QUANTILE of `near` are unlike.
     """
     x, y = near.double(), cosines.double()
+    if float((asked < x.quantile(UNLIKE_QUANTILE)).double().mean()) > UNLIKE:
+        return None
     centred = x - x.mean()
     slope = (centred * y).sum() / centred.square().sum().clamp_min(1e-12)
     return float((y.mean() + slope * (asked.double() - x.mean())).clamp(0, 1).mean())

@@ -143,6 +143,7 @@ class AuditReport:
             else {},
             "config": asdict(self.config),
             "inputs": None if self.inputs is None else asdict(self.inputs),
+            "base_check": first.base_check.to_json(),
             "notes": list(self.notes),
             "adapters": [asdict(one) for one in self.facts],
             "device": device if information["cuda_device"] is None else information["cuda_device"],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from r2f_ext.audit.accuracy import CLASS_MEAN, DECODED, ClassMeans, Figures, Learner, Scored, each, score_and_decode
+from r2f_ext.audit.base_check import BaseCheck, check_base
 from r2f_ext.audit.controls import Simulated, simulate
 from r2f_ext.audit.memory import fit_to_memory, start_images
 from r2f_ext.config import AuditConfig
@@ -78,6 +79,7 @@ class AuditResult:
         simulated: what the amortised route makes of noise and of strangers; None where there are no pairs, or that
             failed.
         failed: what failed, by its name in `CONSEQUENCES` -> a sentence on what is missing for it, and why.
+        base_check: whether the updates can come from the base's weights.
         seconds: stage -> wall time.
         config: the sizes and seeds used, after `fit_to_memory`.
         notes: sentences that qualify the figures, those of `failed` first.
@@ -93,6 +95,7 @@ class AuditResult:
     estimates: Estimates | None
     simulated: Simulated | None
     failed: dict[str, str]
+    base_check: BaseCheck
     seconds: dict[str, float]
     config: AuditConfig
     notes: tuple[str, ...]
@@ -171,6 +174,7 @@ def run_audit_stages(
             estimates = _estimates(posed, found, config, failed)
             simulated = None if estimates is None else _simulated(posed, proxy, labels, config, failed)
     said = {name: f"{CONSEQUENCES[name].format(name)}: {why}" for name, why in failed.items()}
+    base_check = check_base(posed)
     return AuditResult(
         0 if updates is None else count,
         0.0 if updates is None else count / stages.seconds["pairs"],
@@ -182,9 +186,10 @@ def run_audit_stages(
         estimates,
         simulated,
         said,
+        base_check,
         dict(stages.seconds),
         config,
-        (*said.values(), *_notes(problem)),
+        (*said.values(), *_notes(problem), *base_check.notes),
     )
 
 

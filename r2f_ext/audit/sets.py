@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from r2f_ext.audit.accuracy import DECODED, true_cosines
+from r2f_ext.audit.base_check import BaseCheck
 from r2f_ext.audit.controls import Controls, has_class, make_controls, simulated_psnr
 from r2f_ext.audit.inputs import pair_up
 from r2f_ext.audit.metrics import Score, psnr_db, ssim
@@ -131,12 +132,14 @@ def set_report(
     parts = [found.take(rows) for found in result.reconstructions]
     count = len(range(result.problem.victims)[rows])
     part = SetReport(name, proxy.name, count, parts, None, None, None)
+    check, foreign = result.base_check, result.base_check.foreign[rows]
     if result.estimates is None:
-        return _without_estimates(part, result.failed, private)
+        part = _without_estimates(part, result.failed, private)
+        return replace(part, judgement=_with_refusal(part.judgement, check))
     far, estimate = result.estimates.far[rows], result.estimates.images[rows].cpu()
-    part = replace(part, notes=_far_notes(far), far=far)
+    part = replace(part, notes=_far_notes(far & ~foreign, check, rows), far=far)
     if private is None:
-        return part
+        return replace(part, judgement=_with_refusal(part.judgement, check))
     pairing = pair_up(private, estimate)
     matched, paired = pairing.matched, pairing.originals
     originals, labels = paired.batch(slice(None)), paired.labels if paired.labels_known else None
@@ -151,6 +154,7 @@ def set_report(
         scores |= {name: simulated_psnr(pool, originals, candidates) for name, pool in pools.items()}
     # In an order that was found by matching, the other adapters' reconstructions are the same set.
     tested = {control: one for control, one in scores.items() if control != "shuffled_adapter" or not matched}
+    judgement = judge(psnr_db(estimate, originals), tested, far, result.config.seed, foreign)
     return replace(
         part,
         originals=originals,
@@ -158,7 +162,7 @@ def set_report(
         controls=controls,
         notes=(*part.notes, *_class_notes(proxy, labels)),
         control_scores=scores,
-        judgement=judge(psnr_db(estimate, originals), tested, far, result.config.seed),
+        judgement=_with_refusal(judgement, check),
         true_cosines=_true_cosines(
             result, rows, originals, result.estimates.labels[rows] if labels is None else labels
         ),
@@ -211,9 +215,20 @@ def _class_notes(proxy: ImageSet, labels: Tensor | None) -> tuple[str, ...]:
     return (f"The proxy holds no image of {which}: there is no class mean.",)
 
 
-def _far_notes(far: Tensor) -> tuple[str, ...]:
+def _with_refusal(judgement: LeakVerdict, check: BaseCheck) -> LeakVerdict:
+    """The judgement behind the sentence on updates that cannot come from the base, where there are any."""
+    said = () if check.refusal is None else (check.refusal,)
+    return replace(judgement, sentences=(*said, *judgement.sentences))
+
+
+def _far_notes(far: Tensor, check: BaseCheck, rows: slice) -> tuple[str, ...]:
+    """A sentence on the updates far from every proxy update; `far` [n] are those that may come from this base."""
     count = int(far.sum())
     if count == 0:
         return ()
     which = "The update lies" if len(far) == 1 else f"{count} of {len(far)} updates {'lies' if count == 1 else 'lie'}"
-    return (f"{which} far from every proxy update: the proxy may not fit this data.",)
+    if bool(check.confirmed[rows][far].all()):
+        why = f"the proxy may not fit this data, or other layers than {check.layer} are not those of the training"
+    else:
+        why = "the proxy may not fit this data, or the base or the recipe is not the adapter's"
+    return (f"{which} far from every proxy update: {why}.",)

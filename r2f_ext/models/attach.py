@@ -241,18 +241,18 @@ def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
 def note_on_base(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
     """The sentence for `AdapterFacts` where the adapter's own record does not say that it was trained on this base.
 
-    Nothing in an adapter proves which weights it was trained on: shapes are checked by `attach`, and names here.
+    Shapes are checked by `attach`, names here, and weights, where the update shows them, by the audit (`base_check`).
     """
     said = files.facts.base_name
     given = _last_part(base.spec)
     if said is None:
-        unsaid = f"The adapter does not name its base: that '{given}' holds the weights of its training is not checked."
+        unsaid = f"The adapter does not name its base: the figures hold if '{given}' holds the weights of its training."
         return () if base.spec == "embedded" else (unsaid,)
     if _last_part(said).casefold() == given.casefold():
         return ()
     return (
         f"The adapter names '{_shown(said)}' as its base, and it is audited on '{given}': the figures hold if both "
-        "hold the same weights, which is not checked.",
+        "hold the same weights.",
     )
 
 
