@@ -135,12 +135,12 @@ class _Request:
         if not len(loaded) or int(loaded.labels.max()) < self.num_classes:
             return loaded
         folded = replace(loaded, labels=loaded.labels % self.num_classes)
-        return folded.noted(f"labels of '{loaded.name}' exceed the {self.num_classes} classes and were folded.")
+        return folded.noted(f"The labels of '{loaded.name}' exceed the {self.num_classes} classes and were folded.")
 
     def unlabelled(self, name: str, images: Tensor) -> ImageSet:
         """`images`, already at the input size, with labels from the seed."""
         labels = procedural_labels(len(images), self.num_classes, self.stream)
-        note = f"labels of '{name}' are random, from the seed."
+        note = f"The labels of '{name}' are random, from the seed."
         return ImageSet(name, images, labels, (note,), random_labels=True, labels_known=False)
 
     def embedded(self) -> ImageSet:
