@@ -242,7 +242,9 @@ def test_what_the_folder_gives_away_stands_beside_the_verdict(tmp_path, pages):
     sets = [victims(1, private=False, exact=False)]
     plain = [{"name": "a", "notes": [], "leaks": [], "dropout": 0.0, "init": "true"}]
     _, reader = page_of(tmp_path / "r.html", sets, data=report(sets, adapters=plain))
-    assert "also give" not in reader.text and "none" in reader.text and "no route that could show one ran" in reader.text
+    assert (
+        "also give" not in reader.text and "none" in reader.text and "no route that could show one ran" in reader.text
+    )
     assert "no route that could show one ran" not in pages["one"][1].text
 
 

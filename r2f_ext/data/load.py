@@ -81,8 +81,8 @@ def _check(shape: Shape, num_classes: int, count: int | None, seed: int, role: s
         raise R2FError(f"input shape {tuple(shape)} is not (1 or 3, height, width) with sides of at least 8.")
     if num_classes < 1:
         raise R2FError(
-            f"labels need at least one class, and num_classes is {num_classes}: a base without a classifier has "
-            "none, so pass one with its classifier."
+            "images need a label, and the base has no classifier that would name its classes: pass one with its "
+            "classifier."
         )
     if seed < 0:
         raise R2FError(f"the seed of images must be at least 0, got {seed}.")
