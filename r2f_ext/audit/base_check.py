@@ -203,7 +203,8 @@ def _sentences(layer: str, found: Residual, fits: list[bool | None], at_most: fl
         yield (
             f"{which} cannot come from one step of plain SGD on one image at this base's weights of {layer}, whatever "
             f"the image: the relation that they force is broken by {least:.0%} of the norm{' or more' * several}, and "
-            f"by {at_most:.1g} of it at most in updates made on this base. Pass the base that the adapter was trained on."
+            f"by {at_most:.1g} of it at most in updates made on this base. Pass the base that the adapter was trained "
+            "on."
         )
     fitting = [i for i, one in enumerate(fits) if one is True]
     if fitting:
