@@ -21,6 +21,8 @@ class AuditConfig:
         refinement: LoRA-space matching from the amortised estimate.
         routes: names of routes to run, with those that they start from; None: the default ones.
         gauss_newton: also search for the exact images; about a minute an adapter of the embedded model on 2 cores.
+        start_images: most public images of one label that the search's start is made from; None: as many as fit into
+            memory.
         precision: of the model when pairs are made, "float32" or "bfloat16" (see GeneratedPairs).
         seed: of proxies, random labels and the shuffled control.
     """
@@ -34,6 +36,7 @@ class AuditConfig:
     )
     routes: tuple[str, ...] | None = None
     gauss_newton: bool = False
+    start_images: int | None = None
     precision: str = "float32"
     seed: int = 0
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Reports what was just done."""
+
+    def __call__(self, units: int, line: str = "", /) -> None:
+        """`units` were done, which may be 0; `line`, if any, says what came of them."""
+        ...
+
+
+def unheard(units: int, line: str = "", /) -> None:
+    """An `Advance` that tells nobody."""
 
 
 class Progress(Protocol):
@@ -26,7 +36,7 @@ class Silent:
     """Ignores all progress."""
 
     def start(self, stage: str, total: int) -> Advance:
-        return lambda units: None
+        return unheard
 
     def finish(self, stage: str, completed: bool) -> None:
         pass

@@ -74,6 +74,51 @@ def test_a_refused_search_is_noted(embedded, private, tmp_path):
     assert any(note.startswith("gauss_newton: ") for note in report.notes)
 
 
+def test_a_search_starts_from_every_public_image_and_the_pairs_stay_as_they_are(adapter_folder):
+    """Without private images; the figures of the pair stage do not depend on the further images."""
+    named = replace(CONFIG, routes=("amortised",))
+    plain = audit([adapter_folder], proxy="embedded", config=named)
+    report = audit([adapter_folder], proxy="embedded", config=replace(named, routes=("amortised_by_label",)))
+    start, found = report.sets[0].reconstructions
+    assert [start.route, found.route] == ["amortised", "amortised_by_label"]
+    torch.testing.assert_close(start.images, plain.sets[0].reconstructions[0].images)
+    public = load_images("embedded")
+    assert round(found.details["pairs_a_victim"]) == (public.labels == start.labels[0]).sum() > 900
+    assert report.config.start_images == len(public) and plain.config.start_images is None
+    assert report.seconds["amortised_by_label"] > 0
+    data = report.to_json()
+    assert AuditConfig.from_json(data["config"]) == report.config
+    assert "amortised_by_label" in data["reconstruction"]["one"]["routes"]
+
+
+def test_images_that_do_not_fit_into_memory_are_left_out_and_the_route_says_so(adapter_folder):
+    config = replace(CONFIG, routes=("amortised_by_label",), start_images=150)
+    report = audit([adapter_folder], proxy="embedded", config=config)
+    found = report.sets[0].reconstructions[1]
+    assert round(found.details["pairs_a_victim"]) == 150 and "no more than 150 were used, as many as fit" in found.why
+
+
+def test_a_proxy_that_cannot_be_loaded_whole_leaves_the_start_to_the_pairs(adapter_folder, monkeypatch):
+    def limited(spec, *, count=None, **options):
+        if count is None:
+            raise R2FError("too many images.")
+        return load_images(spec, count=count, **options)
+
+    monkeypatch.setattr(module, "load_images", limited)
+    config = replace(CONFIG, routes=("amortised", "amortised_by_label"))
+    report = audit([adapter_folder], proxy="embedded", config=config)
+    assert [found.route for found in report.sets[0].reconstructions] == ["amortised"]
+    assert any("from the proxy pairs, not from all public images: too many images." in note for note in report.notes)
+    assert any("public images that the proxy pairs leave unused" in note for note in report.notes)
+
+
+def test_kept_searches_are_removed_with_the_report_written(adapter_folder, tmp_path):
+    old = tmp_path / f"search-gauss_newton-{'0' * 64}.safetensors"
+    old.write_bytes(b"")
+    audit([adapter_folder], proxy="embedded", config=replace(CONFIG, routes=("amortised",)), out=tmp_path)
+    assert not old.exists() and (tmp_path / "report.json").exists()
+
+
 def test_the_random_state_of_the_caller_is_left_alone(adapter_folder):
     torch.manual_seed(5)
     expected = torch.rand(2)

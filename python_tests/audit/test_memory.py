@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from r2f_ext.audit.memory import fit_to_memory
+from r2f_ext.audit.memory import fit_to_memory, start_images
 from r2f_ext.config import AuditConfig
 from r2f_ext.errors import R2FError
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
@@ -42,3 +42,13 @@ def test_hopeless_memory_is_refused(large: Target) -> None:
 
 def test_asks_the_system_by_default(large: Target) -> None:
     assert fit_to_memory(large, 1, 40, AuditConfig()).pairs == AuditConfig().pairs
+
+
+def test_the_start_takes_as_many_images_of_a_label_as_fit_beside_the_pairs(large: Target) -> None:
+    update, image = 4 * 12 * 768 * 8, 4 * 3 * 224 * 224
+    assert start_images(large, 300, 500, free=200 * GIB) == 500
+    fits = start_images(large, 300, 60_000, free=16 * GIB)
+    needed = [300 * 2 * (update + image) + n * 2 * (update + image) + 12 * n**2 for n in (fits, fits + 1)]
+    assert 1000 < fits < 60_000 and needed[0] <= 0.7 * 16 * GIB < needed[1]
+    assert start_images(large, 300, 60_000, free=GIB // 8) == 0
+    assert 0 < start_images(large, 40, 60_000) <= 60_000

@@ -56,6 +56,21 @@ def test_a_pipe_gets_one_line_a_stage(screen):
     assert "\x1b" not in file.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_came_of_a_unit_is_told_on_a_line_of_its_own(terminal, screen):
+    file = screen(terminal)
+    with display.drawn_stages() as stages, stages.stage("gauss_newton", 2) as advance:
+        advance(0, "kept in [/b]")
+        advance(1, "search 1 of 2: residual 2.0e-06, exact to 58 dB; 1 exact so far")
+        advance(1)
+    lines = file.getvalue().splitlines()
+    told = [line for line in lines if "search 1 of 2" in line]
+    assert any("gauss_newton: kept in [/b]" in line for line in lines)
+    assert len(told) == 1 and "gauss_newton: search 1 of 2: residual 2.0e-06, exact to 58 dB" in told[0]
+    if not terminal:
+        assert [line.split(":")[1][:9] for line in lines] == [" kept in ", " search 1", lines[2].split(":")[1][:9]]
+
+
 def test_a_pipe_gets_each_row_on_one_line_whatever_its_length(screen):
     file = screen()
     name, why = "blocks.11.attn." + "long_" * 40, "A reason of many words. " * 30

@@ -70,10 +70,11 @@ def test_finds_the_images_and_says_that_they_are_exact(problem):
     target, a, observed, images, labels, subspace = problem
     start = start_near(images, labels, subspace, 0.3)
     told = []
-    found = gauss_newton(target, a, observed, start, subspace, advance=told.append)
+    found = gauss_newton(target, a, observed, start, subspace, advance=lambda *said: told.append(said))
     before, after = (start.images - images).abs().max(), (found.images - images).abs().max()
     assert before > 1e-3 and after < 1e-4
-    assert found.details["exact"] == 2 and "2 of 2" in found.why and told == [1, 1]
+    assert found.details["exact"] == 2 and "2 of 2" in found.why
+    assert [units for units, _ in told] == [1, 1] and told[1][1].endswith("exact to 60 dB; 2 exact so far")
     error = (found.images - images).square().mean((1, 2, 3))
     assert (found.per_victim["bound_db"] <= -10 * error.log10()).all() and found.per_victim["bound_db"].min() >= 60
     assert found.per_victim["free_directions"].tolist() == [0, 0]

@@ -15,9 +15,11 @@ from r2f_ext.audit.sets import set_report
 from r2f_ext.audit.write import remove_old_report, write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
-from r2f_ext.inversion.route import Verdict, adapter_problem
-from r2f_ext.inversion.routes import verdicts_of
+from r2f_ext.inversion.kept import KeptSearches
+from r2f_ext.inversion.route import Public, Verdict, adapter_problem
+from r2f_ext.inversion.routes import needs, verdicts_of
 from r2f_ext.models import Evidence, InitialFactors
 from r2f_ext.progress import Stages
 from r2f_ext.types import LoraUpdate, Target
@@ -82,10 +84,17 @@ def audit(
     target, updates = loaded.target, loaded.updates
     start = InitialFactors(target, updates[0], initial, a0_seed)
     problem = adapter_problem(target, updates, start, loaded.facts)
-    assert problem.evidence is not None
+    evidence = problem.evidence
+    assert evidence is not None
     images, originals = _load_images(target, len(updates), proxy, private, config)
     verdicts = verdicts_of(problem)
-    on_ready(Prepared(target, updates, images, originals, verdicts, problem.evidence))
+    if needs("public", run.chosen_routes(config), verdicts):
+        images, public = _public(images, originals, proxy, target, config)
+        problem = replace(problem, public=public)
+    if folder is not None:
+        used = (images.fingerprint, problem.public and problem.public.images.fingerprint, config.precision, config.seed)
+        problem = replace(problem, kept=KeptSearches(folder, repr(used)))
+    on_ready(Prepared(target, updates, images, originals, verdicts, evidence))
     labels = originals.labels if originals is not None and originals.labels_known else None
     if folder is not None:
         remove_old_report(folder)
@@ -111,7 +120,26 @@ def audit(
     )
     if folder is not None:
         write_report(folder, report)
+    if problem.kept is not None:
+        problem.kept.clear()
     return report
+
+
+def _public(
+    images: ImageSet, originals: ImageSet | None, proxy: str, target: Target, config: AuditConfig
+) -> tuple[ImageSet, Public | None]:
+    """All public images where a better start can be made of them than of `images`, the proxy of the pairs; else None.
+
+    The proxy is returned with a note where not all could be loaded.
+    """
+    base = target.base
+    try:
+        whole = load_images(proxy, input_shape=base.input_shape, num_classes=base.num_classes, seed=config.seed)
+        whole = whole if originals is None else drop_private(whole, originals)
+    except R2FError as error:
+        return images.noted(f"The search starts from the proxy pairs, not from all public images: {error}"), None
+    better = len(whole) > len(images) or whole.random_labels
+    return images, Public(whole) if better else None
 
 
 def _load_images(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 import psutil
 
@@ -34,10 +35,8 @@ def fit_to_memory(
         R2FError: not even the pairs fit; the sentence says how many would.
     """
     free = int(SHARE * (psutil.virtual_memory().available if free is None else free))
-    channels, height, width = target.base.input_shape
-    update = FLOAT * sum(layer.d_out * layer.rank for layer in target.layers)
+    update, image = _bytes_of_a_pair(target)
     gradient = FLOAT * sum(layer.d_out * layer.d_in for layer in target.layers)
-    image = FLOAT * channels * height * width
     # Three copies each of updates (collected, unit rows, temporary), images (targets, dual weights, temporary), kernel.
     pairs = count * (3 * update + 3 * image) + 3 * FLOAT * count**2
     fitted = min(config.decoder_pairs, count)
@@ -51,6 +50,26 @@ def fit_to_memory(
             f"{count} pairs of '{target.base.spec}' do not fit into {free / 1e9:.0f} GB of memory: {remedy}."
         )
     return replace(config, held_out=held_out)
+
+
+def start_images(target: Target, count: int, public: int, free: int | None = None) -> int:
+    """How many of `public` images of one label fit into memory for Gauss-Newton's start, beside `count` proxy pairs.
+
+    Args:
+        free: available memory in bytes; None: that of the system.
+    """
+    free = int(SHARE * (psutil.virtual_memory().available if free is None else free))
+    update, image = _bytes_of_a_pair(target)
+    held = count * 2 * (update + image)  # updates and unit rows
+    # Two copies each of updates and images, and the kernel with two temporaries: row * n + square * n^2 bytes.
+    row, square = 2 * (update + image), 3 * FLOAT
+    left = max(0, free - held)
+    return min(public, int(((row**2 + 4 * square * left) ** 0.5 - row) / (2 * square)))
+
+
+def _bytes_of_a_pair(target: Target) -> tuple[int, int]:
+    """Of an update of all layers, and of an image."""
+    return FLOAT * sum(layer.d_out * layer.rank for layer in target.layers), FLOAT * prod(target.base.input_shape)
 
 
 def _largest_count(free: int, row: int, layers: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from r2f_ext.audit.accuracy import Figures, score_and_decode
 from r2f_ext.audit.controls import Simulated, simulate
-from r2f_ext.audit.memory import fit_to_memory
+from r2f_ext.audit.memory import fit_to_memory, start_images
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates
@@ -108,6 +108,10 @@ def run_audit_stages(
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)
     config = replace(config, pairs=count, decoder_pairs=fitted, held_out=held_out)
+    if problem.public is not None:
+        most = config.start_images or start_images(target, count, len(problem.public.images))
+        config = replace(config, start_images=most)
+        problem = replace(problem, public=replace(problem.public, most=most, precision=config.precision))
 
     decoders = [KINDS[kind]() for kind in DEFAULT_KINDS]
     with stages.stage("pairs", count) as advance:

@@ -60,7 +60,13 @@ class Bars:
     def start(self, stage: str, total: int) -> Advance:
         task = self.progress.add_task(stage, total=total)
         self.tasks[stage] = task
-        return lambda units: self.progress.advance(task, units)
+
+        def advance(units: int, line: str = "", /) -> None:
+            self.progress.advance(task, units)
+            if line:
+                console.print(escape(f"{stage}: {line}"))
+
+        return advance
 
     def finish(self, stage: str, completed: bool) -> None:
         task = next(t for t in self.progress.tasks if t.id == self.tasks[stage])

@@ -96,6 +96,8 @@ def _explain(error: BaseException, options: argparse.Namespace) -> tuple[str, in
 def _left_behind(options: argparse.Namespace) -> str:
     if options.command in RESUMED:
         return "nothing half-written was left behind, and the same command goes on from what is finished."
+    if getattr(options, "gauss_newton", False):
+        return "nothing half-written was left behind, and the same command goes on after the last search that ended."
     return "nothing half-written was left behind."
 
 

@@ -19,6 +19,7 @@ from r2f_ext.cli.inputs import check_same_a
 from r2f_ext.config import AuditConfig
 from r2f_ext.decoders.store import read_gradients
 from r2f_ext.files import output_folder, write_tensors
+from r2f_ext.inversion.kept import KeptSearches
 from r2f_ext.inversion.prior import ScoreDistillation
 from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
 from r2f_ext.inversion.routes import check_runnable, run_routes, verdicts_of
@@ -56,6 +57,7 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
         matching=config.matching,
         refinement=config.refinement,
         unet=UNetConfig(seed=options.seed) if options.inverter == "unet" else None,
+        kept=KeptSearches(folder, repr((pairs.fingerprint, options.inverter, options.seed))),
         prior=None
         if options.prior is None
         else ScoreDistillation.from_folder(options.prior, seed=options.seed).gradient,
@@ -71,6 +73,8 @@ def _written(folder: Path, problem: Problem, found: list[Reconstruction], not_ru
     for part in found:
         write_images(folder / f"{part.route}.png", [(part.route, part.images.cpu())])
     write_tensors(folder / "images.safetensors", {part.route: part.images for part in found})
+    if problem.kept is not None:
+        problem.kept.clear()
     assert problem.proxies is not None and problem.observed is not None
     far = int(problem.proxies.ridge.far_from_proxy(problem.observed, problem.known_labels).sum())
     if far:

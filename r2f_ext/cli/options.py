@@ -21,6 +21,7 @@ PRIVATE_IMAGES = {  # how many there are to score against
 ROUTES = (
     "adapter_rowspace",
     "amortised",
+    "amortised_by_label",
     "amortised_refined",
     "attention_rowspace",
     "gauss_newton",
@@ -62,8 +63,8 @@ pairs and fit also on several processes or machines:
 
 exit codes: 0 done; 2 bad input, explained in one sentence; 70 an error in r2f itself (--debug
 shows the traceback); 130 interrupted with Ctrl-C; 143 terminated.
-Files appear under their final names only when they are complete. pairs and fit that were
-interrupted go on when the same command is run again.
+Files appear under their final names only when they are complete. pairs, fit and the searches of
+--gauss-newton that were interrupted go on when the same command is run again.
 """
 
 BASE_HELP = (
@@ -154,11 +155,12 @@ def _adapter(command: argparse.ArgumentParser, many: bool = False) -> None:
     )
 
 
-def _gauss_newton(command: argparse.ArgumentParser) -> None:
+def _gauss_newton(command: argparse.ArgumentParser, start: str) -> None:
     command.add_argument(
         "--gauss-newton",
         action="store_true",
-        help="also search for the exact image of a one-step, one-image adapter; a few minutes each on 2 cores",
+        help="also search for the exact image of a one-step, one-image adapter, a few minutes each on 2 cores; "
+        f"{start}. Interrupted, the same command goes on after the last search that ended",
     )
 
 
@@ -183,7 +185,11 @@ def _audit(commands: Commands) -> None:
     )
     command.add_argument("--count", type=int, default=8000, metavar="N", help="proxy pairs (default 8000)")
     _routes(command)
-    _gauss_newton(command)
+    _gauss_newton(
+        command,
+        "it starts from all images of --proxy with the adapter's label (8000 procedural ones, whatever the label), not "
+        "only from --count pairs",
+    )
     _initial(command)
     _precision(command)
     command.add_argument(
@@ -285,7 +291,7 @@ def _invert(commands: Commands) -> None:
     command.add_argument("--pairs", required=True, metavar="PAIRS", help="a folder written by r2f pairs")
     command.add_argument("--gradients", metavar="FILE", help="decoded gradients; adds the route `matching`")
     _routes(command)
-    _gauss_newton(command)
+    _gauss_newton(command, "it starts from --pairs")
     _initial(command)
     command.add_argument("--prior", metavar="DIR", help="a diffusers folder, whose model regularises gradient matching")
     command.add_argument(

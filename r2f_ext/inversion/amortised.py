@@ -21,13 +21,14 @@ from r2f_ext.errors import R2FError
 from r2f_ext.kernel_solver import RidgeSystem, best_ridge
 from r2f_ext.linalg import gram, sum_in_place
 from r2f_ext.pairs import GeneratedPairs
-from r2f_ext.progress import Advance
+from r2f_ext.progress import Advance, unheard
 from r2f_ext.types import Reconstruction, Target
 
 GAMMAS = (0.25, 0.5, 1.0, 2.0)
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1)
 SELECTION_PAIRS = 1000  # gamma and ridge are chosen on these, as they hardly depend on the count
 LABEL_PAIRS = 2000  # pairs to estimate labels from; more improve little
+MIN_PAIRS = 20
 OWN_PAIRS = 100  # minimum pairs of one label to fit it alone; with fewer, the pairs of all labels are used
 
 
@@ -93,8 +94,10 @@ class AmortisedInverter:
     """
 
     def __init__(self, updates: dict[str, Tensor], images: Tensor, labels: Tensor, num_classes: int) -> None:
-        if len(images) < 20:
-            raise R2FError(f"the amortised route needs at least 20 proxy pairs, got {len(images)}: use a larger proxy.")
+        if len(images) < MIN_PAIRS:
+            raise R2FError(
+                f"the amortised route needs at least {MIN_PAIRS} proxy pairs, got {len(images)}: use a larger proxy."
+            )
         self.shape = images.shape[1:]
         self.images, self.labels, self.num_classes = images.flatten(1), labels, num_classes
         self.units = {name: _unit(update) for name, update in updates.items()}
@@ -219,8 +222,10 @@ def invert_by_label(
     a: dict[str, Tensor],
     proxy: ImageSet,
     observed: dict[str, Tensor],
-    advance: Advance = lambda units: None,
+    advance: Advance = unheard,
     precision: str = "float32",
+    labels: Tensor | None = None,
+    most: int | None = None,
 ) -> Amortised:
     """The amortised route at any proxy size: pairs are made label by label, only for the victims' labels.
 
@@ -230,30 +235,38 @@ def invert_by_label(
         a: name -> the victims' common A [r, d_in]; observed: name -> their updates [V, d_out, r].
         advance: called with the number of pairs made.
         precision: of the model (see `GeneratedPairs`).
+        labels: int64 [V], the victims'; None: found from up to LABEL_PAIRS further pairs.
+        most: images of one label that are used; None: all. Their updates and kernel are in memory, those of one label
+            at a time.
 
     Raises:
-        R2FError: fewer than 20 images in the proxy.
+        R2FError: fewer than 20 images in the proxy, or `most` is less.
     """
     began = time.perf_counter()
-    first = _inverter(target, a, proxy.take(torch.arange(min(LABEL_PAIRS, len(proxy)))), advance, precision)
-    labels = first.find_labels(observed)
+    if most is not None and most < MIN_PAIRS:
+        raise R2FError(f"pairs of only {most} images of a label fit into memory: use a machine with more.")
+    if labels is None:
+        first = proxy.take(torch.arange(min(LABEL_PAIRS, len(proxy))))
+        labels = _inverter(target, a, first, advance, precision).find_labels(observed)
     images = labels.new_empty(len(labels), *target.base.input_shape, dtype=torch.float32)
     far = torch.zeros_like(labels, dtype=torch.bool)
     pairs = held_out = 0.0
     errors: dict[int, Tensor] = {}
-    del first
     for label in labels.unique().tolist():
         victims = labels == label
-        own = proxy_of_label(proxy, label)
+        own = proxy_of_label(proxy, label, most)
         inverter = _inverter(target, a, own, advance, precision)
         part = {name: update[victims] for name, update in observed.items()}
-        found = inverter.invert(part)
-        images[victims], far[victims] = found.images, inverter.far_from_proxy(part)
+        found = inverter.invert(part, labels[victims])
+        images[victims], far[victims] = found.images, inverter.far_from_proxy(part, labels[victims])
         errors |= found.loo_errors
         share = float(victims.float().mean())
         pairs += share * found.details["pairs_a_victim"]
         held_out += share * found.details["held_out_psnr_db"]
+        del inverter  # before the next one takes as much memory
     why = f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs of the victim's label"
+    if most is not None and pairs_by_label(proxy, labels, None) > pairs_by_label(proxy, labels, most):
+        why += f"; of its images no more than {most} were used, as many as fit into memory"
     details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
     reconstruction = Reconstruction(
         "amortised", images, labels, why, time.perf_counter() - began, details, loo_errors=errors
@@ -261,12 +274,29 @@ def invert_by_label(
     return Amortised(reconstruction, far)
 
 
-def proxy_of_label(proxy: ImageSet, label: int) -> ImageSet:
-    """Images of `proxy` to fit `label` with; all of them if fewer than OWN_PAIRS have that label."""
-    if proxy.random_labels:
-        return proxy.relabelled(label)
-    own = torch.nonzero(proxy.labels == label).flatten()
-    return proxy.take(own) if len(own) >= OWN_PAIRS else proxy
+def pairs_by_label(proxy: ImageSet, labels: Tensor, most: int | None) -> int:
+    """How many pairs `invert_by_label` makes for victims of these labels [V]."""
+    return sum(len(_rows_of_label(proxy, label, most)) for label in labels.unique().tolist())
+
+
+def proxy_of_label(proxy: ImageSet, label: int, most: int | None = None) -> ImageSet:
+    """Images of `proxy` to fit `label` with; of all labels if fewer than OWN_PAIRS have that one.
+
+    Args:
+        most: a random choice of this many, if there are more.
+    """
+    chosen = proxy.take(_rows_of_label(proxy, label, most))
+    return chosen.relabelled(label) if proxy.random_labels else chosen
+
+
+def _rows_of_label(proxy: ImageSet, label: int, most: int | None) -> Tensor:
+    rows = torch.arange(len(proxy))
+    if not proxy.random_labels:
+        own = torch.nonzero(proxy.labels == label).flatten()
+        rows = own if len(own) >= OWN_PAIRS else rows
+    if most is None or most >= len(rows):
+        return rows
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]].sort().values
 
 
 def _inverter(

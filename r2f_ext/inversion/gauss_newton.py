@@ -12,7 +12,6 @@ Besides the damping described in `newton`, convergence from a start of about 20 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle
@@ -37,6 +36,7 @@ from r2f_ext.inversion.exactness import (
     rounded,
     storage_precision,
 )
+from r2f_ext.inversion.kept import KeptSearches, by_victim, files_of
 from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
 from r2f_ext.inversion.newton import (
     DAMPINGS,
@@ -47,10 +47,11 @@ from r2f_ext.inversion.newton import (
     dense_jacobian,
     descend,
     run_search,
-    search_each,
 )
+from r2f_ext.inversion.searches import search_each
 from r2f_ext.linalg import sum_in_place
 from r2f_ext.ops import lora_grad_tangent
+from r2f_ext.progress import Advance, unheard
 from r2f_ext.types import Reconstruction, Target
 
 ROUTE = "gauss_newton"
@@ -361,8 +362,9 @@ def gauss_newton(
     start: Reconstruction,
     subspace: Subspace,
     config: GaussNewtonConfig | None = None,
-    advance: Callable[[int], None] = lambda victims: None,
+    advance: Advance = unheard,
     doubt: str | None = None,
+    kept: KeptSearches | None = None,
 ) -> Reconstruction:
     """Route `gauss_newton`: images of V one-step, one-image adapters from their updates.
 
@@ -375,8 +377,9 @@ def gauss_newton(
             the correct label and a start close enough to the image.
             Its `loo_errors`, if any, shape the first cloud of a victim.
         subspace: search space, computed from proxies.
-        advance: called with 1 after each victim.
+        advance: called with 1 and a line after each victim.
         doubt: why no image can be called exact, as a clause.
+        kept: where searches that have ended are kept; None: nowhere.
 
     Returns:
         images [V, c, h, w]: the search's if its residual is small or far below the start's, else the start.
@@ -394,7 +397,8 @@ def gauss_newton(
         return search(updates, targets[victim], image, label, subspace, config, errors, bound.precise)
 
     bound = UpdateBound(updates, observed)
-    return search_each(ROUTE, start, find, bound, advance, doubt)
+    files = files_of(kept, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
+    return search_each(ROUTE, start, find, bound, advance, doubt, files)
 
 
 def moved_layers(target: Target, observed: dict[str, Tensor]) -> Target:

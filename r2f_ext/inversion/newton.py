@@ -9,7 +9,6 @@ thousand times as much as a step.
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2f_ext.errors import R2FError
-from r2f_ext.inversion.exactness import REPRODUCED, Bound
-from r2f_ext.progress import Advance
-from r2f_ext.types import Reconstruction
+from r2f_ext.inversion.exactness import REPRODUCED
 
 DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # relative to J^T J's largest eigenvalue
 SOLVED = 1e-5  # relative residual below which float32 holds no more information
@@ -197,60 +193,3 @@ def dense_jacobian(
     columns = basis.shape[1]
     rows = F.pad(basis.T, (0, 0, 0, -columns % directions)).unflatten(1, shape)
     return torch.cat([tangents(part) for part in rows.split(directions)])[:columns]
-
-
-def search_each(
-    route: str,
-    start: Reconstruction,
-    find: Callable[[int, Tensor, Tensor], Search],
-    bound: Callable[[int, Tensor, Tensor], Bound],
-    advance: Advance,
-    doubt: str | None = None,
-) -> Reconstruction:
-    """Run one search per victim; its image replaces the start if its residual is small or far below the start's.
-
-    Args:
-        start: images [V, c, h, w] in [0, 1] and labels [V] that the searches begin from.
-        find: (victim, start point [c * h * w], label [1]) -> Search.
-        bound: (victim, image found [c * h * w], label [1]) -> what the update says of it; for images that replace the
-            start, unless there is a doubt.
-        advance: called with 1 after each victim.
-        doubt: why none can be called exact, as a clause.
-
-    Returns:
-        `per_victim` holds `residual`, `start_residual`, `passes`, `exact` (1 or 0), `bound_db`, `free_directions` and
-        `misfit` (see `Bound`; NaN where not computed); `details` how many are exact.
-
-    Raises:
-        R2FError: the start has no labels.
-    """
-    began = time.perf_counter()
-    if start.labels is None:
-        raise R2FError(f"{route} needs labels: start it from a route that finds them.")
-    images, figures = [], []
-    for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
-        found = find(victim, image.flatten(), label[None])
-        judged = found.improved and doubt is None
-        known = bound(victim, found.image, label[None]) if judged else Bound()
-        figures.append(
-            {
-                "residual": found.residual,
-                "start_residual": found.start_residual,
-                "passes": found.passes,
-                "exact": known.exact,
-                "bound_db": known.db,
-                "free_directions": known.free,
-                "misfit": known.misfit,
-            }
-        )
-        images.append(found.image.view_as(image) if found.improved else image)
-        advance(1)
-    per_victim = {key: torch.tensor([float(each[key]) for each in figures], dtype=torch.float64) for key in figures[0]}
-    exact = int(per_victim["exact"].sum())
-    why = f"Gauss-Newton on the update itself: {exact} of {len(images)} images are exact"
-    if doubt is not None:
-        why += f", because {doubt}"
-    seconds, details = time.perf_counter() - began, {"exact": float(exact)}
-    return Reconstruction(
-        route, torch.stack(images), start.labels, why, seconds, details, per_victim=per_victim, doubt=doubt
-    )

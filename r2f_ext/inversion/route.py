@@ -12,10 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from r2f_ext.data import ImageSet
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, measured_tokens, structural_tokens
+from r2f_ext.inversion.kept import KeptSearches
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
 from r2f_ext.inversion.unet import UNetConfig
@@ -87,6 +89,21 @@ class Proxies:
 
 
 @dataclass(frozen=True)
+class Public:
+    """All public images, of which the proxies are usually a part.
+
+    Attributes:
+        images: none of them is private.
+        most: images of one label whose pairs fit into memory; None: all.
+        precision: of the model when pairs are made of them (see `GeneratedPairs`).
+    """
+
+    images: ImageSet
+    most: int | None = None
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
 class Problem:
     """The input of a route. A field that is None was not observed or is unknown.
 
@@ -104,6 +121,7 @@ class Problem:
         initial: looks up A before the first step (A_0).
         training: the victims' recipe.
         proxies: proxy updates with their images and labels.
+        public: all public images, where these are more than the proxies or serve every label; else None.
         decoded: name -> the victims' decoded gradients [V, d_out, d_in].
         found: route -> reconstruction, for routes that have already run.
         matching, refinement: configurations of the two gradient matching routes.
@@ -112,6 +130,7 @@ class Problem:
         prior: (images, step) -> gradient [n, c, h, w] of a learned prior, added while matching.
         facts: what the adapters' folders say beside their factors, one per adapter.
         evidence: what the adapters' factors show of the training; None without adapters.
+        kept: where searches that have ended are kept until all have; None: nowhere.
     """
 
     base: BaseModel
@@ -127,6 +146,7 @@ class Problem:
     initial: InitialFactors | None = None
     training: Training | None = None
     proxies: Proxies | None = None
+    public: Public | None = None
     decoded: Gradient | None = None
     found: Mapping[str, Reconstruction] = field(default_factory=dict)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
@@ -137,6 +157,7 @@ class Problem:
     prior: PriorGradient | None = None
     facts: tuple[AdapterFacts, ...] = ()
     evidence: Evidence | None = None
+    kept: KeptSearches | None = None
 
     @cached_property
     def effective_tokens(self) -> dict[str, int]:
@@ -208,7 +229,8 @@ class Route(ABC):
         name: unique; also the name in report.json.
         title: label of its row in pictures; None: the name.
         reads: fields of Problem that must not be None.
-        after: routes whose reconstructions it reads from `Problem.found`.
+        after: routes whose reconstructions it reads from `Problem.found`; those that can, run before it, and it needs
+            one of them.
         by_default: whether the route runs if no routes are named.
         threat_model: one sentence: who can use the route, and what they must know.
     """

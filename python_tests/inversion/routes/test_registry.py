@@ -11,7 +11,7 @@ from r2f_ext.audit.run import run_audit_stages
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import routes
 from r2f_ext.inversion.route import Certainty, Problem, adapter_problem
-from r2f_ext.inversion.routes import default_routes, registry, run_routes, verdicts_of
+from r2f_ext.inversion.routes import default_routes, needs, registry, run_routes, verdicts_of, with_earlier
 
 GRAY = """
 import torch
@@ -78,6 +78,19 @@ def test_a_route_whose_start_did_not_run_does_not_run():
     without = replace(problem, proxies=None)
     outcome = run_routes(without, verdicts_of(without), ["amortised_refined"])
     assert outcome.reconstructions == [] and "amortised did not run" in outcome.not_run["amortised_refined"]
+
+
+def test_the_start_of_a_refused_route_is_not_run():
+    problem, _ = posed()
+    several = replace(problem, steps=2)
+    assert with_earlier(["gauss_newton"], verdicts_of(several)) == ["gauss_newton"]
+    assert not needs("public", ["gauss_newton"], verdicts_of(several))
+    assert set(with_earlier(["gauss_newton"], verdicts_of(problem))) == {
+        "amortised",
+        "amortised_by_label",
+        "gauss_newton",
+    }
+    assert needs("public", ["gauss_newton"], verdicts_of(problem))
 
 
 def test_an_unknown_name_is_refused():

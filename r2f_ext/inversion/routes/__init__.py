@@ -20,6 +20,7 @@ FIELD_NAMES = {
     "initial": "an adapter",
     "training": "the victim's training recipe (r2f pairs --steps, --optimizer, ...)",
     "proxies": "proxy pairs",
+    "public": "public images that the proxy pairs leave unused",
     "decoded": "decoded gradients (r2f decode, --gradients)",
 }
 
@@ -76,7 +77,7 @@ def check_runnable(
     Raises:
         R2FError: no name, a name that is not in the registry, or no route of the choice can run; the sentence says why.
     """
-    chosen = _with_earlier(names, registry())
+    chosen = with_earlier(names, verdicts)
     refused = {name: why for name, why in refusals(problem, verdicts, later).items() if name in chosen}
     if len(refused) == len(chosen):
         listed = " ".join(f"{name}: {why}" for name, why in refused.items()) or "name at least one."
@@ -99,7 +100,7 @@ def run_routes(
     stages, routes = stages or Stages(), registry()
     outcome = Outcome([], {})
     failed: Exception | None = None
-    for name in _with_earlier(default_routes() if names is None else names, routes):
+    for name in with_earlier(default_routes() if names is None else names, verdicts):
         route, verdict = routes[name], verdicts[name]
         refusal = _refusal(route, verdict, problem) or _missing_start(route, problem)
         if refusal is not None:
@@ -128,13 +129,29 @@ def _refusal(route: Route, verdict: Verdict, problem: Problem, later: Sequence[s
 
 
 def _missing_start(route: Route, problem: Problem) -> str | None:
-    """The route that did not run although this one starts from what it finds."""
-    earlier = next((name for name in route.after if name not in problem.found), None)
-    return None if earlier is None else f"Not run: it starts from what {earlier} finds, and {earlier} did not run."
+    """That no route ran from which this one starts, as a sentence; None where one did, or none is needed."""
+    if not route.after or any(name in problem.found for name in route.after):
+        return None
+    earlier = route.after[-1]
+    return f"Not run: it starts from what {earlier} finds, and {earlier} did not run."
 
 
-def _with_earlier(names: Iterable[str], routes: dict[str, Route]) -> list[str]:
-    """The named routes and all that they depend on, in the registry's order."""
+def needs(field_name: str, names: Iterable[str], verdicts: dict[str, Verdict]) -> bool:
+    """Whether one of the routes that run for a choice reads this field of the problem.
+
+    Raises:
+        R2FError: a name is not in the registry.
+    """
+    return any(field_name in registry()[name].reads for name in with_earlier(names, verdicts))
+
+
+def with_earlier(names: Iterable[str], verdicts: dict[str, Verdict]) -> list[str]:
+    """The named routes, and those that the ones not refused depend on, in the registry's order.
+
+    Raises:
+        R2FError: a name is not in the registry.
+    """
+    routes = registry()
     chosen: set[str] = set()
     left = list(names)
     while left:
@@ -143,7 +160,7 @@ def _with_earlier(names: Iterable[str], routes: dict[str, Route]) -> list[str]:
             raise R2FError(f"there is no route '{name}': name some of {', '.join(routes)}.")
         if name not in chosen:
             chosen.add(name)
-            left += routes[name].after
+            left += () if verdicts[name].certainty is Certainty.REFUSED else routes[name].after
     return [name for name in routes if name in chosen]
 
 

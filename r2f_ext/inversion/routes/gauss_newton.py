@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import prod
 
 from r2f_ext.inversion.counting import doubt, search_verdict, several_steps
-from r2f_ext.inversion.gauss_newton import MAX_PIXELS, ROUTE, Subspace, gauss_newton, too_large
+from r2f_ext.inversion.gauss_newton import MAX_PIXELS, ROUTE, gauss_newton, too_large
 from r2f_ext.inversion.route import Problem, Route, Verdict
+from r2f_ext.inversion.start import search_start
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
@@ -20,7 +21,7 @@ class GaussNewton(Route):
         "base and head can run it."
     )
     reads = ("target", "a", "observed", "proxies")
-    after = ("amortised",)
+    after = ("amortised_by_label", "amortised")
     by_default = False
 
     def verdict(self, problem: Problem) -> Verdict:
@@ -34,15 +35,15 @@ class GaussNewton(Route):
 
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.target is not None and problem.a is not None and problem.observed is not None
-        assert problem.proxies is not None
-        start, subspace = problem.found["amortised"], Subspace.of(problem.proxies.images)
+        start = search_start(problem, self.after)
         return gauss_newton(
             problem.target,
             problem.a,
             problem.observed,
-            start,
-            subspace,
+            start.estimate,
+            start.subspace,
             problem.gauss_newton,
             advance,
             doubt(problem),
+            problem.kept,
         )

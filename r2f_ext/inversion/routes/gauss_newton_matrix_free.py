@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from r2f_ext.inversion.counting import doubt, search_verdict, several_steps
 from r2f_ext.inversion.exactness import Bound
-from r2f_ext.inversion.gauss_newton import MAX_PIXELS, Subspace, UpdateBound, UpdateMap, moved_layers
+from r2f_ext.inversion.gauss_newton import MAX_PIXELS, UpdateBound, UpdateMap, moved_layers
+from r2f_ext.inversion.kept import by_victim, files_of
 from r2f_ext.inversion.matrix_free import (
     Coordinates,
     GradientMap,
@@ -17,8 +19,10 @@ from r2f_ext.inversion.matrix_free import (
     SpectrumCoordinates,
     search_matrix_free,
 )
-from r2f_ext.inversion.newton import Search, search_each
-from r2f_ext.inversion.route import Problem, Proxies, Route, Verdict
+from r2f_ext.inversion.newton import Search
+from r2f_ext.inversion.route import Problem, Route, Verdict
+from r2f_ext.inversion.searches import search_each
+from r2f_ext.inversion.start import best_estimate, search_start
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
@@ -32,7 +36,7 @@ class GaussNewtonMatrixFree(Route):
         "base and head can run it."
     )
     reads = ("target", "a", "observed", "proxies")
-    after = ("amortised",)
+    after = ("amortised_by_label", "amortised")
     by_default = False
 
     def verdict(self, problem: Problem) -> Verdict:
@@ -44,11 +48,10 @@ class GaussNewtonMatrixFree(Route):
 
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.target is not None and problem.a is not None and problem.observed is not None
-        assert problem.proxies is not None
         observed, config, shape = problem.observed, problem.matrix_free, problem.base.input_shape
         target = moved_layers(problem.target, observed)
         updates = GradientMap(target, problem.a, shape)
-        coordinates = _coordinates(shape, problem.proxies)
+        start, coordinates = _start(problem, self.after)
         dense = UpdateMap(target, problem.a, torch.Size(shape), problem.gauss_newton.directions)
         bound = UpdateBound(dense, observed) if prod(shape) <= MAX_PIXELS else _unknown
 
@@ -56,7 +59,8 @@ class GaussNewtonMatrixFree(Route):
             wanted = updates.observation([observed[name][victim] for name in target.names])
             return search_matrix_free(updates, wanted, image, label, coordinates, config)
 
-        return search_each(self.name, problem.found["amortised"], find, bound, advance, doubt(problem))
+        files = files_of(problem.kept, self.name, config, target, problem.a, by_victim(observed), start.labels)
+        return search_each(self.name, start, find, bound, advance, doubt(problem), files)
 
 
 def _unknown(victim: int, image: Tensor, label: Tensor) -> Bound:
@@ -64,8 +68,11 @@ def _unknown(victim: int, image: Tensor, label: Tensor) -> Bound:
     return Bound()
 
 
-def _coordinates(shape: tuple[int, int, int], proxies: Proxies) -> Coordinates:
-    """The proxies' own variation where its basis can be written out, else the mean spectrum of natural images."""
+def _start(problem: Problem, routes: Sequence[str]) -> tuple[Reconstruction, Coordinates]:
+    """The start, and public images' own variation where its basis can be written out, else the mean spectrum of natural
+    images."""
+    shape = problem.base.input_shape
     if prod(shape) > MAX_PIXELS:
-        return SpectrumCoordinates(shape)
-    return ProxyCoordinates(Subspace.of(proxies.images))
+        return best_estimate(problem, routes), SpectrumCoordinates(shape)
+    start = search_start(problem, routes)
+    return start.estimate, ProxyCoordinates(start.subspace)

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from r2f_ext.inversion.counting import doubt, search_verdict
 from r2f_ext.inversion.exactness import DRAWS, Bound, arithmetic_errors, bound_error, in_float64, rounded
-from r2f_ext.inversion.gauss_newton import MAX_PIXELS, Subspace, search, too_large
-from r2f_ext.inversion.newton import Search, search_each
+from r2f_ext.inversion.gauss_newton import MAX_PIXELS, search, too_large
+from r2f_ext.inversion.kept import files_of
+from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
+from r2f_ext.inversion.searches import search_each
+from r2f_ext.inversion.start import search_start
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights
 from r2f_ext.pairs import Training
 from r2f_ext.progress import Advance
@@ -37,11 +40,11 @@ class GaussNewtonUnrolled(Route):
         return problem.victims
 
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
-        training, start = problem.training, problem.found["amortised"]
-        assert problem.target is not None and problem.adapters is not None and problem.proxies is not None
+        training, begun = problem.training, search_start(problem, self.after)
+        assert problem.target is not None and problem.adapters is not None
         assert problem.initial is not None and problem.initial.found is not None and training is not None
         adapters, a0 = problem.adapters, problem.initial.found.a
-        subspace, config = Subspace.of(problem.proxies.images), problem.gauss_newton
+        start, subspace, config = begun.estimate, begun.subspace, problem.gauss_newton
         modelled = Training() if _reads_adamw(training) else training
         unrolled = UnrolledMap(problem.target, a0, problem.base.input_shape, modelled, config.directions)
         precise = UnrolledMap(in_float64(problem.target), a0, problem.base.input_shape, modelled, config.directions)
@@ -49,12 +52,16 @@ class GaussNewtonUnrolled(Route):
         def find(victim: int, image: Tensor, label: Tensor) -> Search:
             updates, observed = _observation(unrolled, adapters[victim], training)
             errors = start.loo_errors.get(int(label))
-            return search(updates, observed, image, label, subspace, config, errors)
+            finishing = _observation(precise, adapters[victim], training)[0]
+            return search(updates, observed, image, label, subspace, config, errors, finishing)
 
         def bound(victim: int, image: Tensor, label: Tensor) -> Bound:
             return _bound(unrolled, precise, adapters[victim], training, image, label)
 
-        return search_each(self.name, start, find, bound, advance, _doubt(problem, training))
+        factors = [{f"{name}.{side}": t for side in "ab" for name, t in getattr(one, side).items()} for one in adapters]
+        settings = config, training
+        files = files_of(problem.kept, self.name, settings, problem.target, a0, factors, start.labels)
+        return search_each(self.name, start, find, bound, advance, _doubt(problem, training), files)
 
 
 def _refusal(problem: Problem) -> str | None:

@@ -1,0 +1,55 @@
+"""Where a Gauss-Newton search starts, and in which space it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from r2f_ext.inversion.gauss_newton import SUBSPACE_IMAGES, Subspace
+from r2f_ext.inversion.route import Problem
+from r2f_ext.types import Reconstruction
+
+
+@dataclass(frozen=True)
+class Start:
+    """The images that V searches start from, in the affine span of public images, and the subspace of that span."""
+
+    estimate: Reconstruction
+    subspace: Subspace
+
+
+def search_start(problem: Problem, routes: Sequence[str]) -> Start:
+    """The best estimate found so far, moved to the nearest point of the span of the public images or proxies.
+
+    A search adds combinations of the subspace's directions to its start, so it never loses what a start has beside
+    them, and cannot end at an image of that span.
+
+    Args:
+        routes: whose estimates may serve; see `best_estimate`.
+
+    Raises:
+        R2FError: see `Subspace.of`.
+    """
+    assert problem.proxies is not None
+    images = problem.proxies.images
+    if problem.public is not None:
+        chosen = torch.randperm(len(problem.public.images), generator=torch.Generator().manual_seed(0))
+        images = problem.public.images.batch(chosen[:SUBSPACE_IMAGES], images.device).to(images)
+    subspace, estimate = Subspace.of(images), best_estimate(problem, routes)
+    moved = onto_span(estimate.images.flatten(1), images.flatten(1).mean(0), subspace.basis)
+    return Start(replace(estimate, images=moved.clamp(0, 1).view_as(estimate.images)), subspace)
+
+
+def best_estimate(problem: Problem, routes: Sequence[str]) -> Reconstruction:
+    """Of the estimates of these routes that were found, the one from most pairs of a victim's label."""
+    found = [problem.found[name] for name in routes if name in problem.found]
+    return max(found, key=lambda each: each.details.get("pairs_a_victim", 0.0))
+
+
+def onto_span(points: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """The nearest points of mean + span(basis) to points [n, p]; mean [p], basis [p, q] with orthogonal columns."""
+    shifts = (points - mean) @ basis / basis.square().sum(0)
+    return mean + shifts @ basis.mT
