@@ -12,8 +12,13 @@ EXTRA = $(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproje
 demo: $(VENV)/installed
 	$(BIN)/r2f demo --out $(OUT)
 
+# Two processes of one thread each, a file as a whole in one of them, in the order of the folders. The operators' loops
+# are tested with several threads, in one process; pytest-benchmark asks for one process too.
+ONE_PROCESS := python_tests/ops python_tests/test_benchmarks.py
+TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark $(ONE_PROCESS:%=--ignore=%)
 test: $(VENV)/installed test-kernels
-	$(BIN)/pytest -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "" $(TWO_PROCESSES)
+	$(BIN)/pytest -m "" $(ONE_PROCESS)
 
 # The kernels and their ctests, built without torch.
 test-kernels: $(VENV)/installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from cases import victim
 from cli_cases import run
 
-from r2f_ext.audit import AuditResult, run_audit_stages
+from r2f_ext.audit import AuditResult, controls, run_audit_stages
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.inversion.matching import MatchingConfig
@@ -66,6 +67,14 @@ def pairs(bound: tuple[Target, LoraUpdate], proxy: ImageSet) -> GeneratedPairs:
     return GeneratedPairs(bound[0], bound[1].a, proxy)
 
 
+@pytest.fixture(scope="module")
+def few_controls() -> Iterator[None]:
+    """Simulated controls are as few as a rank test at 5 % allows: they take most of a small audit's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controls, "SIMULATED", controls.LEAST)
+        yield
+
+
 @dataclass(frozen=True)
 class Audited:
     """A small audit of three real victims of one start, and all that went into it."""
@@ -91,7 +100,10 @@ def audited(
     steps = MatchingConfig(steps=3)
     config = AuditConfig(pairs=120, decoder_pairs=90, held_out=20, matching=steps, refinement=steps)
     problem = adapter_problem(target, adapters)
-    return Audited(target, adapters, proxy, private, config, run_audit_stages(problem, proxy, config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controls, "SIMULATED", controls.LEAST)
+        result = run_audit_stages(problem, proxy, config)
+    return Audited(target, adapters, proxy, private, config, result)
 
 
 @dataclass(frozen=True)

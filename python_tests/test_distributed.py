@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import r2f_ext
 from r2f_ext import distributed
 from r2f_ext.decoders import ANY_A_KINDS
+from r2f_ext.decoders.learned import Learned
 
 REPOSITORY = Path(r2f_ext.__file__).parent.parent
 LOST = "another process of this run has died: run the same command again, and it goes on from what is finished."
@@ -35,9 +36,9 @@ import os, sys, time
 from r2f_ext.decoders.learned import Learned
 real = Learned.finish
 def slowly(decoder):
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ["RANK"]
     print(f"learns {decoder.kind} {rank if decoder.kind == 'mlp' else '-'} {os.getpid()}", flush=True)
-    time.sleep(3600 if "RANK" in os.environ and decoder.kind == "mlp" else 0)
+    time.sleep(3600 if decoder.kind == "mlp" else 0)
     real(decoder)
 Learned.finish = slowly
 from r2f_ext.cli import main
@@ -45,10 +46,11 @@ sys.exit(main())
 """
 
 
-def start(processes, *words, code=None):
+def start(*words, code=None):
+    """A command on two processes."""
     program = ["-m", "r2f_ext.cli"] if code is None else [code]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), *program, *map(str, words)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, *program, *map(str, words)]
     # On the CPU, also where there is one GPU: two processes would need two.
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     environment = {**os.environ, **hidden}
@@ -61,6 +63,23 @@ def finished(process):
     out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     return out
+
+
+@pytest.fixture
+def alone(monkeypatch, capsys):
+    """alone(*words) runs a command in this process, on the CPU and in one thread as `start` does; what it printed."""
+
+    def command(*words):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        capsys.readouterr()
+        try:
+            assert run(*words, "--device", "cpu") == 0
+        finally:
+            torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return command
 
 
 def contents(folder):
@@ -94,37 +113,28 @@ def test_more_processes_than_gpus(monkeypatch, capsys, tmp_path, adapter_folder)
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_files_of_one(adapter_folder, tmp_path):
+def test_two_processes_make_the_files_of_one(adapter_folder, tmp_path, alone):
     words = ("pairs", adapter_folder, "--count", 450, "--proxy", "embedded", "--out")
-    finished(start(1, *words, tmp_path / "one"))
-    out = finished(start(2, *words, tmp_path / "two", "--json", tmp_path / "two.json"))
+    alone(*words, tmp_path / "one")
+    out = finished(start(*words, tmp_path / "two", "--json", tmp_path / "two.json"))
     assert out.count("450 pairs made, ") == 1  # only the first process speaks
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert json.loads((tmp_path / "two.json").read_text())["count"] == 450
 
-    two_fit_as_one(tmp_path / "one", tmp_path)
+    two_fit_as_one(alone, tmp_path / "one", tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_fit_decoders_for_any_a_as_one(adapter_folder, tmp_path):
-    words = (
-        "pairs",
-        adapter_folder,
-        "--count",
-        40,
-        "--proxy",
-        "embedded",
-        "--per-victim-a",
-        "--out",
-        tmp_path / "pairs",
-    )
-    assert run(*words) == 0
-    two_fit_as_one(tmp_path / "pairs", tmp_path, "--kind", *ANY_A_KINDS)
+def test_two_processes_fit_decoders_for_any_a_as_one(adapter_folder, tmp_path, alone):
+    words = ("pairs", adapter_folder, "--count", 40, "--proxy", "embedded", "--per-victim-a")
+    assert run(*words, "--out", tmp_path / "pairs") == 0
+    two_fit_as_one(alone, tmp_path / "pairs", tmp_path, "--kind", *ANY_A_KINDS)
 
 
-def two_fit_as_one(pairs, folder, *more):
-    fits = [start(n, "fit", pairs, *more, "--out", folder / f"fit{n}", "--json", folder / f"{n}.json") for n in (1, 2)]
-    shown = [finished(fit) for fit in fits]
+def two_fit_as_one(alone, pairs, folder, *more):
+    words = [("fit", pairs, *more, "--out", folder / f"fit{n}", "--json", folder / f"{n}.json") for n in (1, 2)]
+    two = start(*words[1])
+    shown = [alone(*words[0]), finished(two)]
     assert shown[0].splitlines()[-6:] == shown[1].splitlines()[-6:]
     assert json.loads((folder / "1.json").read_text()) == json.loads((folder / "2.json").read_text())
     same_decoders(folder / "fit1", folder / "fit2")
@@ -141,33 +151,35 @@ def same_decoders(one, two):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_with_one_sentence_and_the_run_goes_on(adapter_folder, tmp_path):
+def test_a_killed_process_ends_all_with_one_sentence_and_the_run_goes_on(adapter_folder, tmp_path, alone):
     code = tmp_path / "slow.py"
     code.write_text(SLOW)
     out = tmp_path / "two"
     words = ("pairs", adapter_folder, "--count", 600, "--proxy", "embedded", "--out", out)
-    assert f"r2f pairs: {LOST}" in killed(start(2, *words, code=code), "wrote")
+    assert f"r2f pairs: {LOST}" in killed(start(*words, code=code), "wrote")
     assert not (out / "manifest.json").exists()
     whole = {path.name: path.stat().st_mtime_ns for path in out.glob("pairs-*.safetensors")}
     assert whole
-    finished(start(1, *words))  # any number of processes goes on
-    finished(start(1, *words[:-1], tmp_path / "one"))
+    alone(*words)  # any number of processes goes on
+    alone(*words[:-1], tmp_path / "one")
     assert contents(out) == contents(tmp_path / "one")
     assert all((out / name).stat().st_mtime_ns == when for name, when in whole.items())
 
 
 @pytest.mark.slow
-def test_a_fit_goes_on_after_a_process_was_killed_while_it_learned(stages, tmp_path):
+def test_a_fit_goes_on_after_a_process_was_killed_while_it_learned(stages, tmp_path, alone, monkeypatch):
     """And is that of one process: conv and unet were learned by two, mlp by one."""
     code = tmp_path / "slow.py"
     code.write_text(SLOW_FIT)
     out = tmp_path / "two"
     words = ("fit", stages.pairs, "--kind", "conv", "unet", "mlp", "--out", out)
-    assert f"r2f fit: {LOST}" in killed(start(2, *words, code=code), "learns")
+    assert f"r2f fit: {LOST}" in killed(start(*words, code=code), "learns")
     assert contents(out) and not (out / "decoders.json").exists()
-    again = finished(start(1, *words, code=code))
-    assert [line.split()[1] for line in again.splitlines() if line.startswith("learns")] == ["mlp"]
-    finished(start(1, *words[:-1], tmp_path / "one"))
+    learned, finish = [], Learned.finish
+    monkeypatch.setattr(Learned, "finish", lambda decoder: (learned.append(decoder.kind), finish(decoder)))
+    alone(*words)
+    assert learned == ["mlp"]
+    alone(*words[:-1], tmp_path / "one")
     same_decoders(tmp_path / "one", out)
 
 

@@ -51,9 +51,10 @@ def test_what_can_be_known_of_the_tutorials_adapter(tutorial):
     assert any("do not show how many images a step saw" in sentence for sentence in said.sentences)
 
 
-def test_the_tutorials_adapter_goes_through_to_a_report(tutorial):
+def test_the_tutorials_adapter_goes_through_to_a_report(few_controls, tutorial, recwarn):
     config = AuditConfig(pairs=60, decoder_pairs=40, held_out=10, routes=("amortised",))
     report = audit([tutorial / "adapter"], base=str(tutorial / "base"), config=config)
+    assert [str(each.message) for each in recwarn] == []  # PEFT and transformers warn of what is checked here
     assert all(verdict.certainty is not Certainty.EXACT for verdict in report.verdicts.values())
     assert "the base is a ViTForImageClassification" in report.verdicts["adapter_rowspace"].why
     found = report.to_json()

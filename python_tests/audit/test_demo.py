@@ -12,6 +12,8 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import content_hashes
 from r2f_ext.inversion.matching import MatchingConfig
 
+pytestmark = pytest.mark.usefixtures("few_controls")
+
 
 def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FASHION_VICTIMS", 3)

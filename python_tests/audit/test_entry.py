@@ -18,6 +18,8 @@ from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.routes import registry
 from r2f_ext.types import Reconstruction
 
+pytestmark = pytest.mark.usefixtures("few_controls")
+
 STEPS = MatchingConfig(steps=2)
 GRAY = torch.full((1, 3, 32, 32), 0.5)
 CONFIG = AuditConfig(pairs=60, decoder_pairs=40, held_out=10, matching=STEPS, refinement=STEPS)

@@ -13,12 +13,14 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
 
+pytestmark = pytest.mark.usefixtures("few_controls")
+
 STEPS = MatchingConfig(steps=2, seed=4)
 CONFIG = AuditConfig(pairs=60, decoder_pairs=40, held_out=10, matching=STEPS, refinement=STEPS, seed=3)
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory, embedded, private):
+def recorded(few_controls, tmp_path_factory, embedded, private):
     """A folder with the report of two clients of one server, and their adapters beside it."""
     folder = tmp_path_factory.mktemp("recorded")
     adapters = [

@@ -18,6 +18,8 @@ from r2f_ext.inversion.routes import registry
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import LoraUpdate
 
+pytestmark = pytest.mark.usefixtures("few_controls")
+
 KINDS = {"projection", "row_lmmse", "ridge"}
 
 

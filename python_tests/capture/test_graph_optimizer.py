@@ -1,10 +1,16 @@
+import warnings
+
 import torch
 from torch.func import functionalize, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from r2f_ext.capture.graph_optimizer import simplify
+from r2f_ext.capture.graph_optimizer import Traced, simplify
 
 WEIGHT = torch.randn(4, 3, dtype=torch.float64)
+
+
+def doubled(x):
+    return 2 * x
 
 
 def operators(graph):
@@ -58,3 +64,17 @@ def test_graphs_that_write_or_draw_stay_as_they_are():
         graph = make_fx(function)(torch.randn(3))
         before = operators(graph)
         assert operators(simplify(graph)) == before
+
+
+def test_only_the_deprecation_of_torchs_own_scripts_is_left_unsaid():
+    """As torch.autograd.forward_ad does when it is first used; each process does so once."""
+
+    def scripted(x):
+        torch.jit.script(doubled)
+        warnings.warn("of the function itself", FutureWarning, stacklevel=1)
+        return doubled(x)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Traced(scripted)(torch.ones(3))
+    assert [str(each.message) for each in said] == ["of the function itself"]

@@ -1,8 +1,11 @@
 """The terminal: the verdict first, names as they are, bars on a terminal, whole lines on a pipe."""
 
+import errno
+import importlib
 import io
 
 import pytest
+from cli_cases import commands_with_out, run
 from page_cases import closed_forms, report, victims
 from rich.console import Console
 
@@ -163,3 +166,27 @@ def test_stages_survive_without_a_listener():
     with stages.stage("a") as advance:
         advance(1)
     assert set(stages.seconds) == {"a"}
+
+
+STAGES = {
+    "audit": ("matching", "r2f_ext.inversion.routes.matching.match"),
+    "pairs": ("pairs", "r2f_ext.pairs.shards.sha256"),
+    "fit": ("fit", "r2f_ext.decoders.ridge.gram"),
+    "invert": ("amortised_refined", "r2f_ext.inversion.routes.amortised_refined.match"),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_stops_is_not_shown_as_finished(name, error, stages, out, capsys, monkeypatch):
+    stage, place = STAGES[name]
+    importlib.import_module(place.rpartition(".")[0])
+
+    def stop(*args, **options):
+        raise error
+
+    monkeypatch.setattr(place, stop)
+    words = [str(word) for word in (*commands_with_out(stages)[name], "--out", out)]
+    assert run(*words) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.split(":")[0].split()[-1:] == [stage]]
+    assert len(lines) == 1 and "stopped after" in lines[0] and "/s" not in lines[0]

@@ -10,6 +10,7 @@ from cli_cases import files_under, refused, run
 from safetensors.torch import load_file
 
 from r2f_ext.capture import Capture
+from r2f_ext.decoders.mlp import MLP
 from r2f_ext.models import attach, read_adapter
 
 
@@ -85,7 +86,8 @@ def test_a_log_needs_its_package_and_a_kind_that_learns(stages, tmp_path, monkey
     assert not (tmp_path / "log").exists() and not files_under(tmp_path / "d")
 
 
-def test_precision_is_of_the_kinds_that_learn(stages, tmp_path):
+def test_precision_is_of_the_kinds_that_learn(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(MLP, "most_epochs", 3)
     figures = {}
     for precision in ("float32", "bfloat16"):
         words = ("fit", stages.pairs, "--kind", "row_lmmse", "mlp", "--precision", precision)
@@ -95,3 +97,20 @@ def test_precision_is_of_the_kinds_that_learn(stages, tmp_path):
     assert figures["float32"]["mlp"] != figures["bfloat16"]["mlp"]
     for name, layer in figures["float32"]["mlp"].items():
         assert layer["cosine_mean"] == pytest.approx(figures["bfloat16"]["mlp"][name]["cosine_mean"], abs=0.02)
+
+
+def test_fit_wrote_every_kind(stages):
+    record = json.loads((stages.decoders / "decoders.json").read_text())
+    assert record["kinds"] == ["projection", "row_lmmse", "ridge"] and record["count"] == 32
+    kinds = [f"{kind}.safetensors" for kind in ("projection", "ridge", "row_lmmse")]
+    assert files_under(stages.decoders) == ["decoders.json", *kinds]
+
+
+def test_fit_prints_what_it_says_in_json(stages, tmp_path, capsys):
+    assert run("fit", stages.pairs, "--out", tmp_path / "d", "--json", tmp_path / "fit.json") == 0
+    printed = json.loads((tmp_path / "fit.json").read_text())
+    assert (printed["fitted"], printed["held_out"]) == (32, 8)
+    shown = capsys.readouterr().out
+    for kind in ("projection", "row_lmmse", "ridge"):
+        figures = printed["decoders"][kind]["blocks.0.attn.qkv"]
+        assert f"{figures['cosine_mean']:.3f} ({figures['cosine_p05']:.3f})" in shown

@@ -1,19 +1,23 @@
 """`r2f invert`: which routes run, and what is said of those that do not."""
 
 import json
+from dataclasses import replace
 
 import pytest
-from cli_cases import few_steps, refused, run
+import torch
+from cli_cases import FIRST, files_under, refused, run
+from safetensors.torch import load_file, save_file
 
 from r2f_ext.cli import invert
+from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
+from r2f_ext.inversion.routes import registry
 from r2f_ext.models.draws import Trace
 from r2f_ext.models.evidence import NO_BATCH, SHOWN
 
 
 @pytest.fixture
-def inverted(stages, tmp_path, monkeypatch, capsys):
+def inverted(stages, tmp_path, capsys):
     """Runs the command on the session's pairs; returns what --json holds and what was printed."""
-    few_steps(monkeypatch)
 
     def command(*options):
         words = ("invert", stages.adapter, "--pairs", stages.pairs, "--out", tmp_path / "o", *options)
@@ -60,3 +64,52 @@ def test_bad_requests(stages, tmp_path, capsys, monkeypatch):
     assert "no route 'nonesuch': name some of" in refused(capsys, *words, "--routes", "nonesuch")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1000})())
     assert "do not fit into" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(("gradients", "inverter"), [(True, "ridge"), (False, "unet")])
+def test_invert(stages, tmp_path, gradients, inverter):
+    more = ("--inverter", inverter, *(("--gradients", stages.gradients) if gradients else ()))
+    out = tmp_path / "i"
+    code = run("invert", stages.adapter, "--pairs", stages.pairs, *more, "--out", out, "--json", tmp_path / "i.json")
+    assert code == 0
+    routes = ["amortised", "amortised_refined"] + ["matching"] * gradients
+    assert list(json.loads((tmp_path / "i.json").read_text())["routes"]) == routes
+    assert files_under(out) == sorted([f"{route}.png" for route in routes] + ["images.safetensors"])
+    for images in load_file(out / "images.safetensors").values():
+        assert images.shape == (1, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "NaN", "two adapters", "text", "other layers"])
+def test_bad_gradients(damage, stages, tmp_path, out, capsys, monkeypatch):
+    monkeypatch.setattr(invert, "run_routes", lambda *args: pytest.fail("time was spent first"))
+    path = tmp_path / "g.safetensors"
+    gradients = load_file(stages.gradients)
+    if damage == "NaN":
+        gradients[FIRST][0, 1, 2] = float("nan")
+    elif damage == "two adapters":
+        gradients = {name: torch.cat([g, g]) for name, g in gradients.items()}
+    elif damage == "other layers":
+        gradients = {"x": torch.zeros(1)}
+    if damage == "text":
+        path.write_text("x")
+    elif damage != "missing":
+        save_file(gradients, path)
+    words = ("invert", stages.adapter, "--pairs", stages.pairs, "--gradients", path, "--out", out)
+    assert str(path) in refused(capsys, *words)
+    assert not files_under(out)
+
+
+def test_the_search_for_the_exact_image(stages, tmp_path, monkeypatch, recwarn):
+    """Two passes of the 22 that it may take."""
+    route = type(registry()["gauss_newton"])
+    whole, config = route.run, GaussNewtonConfig(passes=2)
+    monkeypatch.setattr(
+        route, "run", lambda self, problem, advance: whole(self, replace(problem, gauss_newton=config), advance)
+    )
+    out = tmp_path / "i"
+    options = ("--pairs", stages.pairs, "--out", out, "--json", tmp_path / "i.json")
+    assert run("invert", stages.adapter, "--gauss-newton", *options) == 0
+    found = json.loads((tmp_path / "i.json").read_text())["routes"]["gauss_newton"]
+    assert "of 1 images are exact" in found["why"] and found["per_victim"]["passes"] == [2]
+    assert (out / "gauss_newton.png").is_file()
+    assert [str(each.message) for each in recwarn] == []  # nothing of torch's or PEFT's inner workings

@@ -58,7 +58,7 @@ def start_near(images, labels, subspace, distance):
 
 def test_jacobian_equals_central_differences(problem):
     target, a, _, images, labels, subspace = problem
-    updates = UpdateMap(target, a, SHAPE, directions=16)
+    updates = UpdateMap(target, a, SHAPE, directions=64)
     point, step = images[0].flatten(), 1e-6
     found = updates.jacobian(point, labels[:1], subspace.basis)
     columns = subspace.basis.T
@@ -128,7 +128,7 @@ def test_a_wrong_label_is_not_called_exact_and_gives_back_the_start(problem):
 def test_a_search_counts_its_passes_and_stops_at_its_limit(problem):
     target, a, observed, images, labels, subspace = problem
     start = start_near(images, labels, subspace, 1.0)
-    updates = UpdateMap(target, a, SHAPE, 32)
+    updates = UpdateMap(target, a, SHAPE, 64)
     wanted = flat_units(observed)[0]
     config = GaussNewtonConfig(passes=1, steps=1)
     found = search(updates, wanted, start.images[0].flatten(), labels[:1], subspace, config)
@@ -198,7 +198,7 @@ def test_a_solution_outside_the_box_is_not_called_exact(problem, monkeypatch):
 
     monkeypatch.setattr(module, "newton_steps", lands_outside)
     monkeypatch.setattr(module, "NEAR", 10.0)  # from the first pass on
-    config, updates = GaussNewtonConfig(passes=3), UpdateMap(target, a, SHAPE, 32)
+    config, updates = GaussNewtonConfig(passes=3), UpdateMap(target, a, SHAPE, 64)
     found = search(updates, wanted, images[1].flatten(), labels[:1], subspace, config)
     assert found.residual > REPRODUCED and found.image.min() >= 0 and found.image.max() <= 1
 
@@ -251,7 +251,7 @@ def test_no_curvature_is_negative_in_float32(problem):
             seen = super().jacobian(point, label, basis).float()
             return torch.cat([seen, seen])
 
-    local = DenseLocal(Blind(target, a, SHAPE, 32), images[0].flatten(), labels[:1], subspace)
+    local = DenseLocal(Blind(target, a, SHAPE, 64), images[0].flatten(), labels[:1], subspace)
     assert local.curvature.dtype == torch.float64 and local.curvature.min() >= 0
     gram = local.jacobian.double() @ local.jacobian.double().T
     recomposed = local.axes @ torch.diag(local.curvature) @ local.axes.T

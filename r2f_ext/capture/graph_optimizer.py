@@ -5,7 +5,9 @@ That is derivatives of constants, copies and common subexpressions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,9 +45,18 @@ class Traced:
         if key not in self._graphs:
             # make_fx takes a plain function, not a method.
             plain: Any = functionalize(lambda *inputs: self._function(*inputs))
-            with torch.enable_grad():
+            with torch.enable_grad(), _without_torchs_own_deprecation():
                 self._graphs[key] = simplify(make_fx(plain)(*inputs))
         return self._graphs[key](*inputs)
+
+
+@contextmanager
+def _without_torchs_own_deprecation() -> Iterator[None]:
+    """Forward mode, when it is first used, has torch compile decompositions with `torch.jit.script`, and torch warns of
+    its own call; no caller can act on that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
+        yield
 
 
 def simplify(graph: fx.GraphModule) -> fx.GraphModule:

@@ -148,7 +148,9 @@ def rounded(factor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def in_float64(target: Target) -> Target:
-    """The same layers of a copy of the base in float64."""
+    """The same layers of a copy of the base in float64; the target itself where its base is in float64."""
+    if all(each.dtype == torch.float64 for each in target.base.model.parameters()):
+        return target
     return replace(target, base=replace(target.base, model=copy.deepcopy(target.base.model).double()))
 
 
