@@ -1,6 +1,11 @@
 """Untrusted text within a sentence."""
 
-from r2f_ext.errors import R2FError, listed, plain
+import numpy
+import pytest
+import scipy
+import torch
+
+from r2f_ext.errors import R2FError, expected, listed, plain
 
 
 def test_plain_text_stays_and_the_rest_becomes_printable():
@@ -23,3 +28,25 @@ def test_lists_say_how_many_more():
 def test_every_message_is_one_printable_line():
     assert str(R2FError("a\nb\x1b[0m")) == "a?b?[0m"
     assert str(R2FError(ValueError("x"))) == "x"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (R2FError("no such thing."), "no such thing."),
+        (MemoryError(), "out of memory."),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory."),
+        (numpy.linalg.LinAlgError("SVD did not\nconverge."), "a matrix cannot be decomposed (SVD did not converge)."),
+        (scipy.linalg.LinAlgError("Singular matrix"), "a matrix cannot be decomposed (Singular matrix)."),
+        (torch.linalg.LinAlgError("linalg.eigh: failed"), "a matrix cannot be decomposed (linalg.eigh: failed)."),
+    ],
+)
+def test_errors_of_input_memory_and_numbers_have_a_sentence(error, sentence):
+    assert expected(error) == sentence
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shapes differ"), KeyError("x")])
+def test_a_bug_is_raised_again(error):
+    with pytest.raises(type(error)) as raised:
+        expected(error)
+    assert raised.value is error

@@ -51,9 +51,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def expected(error: Exception) -> str:
-    """The sentence on an error that input or memory caused; any other error is raised again."""
+    """The sentence on an error that input, memory or a singular matrix caused; any other error is raised again."""
     if isinstance(error, R2FError):
         return str(error)
     if out_of_memory(error):
         return "out of memory."
+    if type(error).__name__.lstrip("_") == "LinAlgError":  # of torch, numpy and scipy, which are not imported here
+        return f"a matrix cannot be decomposed ({reason(error)})."
     raise error

@@ -1,4 +1,4 @@
-"""Reads JSON that r2f itself wrote, without torch; `models/safetensors_header.py` reads that of untrusted adapters."""
+"""Reads JSON that r2f itself wrote, or a base's, without torch; untrusted JSON: `models/safetensors_header.py`."""
 
 from __future__ import annotations
 

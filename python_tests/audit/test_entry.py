@@ -5,17 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import victim
-from cli_cases import files_under
+from cases import changed_weights, victim
+from cli_cases import few_steps, files_under, refused, run
 from PIL import Image
 
 import r2f_ext.audit.entry as module
 from r2f_ext.audit import audit
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import load_images
+from r2f_ext.decoders import Projection, Ridge, RowLMMSE
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
+from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.inversion.routes import registry
+from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import Reconstruction
 
 pytestmark = pytest.mark.usefixtures("few_controls")
@@ -179,3 +182,103 @@ def test_a_start_that_is_not_the_adapters_is_refused_before_images_are_read(name
 def test_the_recorded_sizes_are_those_that_ran(adapter_folder):
     report = audit([adapter_folder], proxy="embedded", config=replace(CONFIG, decoder_pairs=6000, held_out=100))
     assert (report.config.pairs, report.config.decoder_pairs, report.config.held_out) == (60, 45, 15)
+
+
+@pytest.fixture
+def no_pairs(monkeypatch):
+    """The pair stage runs out of memory."""
+
+    def batches(self, *part):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(GeneratedPairs, "batches", batches)
+
+
+SENTENCE = "No proxy pairs could be made, so nothing that needs them was done: out of memory."
+
+
+@pytest.mark.parametrize("given", [(), ("--private", "embedded:0")])
+def test_without_pairs_the_report_says_so_everywhere_and_the_command_exits_with_3(
+    adapter_folder, tmp_path, no_pairs, given, capsys
+):
+    assert run("audit", adapter_folder, "--proxy", "embedded", "--count", 60, *given, "--out", tmp_path) == 3
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [f"r2f audit: the report is incomplete: {SENTENCE}"]
+    assert files_under(tmp_path) == ["report.html", "report.json"]
+    report, page = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.html").read_text()
+    assert report["failed"] == {"pairs": SENTENCE} and report["incomplete"].endswith(SENTENCE)
+    assert report["verdict"]["leak"] is None and report["verdict"]["tried"] == [] and report["decoders"] == {}
+    assert report["verdict"]["sentences"][0] == f"Not judged: n{SENTENCE[1:]}" and report["spectra"]
+    assert any(f"n{SENTENCE[1:]}" in each["why"] for each in report["verdict"]["not_tried"])
+    for said in (SENTENCE, f"Not judged: n{SENTENCE[1:]}", "No route ran, so there are no reconstructions", "none"):
+        assert said in page
+    for said in (SENTENCE, "no route ran", f"not tried: amortised: Not run: n{SENTENCE[1:]}"):
+        assert said in printed.out
+    assert "without private images there is no PSNR" not in printed.out and "No private images" not in page
+
+
+def test_a_decoder_that_fails_is_said_and_there_is_no_file_of_decoded_gradients(
+    adapter_folder, tmp_path, monkeypatch, capsys
+):
+    few_steps(monkeypatch)
+    monkeypatch.setattr(Ridge, "finish", lambda self: torch.linalg.cholesky(-torch.eye(2)))
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "gradients.safetensors").write_text("of the old report")
+    assert run("audit", adapter_folder, "--proxy", "embedded", "--count", 60, "--out", tmp_path) == 0
+    said = "The decoder ridge failed, so there are no decoded gradients: a matrix cannot be decomposed ("
+    assert files_under(tmp_path) == ["reconstructions.png", "report.html", "report.json"]
+    report, page = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.html").read_text()
+    assert said in capsys.readouterr().out and said in page and report["failed"]["ridge"].startswith(said)
+    assert all(set(kinds) == {"projection", "row_lmmse"} for kinds in report["decoders"].values())
+    assert report["incomplete"] is None and "amortised_refined" in report["verdict"]["tried"]
+    (why,) = (each["why"] for each in report["verdict"]["not_tried"] if each["route"] == "matching")
+    assert why.startswith(f"Not run: t{said[1:]}") and "gradients.safetensors" not in page
+
+
+def test_all_decoders_that_fail_leave_a_page(adapter_folder, tmp_path, monkeypatch):
+    for kind in (Projection, RowLMMSE, Ridge):
+        monkeypatch.setattr(kind, "start", lambda self, *args: torch.linalg.cholesky(-torch.eye(2)))
+    report = audit([adapter_folder], proxy="embedded", config=replace(CONFIG, routes=("amortised",)), out=tmp_path)
+    assert set(report.failed) == {"projection", "row_lmmse", "ridge"}
+    assert "No gradients were decoded in this audit" in (tmp_path / "report.html").read_text()
+
+
+def test_a_replay_into_its_own_folder_that_fails_keeps_the_report(adapter_folder, tmp_path, monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "report.json"
+    audit([adapter_folder], proxy="embedded", config=replace(CONFIG, routes=("amortised",)), out=tmp_path)
+    recorded = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.run, "run_audit_stages", stop)
+        line = refused(capsys, "audit", "--replay", path, "--out", tmp_path, code=130)
+    date = json.loads(recorded)["date"]
+    assert line.endswith(
+        f"The report of an earlier run, of {date}, is kept as previous-report.json and previous-report.html."
+    )
+    assert not path.exists() and (tmp_path / "previous-report.json").read_text() == recorded
+    assert run("audit", "--replay", tmp_path / "previous-report.json", "--out", tmp_path) == 0
+    kept = {"gradients.safetensors", "reconstructions.png", "report.html", "report.json"}
+    assert set(files_under(tmp_path)) == kept
+    again = json.loads(path.read_text())
+    assert again["config"] == json.loads(recorded)["config"] and again["inputs"] == json.loads(recorded)["inputs"]
+
+
+def test_without_pairs_a_closed_form_still_runs_and_is_scored(adapter_folder, embedded, private, tmp_path, no_pairs):
+    image, label = private.batch([0]), private.labels[:1]
+    (gradient,) = exact_gradients(embedded, image, label, ("patch_embed.proj.weight", "pos_embed"))
+    moved = {
+        f"base_model.model.{name}": (embedded.model.get_parameter(name) - 0.1 * each).detach()
+        for name, each in gradient.items()
+    }
+    folder = changed_weights(adapter_folder, tmp_path / "a", lambda w: {**w, **moved})
+    report = audit([folder], proxy="embedded", private="embedded:0", config=CONFIG, out=tmp_path / "out")
+    assert report.tried == ["patch_position"] and report.failed == {"pairs": SENTENCE}
+    verdict = report.verdict()  # the closed form bounds its own error, so nothing that failed is needed
+    assert verdict.leak is True and verdict.sentences[0].startswith("Recovered exactly by patch_position")
+    assert verdict.sentences[1] == f"Not judged: n{SENTENCE[1:]}" and report.incomplete is None
+    (figures,) = report.to_json()["reconstruction"].values()
+    assert figures["routes"]["patch_position"]["psnr_db_mean"] > 60 and figures["controls"] == {}
+    assert "reconstructions.png" in files_under(tmp_path / "out")
+    assert "Controls: what is known" not in (tmp_path / "out" / "report.html").read_text()

@@ -94,7 +94,7 @@ def test_controls(report, audited):
 def test_a_single_victim_is_compared_with_a_stranger(audited):
     part = set_report("x", audited.result, audited.proxy, audited.private.take(torch.tensor([1])), slice(1, 2))
     assert len(part.reconstructions[0].images) == 1
-    assert torch.equal(part.controls.shuffled_adapter, audited.result.stranger)
+    assert torch.equal(part.controls.shuffled_adapter, audited.result.estimates.stranger)
     for found, whole in zip(part.reconstructions, audited.result.reconstructions, strict=True):
         assert torch.equal(found.images[0], whole.images[1])
 
@@ -202,14 +202,16 @@ def test_decoders_are_scored_on_what_they_were_asked(report, audited):
         assert kinds["ridge"]["victim_true"] == pytest.approx(float(expected), abs=1e-4)
         for figures in kinds.values():
             assert figures["floor_cosine"] == kinds["projection"]["cosine_mean"]
-            assert 0 <= figures["victim_estimate"] <= 1
+            assert figures["victim_estimate"] is None or 0 <= figures["victim_estimate"] <= 1
         assert kinds["projection"]["victim_true"] < kinds["ridge"]["victim_true"]
 
 
 def test_a_far_update_is_noted(audited):
-    count = len(audited.result.far_from_proxy)
+    count = len(audited.result.estimates.far)
     for far in (1, 0):
         flags = torch.arange(count) < far
-        notes = set_report("x", replace(audited.result, far_from_proxy=flags), audited.proxy, None).notes
+        notes = set_report(
+            "x", replace(audited.result, estimates=replace(audited.result.estimates, far=flags)), audited.proxy, None
+        ).notes
         assert bool(notes) is (far > 0)
         assert not far or notes[0].startswith(f"1 of {count} updates")

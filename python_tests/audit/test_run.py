@@ -11,12 +11,13 @@ from r2f_ext.audit.run import generate, run_audit_stages
 from r2f_ext.audit.sets import set_report
 from r2f_ext.capture import Capture
 from r2f_ext.data import content_hashes, drop_private
-from r2f_ext.decoders import Projection, Ridge, held_out_cosines, stack_updates
+from r2f_ext.decoders import Projection, Ridge, RowLMMSE, held_out_cosines, stack_updates
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.route import adapter_problem
+from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.inversion.route import Certainty, Verdict, adapter_problem
 from r2f_ext.inversion.routes import registry
 from r2f_ext.pairs import GeneratedPairs
-from r2f_ext.types import LoraUpdate
+from r2f_ext.types import LoraUpdate, Reconstruction
 
 pytestmark = pytest.mark.usefixtures("few_controls")
 
@@ -46,8 +47,8 @@ def test_what_comes_out(audited):
     }
     assert set(result.not_run) == {"adapter_rowspace"} and "Not exact" in result.not_run["adapter_rowspace"]
     assert result.verdicts["gauss_newton"].identifiable
-    assert result.notes == audited.result.problem.evidence.sentences
-    assert result.stranger.shape == (1, 3, 32, 32)
+    assert result.notes == (*audited.result.problem.evidence.sentences, *result.base_check.notes)
+    assert result.estimates.stranger.shape == (1, 3, 32, 32) and result.failed == {}
 
 
 def test_scores_are_held_out(audited):
@@ -80,11 +81,11 @@ def test_decoded_gradients_point_along_the_victims_true_ones(audited):
 
 
 def test_generate_walks_once_and_keeps_every_update(audited):
-    pairs, decoder, units = pairs_of(audited), Projection(), []
-    updates = generate(pairs, 50, [decoder], 30, units.append)
+    pairs, units, failed = pairs_of(audited), [], {}
+    updates = generate(pairs, 50, {"projection": Projection()}, 30, units.append, failed)
     expected = torch.cat([b.updates[pairs.target.names[1]] for b in pairs.batches(0, 50)]).flatten(1)
     torch.testing.assert_close(updates[pairs.target.names[1]], expected, rtol=1e-3, atol=1e-6)
-    assert sum(units) == 50
+    assert sum(units) == 50 and failed == {}
 
 
 def test_the_same_seed_gives_the_same_audit(audited):
@@ -97,7 +98,7 @@ def test_another_seed_draws_another_stranger(audited):
     other = run_audit_stages(
         adapter_problem(audited.target, audited.adapters[:1]), audited.proxy, replace(audited.config, seed=5)
     )
-    assert not torch.allclose(other.stranger, audited.result.stranger, atol=1e-3)
+    assert not torch.allclose(other.estimates.stranger, audited.result.estimates.stranger, atol=1e-3)
 
 
 def test_private_images_never_reach_the_proxy(audited):
@@ -116,7 +117,7 @@ def test_a_drifted_a_is_said_to_stand_in_for_the_start(audited):
     config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
     result = run_audit_stages(adapter_problem(audited.target, drifted), audited.proxy, config)
     assert [r.route for r in result.reconstructions] == ["amortised"]
-    assert "their mean A stands in" in result.notes[-1]
+    assert any("their mean A stands in" in note for note in result.notes)
     assert "more than one step" in result.verdicts["gauss_newton"].why
 
 
@@ -174,11 +175,115 @@ def test_a_bug_or_an_interrupt_ends_the_audit(audited, monkeypatch, error):
         run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
 
 
-def test_where_every_route_fails_there_is_no_report(audited, monkeypatch):
+SMALL = {"pairs": 60, "decoder_pairs": 40, "held_out": 10}
+
+
+def small_audit(audited, *routes, **config):
+    config = replace(audited.config, **SMALL, routes=routes, **config)
+    return run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+
+
+def test_where_every_route_fails_the_result_says_so(audited, monkeypatch):
     monkeypatch.setattr(type(registry()["amortised"]), "run", failing(R2FError("no such thing.")))
-    config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
-    with pytest.raises(R2FError, match=r"no such thing\."):
-        run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
+    result = small_audit(audited, "amortised")
+    assert result.reconstructions == [] and result.not_run == {"amortised": "Failed: no such thing."}
+    assert result.estimates is not None and result.decoded is not None
+
+
+@pytest.mark.parametrize("step", ["observe", "decode"])
+def test_a_decoder_that_fails_takes_only_its_own_figures_and_routes(audited, monkeypatch, step):
+    monkeypatch.setattr(Ridge, step, failing_step(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")))
+    result = small_audit(audited, "amortised", "matching")
+    sentence = "The decoder ridge failed, so there are no decoded gradients: out of memory."
+    assert result.failed == {"ridge": sentence} and result.notes[0] == sentence
+    assert result.not_run == {"matching": f"Not run: t{sentence[1:]}"}
+    assert [found.route for found in result.reconstructions] == ["amortised"] and result.simulated is not None
+    assert all(set(kinds) == {"projection", "row_lmmse"} for kinds in result.decoders.values())
+    part = set_report("x", result, audited.proxy, audited.private)
+    assert part.judgement.leak is not None and {len(kinds) for kinds in part.true_cosines.values()} == {2}
+
+
+def failing_step(error):
+    def step(self, *args):
+        raise error
+
+    return step
+
+
+def test_another_decoder_that_fails_leaves_the_decoded_gradients(audited, monkeypatch):
+    monkeypatch.setattr(RowLMMSE, "finish", failing_step(R2FError("a system is not positive definite: take more.")))
+    result = small_audit(audited, "amortised", "matching")
+    assert list(result.failed) == ["row_lmmse"] and "so its figures are missing: a system" in result.notes[0]
+    assert result.decoded is not None and len(result.reconstructions) == 2
+    assert all(set(kinds) == {"projection", "ridge"} for kinds in result.decoders.values())
+
+
+def test_scores_that_fail_leave_the_routes_that_need_no_decoder(audited, monkeypatch):
+    monkeypatch.setattr(module, "score_and_decode", failing_step(MemoryError()))
+    result = small_audit(audited, "amortised", "matching")
+    assert list(result.failed) == ["decode"] and "could not be scored" in result.not_run["matching"]
+    assert [found.route for found in result.reconstructions] == ["amortised"]
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(MemoryError(), "out of memory."), (torch.linalg.LinAlgError("svd"), "a matrix cannot be decomposed (svd).")],
+)
+def test_pairs_that_fail_leave_what_needs_none(audited, monkeypatch, error, why):
+    monkeypatch.setattr(GeneratedPairs, "batches", failing_step(error))
+    result = small_audit(audited, "amortised", "amortised_refined", "matching")
+    sentence = f"No proxy pairs could be made, so nothing that needs them was done: {why}"
+    assert result.failed == {"pairs": sentence} and result.pair_count == result.pairs_per_second == 0
+    assert result.not_run["amortised"] == result.not_run["matching"] == f"Not run: n{sentence[1:]}"
+    assert "amortised did not run" in result.not_run["amortised_refined"]
+    assert result.reconstructions == [] and result.estimates is result.simulated is result.decoded is None
+    assert set(result.verdicts) == set(registry()) and audited.result.problem.evidence.sentences[0] in result.notes
+    part = set_report("x", result, audited.proxy, audited.private)
+    assert part.verdict() == f"Not judged: n{sentence[1:]}" and part.count == 3 and part.originals is None
+
+
+def test_what_other_routes_find_without_pairs_is_scored(audited, monkeypatch):
+    monkeypatch.setattr(GeneratedPairs, "batches", failing_step(MemoryError()))
+    route = type(registry()["adapter_rowspace"])
+    monkeypatch.setattr(route, "verdict", lambda self, problem: Verdict("adapter_rowspace", Certainty.EXACT, 1, 1, "."))
+    images = audited.private.batch([0, 1, 2])
+    found = Reconstruction("adapter_rowspace", images, None, "test", 0.0)
+    monkeypatch.setattr(route, "run", lambda self, problem, advance: found)
+    part = set_report("x", small_audit(audited, "adapter_rowspace"), audited.proxy, audited.private)
+    assert part.to_json()["routes"]["adapter_rowspace"]["psnr_db_mean"] > 90 and part.controls is None
+    assert part.judgement.leak is None and "out of memory" in part.verdict()
+
+
+def test_estimates_that_fail_leave_the_reconstructions(audited, monkeypatch):
+    monkeypatch.setattr(AmortisedInverter, "far_from_proxy", failing_step(R2FError("no.")))
+    result = small_audit(audited, "amortised")
+    assert list(result.failed) == ["estimates"] and len(result.reconstructions) == 1 and result.simulated is None
+    part = set_report("x", result, audited.proxy, audited.private)
+    assert part.verdict() == "Not judged: the judged route gave no estimates, so nothing is judged: no."
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a bug"), RuntimeError("a bug")])
+def test_a_bug_or_an_interrupt_in_a_stage_ends_the_audit(audited, monkeypatch, error):
+    for place in (GeneratedPairs, Ridge):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "batches" if place is GeneratedPairs else "finish", failing_step(error))
+            with pytest.raises(type(error)):
+                small_audit(audited, "amortised")
+
+
+def test_an_update_that_is_not_finite_is_named(audited):
+    pairs = pairs_of(audited)
+
+    class Broken:
+        target, a = pairs.target, pairs.a
+
+        def batches(self, start, stop):
+            for batch in pairs.batches(start, stop):
+                batch.updates[pairs.target.names[1]][4] = float("nan")
+                yield batch
+
+    with pytest.raises(R2FError, match=rf"the update of {pairs.target.names[1]} by proxy image 4 is not finite"):
+        generate(Broken(), 50, {}, 30, lambda units: None, {})
 
 
 def test_controls_that_cannot_be_simulated_leave_the_verdict_open(audited, monkeypatch):
@@ -189,7 +294,7 @@ def test_controls_that_cannot_be_simulated_leave_the_verdict_open(audited, monke
     config = replace(audited.config, pairs=60, decoder_pairs=40, routes=("amortised",))
     result = run_audit_stages(adapter_problem(audited.target, audited.adapters), audited.proxy, config)
     assert result.simulated is None
-    assert result.notes[-1] == "The controls could not be simulated: not positive definite."
+    assert result.notes[0] == "The controls could not be simulated: not positive definite."
     part = set_report("x", result, audited.proxy, audited.private)
     assert part.judgement.leak is None and "could not be simulated" in part.verdict()
     assert set(part.control_psnr()) == {"mean_image", "class_mean", "nearest_proxy", "shuffled_adapter"}

@@ -45,7 +45,7 @@ def leaks(judged, private, first, count, far=True):
     """The verdicts of `count` adapters from `first` on, each with an image of its own."""
     result, proxy, *_ = judged
     if not far:
-        result = replace(result, far_from_proxy=torch.zeros_like(result.far_from_proxy))
+        result = replace(result, estimates=replace(result.estimates, far=torch.zeros_like(result.estimates.far)))
     return [
         set_report(
             "x", result, proxy, private.take(torch.tensor([i % VICTIMS])), slice(first + i, first + i + 1)
@@ -72,7 +72,7 @@ def test_sets_are_judged_as_wholes(judged):
     result, proxy, clothes, _ = judged
     whole = set_report("x", result, proxy, replace(clothes, in_order=True), slice(NOISE, NOISE + VICTIMS)).judgement
     assert whole.leak is True and whole.interval_db[0] > 0 and "shuffled_adapter" in whole.comparisons
-    near = replace(result, far_from_proxy=torch.zeros_like(result.far_from_proxy))
+    near = replace(result, estimates=replace(result.estimates, far=torch.zeros_like(result.estimates.far)))
     for first in range(0, NOISE - VICTIMS, VICTIMS):
         for ordered in (True, False):  # matched to its best images, noise is still noise
             private = replace(clothes, in_order=ordered)

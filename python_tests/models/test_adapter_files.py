@@ -63,10 +63,10 @@ def test_an_unchanged_adapter_names_what_else_is_saved(tmp_path):
     zero = {name: tensor * (".lora_A" in name) for name, tensor in factors().items()}
     with pytest.raises(R2FError, match="every B is zero, so it is unchanged by training as far as the factors show;"):
         read_adapter(write(tmp_path / "a", zero))
-    with pytest.raises(
-        R2FError, match=r"but the folder also holds head.bias, head.weight, which may have been trained"
-    ):
-        read_adapter(write(tmp_path / "b", {**zero, **HEAD}, modules_to_save=["head"]))
+    files = read_adapter(write(tmp_path / "b", {**zero, **HEAD}, modules_to_save=["head"]))
+    assert files.weights == {} and files.facts.dropped == PATHS
+    (note,) = files.facts.notes
+    assert "zero in all 2 adapted layers" in note and "(head.bias, head.weight) is audited" in note
     assert read_factors(tmp_path / "a").keys() == zero.keys()  # an adapter saved untrained is where A_0 is read
 
 

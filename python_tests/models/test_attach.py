@@ -318,7 +318,7 @@ def test_a_base_without_a_classifier_needs_the_adapters(bases, tmp_path):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (None, "does not name its base: that 'timm' holds the weights of its training is not checked"),
+        (None, "does not name its base: the figures hold if 'timm' holds the weights of its training"),
         ("google/vit-base-patch16-224", "names 'google/vit-base-patch16-224' as its base, and it is audited on 'timm'"),
         ("someone/timm", None),
         ("/home/someone/models/other", "names 'other' as its base"),

@@ -36,6 +36,7 @@ def test_what_is_no_base(spec, words):
         ({"adapter_config.json": "{}"}, "holds an adapter: pass the model that it was trained on"),
         ({"config.json": "{"}, "is not readable JSON"),
         ({"config.json": b"\xff\xfe\x00"}, "is not readable JSON"),
+        ({"config.json": "[" * 100_000}, "is not readable JSON"),
         ({"config.json": "[]"}, "names neither an 'architecture' .timm. nor a 'model_type' .transformers."),
         ({"config.json": "{}"}, "names neither"),
         ({"config.json": "5"}, "names neither"),
@@ -46,6 +47,19 @@ def test_folders_that_are_no_base(files, words, tmp_path):
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(R2FError, match=words):
         load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["architecture", "model_type"])
+def test_values_that_nest_nearly_too_deeply_are_refused_in_a_sentence(kind, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    name = {"architecture": "vit_tiny_patch16_224", "model_type": "vit"}[kind]
+    for depth in range(500, 1000, 25):
+        nested = f"{'[' * depth}{']' * depth}"
+        config = f'{{"{kind}": "{name}", "num_classes": {nested}, "hidden_size": {nested}, "pretrained_cfg": {{}}}}'
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(R2FError) as caught:
+            load_base(str(tmp_path))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_file_is_not_a_folder(tmp_path):

@@ -1,11 +1,19 @@
 """Labels and last-layer inputs from heads that torch.optim trained."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from cases import peft_model, save, train
 from torch import nn
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ResNetConfig, ResNetForImageClassification
+from transformers_cases import CLASSES as FEW
+from transformers_cases import FAMILIES, SIZES, classifier
 
-from r2f_ext.models.saved_head import head_leak, new_head_leak
+from r2f_ext.audit.inputs import load_adapters
+from r2f_ext.inversion.geometry import structural_tokens
+from r2f_ext.models.saved_head import head_leak, is_head, new_head_leak
+from r2f_ext.models.timm_base import describe, save_base
 
 CLASSES, WIDTH = 6, 32
 
@@ -121,3 +129,73 @@ def test_a_new_head_whose_bias_began_at_zero():
     rose = torch.nonzero(head.bias > 0).flatten().tolist()
     assert set(rose) <= set(labels.tolist()) and all(str(one) in said for one in rose)
     assert new_head_leak(torch.zeros(4)) == () and new_head_leak(torch.ones(4)) == ()
+
+
+TIMM = {
+    "vit_tiny_patch16_224": {"head"},
+    "deit_tiny_distilled_patch16_224": {"head", "head_dist"},
+    "convnext_atto": {"head.fc"},
+    "swin_tiny_patch4_window7_224": {"head.fc"},
+    "levit_128s": {"head.linear", "head_dist.linear"},
+    "resnet18": {"fc"},
+    "mobilenetv3_small_050": {"classifier"},
+    "inception_v4": {"last_linear"},
+}
+
+
+def heads_of(model):
+    return {name for name, module in model.named_modules() if is_head(name) and hasattr(module, "weight")}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_the_heads_of_timm_are_those_that_timm_names(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=7)
+    named = model.pretrained_cfg["classifier"]
+    assert heads_of(model) == TIMM[name] == set([named] if isinstance(named, str) else named)
+    assert all(len(model.get_submodule(head).weight) == 7 for head in TIMM[name])
+    assert set(structural_tokens(describe(model, name), TIMM[name]).values()) == {1}
+
+
+def small_transformers():
+    teacher = DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, num_labels=FEW))
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=FEW)
+    return {
+        **{family: classifier(family) for family in FAMILIES},
+        "deit with teacher": teacher,
+        "resnet": ResNetForImageClassification(resnet),
+    }
+
+
+def test_the_heads_of_transformers_are_its_linear_layers_of_so_many_classes():
+    for family, model in small_transformers().items():
+        outer = {name for name, each in model.named_modules() if getattr(each, "out_features", 0) == FEW}
+        assert heads_of(model) == outer and outer, family
+
+
+def test_a_wrapped_head_counts_and_an_inner_layer_of_that_name_does_not():
+    assert is_head("timm_model.head.fc") and is_head("head.fc")
+    assert not any(
+        map(is_head, ("blocks.0.attn.fc", "stages.1.head", "heads.head", "header", "", "fc1", "text.classifier"))
+    )
+
+
+def test_a_head_of_other_classes_below_the_top_sets_the_bases(tmp_path):
+    """convnext: `head.fc`, whose five classes are the base's and whose three are the adapter's."""
+    options = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+
+    def made(classes):
+        torch.manual_seed(1)
+        model = timm.create_model("convnext_atto", num_classes=classes, **options)
+        return describe(model.eval().requires_grad_(False), "x")
+
+    save_base(made(5), tmp_path / "base", "convnext_atto", {**options, "num_classes": 5})
+    base = made(3)
+    model = peft_model(base, target_modules=["mlp.fc1"], modules_to_save=["head.fc"])
+    train(model, base, torch.rand(1, 3, 32, 32), torch.tensor([2]))
+    loaded = load_adapters([save(model, tmp_path / "a")], str(tmp_path / "base"))
+    assert loaded.target.base.num_classes == 3
+    torch.testing.assert_close(
+        loaded.target.base.model.head.fc.weight, model.base_model.model.head.fc.modules_to_save["default"].weight
+    )
+    assert any("head.fc.weight" in note and "stands in" in note for note in loaded.facts[0].notes)

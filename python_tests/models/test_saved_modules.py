@@ -11,11 +11,16 @@ import torch.nn.functional as F
 from cases import changed_weights, cosine, peft_model, samples, save, tiny_base, train
 from torch import Tensor
 
+from r2f_ext.audit import audit
+from r2f_ext.config import AuditConfig
 from r2f_ext.decoders import stack_updates, with_saved
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.patch_position import invert_patch_position
 from r2f_ext.inversion.route import adapter_problem
 from r2f_ext.inversion.routes import verdicts_of
-from r2f_ext.models import attach, compare_saved, read_adapter
+from r2f_ext.models import InitialFactors, attach, compare_saved, read_adapter
+from r2f_ext.models.evidence import UNTRAINED
 from r2f_ext.pairs import GeneratedPairs, Training, simulate
 from r2f_ext.types import BaseModel, Gradient, LoraUpdate, Target
 
@@ -246,3 +251,84 @@ def test_a_target_inside_of_a_saved_module_has_no_factors(base, tmp_path):
     target, _ = bound(folder, base)
     assert target.names[0] == "patch_embed.proj" and target.layers[0].saved
     assert not any(layer.saved for layer in target.layers[1:]) and len(target.layers) == 5
+
+
+def head_alone(base: BaseModel, folder: Path, steps: int = 1, labels: tuple[int, ...] = (3,), **lora) -> Path:
+    """An adapter of which only the saved head was trained: every B is zero."""
+    torch.manual_seed(1)
+    images, _ = samples(len(labels), base)
+    model = peft_model(base, modules_to_save=["head"], **lora).double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("head" in name and parameter.requires_grad)
+    train(model, base, images, torch.tensor(labels), lr=LR, steps=steps)
+    return save(model, folder)
+
+
+def test_untrained_factors_leave_the_head_to_be_audited(base, tmp_path):
+    folder = head_alone(base, tmp_path / "a")
+    torch.manual_seed(1)
+    images, labels = samples(1, base)[0], torch.tensor([3])
+    target, update = bound(folder, base)
+    assert target.names == ("head",) and target.layer("head").saved and update.stored == torch.float64
+    torch.testing.assert_close(-update.b["head"], LR * gradient(base, images, labels, "head.weight"))
+    features = base.model.forward_head(base.model.forward_features(base.normalize(images)), pre_logits=True)
+    given = update.gradients["head.weight"][3] / update.gradients["head.bias"][3]
+    torch.testing.assert_close(given, features[0], rtol=1e-6, atol=1e-8)
+    problem = adapter_problem(target, [update])
+    assert problem.known_labels.tolist() == [3] and problem.steps is None
+    assert problem.evidence.sentences == (UNTRAINED,)
+    verdicts = verdicts_of(problem)
+    assert "cannot be excluded" in verdicts["gauss_newton"].why and not verdicts["adapter_rowspace"].identifiable
+    facts = read_adapter(folder).facts
+    assert "are untrained" in facts.notes[0] and len(facts.dropped) == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "labels", "words"),
+    [
+        (4, (3,), "gives away the label, 3: .* it is the 24 inputs of the last layer"),  # the features stay as they are
+        (1, (1, 3, 3), "rose for the classes 1 and 3: "),
+        (5, (1, 3, 3), "rose for the classes 1 and 3: "),
+    ],
+)
+def test_the_head_alone_says_what_its_change_shows(steps, labels, words, base, tmp_path):
+    files = read_adapter(head_alone(base, tmp_path / "a", steps, labels))
+    assert re.search(words, compare_saved(files, base).leaks[0])
+    assert bound(files.folder, base)[1].label == (3 if len(set(labels)) == 1 else None)
+
+
+def test_untrained_factors_and_no_change_that_is_known_are_refused(base, tmp_path):
+    untouched = save(peft_model(base, modules_to_save=["head"]), tmp_path / "a")
+    with pytest.raises(R2FError, match=r"every B is zero, and nothing .* as the base has it: it was not trained"):
+        bound(untouched, base)
+    other = head_alone(tiny_base(classes=3), tmp_path / "b", labels=(2,))
+    with pytest.raises(
+        R2FError, match=r"every B is zero, and nothing .* does not hold the head\.bias, head\.weight from"
+    ):
+        bound(other, base)
+    target, update = bound(head_alone(base, tmp_path / "c"), base)
+    with pytest.raises(R2FError, match="name where A started, and every B of this adapter is zero"):
+        adapter_problem(target, [update], InitialFactors(target, update, seed=0))
+
+
+def test_the_label_of_the_head_alone_reaches_the_routes(embedded, private, tmp_path):
+    model = peft_model(embedded, modules_to_save=["head"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("head" in name and parameter.requires_grad)
+    train(model, embedded, private.batch([0]), private.labels[:1])
+    steps = MatchingConfig(steps=2)
+    config = AuditConfig(pairs=130, decoder_pairs=110, held_out=20, matching=steps, refinement=steps)
+    folder = save(model, tmp_path / "a")
+    report = audit([folder], proxy="embedded", private="embedded:0", config=config, out=tmp_path / "r")
+    (part,) = report.sets
+    assert all(found.labels.tolist() == private.labels[:1].tolist() for found in part.reconstructions)
+    assert len(part.reconstructions) == 3 and not report.failed and part.judgement.comparisons
+    page = (tmp_path / "r" / "report.html").read_text()
+    for words in (
+        "the LoRA factors are untrained",
+        "gives away the label",
+        "inputs of the last layer",
+        "1 layer saved",
+    ):
+        assert words in page
+    assert "A before training is not known" not in page

@@ -15,7 +15,7 @@ from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.run import AuditResult
 from r2f_ext.audit.sets import SetReport, set_report
 from r2f_ext.audit.victims import VictimConfig, train_victims
-from r2f_ext.audit.write import remove_old_report, write_report
+from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.inversion.route import adapter_problem
@@ -51,40 +51,40 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
         loaded, victims = make_victims(base, private, folder / "victims", config.seed)
         advance(total)
     target = loaded.target
-    remove_old_report(folder)
-    with stages.stage("phase 0"):
-        ceiling, _ = run_phase0(base, private["fashion_mnist"])
-    results: dict[str, AuditResult] = {}
-    sets: list[SetReport] = []
-    for name, parts in PROXIES.items():
-        proxy = load_images(name, count=config.pairs, seed=config.seed)
-        for victim in parts.values():
-            proxy = drop_private(proxy, private[victim])
-        adapters = [update for victim in parts.values() for update in victims[victim]]
-        known = [private[victim].labels for victim in parts.values() if private[victim].labels_known]
-        problem = adapter_problem(target, adapters)
-        results[name] = run.run_audit_stages(
-            problem, proxy, config, Stages(stages.progress, f"{name}: "), labels=torch.cat(known) if known else None
+    with replacing_report(folder):
+        with stages.stage("phase 0"):
+            ceiling, _ = run_phase0(base, private["fashion_mnist"])
+        results: dict[str, AuditResult] = {}
+        sets: list[SetReport] = []
+        for name, parts in PROXIES.items():
+            proxy = load_images(name, count=config.pairs, seed=config.seed)
+            for victim in parts.values():
+                proxy = drop_private(proxy, private[victim])
+            adapters = [update for victim in parts.values() for update in victims[victim]]
+            known = [private[victim].labels for victim in parts.values() if private[victim].labels_known]
+            problem = adapter_problem(target, adapters)
+            results[name] = run.run_audit_stages(
+                problem, proxy, config, Stages(stages.progress, f"{name}: "), labels=torch.cat(known) if known else None
+            )
+            sets += _split(results[name], proxy, {part: private[victim] for part, victim in parts.items()})
+        seconds = {
+            **stages.seconds,
+            **{f"{name}: {stage}": s for name, result in results.items() for stage, s in result.seconds.items()},
+            "total": time.perf_counter() - began,
+        }
+        report = AuditReport(
+            target=target,
+            verdicts=results["embedded"].verdicts,
+            results=results,
+            sets=sets,
+            config=results["embedded"].config,
+            notes=tuple(dict.fromkeys(note for result in results.values() for note in result.notes)),
+            seconds=seconds,
+            phase0=ceiling,
+            facts=loaded.facts,
+            command=f"r2f demo --out . --seed {config.seed}",
         )
-        sets += _split(results[name], proxy, {part: private[victim] for part, victim in parts.items()})
-    seconds = {
-        **stages.seconds,
-        **{f"{name}: {stage}": s for name, result in results.items() for stage, s in result.seconds.items()},
-        "total": time.perf_counter() - began,
-    }
-    report = AuditReport(
-        target=target,
-        verdicts=results["embedded"].verdicts,
-        results=results,
-        sets=sets,
-        config=results["embedded"].config,
-        notes=tuple(dict.fromkeys(note for result in results.values() for note in result.notes)),
-        seconds=seconds,
-        phase0=ceiling,
-        facts=loaded.facts,
-        command=f"r2f demo --out . --seed {config.seed}",
-    )
-    write_report(folder, report)
+        write_report(folder, report)
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from r2f_ext.audit.inputs import load_adapters, load_private
 from r2f_ext.audit.record import Inputs, command_of, public_name
 from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.sets import set_report
-from r2f_ext.audit.write import remove_old_report, write_report
+from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.errors import R2FError
@@ -96,32 +97,31 @@ def audit(
         problem = replace(problem, kept=KeptSearches(folder, repr(used)))
     on_ready(Prepared(target, updates, images, originals, verdicts, evidence))
     labels = originals.labels if originals is not None and originals.labels_known else None
-    if folder is not None:
-        remove_old_report(folder)
-    result = run.run_audit_stages(problem, images, config, stages, verdicts, labels)
     given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, target.base.device.type)
     recorded = given.relative_to(folder or Path())
-    report = AuditReport(
-        target=target,
-        verdicts=result.verdicts,
-        results={images.name: result},
-        sets=[set_report(Path(adapters[0]).resolve().name, result, images, originals)],
-        config=result.config,
-        seconds={**result.seconds, "total": time.perf_counter() - began},
-        inputs=recorded,
-        command=command_of(recorded, result.config),
-        facts=loaded.facts,
-        notes=(
-            *target.base.notes,
-            *images.notes,
-            *result.notes,
-            *(f"{route}: {why}" for route, why in result.not_run.items()),
-        ),
-    )
-    if folder is not None:
-        write_report(folder, report)
-    if problem.kept is not None:
-        problem.kept.clear()
+    with nullcontext() if folder is None else replacing_report(folder):
+        result = run.run_audit_stages(problem, images, config, stages, verdicts, labels)
+        report = AuditReport(
+            target=target,
+            verdicts=result.verdicts,
+            results={images.name: result},
+            sets=[set_report(Path(adapters[0]).resolve().name, result, images, originals)],
+            config=result.config,
+            seconds={**result.seconds, "total": time.perf_counter() - began},
+            inputs=recorded,
+            command=command_of(recorded, result.config),
+            facts=loaded.facts,
+            notes=(
+                *target.base.notes,
+                *images.notes,
+                *result.notes,
+                *(f"{route}: {why}" for route, why in result.not_run.items()),
+            ),
+        )
+        if folder is not None:
+            write_report(folder, report)
+            if problem.kept is not None:
+                problem.kept.clear()
     return report
 
 
@@ -137,7 +137,8 @@ def _public(
         whole = load_images(proxy, input_shape=base.input_shape, num_classes=base.num_classes, seed=config.seed)
         whole = whole if originals is None else drop_private(whole, originals)
     except R2FError as error:
-        return images.noted(f"The search starts from the proxy pairs, not from all public images: {error}"), None
+        why = _without_folders(str(error), proxy)
+        return images.noted(f"The search starts from the proxy pairs, not from all public images: {why}"), None
     better = len(whole) > len(images) or whole.random_labels
     return images, Public(whole) if better else None
 

@@ -89,6 +89,11 @@ def png_bytes(image: Tensor) -> bytes:
     return file.getvalue()
 
 
+def has_pictures(sets: Sequence[SetReport], phase0: Sequence[Phase0Report]) -> bool:
+    """Whether there is anything to draw: there is not where no route ran and nothing is scored."""
+    return bool(phase0) or any(part.reconstructions or part.controls for part in sets)
+
+
 def write_reconstructions(
     path: Path, data: dict[str, Any], sets: Sequence[SetReport], phase0: Sequence[Phase0Report]
 ) -> None:
@@ -102,7 +107,8 @@ def write_reconstructions(
     for i, part in enumerate(sets):
         rows = rows_of(part, data["reconstruction"][part.name]) + (closed_form_rows(phase0) if i == 0 else [])
         shown = f"; the first {MAX_COLUMNS} of {part.count} victims" if part.count > MAX_COLUMNS else ""
-        blocks.append((f"{part.name}  (proxy: {part.proxy}{shown})", rows))
+        if rows:
+            blocks.append((f"{part.name}  (proxy: {part.proxy}{shown})", rows))
     _draw(path, blocks, "PSNR in dB under each picture: higher is closer to the original. ✓: recovered exactly.")
 
 

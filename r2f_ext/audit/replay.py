@@ -67,7 +67,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
         if 1 <= data["schema"] <= SCHEMA:
             return dict(data)
         raise R2FError(f"'{path}' has schema {data['schema']}, and this version reads 1 to {SCHEMA}: audit anew.")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise R2FError(f"'{path}' is not a report.json that r2f audit wrote: name one.") from error
 
 

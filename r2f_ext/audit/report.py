@@ -79,6 +79,31 @@ class AuditReport:
         tried = self.tried
         return {route: reasons.get(route, NOT_ASKED) for route in registry() if route not in tried}
 
+    @property
+    def failed(self) -> dict[str, str]:
+        """What failed -> a sentence on what is missing for it, and why; see `AuditResult.failed`."""
+        several = len(self.results) > 1
+        return {
+            f"{proxy}: {name}" if several else name: why
+            for proxy, result in self.results.items()
+            for name, why in result.failed.items()
+        }
+
+    @property
+    def incomplete(self) -> str | None:
+        """Why the audit answers nothing that it was asked for, one sentence; None: it does.
+
+        A stage that the verdict rests on failed, or every route did, and no image was recovered exactly.
+        """
+        if self.verdict().leak is not None:
+            return None
+        scored = any(part.originals is not None for part in self.sets)
+        needed = ("pairs", "estimates", *(("controls",) if scored else ()))
+        culprits = [why for result in self.results.values() for name, why in result.failed.items() if name in needed]
+        if culprits:
+            return f"the report is incomplete: {culprits[0]}"
+        return None if self.tried else "the report is incomplete: no route ran to its end, see the reasons in it."
+
     def verdict(self) -> LeakVerdict:
         """The conclusion over all sets."""
         exact = [one for part in self.sets for one in part.exact()]
@@ -95,6 +120,8 @@ class AuditReport:
             "date": self.date,
             "command": self.command,
             "verdict": self._verdict_to_json(),
+            "failed": self.failed,
+            "incomplete": self.incomplete,
             "versions": information["versions"],
             "backend": {op: information["backends"][op][device] for op in SCHEMAS},
             "target": target_to_json(self.target, self.verdicts),
@@ -116,6 +143,7 @@ class AuditReport:
             else {},
             "config": asdict(self.config),
             "inputs": None if self.inputs is None else asdict(self.inputs),
+            "base_check": first.base_check.to_json(),
             "notes": list(self.notes),
             "adapters": [asdict(one) for one in self.facts],
             "device": device if information["cuda_device"] is None else information["cuda_device"],

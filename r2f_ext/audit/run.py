@@ -2,73 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from r2f_ext.audit.accuracy import Figures, score_and_decode
+from r2f_ext.audit.accuracy import CLASS_MEAN, DECODED, ClassMeans, Figures, Learner, Scored, each, score_and_decode
+from r2f_ext.audit.base_check import BaseCheck, check_base
 from r2f_ext.audit.controls import Simulated, simulate
 from r2f_ext.audit.memory import fit_to_memory, start_images
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Decoder, Updates
+from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Updates
 from r2f_ext.errors import R2FError, expected
 from r2f_ext.inversion.patch_position import ROUTE as PATCH_POSITION
 from r2f_ext.inversion.route import Problem, Proxies, Verdict
-from r2f_ext.inversion.routes import check_runnable, default_routes, run_routes, verdicts_of
+from r2f_ext.inversion.routes import (
+    LACKING,
+    check_runnable,
+    default_routes,
+    registry,
+    run_routes,
+    verdicts_of,
+)
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
-from r2f_ext.types import Gradient, Reconstruction
+from r2f_ext.types import Gradient, PairBatch, Reconstruction
 
 LATER = ("proxies", "decoded")  # fields of a problem that the stages fill in before the routes run
 MIN_PAIRS = 40  # with fewer there are too few pairs to hold out
 MAX_LABELS = 20  # strangers are simulated for the labels of all private images up to so many, else for those found
+# What failed -> what is missing for it, as a sentence that the reason follows.
+CONSEQUENCES = {
+    "pairs": "No proxy pairs could be made, so nothing that needs them was done",
+    **dict.fromkeys(DEFAULT_KINDS, "The decoder {} failed, so its figures are missing"),
+    DECODED: "The decoder {} failed, so there are no decoded gradients",
+    CLASS_MEAN: "The class mean gradients could not be added up, so they do not stand beside the decoders",
+    "decode": "The decoders could not be scored, so there are no decoded gradients",
+    "estimates": "The judged route gave no estimates, so nothing is judged",
+    "controls": "The controls could not be simulated",
+}
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What the amortised estimate says of V victims, whichever routes ran.
+
+    Attributes:
+        images: [V, c, h, w]: victims are paired up with private images by them, and the image controls are taken of
+            them.
+        labels: int64 [V], as the amortised route finds them or a saved head tells them.
+        far: bool [V], victims whose update resembles no proxy update.
+        stranger: [1, c, h, w], the estimate from the update of a proxy sample drawn by the seed: the shuffled-adapter
+            control of a single victim.
+    """
+
+    images: Tensor
+    labels: Tensor
+    far: Tensor
+    stranger: Tensor
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """The results of an audit of V adapters.
+    """The results of an audit of V adapters. What a stage that failed would have given is missing, see `failed`.
 
     Attributes:
-        pair_count, pairs_per_second: of the generation pass.
+        pair_count, pairs_per_second: of the generation pass; 0 where it failed.
         problem: what was audited, without the proxies.
-        decoders: layer -> kind -> figures, see `Scored`.
-        decoded: the adapters' gradients as the default decoder gives them, [V, d_out, d_in] a layer, in units of the
-            victim's learning rate.
-        matrices: kind -> layer -> [r, d_in], decoders that multiply updates by a matrix.
+        scored: the decoders' figures, and the gradients that they decode, in units of the victims' learning rate.
         reconstructions: one per route that ran, images [V, c, h, w].
         verdicts: route -> verdict, of every route in the registry.
         not_run: requested routes that did not run -> the reason.
-        estimate: [V, c, h, w], the amortised estimates, whichever routes ran: victims are paired up with private images
-            by them, and the image controls are taken of them.
-        stranger: [1, c, h, w], the amortised estimate from the update of a proxy sample drawn by the seed: the
-            shuffled-adapter control of a single victim.
-        labels: int64 [V], as the amortised route finds them or a saved head tells them.
-        simulated: what the amortised route makes of noise and of strangers; None where that failed, see `notes`.
-        far_from_proxy: bool [V], victims whose update resembles no proxy update.
+        estimates: None where there are no pairs, or the judged route failed.
+        simulated: what the amortised route makes of noise and of strangers; None where there are no pairs, or that
+            failed.
+        failed: what failed, by its name in `CONSEQUENCES` -> a sentence on what is missing for it, and why.
+        base_check: whether the updates can come from the base's weights.
         seconds: stage -> wall time.
         config: the sizes and seeds used, after `fit_to_memory`.
-        notes: sentences that qualify the figures.
+        notes: sentences that qualify the figures, those of `failed` first.
     """
 
     pair_count: int
     pairs_per_second: float
     problem: Problem
-    decoders: Figures
-    decoded: Gradient
-    matrices: dict[str, dict[str, Tensor]]
+    scored: Scored
     reconstructions: list[Reconstruction]
     verdicts: dict[str, Verdict]
     not_run: dict[str, str]
-    estimate: Tensor
-    stranger: Tensor
-    labels: Tensor
+    estimates: Estimates | None
     simulated: Simulated | None
-    far_from_proxy: Tensor
+    failed: dict[str, str]
+    base_check: BaseCheck
     seconds: dict[str, float]
     config: AuditConfig
     notes: tuple[str, ...]
+
+    @property
+    def decoders(self) -> Figures:
+        return self.scored.figures
+
+    @property
+    def decoded(self) -> Gradient | None:
+        return self.scored.decoded
 
 
 def run_audit_stages(
@@ -81,6 +119,9 @@ def run_audit_stages(
 ) -> AuditResult:
     """Audit adapters that started from the same A (the clients of one server, or a single one).
 
+    A stage that fails for want of memory or by its numbers does not end the audit: what needs it is missing, and the
+    result says so.
+
     Args:
         problem: from `adapter_problem`.
         proxy: public or generated images with labels.
@@ -88,11 +129,12 @@ def run_audit_stages(
         labels: int64, those of the private images, if known: strangers of these are simulated too.
 
     Raises:
-        R2FError: a proxy that is too small, an unknown name in `config.routes`, or every chosen route failed.
+        R2FError: a proxy that is too small, sizes that do not fit memory, an unknown name in `config.routes`, or none
+            of the chosen routes can run.
     """
     config, stages = config or AuditConfig(), stages or Stages()
-    target, a, observed = problem.target, problem.a, problem.observed
-    assert target is not None and a is not None and observed is not None
+    target, a = problem.target, problem.a
+    assert target is not None and a is not None
     pairs = GeneratedPairs(target, a, proxy, precision=config.precision)
     count = min(config.pairs, len(pairs))
     if count < MIN_PAIRS:
@@ -113,61 +155,116 @@ def run_audit_stages(
         config = replace(config, start_images=most)
         problem = replace(problem, public=replace(problem.public, most=most, precision=config.precision))
 
-    decoders = [KINDS[kind]() for kind in DEFAULT_KINDS]
-    with stages.stage("pairs", count) as advance:
-        updates = generate(pairs, count, decoders, fitted, advance)
-    with stages.stage("decoders"):
-        for decoder in decoders:
-            decoder.finish()
-    with stages.stage("decode", fitted):
-        scored = score_and_decode(pairs, decoders, updates, proxy.labels[:count], observed, fitted, held_out)
-    decoders.clear()  # their factors are the largest tensors
-    device = target.base.device
-    images, proxy_labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
-    proxies = Proxies(updates, images, proxy_labels, target.base.num_classes)
+    failed: dict[str, str] = {}
+    updates, scored = _updates_and_decoders(problem, pairs, proxy.labels, config, stages, failed)
+    proxies = None
+    if updates is not None:
+        device = target.base.device
+        images, proxy_labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
+        proxies = Proxies(updates, images, proxy_labels, target.base.num_classes)
     posed = replace(
         problem, proxies=proxies, decoded=scored.decoded, matching=config.matching, refinement=config.refinement
     )
     outcome = run_routes(posed, verdicts, names, stages)
-    with stages.stage("control"):
-        found_labels = proxies.ridge.find_labels(observed, problem.known_labels)
-        far = proxies.ridge.far_from_proxy(observed, found_labels).cpu()
-        stranger = proxies.ridge.invert(_proxy_update(observed, updates, config.seed)).images
-        found = {part.route: part.images for part in outcome.reconstructions}
-        estimate = (
-            found["amortised"] if "amortised" in found else proxies.ridge.invert(observed, problem.known_labels).images
-        )
-        simulated, failure = _simulated(posed, proxy, labels, config)
+    found, not_run = outcome.reconstructions, outcome.not_run
+    del outcome  # its error holds the tensors of a route that failed
+    estimates = simulated = None
+    if proxies is not None:
+        with stages.stage("control"):
+            estimates = _estimates(posed, found, config, failed)
+            simulated = None if estimates is None else _simulated(posed, proxy, labels, config, failed)
+    said = {name: f"{CONSEQUENCES[name].format(name)}: {why}" for name, why in failed.items()}
+    base_check = check_base(posed)
     return AuditResult(
-        count,
-        count / stages.seconds["pairs"],
+        0 if updates is None else count,
+        0.0 if updates is None else count / stages.seconds["pairs"],
         problem,
-        scored.figures,
-        scored.decoded,
-        scored.matrices,
-        outcome.reconstructions,
+        scored,
+        found,
         verdicts,
-        outcome.not_run,
-        estimate,
-        stranger,
-        found_labels.cpu(),
+        _reasons(not_run, posed, said),
+        estimates,
         simulated,
-        far,
+        said,
+        base_check,
         dict(stages.seconds),
         config,
-        (*_notes(problem), *failure),
+        (*said.values(), *_notes(problem), *base_check.notes),
     )
 
 
+def _updates_and_decoders(
+    problem: Problem,
+    pairs: PairSource,
+    labels: Tensor,
+    config: AuditConfig,
+    stages: Stages,
+    failed: dict[str, str],
+) -> tuple[dict[str, Tensor] | None, Scored]:
+    """The updates of all pairs, name -> [count, d_out * r], and what the decoders make of the victims'.
+
+    Where the pairs fail there is neither, and a decoder that fails is left out; `failed` gets the reasons.
+    """
+    assert problem.observed is not None
+    count, fitted, held_out = config.pairs, config.decoder_pairs, config.held_out
+    learners: dict[str, Learner] = {kind: KINDS[kind]() for kind in DEFAULT_KINDS}
+    learners[CLASS_MEAN] = ClassMeans(labels[:count], fitted, held_out)
+    try:
+        with stages.stage("pairs", count) as advance:
+            updates = generate(pairs, count, learners, fitted, advance, failed)
+    except Exception as error:
+        failed.clear()  # of the decoders, which nobody misses now
+        failed["pairs"] = expected(error)
+        return None, Scored()
+    with stages.stage("decoders"):
+        each(learners, failed, lambda learner: learner.finish())
+    try:
+        with stages.stage("decode", fitted):
+            rest = slice(fitted, fitted + held_out)
+            return updates, score_and_decode(pairs, learners, updates, problem.observed, rest, failed)
+    except Exception as error:
+        failed["decode"] = expected(error)
+        return updates, Scored()
+
+
+def _estimates(
+    problem: Problem, ran: list[Reconstruction], config: AuditConfig, failed: dict[str, str]
+) -> Estimates | None:
+    assert problem.proxies is not None and problem.observed is not None
+    observed, ridge = problem.observed, problem.proxies.ridge
+    try:
+        labels = ridge.find_labels(observed, problem.known_labels)
+        far = ridge.far_from_proxy(observed, labels)
+        stranger = ridge.invert(_proxy_update(observed, problem.proxies.updates, config.seed)).images
+        found = {part.route: part.images for part in ran}
+        images = found["amortised"] if "amortised" in found else ridge.invert(observed, problem.known_labels).images
+        return Estimates(images, labels.cpu(), far.cpu(), stranger)
+    except Exception as error:
+        failed["estimates"] = expected(error)
+        return None
+
+
 def _simulated(
-    problem: Problem, proxy: ImageSet, labels: Tensor | None, config: AuditConfig
-) -> tuple[Simulated | None, tuple[str, ...]]:
-    """The simulated controls, and no sentence; or None and a sentence on why there are none."""
+    problem: Problem, proxy: ImageSet, labels: Tensor | None, config: AuditConfig, failed: dict[str, str]
+) -> Simulated | None:
     likely = [] if labels is None else labels.unique().tolist()
     try:
-        return simulate(problem, proxy, likely if len(likely) <= MAX_LABELS else [], config.seed, config.precision), ()
-    except (R2FError, RuntimeError, MemoryError) as error:
-        return None, (f"The controls could not be simulated: {expected(error)}",)
+        return simulate(problem, proxy, likely if len(likely) <= MAX_LABELS else [], config.seed, config.precision)
+    except Exception as error:
+        failed["controls"] = expected(error)
+        return None
+
+
+def _reasons(not_run: Mapping[str, str], problem: Problem, failed: Mapping[str, str]) -> dict[str, str]:
+    """`not_run`, with the failure as the reason where it is why a route lacks what it reads."""
+    makers = {"proxies": ("pairs",), "decoded": ("pairs", DECODED, "decode")}
+    reasons = dict(not_run)
+    for name in not_run:
+        lacking = registry()[name].lacking(problem)
+        culprits = [failed[maker] for maker in makers.get(lacking or "", ()) if maker in failed]
+        if culprits and not_run[name].startswith(LACKING):
+            reasons[name] = f"Not run: {culprits[0][0].lower()}{culprits[0][1:]}"
+    return reasons
 
 
 def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
@@ -179,7 +276,8 @@ def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
 def _notes(problem: Problem) -> tuple[str, ...]:
     adapters = problem.adapters or []
     said = () if problem.evidence is None else problem.evidence.sentences
-    if problem.steps == 1 or all(one.a0 is not None for one in adapters):
+    factors = any(one.without_saved().a for one in adapters)  # none are trained where only a saved head is
+    if problem.steps == 1 or not factors or all(one.a0 is not None for one in adapters):
         return said
     which = "their mean A stands" if len(adapters) > 1 else "its final A stands"
     return (*said, f"A before training is not known: {which} in for it, in the proxies too.")
@@ -188,25 +286,46 @@ def _notes(problem: Problem) -> tuple[str, ...]:
 def generate(
     pairs: PairSource,
     count: int,
-    decoders: list[Decoder],
+    learners: dict[str, Learner],
     fitted: int,
     advance: Advance,
+    failed: dict[str, str],
 ) -> dict[str, Tensor]:
-    """Generate `count` pairs; decoders observe the first `fitted`. Returns name -> updates [count, d_out * r]."""
+    """Generate `count` pairs; learners observe the first `fitted`. Returns name -> updates [count, d_out * r].
+
+    A learner that fails is taken out of `learners`, and `failed` says why.
+
+    Raises:
+        R2FError: the update of a pair is not finite.
+    """
     collected: dict[str, list[Tensor]] = {name: [] for name in pairs.target.names}
-    for decoder in decoders:
-        decoder.start(pairs, fitted)
+    each(learners, failed, lambda learner: learner.start(pairs, fitted))
     first = 0
     for part in ((0, fitted), (fitted, count)):
         for batch in pairs.batches(*part):
             for name, update in batch.updates.items():
+                _check_finite(name, update, first)
                 collected[name].append(update.flatten(1))
             if first < fitted:
-                for decoder in decoders:
-                    decoder.observe(batch)
+                _observe(learners, batch, failed)
             first += len(batch.labels)
             advance(len(batch.labels))
     return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def _observe(learners: dict[str, Learner], batch: PairBatch, failed: dict[str, str]) -> None:
+    each(learners, failed, lambda learner: learner.observe(batch))
+
+
+def _check_finite(name: str, update: Tensor, first: int) -> None:
+    """Refuse updates [n, d_out, r] of the pairs from number `first` that are not finite."""
+    finite = update.flatten(1).isfinite().all(1)
+    if not bool(finite.all()):
+        number = first + int(finite.logical_not().nonzero()[0])
+        raise R2FError(
+            f"the update of {name} by proxy image {number} is not finite: the base or the adapter's A holds numbers "
+            "that its gradient cannot be computed with; check that the base is the adapter's own."
+        )
 
 
 def _proxy_update(observed: Updates, proxies: dict[str, Tensor], seed: int) -> Updates:

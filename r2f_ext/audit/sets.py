@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from r2f_ext.audit.accuracy import true_cosines
+from r2f_ext.audit.accuracy import DECODED, true_cosines
+from r2f_ext.audit.base_check import BaseCheck
 from r2f_ext.audit.controls import Controls, has_class, make_controls, simulated_psnr
 from r2f_ext.audit.inputs import pair_up
 from r2f_ext.audit.metrics import Score, psnr_db, ssim
@@ -129,16 +130,22 @@ def set_report(
         private: at least as many images as victims, see `pair_up`; None: nothing is scored.
     """
     parts = [found.take(rows) for found in result.reconstructions]
-    far, estimate = result.far_from_proxy[rows], result.estimate[rows].cpu()
-    part = SetReport(name, proxy.name, len(estimate), parts, None, None, None, _far_notes(far), far=far)
+    count = len(range(result.problem.victims)[rows])
+    part = SetReport(name, proxy.name, count, parts, None, None, None)
+    check, foreign = result.base_check, result.base_check.foreign[rows]
+    if result.estimates is None:
+        part = _without_estimates(part, result.failed, private)
+        return replace(part, judgement=_with_refusal(part.judgement, check))
+    far, estimate = result.estimates.far[rows], result.estimates.images[rows].cpu()
+    part = replace(part, notes=_far_notes(far & ~foreign, check, rows), far=far)
     if private is None:
-        return part
+        return replace(part, judgement=_with_refusal(part.judgement, check))
     pairing = pair_up(private, estimate)
     matched, paired = pairing.matched, pairing.originals
     originals, labels = paired.batch(slice(None)), paired.labels if paired.labels_known else None
     candidates = private.batch(slice(None)) if matched else None
     # Shuffled control: each victim gets the reconstruction from another victim's adapter.
-    shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.stranger
+    shuffled = estimate.roll(1, 0) if len(estimate) > 1 else result.estimates.stranger
     controls = make_controls(proxy, labels, estimate, shuffled)
     scores = {control: psnr_db(images, originals)[:, None] for control, images in controls.items().items()}
     if result.simulated is not None:
@@ -147,6 +154,7 @@ def set_report(
         scores |= {name: simulated_psnr(pool, originals, candidates) for name, pool in pools.items()}
     # In an order that was found by matching, the other adapters' reconstructions are the same set.
     tested = {control: one for control, one in scores.items() if control != "shuffled_adapter" or not matched}
+    judgement = judge(psnr_db(estimate, originals), tested, far, result.config.seed, foreign)
     return replace(
         part,
         originals=originals,
@@ -154,23 +162,37 @@ def set_report(
         controls=controls,
         notes=(*part.notes, *_class_notes(proxy, labels)),
         control_scores=scores,
-        judgement=judge(psnr_db(estimate, originals), tested, far, result.config.seed),
-        true_cosines=_true_cosines(result, rows, originals, result.labels[rows] if labels is None else labels),
+        judgement=_with_refusal(judgement, check),
+        true_cosines=_true_cosines(
+            result, rows, originals, result.estimates.labels[rows] if labels is None else labels
+        ),
         pairing=pairing.sentence,
     )
+
+
+def _without_estimates(part: SetReport, failed: Mapping[str, str], private: ImageSet | None) -> SetReport:
+    """A set of which the judged route says nothing; what other routes found is scored where the images are known."""
+    why = next((failed[stage] for stage in ("pairs", "estimates") if stage in failed), "")
+    part = replace(part, judgement=LeakVerdict(None, sentences=(f"Not judged: {why[:1].lower()}{why[1:]}",)))
+    if private is None or not part.reconstructions:
+        return part
+    pairing = pair_up(private, part.reconstructions[0].images)
+    labels = pairing.originals.labels if pairing.originals.labels_known else None
+    return replace(part, originals=pairing.originals.batch(slice(None)), labels=labels, pairing=pairing.sentence)
 
 
 def _true_cosines(result: AuditResult, rows: slice, originals: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
     """Of the victims `rows`: see `true_cosines`."""
     target, observed = result.problem.target, result.problem.observed
     assert target is not None and observed is not None
-    victims = range(len(result.estimate))[rows]
+    victims, decoded = range(result.problem.victims)[rows], result.scored.decoded
 
     def by_matrix(matrices: dict[str, Tensor]) -> Callable[[str, int], Tensor]:
         return lambda name, victim: observed[name][victims[victim]] @ matrices[name]
 
-    guesses = {kind: by_matrix(matrices) for kind, matrices in result.matrices.items()}
-    guesses["ridge"] = lambda name, victim: result.decoded.dense[name][victims[victim]]
+    guesses = {kind: by_matrix(matrices) for kind, matrices in result.scored.matrices.items()}
+    if decoded is not None:
+        guesses[DECODED] = lambda name, victim: decoded.dense[name][victims[victim]]
     return true_cosines(target, guesses, originals, labels)
 
 
@@ -193,9 +215,20 @@ def _class_notes(proxy: ImageSet, labels: Tensor | None) -> tuple[str, ...]:
     return (f"The proxy holds no image of {which}: there is no class mean.",)
 
 
-def _far_notes(far: Tensor) -> tuple[str, ...]:
+def _with_refusal(judgement: LeakVerdict, check: BaseCheck) -> LeakVerdict:
+    """The judgement behind the sentence on updates that cannot come from the base, where there are any."""
+    said = () if check.refusal is None else (check.refusal,)
+    return replace(judgement, sentences=(*said, *judgement.sentences))
+
+
+def _far_notes(far: Tensor, check: BaseCheck, rows: slice) -> tuple[str, ...]:
+    """A sentence on the updates far from every proxy update; `far` [n] are those that may come from this base."""
     count = int(far.sum())
     if count == 0:
         return ()
     which = "The update lies" if len(far) == 1 else f"{count} of {len(far)} updates {'lies' if count == 1 else 'lie'}"
-    return (f"{which} far from every proxy update: the proxy may not fit this data.",)
+    if bool(check.confirmed[rows][far].all()):
+        why = f"the proxy may not fit this data, or other layers than {check.layer} are not those of the training"
+    else:
+        why = "the proxy may not fit this data, or the base or the recipe is not the adapter's"
+    return (f"{which} far from every proxy update: {why}.",)

@@ -9,7 +9,7 @@ ranked among the means of M sets of controls, and the paired differences must li
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -28,6 +28,7 @@ CONTROL_WORDS = {
     "shuffled_adapter": "the reconstruction from another adapter",
 }
 NO_PROOF = "This is no proof of safety: another proxy, more proxy images or another attack may recover more."
+ANOTHER_BASE = "Not judged: what is estimated at another base's weights says nothing of the private images."
 UNSCORED = "No private images were given, so nothing is scored; look at the pictures."
 
 
@@ -113,24 +114,33 @@ def _interval(sample: Tensor, seed: int) -> tuple[float, float] | None:
     return float(found.low), float(found.high)
 
 
-def judge(scores: Tensor, controls: Mapping[str, Tensor], far: Tensor, seed: int) -> LeakVerdict:
+def judge(
+    scores: Tensor, controls: Mapping[str, Tensor], far: Tensor, seed: int, foreign: Tensor | None = None
+) -> LeakVerdict:
     """The conclusion for n victims of one set.
 
     Args:
         scores: [n], PSNR of the judged route's estimates in dB.
         controls: name -> [n, M], PSNR of the controls; the simulated ones must be there.
         far: bool [n], victims whose update resembles no proxy update: the route says nothing of them.
+        foreign: bool [n], victims whose update cannot come from the base: nothing is said of them either. None: none.
     """
     missing = [name for name in SIMULATED_CONTROLS if name not in controls]
     if missing:
         return LeakVerdict(None, sentences=("Not judged: the controls could not be simulated.",))
+    if foreign is not None and bool(foreign.any()):
+        if bool(foreign.all()):
+            return LeakVerdict(None, sentences=(ANOTHER_BASE,))
+        left = judge(scores[~foreign], {name: each[~foreign] for name, each in controls.items()}, far[~foreign], seed)
+        which = f"{int(foreign.sum())} of {len(foreign)} updates, which cannot come from this base"
+        return replace(left, sentences=(*left.sentences, f"Left out: {which}."))
     if bool(far.all()):
         which = "the update lies" if len(far) == 1 else f"all {len(far)} updates lie"
         return LeakVerdict(
             None,
             sentences=(
                 f"Not judged: {which} far from every proxy update, so the judged route ({JUDGED_ROUTE}) cannot be "
-                "trusted; a proxy that is nearer to the private images would tell more.",
+                "trusted; a proxy that is nearer to the private images may tell more, if the base is the adapter's.",
             ),
         )
     near = ~far

@@ -1,6 +1,7 @@
 """The command line: `r2f COMMAND`.
 
-Bad input ends in one sentence and exit code 2, an error of the program itself in 70, Ctrl-C in 130, SIGTERM in 143.
+Bad input ends in one sentence and exit code 2, an audit whose report judges nothing because a stage failed in 3, an
+error of the program itself in 70, Ctrl-C in 130, SIGTERM in 143.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
             check(options)
             warnings.filterwarnings("ignore", module="peft")
             # Imported here: the help and most refusals answer without loading torch.
-            importlib.import_module("r2f_ext.cli.execute").execute(options)
-        return 0
+            return int(importlib.import_module("r2f_ext.cli.execute").execute(options))
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error, options)
 

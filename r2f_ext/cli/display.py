@@ -150,8 +150,10 @@ def _print_set(name: str, figures: dict[str, Any], alone: bool) -> None:
     if not alone:
         console.print(Text(f"{name}: {figures['verdict']}", style="bold"))
     title = f"{name}: {counted(figures['n'], 'adapter')}, proxy {figures['proxy']}"
-    if figures["controls"]:
+    if figures["controls"] or any(values["psnr_db_mean"] is not None for values in figures["routes"].values()):
         _print_scores(title, figures)
+    elif not figures["routes"]:
+        console.print(Text(f"{title}; no route ran", style="bold"))
     else:
         console.print(Text(f"{title}; without private images there is no PSNR", style="bold"))
     for route, values in figures["routes"].items():
@@ -226,6 +228,8 @@ def _print_decoders(proxy: str, part: dict[str, Any]) -> None:
         worst_p05 = min(figures["cosine_p05"] for figures in layers)
         rows.append([kind, _mean(means), f"{min(means):.3f}", f"{worst_p05:.3f}"])
         rows[-1] += [_mean([figures[key] for figures in layers if figures.get(key) is not None]) for key, _ in more]
+    if not rows:
+        return
     pairs = part["pairs"]
     speed = f"{counted(pairs['count'], 'pair')}, {pairs['per_second']:,.0f} a second"
     title = f"Decoders, proxy {proxy} ({speed}): cosine on held-out pairs of the proxy"

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from r2f_ext import distributed
 from r2f_ext.cli import commands, display
 from r2f_ext.cli.device import uses_cuda
+from r2f_ext.cli.failures import INCOMPLETE
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_text
 from r2f_ext.malloc import keep_freed_memory
 
 
-def execute(options: argparse.Namespace) -> None:
-    """Run the command, on one process or as one of several, and write --json.
+def execute(options: argparse.Namespace) -> int:
+    """Run the command, on one process or as one of several, and write --json; returns the exit code.
 
     Raises:
         R2FError: any error that the user can correct.
@@ -31,3 +33,7 @@ def execute(options: argparse.Namespace) -> None:
         printed = commands.load(options.command)(options)
         if options.json is not None and first:
             write_text(Path(options.json), json.dumps(printed, indent=1))
+    if not printed.get("incomplete"):
+        return 0
+    print(f"r2f {options.command}: {printed['incomplete']}", file=sys.stderr)
+    return INCOMPLETE

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from r2f_ext.errors import R2FError, out_of_memory
+from r2f_ext.errors import R2FError, out_of_memory, plain
 
-REFUSED, UNEXPECTED = 2, 70  # 70: sysexits.h
+REFUSED, INCOMPLETE, UNEXPECTED = 2, 3, 70  # 70: sysexits.h
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number
 TRACEBACK = "traceback.txt"
 RESUMED = ("pairs", "fit")  # the commands that go on from what an interrupted run finished
@@ -68,7 +68,8 @@ def report_failure(error: BaseException, options: argparse.Namespace) -> int:
     if options.debug:
         traceback.print_exception(error)
     sentence, code = _explain(error, options)
-    print(f"r2f {options.command}: {sentence}", file=sys.stderr)
+    notes = [plain(note, 400) for note in getattr(error, "__notes__", ())]  # `replacing_report` adds one
+    print(f"r2f {options.command}: {' '.join([sentence, *notes])}", file=sys.stderr)
     return code
 
 

@@ -69,7 +69,7 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
     check_runnable(problem, verdicts, names)
     with drawn_stages() as stages:
         outcome = run_routes(problem, verdicts, names, stages)
-    return _written(folder, problem, outcome.reconstructions, outcome.not_run)
+    return _written(folder, problem, outcome.found(), outcome.not_run)
 
 
 def _written(folder: Path, problem: Problem, found: list[Reconstruction], not_run: dict[str, str]) -> dict[str, Any]:

@@ -61,8 +61,9 @@ the same, stage by stage:
 pairs and fit also on several processes or machines:
   torchrun --nproc-per-node 2 -m r2f_ext.cli pairs my-adapter --count 50000 --out pairs
 
-exit codes: 0 done; 2 bad input, explained in one sentence; 70 an error in r2f itself (--debug
-shows the traceback); 130 interrupted with Ctrl-C; 143 terminated.
+exit codes: 0 done; 2 bad input, explained in one sentence; 3 an audit's report is written, but
+judges nothing, because a stage failed; 70 an error in r2f itself (--debug shows the traceback);
+130 interrupted with Ctrl-C; 143 terminated.
 Files appear under their final names only when they are complete. pairs, fit and the searches of
 --gauss-newton that were interrupted go on when the same command is run again.
 """

@@ -3,7 +3,7 @@
 from r2f_ext.decoders.agnostic import ANY_A, ANY_A_KINDS, AgnosticPairs, shared_core
 from r2f_ext.decoders.base import Decoder, Updates, stack_updates, with_saved
 from r2f_ext.decoders.conv import Conv, UNet
-from r2f_ext.decoders.evaluate import HeldOut, held_out_cosines
+from r2f_ext.decoders.evaluate import Guess, HeldOut, held_out_cosines, held_out_cosines_of_each
 from r2f_ext.decoders.fit import fit_decoders
 from r2f_ext.decoders.kernel_ridge import KernelRidge
 from r2f_ext.decoders.kinds import DEFAULT_KINDS, KINDS
@@ -22,6 +22,7 @@ __all__ = [
     "AgnosticPairs",
     "Conv",
     "Decoder",
+    "Guess",
     "HeldOut",
     "KernelRidge",
     "Projection",
@@ -31,6 +32,7 @@ __all__ = [
     "Updates",
     "fit_decoders",
     "held_out_cosines",
+    "held_out_cosines_of_each",
     "load_core",
     "load_decoder",
     "save_decoders",

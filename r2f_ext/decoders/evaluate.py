@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,22 +33,39 @@ class HeldOut:
         }
 
 
+Guess = Callable[[str, slice], Tensor]
+"""(layer, rows among the held-out pairs) -> the decoded gradients of these rows [n, d_out, d_in]."""
+
+
 def held_out_cosines(decoded: Gradient, pairs: PairSource, start: int, stop: int) -> HeldOut:
     """Compare decoded gradients [stop - start, d_out, d_in] with the true ones of the pairs `start` to `stop`.
 
     The decoder must not have been fitted to those pairs.
     """
-    cosines: dict[str, list[Tensor]] = {name: [] for name in decoded.dense}
-    norms: dict[str, list[Tensor]] = {name: [] for name in decoded.dense}
+    return held_out_cosines_of_each({"": lambda name, rows: decoded.dense[name][rows]}, pairs, start, stop)[""]
+
+
+def held_out_cosines_of_each(
+    guesses: Mapping[str, Guess], pairs: PairSource, start: int, stop: int
+) -> dict[str, HeldOut]:
+    """The same for several decoders, each by its name, in one pass over the pairs.
+
+    In memory at a time, beside what the guesses hold: one layer's gradients of one batch, true and decoded.
+    """
+    cosines: dict[str, dict[str, list[Tensor]]] = {kind: defaultdict(list) for kind in guesses}
+    norms: dict[str, dict[str, list[Tensor]]] = {kind: defaultdict(list) for kind in guesses}
     first = 0
     for batch in pairs.batches(start, stop):
-        last = first + len(batch.labels)
-        for name, guess in decoded.dense.items():
-            true, found = batch.gradients.dense(name).flatten(1), guess[first:last].flatten(1)
-            cosines[name].append(F.cosine_similarity(found, true))
-            norms[name].append(found.norm(dim=1) / true.norm(dim=1).clamp_min(1e-30))
-        first = last
-    return HeldOut(
-        {name: torch.cat(parts) for name, parts in cosines.items()},
-        {name: torch.cat(parts) for name, parts in norms.items()},
-    )
+        rows = slice(first, first + len(batch.labels))
+        for name in pairs.target.names:
+            true = batch.gradients.dense(name).flatten(1)
+            for kind, guess in guesses.items():
+                found = guess(name, rows).flatten(1)
+                cosines[kind][name].append(F.cosine_similarity(found, true))
+                norms[kind][name].append(found.norm(dim=1) / true.norm(dim=1).clamp_min(1e-30))
+        first = rows.stop
+    return {kind: HeldOut(_joined(cosines[kind]), _joined(norms[kind])) for kind in guesses}
+
+
+def _joined(parts: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat(each) for name, each in parts.items()}

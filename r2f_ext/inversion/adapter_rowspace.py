@@ -52,7 +52,7 @@ def count_adapter_rowspace(base: BaseModel, adapter: Target | None, steps: int |
 
     def count(g: ViTGeometry) -> Verdict:
         unknowns, refusal = g.patch_numbers + g.norm_scales, row_space_refusal(g, batch)
-        if adapter is None or FIRST_QKV not in adapter.names:
+        if adapter is None or FIRST_QKV not in adapter.without_saved().names:
             nothing = f"no adapter on {FIRST_QKV}"
             return closed_form_verdict(ROUTE, unknowns, 0, nothing, "", f"0 equations for {unknowns} unknowns a patch")
         rank = adapter.layer(FIRST_QKV).rank

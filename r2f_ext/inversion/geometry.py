@@ -12,13 +12,13 @@ from torch import nn
 
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
+from r2f_ext.models.saved_head import is_head
 from r2f_ext.types import BaseModel, Target
 
 FIRST_QKV = "blocks.0.attn.qkv"
 QKV_WEIGHT = f"{FIRST_QKV}.weight"
 PATCH_WEIGHT, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 PROBES = 2  # random images on which the tokens of a gradient are counted
-CLASSIFIERS = ("head", "fc", "classifier", "head.fc")  # layers that read pooled features: one token an image
 MANY = 1 << 20  # tokens of a layer of an unknown structure: no limit is claimed
 NORMS = (nn.LayerNorm, RmsNorm)
 
@@ -146,7 +146,7 @@ def structural_tokens(base: BaseModel, names: Collection[str]) -> dict[str, int]
     found = {}
     for name in names:
         behind = pooled and last is not None and name.startswith(last) and not name.endswith("attn.qkv")
-        found[name] = 1 if behind or name in CLASSIFIERS else tokens
+        found[name] = 1 if behind or is_head(name) else tokens
     return found
 
 

@@ -103,4 +103,4 @@ def phase0(base: BaseModel, images: Tensor, labels: Tensor) -> Phase0:
     if all(verdicts[name].certainty is Certainty.REFUSED for name in names):
         return Phase0([], verdicts)
     problem = Problem(base, gradients=exact_gradients(base, images, labels))
-    return Phase0(run_routes(problem, verdicts, names).reconstructions, verdicts)
+    return Phase0(run_routes(problem, verdicts, names).found(), verdicts)

@@ -25,11 +25,10 @@ from r2f_ext.models.folder import (
 )
 from r2f_ext.models.keys import PREFIX, Keys, canonical
 from r2f_ext.models.safetensors_header import MAX_FILE, read_tensors
+from r2f_ext.models.saved_head import is_head
 from r2f_ext.models.starts import EVA_LEAK, EVA_UNSEEN, shows_eva
 
 __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "AdapterFiles", "read_adapter", "read_factors"]
-
-HEADS = ("head.weight", "fc.weight", "classifier.weight")
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,12 @@ class AdapterFiles:
     @property
     def num_classes(self) -> int | None:
         """Number of classes of the head saved with the adapter (`modules_to_save`), if there is one."""
-        heads = [self.saved[name] for name in HEADS if name in self.saved]
-        return heads[0].shape[0] if heads and heads[0].ndim == 2 else None
+        heads = [
+            value
+            for name, value in self.saved.items()
+            if name.endswith(".weight") and is_head(name.removesuffix(".weight"))
+        ]
+        return next((len(weight) for weight in heads if weight.ndim == 2), None)
 
 
 def read_adapter(folder: str | Path) -> AdapterFiles:

@@ -19,7 +19,7 @@ from r2f_ext.errors import R2FError, reason
 from r2f_ext.models.adapter_files import PREFIX, AdapterFiles, read_adapter
 from r2f_ext.models.base import check_classifier
 from r2f_ext.models.converted import split_start
-from r2f_ext.models.saved_modules import compare_saved, input_width, with_saved_modules
+from r2f_ext.models.saved_modules import SavedModules, compare_saved, input_width, with_saved_modules
 from r2f_ext.models.storage import storage_dtype
 from r2f_ext.models.transformers_base import current_names
 from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
@@ -56,17 +56,14 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
 
     Raises:
         R2FError: the adapter names layers or shapes that the base does not have, wraps a kind of layer other than
-            Linear and patchifying Conv2d, or neither it nor the base has a classifier.
+            Linear and patchifying Conv2d, has no trained factors and no saved layer that moved, or neither it nor the
+            base has a classifier.
     """
     files, notes = _with_current_names(files, base)
     held, modules = _layer_names(files), dict(base.model.named_modules())
     for name in held:
         _check_layer(name, files, base, modules)
-    wrapped = _wrapped(files, base)
-    placed = {
-        path.removeprefix(PREFIX): module for path, module in wrapped.named_modules() if isinstance(module, LoraLayer)
-    }
-    _check_placed(placed, files)
+    placed = _placed(files, base) if held else {}
 
     layers: list[AdaptedLayer] = []
     a: dict[str, Tensor] = {}
@@ -78,11 +75,25 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
         b[name] = stored_b.to(base.device, dtype).flatten(1)
         layers.append(AdaptedLayer(name, len(b[name]), a[name].shape[1], len(a[name]), placed[name].scaling["default"]))
     base = replace(base, notes=base.notes + notes)
-    update = LoraUpdate(a, b, stored=storage_dtype([*a.values(), *b.values()]))
-    trained, update = split_start(str(files.folder), tuple(layers), update)
-    target, update = with_saved_modules(Target(base, trained), update, compare_saved(files, base))
+    stored = [*a.values(), *b.values()] or [value for value in files.saved.values() if value.is_floating_point()]
+    update, trained = LoraUpdate(a, b, stored=storage_dtype(stored)), tuple(layers)
+    if trained:
+        trained, update = split_start(str(files.folder), trained, update)
+    saved = compare_saved(files, base)
+    target, update = with_saved_modules(Target(base, trained), update, saved)
+    if not target.layers:
+        raise R2FError(_nothing_moved(files, saved))
     check_classifier(target.base)
     return target, update
+
+
+def _nothing_moved(files: AdapterFiles, saved: SavedModules) -> str:
+    """Of an adapter whose every B is zero and which holds no layer that is known to have moved."""
+    said = " ".join((*saved.notes, *saved.leaks))
+    return (
+        f"adapter '{files.folder}': every B is zero, and nothing that is saved beside the factors shows a change that "
+        f"a route reads; pass the base that its training began from, or an adapter saved after training. {said}"
+    )
 
 
 def _with_current_names(files: AdapterFiles, base: BaseModel) -> tuple[AdapterFiles, tuple[str, ...]]:
@@ -191,6 +202,14 @@ def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
         ) from error
 
 
+def _placed(files: AdapterFiles, base: BaseModel) -> dict[str, Any]:
+    """Path in the base -> PEFT's layer, of every layer that the configuration adapts; checked against the file."""
+    wrapped = _wrapped(files, base).named_modules()
+    placed = {path.removeprefix(PREFIX): module for path, module in wrapped if isinstance(module, LoraLayer)}
+    _check_placed(placed, files)
+    return placed
+
+
 def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
     """Refuse a file whose factors are not those of its configuration."""
     held = _layer_names(files)
@@ -222,18 +241,18 @@ def _check_placed(placed: dict[str, Any], files: AdapterFiles) -> None:
 def note_on_base(files: AdapterFiles, base: BaseModel) -> tuple[str, ...]:
     """The sentence for `AdapterFacts` where the adapter's own record does not say that it was trained on this base.
 
-    Nothing in an adapter proves which weights it was trained on: shapes are checked by `attach`, and names here.
+    Shapes are checked by `attach`, names here, and weights, where the update shows them, by the audit (`base_check`).
     """
     said = files.facts.base_name
     given = _last_part(base.spec)
     if said is None:
-        unsaid = f"The adapter does not name its base: that '{given}' holds the weights of its training is not checked."
+        unsaid = f"The adapter does not name its base: the figures hold if '{given}' holds the weights of its training."
         return () if base.spec == "embedded" else (unsaid,)
     if _last_part(said).casefold() == given.casefold():
         return ()
     return (
         f"The adapter names '{_shown(said)}' as its base, and it is audited on '{given}': the figures hold if both "
-        "hold the same weights, which is not checked.",
+        "hold the same weights.",
     )
 
 

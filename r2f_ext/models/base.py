@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from r2f_ext.errors import R2FError
+from r2f_ext.json_file import read_json_file
 from r2f_ext.models.embedded import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, WEIGHTS, build_embedded_vit
 from r2f_ext.models.timm_base import shape_of_timm, timm_by_name, timm_folder, timm_random, unfuse_attention
 from r2f_ext.models.transformers_base import transformers_by_name, transformers_folder
@@ -87,9 +87,12 @@ def _from_folder(spec: str, num_classes: int | None) -> BaseModel:
     if not folder.is_dir():
         raise R2FError(f"unknown base '{spec}': use {KINDS}.{_meant(spec)}")
     config = _read_config(folder)
-    if "model_type" in config:
-        return transformers_folder(folder, spec, num_classes)
-    return timm_folder(folder, config, spec, num_classes)
+    try:
+        if "model_type" in config:
+            return transformers_folder(folder, spec, num_classes)
+        return timm_folder(folder, config, spec, num_classes)
+    except RecursionError as error:  # in a value that just could be parsed
+        raise R2FError(f"a file of base folder '{spec}' nests too deeply: save the model again.") from error
 
 
 def _meant(spec: str) -> str:
@@ -107,10 +110,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise R2FError(f"base folder '{folder}' holds an adapter: pass the model that it was trained on.")
         raise R2FError(f"base folder '{folder}' has no config.json: save the model with timm or transformers.")
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise R2FError(f"{path} is not readable JSON: save the model with timm or transformers again.") from error
+    config = read_json_file(path, "not readable JSON", "save the model with timm or transformers again")
     if not isinstance(config, dict) or not {"architecture", "model_type"} & config.keys():
         raise R2FError(
             f"{path} names neither an 'architecture' (timm) nor a 'model_type' (transformers): save the model with one."

@@ -31,6 +31,11 @@ UNCHANGED = (
     "Every B equals its start: the adapter is unchanged, so its factors hold nothing to recover, which does not show "
     "that an adapter trained on the same data is safe."
 )
+UNTRAINED = (
+    "Every B is zero, so the LoRA factors are untrained, and what moved is among the modules that the file holds "
+    "whole; over how many steps, with which optimiser and on how many images a step, the file does not show: every "
+    "figure assumes one step of plain SGD on one image."
+)
 START_MOVES_A = (
     "As B did not start at 0, A's movement shows B_0^T G too: the file gives away more than a plain adapter."
 )
@@ -95,10 +100,13 @@ def evidence_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts] = (
     """The evidence in the factors of V adapters that share one start.
 
     Args:
-        updates: their factors; with `a0` where the start is known, from the file or from the user.
+        updates: their factors; with `a0` where the start is known, from the file or from the user. Without any factors:
+            those of adapters whose every B is zero, which carry trained modules.
         facts: what their folders say, one per adapter; empty: PEFT's default start.
     """
     start = _start_of(updates, facts)
+    if not any(one.b for one in updates):
+        return Evidence(None, start, False, (UNTRAINED,))
     if not any(b.any() for one in updates for b in one.b.values()):
         return Evidence(None, start, False, (UNCHANGED,))
     trace, said = _judged(updates, start)

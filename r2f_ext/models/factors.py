@@ -45,20 +45,24 @@ def check_factors(weights: dict[str, Tensor], saved: dict[str, Tensor], lora: di
 
     Raises:
         R2FError: a tensor is empty, a slice or not finite, A and B do not belong together, the rank is not the
-            configuration's, or every B is zero.
+            configuration's, or every B is zero and there is nothing else in the file.
     """
     check_numbers({**weights, **saved}, where)
     pairs = factor_pairs(weights, where)
     check_ranks({path: a.shape[0] for path, (a, _) in pairs.items()}, lora, where)
     zero = {path: None for path, (_, b) in pairs.items() if not b.any()}  # a dict keeps the order
-    if len(zero) == len(pairs):
-        also = f", but the folder also holds {listed(sorted(saved), 4)}, which may have been trained" if saved else ""
+    if len(zero) == len(pairs) and not saved:
         raise R2FError(
-            f"{where}: every B is zero, so it is unchanged by training as far as the factors show{also}; audit an "
-            "adapter saved after training."
+            f"{where}: every B is zero, so it is unchanged by training as far as the factors show; audit an adapter "
+            "saved after training."
         )
     notes = []
-    if zero:
+    if len(zero) == len(pairs):
+        notes.append(
+            f"B is zero in all {len(pairs)} adapted layers: the LoRA factors are untrained and left out, and only what "
+            f"is saved whole beside them ({listed(sorted(saved), 4)}) is audited."
+        )
+    elif zero:
         notes.append(
             f"B is zero in {len(zero)} of {len(pairs)} adapted layers ({listed(list(zero))}): these hold no update and "
             "are left out of the audit."

@@ -65,8 +65,13 @@ class InitialFactors:
         """A_0, or None where none of the common seeds draws it.
 
         Raises:
-            R2FError: the folder or the seed does not belong to the adapter.
+            R2FError: the folder or the seed does not belong to the adapter, or its factors are untrained.
         """
+        if self.named and not self.update.without_saved().a:
+            raise R2FError(
+                "--initial and --a0-seed name where A started, and every B of this adapter is zero, so that nothing is "
+                "read from its factors: leave them out."
+            )
         if self.folder is not None:
             return initial_from_folder(self.folder, self.update)
         if self.seed is None and self.update.a0 is not None:

@@ -12,7 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HEADS = ("head", "fc", "classifier", "cls_classifier", "distillation_classifier")
+# Paths of the last linear layer, as timm (`default_cfg["classifier"]`) and transformers name it in their classifiers.
+HEADS = (
+    "head",
+    "head.fc",
+    "head.linear",
+    "head_dist",
+    "head_dist.linear",
+    "fc",
+    "last_linear",
+    "classifier",
+    "classifier.1",
+    "cls_classifier",
+    "distillation_classifier",
+)
+WRAPPED = "timm_model."  # before timm's paths in a timm model that transformers wraps
 ONE_IMAGE = 1e-3  # share of a head's gradient outside of one row's multiples below which it is that of one image
 CONSTANT = 0.9  # 10th percentile over 90th of |G| above which a step held only the gradient's signs, as Adam's first
 LISTED = 5  # classes in a sentence
@@ -29,8 +43,8 @@ class HeadLeak:
 
 
 def is_head(module: str) -> bool:
-    """Whether a module of this path is a classifier, as timm, torchvision and transformers name theirs."""
-    return module.rpartition(".")[2] in HEADS
+    """Whether a module of this path in a base is its last linear layer, which reads one feature vector an image."""
+    return module.removeprefix(WRAPPED) in HEADS
 
 
 def head_leak(weight: Tensor, bias: Tensor | None, precision: float) -> HeadLeak:

@@ -128,7 +128,7 @@ def with_saved_modules(target: Target, update: LoraUpdate, saved: SavedModules) 
     base = _with_values(target.base, saved.stand_ins)
     layers = {layer.name: layer for layer in (*target.layers, *saved.layers)}
     ordered = tuple(layers[name] for name, _ in base.model.named_modules() if name in layers)
-    like = next(iter(update.b.values()), torch.empty(0))
+    like = next(iter(update.b.values()), torch.empty(0, dtype=update.stored))
     dtype = torch.promote_types(like.dtype, torch.float32)
     b = {name: change.to(base.device, dtype) for name, change in saved.change.items()}
     a = {name: torch.eye(change.shape[1], dtype=dtype, device=base.device) for name, change in b.items()}

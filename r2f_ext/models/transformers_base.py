@@ -179,7 +179,7 @@ def _pixels(folder: Path, config: PretrainedConfig) -> Pixels:
         )
         cropped = read.get("do_center_crop", "crop_size" in read) and "crop_size" in read
         return Pixels(_size(read.get("crop_size" if cropped else "size")), mean, std)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise R2FError(f"{path} is damaged ({reason(error)}): save the image processor again.") from error
 
 

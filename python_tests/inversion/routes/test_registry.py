@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from route_cases import posed
@@ -91,6 +92,21 @@ def test_the_start_of_a_refused_route_is_not_run():
         "gauss_newton",
     }
     assert needs("public", ["gauss_newton"], verdicts_of(problem))
+
+
+def test_where_every_route_failed_the_last_error_is_there_to_be_raised(monkeypatch):
+    problem, _ = posed()
+    for error in (R2FError("no."), torch.linalg.LinAlgError("svd"), np.linalg.LinAlgError("svd")):
+
+        def run(self, problem, advance, error=error):
+            raise error
+
+        monkeypatch.setattr(type(registry()["amortised"]), "run", run)
+        outcome = run_routes(problem, verdicts_of(problem), ["amortised"])
+        assert outcome.reconstructions == [] and outcome.not_run["amortised"].startswith("Failed: ")
+        with pytest.raises(type(error)):
+            outcome.found()
+    assert run_routes(problem, verdicts_of(problem), ["adapter_rowspace"]).found() == []
 
 
 def test_an_unknown_name_is_refused():

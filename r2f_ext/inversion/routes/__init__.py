@@ -23,6 +23,7 @@ FIELD_NAMES = {
     "public": "public images that the proxy pairs leave unused",
     "decoded": "decoded gradients (r2f decode, --gradients)",
 }
+LACKING = "Not run: it needs "  # before what a problem lacks
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,18 @@ class Outcome:
     Attributes:
         reconstructions: one per route that ran, in the order in which they ran.
         not_run: requested routes that did not run, or that failed -> the reason, one sentence.
+        error: of the last route that failed.
     """
 
     reconstructions: list[Reconstruction]
     not_run: dict[str, str]
+    error: Exception | None = None
+
+    def found(self) -> list[Reconstruction]:
+        """The reconstructions; raises `error` where a route failed and none succeeded."""
+        if self.error is not None and not self.reconstructions:
+            raise self.error
+        return self.reconstructions
 
 
 def registry() -> dict[str, Route]:
@@ -95,11 +104,10 @@ def run_routes(
         stages: times each route under its name.
 
     Raises:
-        R2FError: a name is not in the registry, or a route failed and none succeeded.
+        R2FError: a name is not in the registry.
     """
     stages, routes = stages or Stages(), registry()
     outcome = Outcome([], {})
-    failed: Exception | None = None
     for name in with_earlier(default_routes() if names is None else names, verdicts):
         route, verdict = routes[name], verdicts[name]
         refusal = _refusal(route, verdict, problem) or _missing_start(route, problem)
@@ -109,14 +117,12 @@ def run_routes(
         try:
             with stages.stage(name, route.units(problem)) as advance:
                 found = route.run(problem, advance)
-        except (R2FError, RuntimeError, MemoryError) as error:
+        except Exception as error:
             outcome.not_run[name] = f"Failed: {expected(error)}"
-            failed = error
+            outcome = replace(outcome, error=error)
             continue
         outcome.reconstructions.append(found)
         problem = replace(problem, found={**problem.found, name: found})
-    if failed is not None and not outcome.reconstructions:
-        raise failed
     return outcome
 
 
@@ -125,7 +131,7 @@ def _refusal(route: Route, verdict: Verdict, problem: Problem, later: Sequence[s
     if verdict.certainty is Certainty.REFUSED:
         return verdict.why
     field_name = route.lacking(problem, later)
-    return None if field_name is None else f"Not run: it needs {FIELD_NAMES.get(field_name, field_name)}."
+    return None if field_name is None else f"{LACKING}{FIELD_NAMES.get(field_name, field_name)}."
 
 
 def _missing_start(route: Route, problem: Problem) -> str | None:
