@@ -19,7 +19,6 @@ from r2f_ext.cli.inputs import check_same_a
 from r2f_ext.config import AuditConfig
 from r2f_ext.decoders.store import read_gradients
 from r2f_ext.files import output_folder, write_tensors
-from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.kept import KeptSearches
 from r2f_ext.inversion.prior import ScoreDistillation
 from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
@@ -58,7 +57,7 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
         proxies=Proxies(pairs.updates(0, len(pairs)), *pairs.samples(), target.base.num_classes),
         matching=config.matching,
         refinement=config.refinement,
-        gauss_newton=GaussNewtonConfig(minutes=config.search_minutes),
+        gauss_newton=replace(given.gauss_newton, minutes=config.search_minutes),
         unet=UNetConfig(seed=options.seed) if options.inverter == "unet" else None,
         kept=KeptSearches(folder, repr((pairs.fingerprint, options.inverter, options.seed))),
         prior=None
