@@ -58,7 +58,9 @@ ROUTE = "gauss_newton"
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 FULL_BITS = 32  # of the dtype that PEFT draws A in
-NEAR, FAR = 0.007, 0.02  # relative residuals below which a derivative serves, and above which only a cloud does
+# Relative residuals below which a derivative serves, and above which only a cloud does; between them, the other one of
+# the two is tried whenever a pass stalls.
+NEAR, FAR = 0.007, 0.05
 FINISH_PASSES = 6  # of a search that float32 has ended early, in float64; most need one or two
 
 
@@ -79,7 +81,7 @@ class GaussNewtonConfig:
         seed: seed of the clouds.
     """
 
-    passes: int = 60
+    passes: int = 40
     patience: int = 6
     minutes: float | None = None
     samples: tuple[float, ...] = (1.5, 3.0)
@@ -205,7 +207,10 @@ class DenseSteps(Steps):
         return torch.cat([self.updates(part, self.label) for part in images.split(self.config.directions)])
 
     def judge(self, before: float, residual: float) -> None:
-        self.newton = residual < NEAR or (residual < FAR and (self.newton or residual > STALLED * before))
+        if residual < NEAR or residual > FAR:
+            self.newton = residual < NEAR
+        elif residual > STALLED * before:
+            self.newton = not self.newton
 
     def restart(self) -> bool:
         self.cloud, self.newton = Cloud(self.axes.covariance, samples=next(self.samples)), False
