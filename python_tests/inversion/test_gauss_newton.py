@@ -189,6 +189,26 @@ def test_a_search_that_begins_again_takes_the_next_clouds_size(problem):
     assert sizes == [1.5, 3.0, 1.5]
 
 
+def test_which_step_comes_next(problem):
+    """Newton below NEAR, a cloud above FAR; between them the other one after a pass that stalls."""
+    target, a, observed, _, labels, subspace = problem
+    updates = UpdateMap(target, a, SHAPE, 64)
+    steps = DenseSteps(updates, flat_units(observed)[0], labels[:1], subspace, GaussNewtonConfig())
+    between, chosen = (module.NEAR * module.FAR) ** 0.5, []
+    for before, residual in (
+        (torch.inf, 2 * module.FAR),  # far
+        (2 * module.FAR, between),  # a good pass: goes on with clouds
+        (between, 0.95 * between),  # stalls: a derivative
+        (between, 0.5 * between),  # a good pass: goes on with it
+        (between, between),  # stalls: a cloud
+        (between, 0.5 * module.NEAR),  # near
+        (module.NEAR, 2 * module.FAR),  # far again
+    ):
+        steps.judge(before, residual)
+        chosen.append(steps.newton)
+    assert chosen == [False, False, True, True, False, True, False]
+
+
 def test_a_solution_outside_the_box_is_not_called_exact(problem, monkeypatch):
     target, a, observed, images, labels, subspace = problem
     wanted, outside = flat_units(observed)[0], images[0].flatten() + 0.7

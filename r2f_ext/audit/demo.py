@@ -134,7 +134,8 @@ def _searched(
         with stages.stage(route.name, route.units(problem)) as advance:
             problem = replace(problem, found={**problem.found, route.name: route.run(problem, advance)})
     searched = replace(result, reconstructions=[problem.found["gauss_newton"]])
-    return (set_report("fashion_mnist_searched", searched, proxy, private, first),)
+    own = private.take(torch.arange(len(amortised[0].images)))
+    return (set_report("fashion_mnist_searched", searched, proxy, own, first),)
 
 
 def _split(result: AuditResult, proxy: ImageSet, sets: dict[str, ImageSet]) -> list[SetReport]:

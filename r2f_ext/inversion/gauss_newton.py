@@ -60,7 +60,7 @@ SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 FULL_BITS = 32  # of the dtype that PEFT draws A in
 # Relative residuals below which a derivative serves, and above which only a cloud does; between them, the other one of
 # the two is tried whenever a pass stalls.
-NEAR, FAR = 0.007, 0.05
+NEAR, FAR = 0.007, 0.1
 FINISH_PASSES = 6  # of a search that float32 has ended early, in float64; most need one or two
 
 
