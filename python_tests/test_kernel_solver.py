@@ -90,6 +90,21 @@ def test_one_eigendecomposition_gives_the_fits_without_each_row():
     assert torch.equal(chosen[0], fit_by_leave_one_out(kernel, wanted, (best,))[0])
 
 
+def test_many_columns_choose_lambda_by_combinations_of_them():
+    """The choice by SKETCH combinations of 500 columns is that of all columns, and the fit is of all."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(60, 20, generator=generator, dtype=torch.float64)
+    wanted = features @ torch.randn(20, 500, generator=generator, dtype=torch.float64)
+    noise = torch.randn(60, 500, generator=generator, dtype=torch.float64)
+    for level in (0.01, 3.0, 30.0):
+        kernel, columns = centred(features @ features.T, wanted + level * noise)
+        shares = (1e-6, 1e-3, 1e-1, 1.0, 10.0)
+        errors = {share: fit_by_leave_one_out(kernel, columns, (share,))[1].square().mean() for share in shares}
+        best = min(errors, key=errors.__getitem__)
+        dual, _ = fit_by_leave_one_out(kernel, columns, shares)
+        assert torch.equal(dual, fit_by_leave_one_out(kernel, columns, (best,))[0])
+
+
 def test_a_regression_without_finite_errors_is_refused():
     kernel, wanted = centred(*problem())
     with pytest.raises(R2FError, match="no finite leave-one-out error"):

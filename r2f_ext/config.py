@@ -23,6 +23,7 @@ class AuditConfig:
         gauss_newton: also search for the exact images; about a minute an adapter of the embedded model on 2 cores.
         start_images: most public images of one label that the search's start is made from; None: as many as fit into
             memory.
+        search_minutes: after which no pass of a victim's Gauss-Newton search begins; None: no limit.
         precision: of the model when pairs are made, "float32" or "bfloat16" (see GeneratedPairs).
         seed: of proxies, random labels and the shuffled control.
     """
@@ -37,6 +38,7 @@ class AuditConfig:
     routes: tuple[str, ...] | None = None
     gauss_newton: bool = False
     start_images: int | None = None
+    search_minutes: float | None = None
     precision: str = "float32"
     seed: int = 0
 

@@ -10,6 +10,7 @@ from r2f_ext.audit import demo as module
 from r2f_ext.audit.demo import demo
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import content_hashes
+from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.matching import MatchingConfig
 
 pytestmark = pytest.mark.usefixtures("few_controls")
@@ -25,6 +26,8 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
         return real(problem, proxy, *rest, **more)
 
     monkeypatch.setattr(module.run, "run_audit_stages", seen)
+    monkeypatch.setattr(module, "SEARCHED", 1)
+    monkeypatch.setattr(module, "SEARCH", GaussNewtonConfig(passes=1))
     steps = MatchingConfig(steps=2)
     config = AuditConfig(pairs=80, decoder_pairs=60, held_out=12, matching=steps, refinement=steps)
     done = demo(tmp_path, config)
@@ -35,8 +38,14 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
         "fashion_mnist": 3,
         "fashion_mnist_procedural": 3,
         "lfw": 2,
+        "fashion_mnist_searched": 1,
     }
-    assert [part["proxy"] for part in report["reconstruction"].values()] == ["embedded", "procedural", "procedural"]
+    assert [part["proxy"] for part in report["reconstruction"].values()] == [
+        "embedded",
+        "procedural",
+        "procedural",
+        "embedded",
+    ]
     assert set(report["proxies"]) == {"embedded", "procedural"}
     assert report["decoders"] == report["proxies"]["embedded"]["decoders"]
     assert len(report["target"]["layers"]) == 16
@@ -46,6 +55,8 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     assert {"victims", "phase 0", "embedded: pairs", "procedural: matching", "total"} <= set(report["seconds"])
     assert report["seconds"]["total"] == pytest.approx(max(report["seconds"].values()))
     secret = {h for part in done.sets for h in content_hashes((part.originals * 255).round().byte())}
+    searched = report["reconstruction"]["fashion_mnist_searched"]["routes"]
+    assert set(searched) == {"gauss_newton"} and searched["gauss_newton"]["per_victim"]["passes"] == [1]
     assert len(secret) == 5 and not any(secret & set(content_hashes(proxy.images)) for proxy in proxies)
     assert load_file(tmp_path / "gradients_procedural.safetensors")["blocks.0.attn.qkv"].shape == (5, 384, 128)
     assert "<h1>" in (tmp_path / "report.html").read_text()

@@ -12,14 +12,17 @@ from r2f_ext.inversion import gauss_newton as module
 from r2f_ext.inversion.exactness import REPRODUCED, exactness_of
 from r2f_ext.inversion.gauss_newton import (
     DenseLocal,
+    DenseSteps,
     GaussNewtonConfig,
     Subspace,
     UpdateBound,
     UpdateMap,
+    finish,
     flat_units,
     gauss_newton,
     search,
 )
+from r2f_ext.inversion.newton import Search
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.types import Reconstruction
 
@@ -130,6 +133,80 @@ def test_a_search_counts_its_passes_and_stops_at_its_limit(problem):
     config = GaussNewtonConfig(passes=1, steps=1)
     found = search(updates, wanted, start.images[0].flatten(), labels[:1], subspace, config)
     assert found.passes == 1 and found.start_residual > 0
+
+
+def test_the_end_of_a_search_goes_on_in_float64(problem):
+    """What float32 can store of the image is where the search stops; float64 goes on from there, and counts passes."""
+    target, a, observed, images, labels, subspace = problem
+    precise, wanted = UpdateMap(target, a, SHAPE, 32), flat_units(observed)[0]
+    near = start_near(images, labels, subspace, 1e-3).images[0].flatten()
+    residual = float((precise(near[None], labels[:1]) - wanted).norm()) / len(NAMES) ** 0.5
+    found = Search(near.float(), residual, 0.5, 9)
+    float32 = Subspace(subspace.basis.float())
+    refined = finish(precise, wanted.float(), labels[:1], float32, GaussNewtonConfig(), found)
+    assert refined.image.dtype == torch.float32 and 9 < refined.passes <= 9 + module.FINISH_PASSES
+    assert refined.residual < 1e-5 < residual and refined.start_residual == 0.5
+    assert (refined.image - images[0].flatten()).abs().max() < 1e-5 < (near - images[0].flatten()).abs().max()
+
+
+def test_an_end_in_float64_that_is_no_better_changes_nothing(problem, monkeypatch):
+    target, a, observed, images, labels, subspace = problem
+    precise, wanted = UpdateMap(target, a, SHAPE, 32), flat_units(observed)[0]
+    monkeypatch.setattr(module, "newton_steps", lambda *_: (images[1].flatten()[None], wanted[None] + 1))
+    found = Search(images[0].flatten().float(), 0.0, 0.5, 9)
+    kept = finish(precise, wanted, labels[:1], subspace, GaussNewtonConfig(), found)
+    assert torch.equal(kept.image, found.image) and kept.residual == 0
+
+
+def test_only_searches_that_end_near_the_image_go_on_in_float64(problem, monkeypatch):
+    target, a, observed, images, labels, subspace = problem
+    went_on = []
+    monkeypatch.setattr(module, "finish", lambda *given: went_on.append(given[-1].residual) or given[-1])
+    for residual in (0.5 * module.SOLVED, 0.5 * module.NEAR, 2 * module.NEAR):
+        monkeypatch.setattr(module, "run_search", lambda *_, r=residual: Search(images[0].flatten(), r, 0.5, 1))
+        updates = UpdateMap(target, a, SHAPE, 32)
+        search(
+            updates,
+            flat_units(observed)[0],
+            images[0].flatten(),
+            labels[:1],
+            subspace,
+            GaussNewtonConfig(),
+            None,
+            updates,
+        )
+    assert went_on == [0.5 * module.NEAR]
+
+
+def test_a_search_that_begins_again_takes_the_next_clouds_size(problem):
+    target, a, observed, _, labels, subspace = problem
+    config = GaussNewtonConfig(samples=(1.5, 3.0))
+    steps = DenseSteps(UpdateMap(target, a, SHAPE, 32), flat_units(observed)[0], labels[:1], subspace, config)
+    sizes = [steps.cloud.samples]
+    for _ in range(2):
+        assert steps.restart()
+        sizes.append(steps.cloud.samples)
+    assert sizes == [1.5, 3.0, 1.5]
+
+
+def test_which_step_comes_next(problem):
+    """Newton below NEAR, a cloud above FAR; between them the other one after a pass that stalls."""
+    target, a, observed, _, labels, subspace = problem
+    updates = UpdateMap(target, a, SHAPE, 64)
+    steps = DenseSteps(updates, flat_units(observed)[0], labels[:1], subspace, GaussNewtonConfig())
+    between, chosen = (module.NEAR * module.FAR) ** 0.5, []
+    for before, residual in (
+        (torch.inf, 2 * module.FAR),  # far
+        (2 * module.FAR, between),  # a good pass: goes on with clouds
+        (between, 0.95 * between),  # stalls: a derivative
+        (between, 0.5 * between),  # a good pass: goes on with it
+        (between, between),  # stalls: a cloud
+        (between, 0.5 * module.NEAR),  # near
+        (module.NEAR, 2 * module.FAR),  # far again
+    ):
+        steps.judge(before, residual)
+        chosen.append(steps.newton)
+    assert chosen == [False, False, True, True, False, True, False]
 
 
 def test_a_solution_outside_the_box_is_not_called_exact(problem, monkeypatch):

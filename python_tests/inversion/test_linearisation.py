@@ -78,6 +78,19 @@ def test_a_linear_map_is_inverted_in_one_step():
     torch.testing.assert_close(value, found @ matrix)
 
 
+def test_a_cloud_has_as_many_images_per_axis_as_it_says():
+    axes, point, sizes = axes_of(), torch.full((1, 12), 0.5, dtype=torch.float64), []
+
+    def counted(images):
+        sizes.append(len(images))
+        return bent(images)
+
+    for samples in (1.5, 4.0):
+        cloud = Cloud(axes.covariance, samples=samples)
+        *_, after = linearised_step(counted, bent(point)[0] + 1, point, bent(point), axes, cloud, torch.Generator())
+        assert int(samples * 5) + 1 in sizes and after.samples == samples
+
+
 def test_steps_on_a_bent_map_never_raise_the_misfit_and_come_close():
     axes, generator = axes_of(), torch.Generator().manual_seed(0)
     image = 0.5 + torch.tensor([[0.15, -0.1, 0.06, 0.03, -0.03]], dtype=torch.float64) @ axes.directions.T

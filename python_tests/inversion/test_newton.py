@@ -76,3 +76,9 @@ def test_a_search_without_progress_begins_again_or_ends():
     ends, again = Script([1.0] * 10), Script([1.0] * 10, again=True)
     assert searched(ends).passes == 2 and searched(again).passes == 10
     assert (ends.begun, again.begun) == (2, 6)
+
+
+def test_no_pass_begins_after_the_time_limit():
+    start, observed = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    found = run_search(lambda points: points, Script([0.5] * 10), observed, start, 1, 10, 5, seconds=0.0)
+    assert found.passes == 0 and found.residual == found.start_residual == 1

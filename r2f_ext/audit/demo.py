@@ -18,12 +18,17 @@ from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
-from r2f_ext.inversion.route import adapter_problem
+from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
+from r2f_ext.inversion.route import Public, adapter_problem
+from r2f_ext.inversion.routes.amortised_by_label import AmortisedByLabel
+from r2f_ext.inversion.routes.gauss_newton import GaussNewton
 from r2f_ext.models import load_base
 from r2f_ext.progress import Stages
 from r2f_ext.types import BaseModel, LoraUpdate
 
 FASHION_VICTIMS, FACE_VICTIMS = 16, 8
+SEARCHED = 4  # victims whose image is searched for by Gauss-Newton, the first ones
+SEARCH = GaussNewtonConfig(passes=14, samples=(1.5,))  # a fraction of the default, so that the demo takes minutes
 # proxy -> set name in the report -> which victims
 PROXIES = {
     "embedded": {"fashion_mnist": "fashion_mnist"},
@@ -67,6 +72,7 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
                 problem, proxy, config, Stages(stages.progress, f"{name}: "), labels=torch.cat(known) if known else None
             )
             sets += _split(results[name], proxy, {part: private[victim] for part, victim in parts.items()})
+        sets += _searched(results["embedded"], private["fashion_mnist"], victims["fashion_mnist"], stages)
         seconds = {
             **stages.seconds,
             **{f"{name}: {stage}": s for name, result in results.items() for stage, s in result.seconds.items()},
@@ -103,6 +109,33 @@ def make_victims(
     loaded = load_adapters([path for paths in folders.values() for path in paths], base)
     remaining = iter(loaded.updates)
     return loaded, {name: [next(remaining) for _ in paths] for name, paths in folders.items()}
+
+
+def _searched(
+    result: AuditResult, private: ImageSet, adapters: list[LoraUpdate], stages: Stages
+) -> tuple[SetReport, ...]:
+    """The first SEARCHED victims of an audit by Gauss-Newton, from every image that the package ships.
+
+    Returns:
+        One set, or none where the amortised route, which finds the labels, failed.
+    """
+    target, first = result.problem.target, slice(0, SEARCHED)
+    amortised = [found.take(first) for found in result.reconstructions if found.route == "amortised"]
+    if target is None or not amortised:
+        return ()
+    proxy = drop_private(load_images("embedded"), private)
+    problem = replace(
+        adapter_problem(target, adapters[first]),
+        public=Public(proxy),
+        found={"amortised": amortised[0]},
+        gauss_newton=SEARCH,
+    )
+    for route in (AmortisedByLabel(), GaussNewton()):
+        with stages.stage(route.name, route.units(problem)) as advance:
+            problem = replace(problem, found={**problem.found, route.name: route.run(problem, advance)})
+    searched = replace(result, reconstructions=[problem.found["gauss_newton"]])
+    own = private.take(torch.arange(len(amortised[0].images)))
+    return (set_report("fashion_mnist_searched", searched, proxy, own, first),)
 
 
 def _split(result: AuditResult, proxy: ImageSet, sets: dict[str, ImageSet]) -> list[SetReport]:

@@ -163,7 +163,12 @@ def run_audit_stages(
         images, proxy_labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
         proxies = Proxies(updates, images, proxy_labels, target.base.num_classes)
     posed = replace(
-        problem, proxies=proxies, decoded=scored.decoded, matching=config.matching, refinement=config.refinement
+        problem,
+        proxies=proxies,
+        decoded=scored.decoded,
+        matching=config.matching,
+        refinement=config.refinement,
+        gauss_newton=replace(problem.gauss_newton, minutes=config.search_minutes),
     )
     outcome = run_routes(posed, verdicts, names, stages)
     found, not_run = outcome.reconstructions, outcome.not_run

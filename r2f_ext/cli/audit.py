@@ -26,6 +26,7 @@ def run_audit(options: Options) -> dict[str, Any]:
         pairs=options.count,
         routes=options.routes,
         gauss_newton=options.gauss_newton,
+        search_minutes=options.budget,
         precision=options.precision,
         seed=options.seed,
     )

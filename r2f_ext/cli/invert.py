@@ -45,6 +45,7 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
         held_out=0,
         routes=options.routes,
         gauss_newton=options.gauss_newton,
+        search_minutes=options.budget,
         seed=options.seed,
     )
     config = fit_to_memory(target, len(adapters), len(pairs), asked, fewer=FEWER)
@@ -56,6 +57,7 @@ def run_invert(options: argparse.Namespace) -> dict[str, Any]:
         proxies=Proxies(pairs.updates(0, len(pairs)), *pairs.samples(), target.base.num_classes),
         matching=config.matching,
         refinement=config.refinement,
+        gauss_newton=replace(given.gauss_newton, minutes=config.search_minutes),
         unet=UNetConfig(seed=options.seed) if options.inverter == "unet" else None,
         kept=KeptSearches(folder, repr((pairs.fingerprint, options.inverter, options.seed))),
         prior=None

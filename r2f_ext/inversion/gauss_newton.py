@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import cycle
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,10 @@ ROUTE = "gauss_newton"
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 FULL_BITS = 32  # of the dtype that PEFT draws A in
-NEAR, FAR = 0.007, 0.02  # relative residuals below which a derivative serves, and above which only a cloud does
+# Relative residuals below which a derivative serves, and above which only a cloud does; between them, the other one of
+# the two is tried whenever a pass stalls.
+NEAR, FAR = 0.007, 0.1
+FINISH_PASSES = 6  # of a search that float32 has ended early, in float64; most need one or two
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,22 @@ class GaussNewtonConfig:
     """Stopping criteria and step control.
 
     Attributes:
-        passes: maximum per victim; a pass is a cloud of images or a Jacobian, which cost about the same.
+        passes: maximum per victim, of all its searches; a pass is a cloud of images or a Jacobian, which cost about the
+            same.
         patience: passes without a reduction of the residual by a fifth after which the search restarts with new clouds.
+        minutes: after which no pass of a victim begins; None: no limit. A search that it cuts short depends on the
+            machine's speed; the others do not.
+        samples: images per direction in the clouds of the first search, of the second, ...; then from the first again.
         steps: maximum number of steps with one Jacobian.
         contraction: largest accepted ratio of the norm of the next correction to that of the present one.
         directions: batch size of tangents, or of images, in one pass of the model.
         seed: seed of the clouds.
     """
 
-    passes: int = 22
-    patience: int = 7
+    passes: int = 40
+    patience: int = 6
+    minutes: float | None = None
+    samples: tuple[float, ...] = (1.5, 3.0)
     steps: int = 8
     contraction: float = 0.75
     directions: int = 64
@@ -89,6 +100,10 @@ class Subspace:
     """
 
     basis: Tensor
+
+    def double(self) -> Subspace:
+        """The same space in float64."""
+        return Subspace(self.basis.double())
 
     @staticmethod
     def of(images: Tensor, tolerance: float = 1e-7) -> Subspace:
@@ -174,7 +189,8 @@ class DenseSteps(Steps):
         self.updates, self.observed, self.label = updates, observed, label
         self.subspace, self.config = subspace, config
         self.axes = Axes.of(subspace.basis, loo_errors)
-        self.cloud = Cloud(self.axes.covariance)
+        self.samples = cycle(config.samples)
+        self.cloud = Cloud(self.axes.covariance, samples=next(self.samples))
         self.newton = False
         self.generator = torch.Generator().manual_seed(config.seed)
 
@@ -191,11 +207,27 @@ class DenseSteps(Steps):
         return torch.cat([self.updates(part, self.label) for part in images.split(self.config.directions)])
 
     def judge(self, before: float, residual: float) -> None:
-        self.newton = residual < NEAR or (residual < FAR and (self.newton or residual > STALLED * before))
+        if residual < NEAR or residual > FAR:
+            self.newton = residual < NEAR
+        elif residual > STALLED * before:
+            self.newton = not self.newton
 
     def restart(self) -> bool:
-        self.cloud, self.newton = Cloud(self.axes.covariance), False
+        self.cloud, self.newton = Cloud(self.axes.covariance, samples=next(self.samples)), False
         return True
+
+
+class NewtonSteps(Steps):
+    """Gauss-Newton alone, for the end of a search."""
+
+    def __init__(
+        self, updates: DenseMap, observed: Tensor, label: Tensor, subspace: Subspace, config: GaussNewtonConfig
+    ) -> None:
+        self.updates, self.observed, self.label = updates, observed, label
+        self.subspace, self.config = subspace, config
+
+    def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return newton_steps(self.updates, self.observed, point, value, self.label, self.subspace, self.config)
 
 
 def search(
@@ -206,17 +238,46 @@ def search(
     subspace: Subspace,
     config: GaussNewtonConfig,
     loo_errors: Tensor | None = None,
+    precise: DenseMap | None = None,
 ) -> Search:
     """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
 
     Args:
         loo_errors: [n, c * h * w], leave-one-out errors of the start's route on proxies: the first cloud's shape.
+        precise: the map in float64. With it, a search that ends near the image but above what float32 can reach goes
+            on in float64: where J^T J is badly conditioned, float32's errors in J stop Newton's steps early.
     """
     steps = DenseSteps(updates, observed, label, subspace, config, loo_errors)
     layers = len(updates.target.layers)
-    return run_search(
-        lambda images: updates(images, label), steps, observed, start, layers, config.passes, config.patience
+    found = run_search(
+        lambda images: updates(images, label),
+        steps,
+        observed,
+        start,
+        layers,
+        config.passes,
+        config.patience,
+        inf if config.minutes is None else 60 * config.minutes,
     )
+    if precise is None or not SOLVED < found.residual < NEAR:
+        return found
+    return finish(precise, observed, label, subspace, config, found)
+
+
+def finish(
+    precise: DenseMap, observed: Tensor, label: Tensor, subspace: Subspace, config: GaussNewtonConfig, found: Search
+) -> Search:
+    """Go on from the end of a search with Gauss-Newton steps in float64; the better of both ends."""
+    observed = observed.double()
+    steps = NewtonSteps(precise, observed, label, subspace.double(), config)
+    layers, start = len(precise.target.layers), found.image.double()
+    refined = run_search(
+        lambda images: precise(images, label), steps, observed, start, layers, FINISH_PASSES, patience=2
+    )
+    if refined.residual >= found.residual:
+        return replace(found, passes=found.passes + refined.passes)
+    image = refined.image.to(found.image.dtype)
+    return Search(image, refined.residual, found.start_residual, found.passes + refined.passes)
 
 
 class DenseLocal:
@@ -338,10 +399,11 @@ def gauss_newton(
 
     def find(victim: int, image: Tensor, label: Tensor) -> Search:
         errors = start.loo_errors.get(int(label))
-        return search(updates, targets[victim], image, label, subspace, config, errors)
+        return search(updates, targets[victim], image, label, subspace, config, errors, bound.precise)
 
+    bound = UpdateBound(updates, observed)
     files = files_of(kept, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
-    return search_each(ROUTE, start, find, UpdateBound(updates, observed), advance, doubt, files)
+    return search_each(ROUTE, start, find, bound, advance, doubt, files)
 
 
 def moved_layers(target: Target, observed: dict[str, Tensor]) -> Target:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from r2f_ext.kernel_solver import fit_by_leave_one_out
+from r2f_ext.linalg import gram
 
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(4, 19))  # shares of the kernel matrix's largest eigenvalue
 GAUSSIAN, WIDTH = 0.2, 0.25  # the Gaussian share of the kernel, and its exponent at the mean squared distance
-SAMPLES = 1.5  # images per direction; with fewer the leave-one-out errors do not determine the damping
+SAMPLES = 1.5  # images per direction by default; with fewer the leave-one-out errors do not determine the damping
 PROBES = 48  # images that determine the cloud's size
 SIZES = tuple(2.0**k for k in range(-3, 7))  # tried until the probes' misfit is the point's
 EXPECTED = 2 / 3  # weight of the expected covariance in the next cloud's shape; the rest is the last errors' covariance
@@ -61,10 +62,12 @@ def _mixed(one: Tensor, other: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Where a regression samples: covariance `shape` [q, q] along the axes, float64, and its last size."""
+    """Where a regression samples: covariance `shape` [q, q] along the axes, float64, its last size, and how many
+    images it takes per axis."""
 
     shape: Tensor
     size: float = 0.0
+    samples: float = SAMPLES
 
 
 def linearised_step(
@@ -83,7 +86,7 @@ def linearised_step(
         the point as it was; and the next cloud.
     """
     shape = cloud.shape
-    count = int(SAMPLES * len(shape)) + 1
+    count = int(cloud.samples * len(shape)) + 1
     draws = torch.randn(count, len(shape), generator=generator, dtype=torch.float64).to(shape.device)
     variance, principal = torch.linalg.eigh(shape)
     shifts = ((draws * variance.clamp_min(0).sqrt()) @ principal.T).to(point.dtype) @ axes.directions.T
@@ -93,7 +96,8 @@ def linearised_step(
     trials = (point + torch.tensor(SHORTER).to(found)[:, None] * (found @ axes.directions.T)).clamp(0, 1)
     points, values = torch.cat([point, trials]), torch.cat([value, update_of(trials)])
     best = int((values - observed).norm(dim=1).nan_to_num(nan=torch.inf).argmin())
-    return points[best, None], values[best, None], Cloud(_mixed(axes.covariance, torch.cov(errors.T), EXPECTED), size)
+    covariance = _mixed(axes.covariance, torch.cov(errors.T), EXPECTED)
+    return points[best, None], values[best, None], Cloud(covariance, size, cloud.samples)
 
 
 def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shifts: Tensor) -> float:
@@ -127,10 +131,10 @@ def _kernels(updates: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
     """Kernel of updates [n, R] with one another [n, n] and with `observed` [n], features centred on the n; float64."""
     mean = updates.mean(0)
     centred, query = updates - mean, observed - mean
-    gram, products = (centred @ centred.T).double(), (centred @ query).double()
-    squares = gram.diagonal()
+    inner, products = gram(centred).double(), (centred @ query).double()
+    squares = inner.diagonal()
     unit = squares.mean()  # half the mean squared distance
-    kernel = _kernel(gram, squares[:, None] + squares - 2 * gram, unit)
+    kernel = _kernel(inner, squares[:, None] + squares - 2 * inner, unit)
     similar = _kernel(products, squares + query.double().square().sum() - 2 * products, unit)
     means = kernel.mean(0)
     return kernel - means - means[:, None] + means.mean(), similar - similar.mean() - means + means.mean()

@@ -9,6 +9,7 @@ thousand times as much as a step.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def run_search(
     layers: int,
     passes: int,
     patience: int,
+    seconds: float = inf,
 ) -> Search:
     """Follow `steps` from start [p] in [0, 1] to the image whose update is observed [R]; the best point is returned.
 
@@ -105,7 +107,9 @@ def run_search(
         layers: number of layers, whose updates of norm 1 are concatenated in `observed`.
         passes: maximum number of passes.
         patience: passes without an improvement after which the search restarts or ends.
+        seconds: no pass begins later than this after the first one.
     """
+    began = time.perf_counter()
 
     def misfit(value: Tensor) -> float:
         return float((value - observed).norm()) / layers**0.5
@@ -115,7 +119,7 @@ def run_search(
     first = residual = lowest = misfit(value)
     best, least, count, since = point, residual, 0, 0
     steps.judge(inf, first)
-    while least > SOLVED and count < passes:
+    while least > SOLVED and count < passes and time.perf_counter() - began < seconds:
         before = residual
         point, value = steps.move(point, value)
         residual = misfit(value)

@@ -33,12 +33,14 @@ def search_start(problem: Problem, routes: Sequence[str]) -> Start:
     Raises:
         R2FError: see `Subspace.of`.
     """
-    assert problem.proxies is not None
-    images = problem.proxies.images
+    estimate = best_estimate(problem, routes)
     if problem.public is not None:
         chosen = torch.randperm(len(problem.public.images), generator=torch.Generator().manual_seed(0))
-        images = problem.public.images.batch(chosen[:SUBSPACE_IMAGES], images.device).to(images)
-    subspace, estimate = Subspace.of(images), best_estimate(problem, routes)
+        images = problem.public.images.batch(chosen[:SUBSPACE_IMAGES], estimate.images.device).to(estimate.images)
+    else:
+        assert problem.proxies is not None
+        images = problem.proxies.images
+    subspace = Subspace.of(images)
     moved = onto_span(estimate.images.flatten(1), images.flatten(1).mean(0), subspace.basis)
     return Start(replace(estimate, images=moved.clamp(0, 1).view_as(estimate.images)), subspace)
 

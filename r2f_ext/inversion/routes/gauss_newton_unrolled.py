@@ -52,7 +52,8 @@ class GaussNewtonUnrolled(Route):
         def find(victim: int, image: Tensor, label: Tensor) -> Search:
             updates, observed = _observation(unrolled, adapters[victim], training)
             errors = start.loo_errors.get(int(label))
-            return search(updates, observed, image, label, subspace, config, errors)
+            finishing = _observation(precise, adapters[victim], training)[0]
+            return search(updates, observed, image, label, subspace, config, errors, finishing)
 
         def bound(victim: int, image: Tensor, label: Tensor) -> Bound:
             return _bound(unrolled, precise, adapters[victim], training, image, label)
