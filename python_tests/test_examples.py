@@ -44,7 +44,7 @@ def test_what_can_be_known_of_the_tutorials_adapter(tutorial):
     assert facts.dropout == 0.1
     (dropout, head) = facts.notes
     assert "lora_dropout is 0.1" in dropout and "nothing is exact" in dropout
-    assert "does not hold the classifier.bias, classifier.weight from which training began" in head
+    assert "The start of classifier.bias, classifier.weight is not in the base" in head
     said = evidence_of([update], loaded.facts)
     assert said.steps is None
     assert any("more than one step was taken" in sentence for sentence in said.sentences)

@@ -228,6 +228,24 @@ def test_adapters_of_which_the_same_is_said_share_an_entry(tmp_path):
     _, reader = page_of(tmp_path / "r.html", sets, data=report(sets, adapters=[facts(i) for i in range(4)]))
     folders = [text for level, text in reader.headings if level == 3 and text.startswith("a")]
     assert folders == ["a0, a3", "a1", "a2"] and "lora_dropout 0.1" in reader.text
+    first = reader.text[: reader.text.index("Pictures")]
+    assert "1 of 4 folders also give something away" in first and reader.text.count("Rare.") == 1
+
+
+def test_what_the_folder_gives_away_stands_beside_the_verdict(tmp_path, pages):
+    """A reader who stops at the first box knows of the label in a saved head; it is said once."""
+    for name, who in (("one", "The folder also gives away"), ("two", "The folders also give away")):
+        _, reader = pages[name]
+        first = reader.text[: reader.text.index("Pictures")]
+        assert who in first and "optimizer.pt lies beside it." in first
+        assert reader.text.count("optimizer.pt lies beside it.") == 1
+    sets = [victims(1, private=False, exact=False)]
+    plain = [{"name": "a", "notes": [], "leaks": [], "dropout": 0.0, "init": "true"}]
+    _, reader = page_of(tmp_path / "r.html", sets, data=report(sets, adapters=plain))
+    assert (
+        "also give" not in reader.text and "none" in reader.text and "no route that could show one ran" in reader.text
+    )
+    assert "no route that could show one ran" not in pages["one"][1].text
 
 
 WRAPPER = """<!doctype html><body>

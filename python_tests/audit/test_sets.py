@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from r2f_ext.audit.base_check import BaseCheck
 from r2f_ext.audit.controls import noise_updates
 from r2f_ext.audit.run import run_audit_stages
 from r2f_ext.audit.sets import set_report
+from r2f_ext.audit.verdict import ANOTHER_BASE, UNSCORED
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import load_images
 from r2f_ext.inversion.matching import MatchingConfig
@@ -95,6 +97,28 @@ def test_images_without_labels_have_strangers_of_the_found_label_and_no_class_me
     assert part.labels is None and "class_mean" not in part.control_psnr()
     assert "same_label_stranger" in part.judgement.comparisons and part.judgement.leak is True
     assert any("have no labels" in note for note in part.notes)
+
+
+def test_updates_of_another_base_stand_behind_a_leak_and_before_all_else(judged):
+    """What was recovered is said first; where nothing was, that the base is another one."""
+    result, proxy, clothes, _ = judged
+    count, few = len(result.problem.adapters), slice(NOISE, NOISE + 6)
+
+    def of(foreign, private):
+        fits = tuple(False if NOISE <= i < NOISE + foreign else None for i in range(count))
+        check = BaseCheck("proj", (), 0.0, fits, ("Some cannot come from this base.",) if foreign else ())
+        return set_report("x", replace(result, base_check=check), proxy, private, few).judgement
+
+    private = clothes.take(torch.arange(6))
+    leak = of(1, private)
+    assert leak.leak is True and leak.sentences[0].startswith("The 4 adapters gave away")
+    assert leak.sentences[1] == "Some cannot come from this base." and leak.sentences[-1].startswith(
+        "Left out: 1 of 6"
+    )  # and one is far
+    assert of(6, private).sentences == ("Some cannot come from this base.", ANOTHER_BASE)
+    assert of(6, None).sentences == ("Some cannot come from this base.", ANOTHER_BASE)
+    assert of(1, None).sentences == ("Some cannot come from this base.", UNSCORED)
+    assert of(0, None).sentences == (UNSCORED,)
 
 
 def test_a_class_without_proxies_is_said(judged):

@@ -98,6 +98,8 @@ def test_demo_has_its_own_base(out, capsys):
         (("--count", 0), "at least 40, got 0"),
         (("--count", -5), "at least 40, got -5"),
         (("--seed", -1), "--seed must be at least 0"),
+        (("--budget", 0), "--budget must be minutes above 0, got 0."),
+        (("--budget", "nan"), "--budget must be minutes above 0, got nan."),
         (("--count", 39), "at least 40"),
         (("--private", "embedded:999"), "has 100 images, counted from 0"),
         (("--private", "no-such-folder"), "unknown images"),

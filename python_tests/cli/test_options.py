@@ -32,6 +32,8 @@ def test_defaults():
     audit = parse(["audit", "a", "b", "--out", "o"])
     assert (audit.adapter, audit.base, audit.proxy, audit.private) == (["a", "b"], "embedded", "procedural", None)
     assert (audit.count, audit.seed, audit.device, audit.json) == (8000, 0, "auto", None)
+    assert audit.budget is None and parse(["audit", "a", "--out", "o", "--budget", "0.5"]).budget == 0.5
+    assert parse(["invert", "a", "--pairs", "p", "--out", "o"]).budget is None
     assert audit.precision == parse(["pairs", "a", "--out", "o"]).precision == "float32"
     assert parse(["decode", "a", "--pairs", "p", "--decoders", "d", "--out", "o"]).kind == "ridge"
 

@@ -22,6 +22,13 @@ def test_phase0(tmp_path, capsys):
         assert image.format == "PNG"
 
 
+def test_a_base_without_closed_forms_gets_a_sentence_and_no_empty_table(tmp_path, capsys):
+    base = "timm-random:vit_tiny_patch16_224"
+    assert run("phase0", "--base", base, "--images", "procedural", "--count", 1, "--out", tmp_path / "o") == 0
+    printed = capsys.readouterr().out
+    assert "No closed form applies to this base" in printed and "inverted in closed form" not in printed
+
+
 def test_identifiability_of_named_models_matches_the_table_in_the_docs(tmp_path, capsys):
     names = ("vit_base_patch16_224", "vit_large_patch14_clip_224")
     assert run("identifiability", *names, "--json", tmp_path / "i.json") == 0

@@ -90,7 +90,7 @@ def test_unknown_spec(spec):
         ({"count": 1}, "at least 2 images"),
         ({"role": "public"}, "unknown role"),
         ({"input_shape": (4, 32, 32)}, "input shape"),
-        ({"num_classes": 0}, "num_classes"),
+        ({"num_classes": 0}, "the base has no classifier"),
         ({"input_shape": (3, 2048, 2048)}, "more than 4 GiB"),
         ({"spec": "procedural", "count": 10**9}, "more than 4 GiB"),
     ],

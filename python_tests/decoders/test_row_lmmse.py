@@ -1,5 +1,7 @@
 """One matrix for all rows, by least squares."""
 
+from types import SimpleNamespace
+
 import torch
 from cases import cosine, gains_over_projection
 
@@ -41,6 +43,27 @@ def test_an_exactly_linear_world_is_recovered(pairs):
     decoder.fit(World(), 30)
     for name, expected in maps.items():
         torch.testing.assert_close(decoder.matrices[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_more_numbers_a_row_than_rows_leave_no_gap():
+    """A saved layer has A = I, and a rank above d_in gives dependent columns: float32 rounding must not decide."""
+    width, count = 200, 20
+    x = torch.rand(count, 1, 128, generator=torch.Generator().manual_seed(0)) + 1
+    d = torch.randn(count, 1, 40, generator=torch.Generator().manual_seed(1))
+    a = torch.randn(128, width, generator=torch.Generator().manual_seed(2))
+    layer = SimpleNamespace(name="head", rank=width, d_in=128, d_out=40)
+
+    class World:
+        target = SimpleNamespace(layers=[layer], base=SimpleNamespace(device=torch.device("cpu")))
+
+        def batches(self, start=0, stop=None):
+            gradient = FactoredGradient({"head": x}, {"head": d})
+            yield PairBatch({"head": d.mT @ x @ a}, gradient, torch.zeros(count, 1, 3, 32, 32), torch.zeros(count, 1))
+
+    decoder = RowLMMSE()
+    decoder.fit(World(), count)
+    seen = (d.mT @ x @ a) @ decoder.matrices["head"]
+    assert cosine(seen.flatten(1), (d.mT @ x).flatten(1)).min() > 0.999
 
 
 def test_it_beats_the_projection_on_held_out_pairs(pairs):

@@ -146,9 +146,9 @@ def test_peft_with_several_adapters_writes_folders_that_are_named(tmp_path, embe
     assert read_adapter(folder / "second one").facts.notes == ()
     (folder / CONFIG).unlink()
     (folder / WEIGHTS).unlink()
-    with pytest.raises(R2FError, match="adapters lie in its folders second one: name one of them"):
+    with pytest.raises(R2FError, match="an adapter lies in its folder second one: name that one"):
         read_adapter(folder)
-    with pytest.raises(R2FError, match="adapters lie in its folders checkpoint-1/second one: name one of them"):
+    with pytest.raises(R2FError, match="an adapter lies in its folder checkpoint-1/second one: name that one"):
         read_adapter(tmp_path / "run")
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from r2f_ext.decoders import Updates
-from r2f_ext.errors import R2FError, expected, reason
+from r2f_ext.errors import R2FError, expected, listed, reason
 from r2f_ext.inversion.route import Problem
 from r2f_ext.types import Target
 
@@ -197,23 +197,26 @@ def _sentences(layer: str, found: Residual, fits: list[bool | None], at_most: fl
 
     foreign = [i for i, one in enumerate(fits) if one is False]
     if foreign:
-        which, least = who(foreign), float(relative[foreign].min())
+        numbers = f" (number{'s' * (len(foreign) > 1)} {listed([str(i + 1) for i in foreign])})"
+        which = f"{who(foreign)}{numbers * (len(foreign) < len(fits))}"
+        least = float(relative[foreign].min())
         yield (
             f"{which} cannot come from one step of plain SGD on one image at this base's weights of {layer}, whatever "
-            f"the image: the relation that they force is broken by {least:.2g} of the norm{' or more' * several}, and "
-            f"by {at_most:.1g} at most in updates made on this base. Pass the base that the adapter was trained on."
+            f"the image: the relation that they force is broken by {least:.0%} of the norm{' or more' * several}, and "
+            f"by {at_most:.1g} of it at most in updates made on this base. Pass the base that the adapter was trained "
+            "on."
         )
     fitting = [i for i, one in enumerate(fits) if one is True]
     if fitting:
         fit = "fits" if len(fitting) == 1 else "fit"
         yield (
             f"{who(fitting)} {fit} the base's weights of {layer}: the relation that they force on any image holds to "
-            f"{float(relative[fitting].max()):.1g}, as in updates made on this base. {OTHER_LAYERS}"
+            f"{float(relative[fitting].max()):.1g} of the norm, as in updates made on this base. {OTHER_LAYERS}"
         )
     open_ = [i for i, one in enumerate(fits) if one is None]
     if open_:
         most, least = float(relative[open_].max()), int(found.directions[open_].min())
-        holds = f"the relation that the weights of {layer} force holds to {most:.1g} only"
+        holds = f"the relation that the weights of {layer} force holds only to {most:.1g} of the norm"
         if not one_step:
             why = f"{holds}, and more than one step, or another optimiser than plain SGD, breaks it too."
         elif bool(found.one_image[open_].all()) and most < UNRELATED:

@@ -20,7 +20,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
 from r2f_ext.inversion.kept import KeptSearches
 from r2f_ext.inversion.route import Public, Verdict, adapter_problem
-from r2f_ext.inversion.routes import needs, verdicts_of
+from r2f_ext.inversion.routes import default_routes, needs, verdicts_of
 from r2f_ext.models import Evidence, InitialFactors
 from r2f_ext.progress import Stages
 from r2f_ext.types import LoraUpdate, Target
@@ -115,7 +115,11 @@ def audit(
                 *target.base.notes,
                 *images.notes,
                 *result.notes,
-                *(f"{route}: {why}" for route, why in result.not_run.items()),
+                *(
+                    f"{route}: {why}"
+                    for route, why in result.not_run.items()
+                    if _unexpected(route, why, verdicts, config)
+                ),
             ),
         )
         if folder is not None:
@@ -123,6 +127,12 @@ def audit(
             if problem.kept is not None:
                 problem.kept.clear()
     return report
+
+
+def _unexpected(route: str, why: str, verdicts: dict[str, Verdict], config: AuditConfig) -> bool:
+    """Whether it is news that a route did not run: not where nobody named it and its count says why."""
+    named = config.routes is not None or route not in default_routes()
+    return named or why != verdicts[route].why
 
 
 def _public(

@@ -30,6 +30,7 @@ from r2f_ext.types import Target
 
 SCHEMA = 2
 NOT_ASKED = "Not asked for: name it with --routes."
+LOADED_IF_ASKED = (*LATER, "public")  # what a problem lacks without being the reason why a route did not run
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class AuditReport:
         """Every other route -> why it did not run, or failed."""
         reasons: dict[str, str] = {}
         for result in self.results.values():
-            reasons |= refusals(result.problem, result.verdicts, later=LATER) | result.not_run
+            reasons |= refusals(result.problem, result.verdicts, later=LOADED_IF_ASKED) | result.not_run
         tried = self.tried
         return {route: reasons.get(route, NOT_ASKED) for route in registry() if route not in tried}
 
@@ -101,7 +102,7 @@ class AuditReport:
         needed = ("pairs", "estimates", *(("controls",) if scored else ()))
         culprits = [why for result in self.results.values() for name, why in result.failed.items() if name in needed]
         if culprits:
-            return f"the report is incomplete: {culprits[0]}"
+            return f"the report is incomplete: {culprits[0][:1].lower()}{culprits[0][1:]}"
         return None if self.tried else "the report is incomplete: no route ran to its end, see the reasons in it."
 
     def verdict(self) -> LeakVerdict:

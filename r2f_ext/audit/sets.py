@@ -15,7 +15,7 @@ from r2f_ext.audit.controls import Controls, has_class, make_controls, simulated
 from r2f_ext.audit.inputs import pair_up
 from r2f_ext.audit.metrics import Score, psnr_db, ssim
 from r2f_ext.audit.run import AuditResult
-from r2f_ext.audit.verdict import JUDGED_ROUTE, UNSCORED, ExactImage, LeakVerdict, judge
+from r2f_ext.audit.verdict import ANOTHER_BASE, JUDGED_ROUTE, UNSCORED, ExactImage, LeakVerdict, judge
 from r2f_ext.data import ImageSet
 from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.types import Reconstruction
@@ -139,7 +139,8 @@ def set_report(
     far, estimate = result.estimates.far[rows], result.estimates.images[rows].cpu()
     part = replace(part, notes=_far_notes(far & ~foreign, check, rows), far=far)
     if private is None:
-        return replace(part, judgement=_with_refusal(part.judgement, check))
+        unscored = LeakVerdict(None, sentences=(ANOTHER_BASE if bool(foreign.all()) else UNSCORED,))
+        return replace(part, judgement=_with_refusal(unscored, check))
     pairing = pair_up(private, estimate)
     matched, paired = pairing.matched, pairing.originals
     originals, labels = paired.batch(slice(None)), paired.labels if paired.labels_known else None
@@ -216,9 +217,11 @@ def _class_notes(proxy: ImageSet, labels: Tensor | None) -> tuple[str, ...]:
 
 
 def _with_refusal(judgement: LeakVerdict, check: BaseCheck) -> LeakVerdict:
-    """The judgement behind the sentence on updates that cannot come from the base, where there are any."""
-    said = () if check.refusal is None else (check.refusal,)
-    return replace(judgement, sentences=(*said, *judgement.sentences))
+    """The judgement and the sentence on updates that cannot come from the base: it is first, or follows a leak."""
+    if check.refusal is None:
+        return judgement
+    first = judgement.sentences[:1] if judgement.leak else ()
+    return replace(judgement, sentences=(*first, check.refusal, *judgement.sentences[len(first) :]))
 
 
 def _far_notes(far: Tensor, check: BaseCheck, rows: slice) -> tuple[str, ...]:

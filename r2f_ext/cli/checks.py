@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def check(options: argparse.Namespace) -> None:
             _seed(f"--{name.replace('_', '-')}", given[name])
     if "image_size" in given:
         _at_least("--image-size", given["image_size"], 1)
+    if not 0 < given.get("budget", 1.0) < inf:
+        raise R2FError(f"--budget must be minutes above 0, got {given['budget']:g}.")
     if "base" in given:
         _base(given["base"], options.command)
     for name in ("proxy", "images"):

@@ -163,6 +163,9 @@ def _gauss_newton(command: argparse.ArgumentParser, start: str) -> None:
         help="also search for the exact image of a one-step, one-image adapter, a few minutes each on 2 cores; "
         f"{start}. Interrupted, the same command goes on after the last search that ended",
     )
+    command.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="of a Gauss-Newton search: no pass begins later (default: none)"
+    )
 
 
 def _routes(command: argparse.ArgumentParser) -> None:

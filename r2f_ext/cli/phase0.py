@@ -31,8 +31,9 @@ def run_phase0_command(options: argparse.Namespace) -> dict[str, Any]:
         folder / "phase0.png", [("original", images.batch(slice(None))), *((one.route, one.images) for one in ceiling)]
     )
     figures = [one.to_json() for one in ceiling]
-    print_phase0(f"{len(images)} exact gradients, inverted in closed form", figures)
-    if not figures:
+    if figures:
+        print_phase0(f"{len(images)} exact gradients, inverted in closed form", figures)
+    else:
         console.print("No closed form applies to this base: see the reasons above; the picture shows the originals.")
     console.print(f"pictures: {escape(str(folder / 'phase0.png'))}")
     return {

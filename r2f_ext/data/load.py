@@ -81,8 +81,8 @@ def _check(shape: Shape, num_classes: int, count: int | None, seed: int, role: s
         raise R2FError(f"input shape {tuple(shape)} is not (1 or 3, height, width) with sides of at least 8.")
     if num_classes < 1:
         raise R2FError(
-            f"labels need at least one class, and num_classes is {num_classes}: a base without a classifier has "
-            "none, so pass one with its classifier."
+            "images need a label, and the base has no classifier that would name its classes: pass one with its "
+            "classifier."
         )
     if seed < 0:
         raise R2FError(f"the seed of images must be at least 0, got {seed}.")
@@ -135,12 +135,12 @@ class _Request:
         if not len(loaded) or int(loaded.labels.max()) < self.num_classes:
             return loaded
         folded = replace(loaded, labels=loaded.labels % self.num_classes)
-        return folded.noted(f"labels of '{loaded.name}' exceed the {self.num_classes} classes and were folded.")
+        return folded.noted(f"The labels of '{loaded.name}' exceed the {self.num_classes} classes and were folded.")
 
     def unlabelled(self, name: str, images: Tensor) -> ImageSet:
         """`images`, already at the input size, with labels from the seed."""
         labels = procedural_labels(len(images), self.num_classes, self.stream)
-        note = f"labels of '{name}' are random, from the seed."
+        note = f"The labels of '{name}' are random, from the seed."
         return ImageSet(name, images, labels, (note,), random_labels=True, labels_known=False)
 
     def embedded(self) -> ImageSet:

@@ -137,8 +137,8 @@ class AmortisedInverter:
             pairs, held_out = pairs + share * len(fit.dual), held_out + share * fit.choice.held_out_psnr_db
             errors[label] = fit.errors
         why = (
-            f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs per victim, of its label where there "
-            f"are {OWN_PAIRS}; {held_out:.1f} dB on held-out proxies"
+            f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs per victim (those of its label, where "
+            f"there are at least {OWN_PAIRS}); {held_out:.1f} dB on held-out proxies"
         )
         if known_labels is not None:
             why += f"; {int((known_labels >= 0).sum())} of {len(labels)} labels read from a saved head"

@@ -60,7 +60,7 @@ SHOWN = {
         "The rows of A are orthogonal, as EVA makes them and as after one step; a small movement cannot be excluded."
     ),
     ("eva", Trace.MOVED): (
-        "The rows of A are not orthogonal, as EVA makes them: more than one step was taken, or A was not made so; "
+        "The rows of A are not orthogonal, and EVA makes them so: more than one step was taken, or EVA did not make A; "
         f"{NO_RECIPE}"
     ),
     (KNOWN, Trace.NONE): (

@@ -77,7 +77,9 @@ def check_adapter_folder(path: Path) -> None:
     names = names_in(path)
     inside = adapters_below(path)
     if inside:
-        raise R2FError(f"{where} has no {CONFIG}, but adapters lie in its folders {listed(inside)}: name one of them.")
+        found = "an adapter lies in its folder" if len(inside) == 1 else "adapters lie in its folders"
+        remedy = "name that one" if len(inside) == 1 else "name one of them"
+        raise R2FError(f"{where} has no {CONFIG}, but {found} {listed(inside)}: {remedy}.")
     if WEIGHTS in names:
         raise R2FError(
             f"{where} has no {CONFIG}, which gives rank, scale and layers of {WEIGHTS}: save the adapter again with "

@@ -128,7 +128,7 @@ def _notes(keys: Collection[str], in_front: bool, adapters: set[str | None]) -> 
         found.append(f"the adapter's name {listed(sorted(map(str, adapters)))}")
     notes = []
     if found:
-        notes.append(f"Names of tensors were freed of {', '.join(found)}: they were not saved by save_pretrained.")
+        notes.append(f"Names of tensors were freed of what the base's paths do not have: {', '.join(found)}.")
     if not all(PREFIX in key for key in keys):
         notes.append("Names of tensors lack PEFT's base_model.model: the paths are taken as they stand.")
     return notes

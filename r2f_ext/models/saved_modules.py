@@ -244,10 +244,7 @@ def _can_stand_in(module: str, saved: dict[str, Tensor], base: BaseModel) -> boo
 
 def _with_stand_in(found: SavedModules, module: _Module) -> SavedModules:
     """`found`, and a module of which the base does not hold the start."""
-    said = (
-        f"The base does not hold the {_listed(module.saved)} from which training began: the trained one in the file "
-        "stands in for it."
-    )
+    said = f"The start of {_listed(module.saved)} is not in the base: what the file holds, trained, stands in for it."
     bias = module.saved.get(f"{module.name}.bias")
     leaks = new_head_leak(bias) if is_head(module.name) and bias is not None else ()
     return replace(
