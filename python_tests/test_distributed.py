@@ -19,13 +19,15 @@ from r2f_ext.decoders.learned import Learned
 
 REPOSITORY = Path(r2f_ext.__file__).parent.parent
 LOST = "another process of this run has died: run the same command again, and it goes on from what is finished."
+# One write a line: torchrun starts Python unbuffered, and print would write the newline apart.
 SLOW = """
 import os, sys, time
 from r2f_ext.pairs import shards
 real = shards._write_shard
 def slowly(folder, shard, *rest):
     real(folder, shard, *rest)
-    print(f"wrote {shard} {os.environ['RANK']} {os.getpid()}", flush=True)
+    sys.stdout.write(f"wrote {shard} {os.environ['RANK']} {os.getpid()}\\n")
+    sys.stdout.flush()
     time.sleep(0.5 if os.environ["RANK"] == "0" else 3600)
 shards._write_shard = slowly
 from r2f_ext.cli import main
@@ -37,7 +39,8 @@ from r2f_ext.decoders.learned import Learned
 real = Learned.finish
 def slowly(decoder):
     rank = os.environ["RANK"]
-    print(f"learns {decoder.kind} {rank if decoder.kind == 'mlp' else '-'} {os.getpid()}", flush=True)
+    sys.stdout.write(f"learns {decoder.kind} {rank if decoder.kind == 'mlp' else '-'} {os.getpid()}\\n")
+    sys.stdout.flush()
     time.sleep(3600 if decoder.kind == "mlp" else 0)
     real(decoder)
 Learned.finish = slowly

@@ -176,6 +176,12 @@ def test_only_searches_that_end_near_the_image_go_on_in_float64(problem, monkeyp
             updates,
         )
     assert went_on == [0.5 * module.NEAR]
+    ended = Search(images[0].flatten(), 0.5 * module.NEAR, 0.5, 1, stopped=True)
+    monkeypatch.setattr(module, "run_search", lambda *_: ended)
+    updates = UpdateMap(target, a, SHAPE, 32)
+    wanted, start = flat_units(observed)[0], images[0].flatten()
+    assert search(updates, wanted, start, labels[:1], subspace, GaussNewtonConfig(minutes=1.0), None, updates) is ended
+    assert len(went_on) == 1
 
 
 def test_a_search_that_begins_again_takes_the_next_clouds_size(problem):

@@ -81,4 +81,6 @@ def test_a_search_without_progress_begins_again_or_ends():
 def test_no_pass_begins_after_the_time_limit():
     start, observed = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     found = run_search(lambda points: points, Script([0.5] * 10), observed, start, 1, 10, 5, seconds=0.0)
-    assert found.passes == 0 and found.residual == found.start_residual == 1
+    assert found.passes == 0 and found.residual == found.start_residual == 1 and found.stopped
+    assert not searched(Script([0.5] * 10)).stopped
+    assert not run_search(lambda points: points, Script([]), observed, 0 * start, 1, 10, 5, seconds=0.0).stopped

@@ -11,7 +11,7 @@ import pytest
 import torch
 from route_cases import posed
 
-from r2f_ext.inversion.exactness import Bound
+from r2f_ext.inversion.exactness import Bound, exactness_of
 from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.kept import KeptSearches, SearchFiles
 from r2f_ext.inversion.newton import Search
@@ -142,3 +142,17 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     afresh = searched(tmp_path / "new", said.append)
     torch.testing.assert_close(found.per_victim["residual"], afresh.per_victim["residual"], rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(found.images, afresh.images, rtol=1e-3, atol=1e-3)
+
+
+def test_a_search_that_its_time_limit_stopped_is_told(tmp_path):
+    """On its line, in `why`, in the words on exactness, and after it was kept."""
+    script, files = Script(), SearchFiles(tmp_path, "gauss_newton", ("a" * 64, "b" * 64, "c" * 64))
+    found_by = script.find
+    script.find = lambda victim, *rest: replace(found_by(victim, *rest), stopped=victim == 2)
+    for _ in range(2):
+        found = script.run(files)
+        assert "search 3 of 3: residual 5.0e-02, not exact, stopped by the time limit; 1 exact" in script.said[-1][1]
+        assert "the time limit stopped 1 of 3 searches" in found.why
+        assert exactness_of(found, 2).words == "not exact: the residual is 0.05 where the time limit stopped the search"
+    assert script.searched == [0, 1, 2]
+    assert "time limit" not in Script().run().why

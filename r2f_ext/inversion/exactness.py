@@ -122,7 +122,8 @@ def exactness_of(found: Reconstruction, victim: int) -> Exactness:
     elif found.doubt is not None:
         words = f"not exact: {found.doubt}"
     elif residual >= REPRODUCED and not misfit <= EXPLAINED:
-        words = f"not exact: the residual is {residual:.1g}"
+        stopped = " where the time limit stopped the search" if figure.get("stopped") == 1.0 else ""
+        words = f"not exact: the residual is {residual:.1g}{stopped}"
     elif free > 0:
         words = f"determined up to {int(free)} directions"
     elif misfit > EXPLAINED:

@@ -259,7 +259,7 @@ def search(
         config.patience,
         inf if config.minutes is None else 60 * config.minutes,
     )
-    if precise is None or not SOLVED < found.residual < NEAR:
+    if precise is None or found.stopped or not SOLVED < found.residual < NEAR:
         return found
     return finish(precise, observed, label, subspace, config, found)
 
@@ -277,7 +277,7 @@ def finish(
     if refined.residual >= found.residual:
         return replace(found, passes=found.passes + refined.passes)
     image = refined.image.to(found.image.dtype)
-    return Search(image, refined.residual, found.start_residual, found.passes + refined.passes)
+    return replace(found, image=image, residual=refined.residual, passes=found.passes + refined.passes)
 
 
 class DenseLocal:

@@ -43,12 +43,14 @@ class Search:
             one, about 1 for an unrelated image. It does not say whether another image has the same update.
         start_residual: the same at the start.
         passes: number of passes taken.
+        stopped: the time limit ended it.
     """
 
     image: Tensor
     residual: float
     start_residual: float
     passes: int
+    stopped: bool = False
 
     @property
     def improved(self) -> bool:
@@ -119,7 +121,10 @@ def run_search(
     first = residual = lowest = misfit(value)
     best, least, count, since = point, residual, 0, 0
     steps.judge(inf, first)
-    while least > SOLVED and count < passes and time.perf_counter() - began < seconds:
+    stopped = False
+    while least > SOLVED and count < passes:
+        if stopped := time.perf_counter() - began >= seconds:
+            break
         before = residual
         point, value = steps.move(point, value)
         residual = misfit(value)
@@ -138,7 +143,7 @@ def run_search(
             since = 0
         else:
             break
-    return Search(best[0], least, first, count)
+    return Search(best[0], least, first, count, stopped)
 
 
 def descend(

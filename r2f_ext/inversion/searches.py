@@ -38,8 +38,8 @@ def search_each(
         files: where each search is kept once it has ended, and taken from if it is there; None: nowhere.
 
     Returns:
-        `per_victim` holds `residual`, `start_residual`, `passes`, `exact` (1 or 0), `bound_db`, `free_directions` and
-        `misfit` (see `Bound`; NaN where not computed); `details` how many are exact.
+        `per_victim` holds `residual`, `start_residual`, `passes`, `stopped` and `exact` (1 or 0), `bound_db`,
+        `free_directions` and `misfit` (see `Bound`; NaN where not computed); `details` how many are exact.
 
     Raises:
         R2FError: the start has no labels.
@@ -61,6 +61,7 @@ def search_each(
                 "residual": found.residual,
                 "start_residual": found.start_residual,
                 "passes": found.passes,
+                "stopped": found.stopped,
                 "exact": known.exact,
                 "bound_db": known.db,
                 "free_directions": known.free,
@@ -69,6 +70,7 @@ def search_each(
         )
         images.append(found.image.view_as(image) if found.improved else image)
         words = f"exact to {floor(known.db)} dB" if known.exact else "not exact"
+        words += ", stopped by the time limit" if found.stopped else ""
         so_far = sum(bool(each["exact"]) for each in figures)
         line = (
             f"search {victim + 1} of {len(start.images)}: residual {found.residual:.1e}, {words}; {so_far} exact so far"
@@ -79,6 +81,8 @@ def search_each(
     why = f"Gauss-Newton on the update itself: {exact} of {len(images)} images are exact"
     if doubt is not None:
         why += f", because {doubt}"
+    if stopped := int(per_victim["stopped"].sum()):
+        why += f"; the time limit stopped {stopped} of {len(images)} searches"
     seconds, details = time.perf_counter() - began, {"exact": float(exact)}
     return Reconstruction(
         route, torch.stack(images), start.labels, why, seconds, details, per_victim=per_victim, doubt=doubt
