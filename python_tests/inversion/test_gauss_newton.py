@@ -287,7 +287,7 @@ def test_no_curvature_is_negative_in_float32(problem):
 def test_per_victim_figures_are_tensors(problem):
     target, a, observed, images, labels, subspace = problem
     found = gauss_newton(target, a, observed, start_near(images, labels, subspace, 0.3), subspace)
-    figures = {"residual", "start_residual", "passes", "exact", "bound_db", "free_directions", "misfit"}
+    figures = {"residual", "start_residual", "passes", "stopped", "exact", "bound_db", "free_directions", "misfit"}
     assert set(found.per_victim) == figures
     assert all(values.shape == (2,) for values in found.per_victim.values())
     assert found.per_victim["residual"].max() < 1e-4 and found.per_victim["exact"].tolist() == [1, 1]
