@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Decoder, Projection
+from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
@@ -107,6 +108,16 @@ def changed_weights(folder: Path, to: Path, change: Callable[[dict[str, Tensor]]
     shutil.copytree(folder, to)
     save_file(change(load_file(folder / WEIGHTS)), to / WEIGHTS)
     return to
+
+
+def with_patches_and_positions(folder: Path, to: Path, base: BaseModel, image: Tensor, label: Tensor) -> Path:
+    """A copy of an adapter with patch and position embedding saved whole, after a step of 0.1 on an image [1, ...]."""
+    (gradient,) = exact_gradients(base, image, label, ("patch_embed.proj.weight", "pos_embed"))
+    moved = {
+        f"base_model.model.{name}": (base.model.get_parameter(name) - 0.1 * each).detach()
+        for name, each in gradient.items()
+    }
+    return changed_weights(folder, to, lambda weights: {**weights, **moved})
 
 
 def gains_over_projection(decoder: Decoder, pairs: PairSource, fitted: int, count: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ import torch
 
 from r2f_ext import linalg
 from r2f_ext.errors import R2FError
-from r2f_ext.linalg import gram, solve_in_place, sum_in_place
+from r2f_ext.linalg import first_not_finite, gram, solve_in_place, sum_in_place
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 20])
@@ -40,3 +40,10 @@ def test_the_factor_takes_the_place_of_the_matrix():
 def test_a_matrix_that_is_not_positive_definite_is_refused(device):
     with pytest.raises(R2FError, match="not positive definite: choose a larger lambda"):
         solve_in_place(-torch.eye(3, device=device), torch.ones(3, 1, device=device))
+
+
+def test_the_first_row_that_is_not_finite():
+    rows = torch.zeros(4, 2, 3)
+    assert first_not_finite(rows) is None and first_not_finite(rows[:0]) is None
+    rows[3, 0, 0], rows[2, 1, 2] = torch.nan, -torch.inf
+    assert first_not_finite(rows) == 2

@@ -20,7 +20,7 @@ class AuditConfig:
         matching: gradient matching from the decoded gradient.
         refinement: LoRA-space matching from the amortised estimate.
         routes: names of routes to run, with those that they start from; None: the default ones.
-        gauss_newton: also search for the exact images; about a minute an adapter of the embedded model on 2 cores.
+        gauss_newton: also search for the exact images; a few minutes an adapter of the embedded model on 2 cores.
         start_images: most public images of one label that the search's start is made from; None: as many as fit into
             memory.
         search_minutes: after which no pass of a victim's Gauss-Newton search begins; None: no limit.

@@ -24,6 +24,12 @@ def gram(rows: Tensor) -> Tensor:
     return result
 
 
+def first_not_finite(rows: Tensor) -> int | None:
+    """The index of the first row of [n, ...] that holds NaN or infinity; None where all are finite."""
+    damaged = rows.flatten(1).isfinite().all(1).logical_not()
+    return int(damaged.nonzero()[0]) if bool(damaged.any()) else None
+
+
 def sum_in_place(terms: Iterable[Tensor]) -> Tensor:
     """Sum of temporary tensors of one shape; the first is overwritten with the result."""
     iterator = iter(terms)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import changed_weights, victim
+from cases import victim, with_patches_and_positions
 from cli_cases import few_steps, files_under, refused, run
 from PIL import Image
 
@@ -17,7 +17,6 @@ from r2f_ext.data import load_images
 from r2f_ext.decoders import Projection, Ridge, RowLMMSE
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
-from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.inversion.routes import registry
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import Reconstruction
@@ -270,12 +269,7 @@ def test_a_replay_into_its_own_folder_that_fails_keeps_the_report(adapter_folder
 
 def test_without_pairs_a_closed_form_still_runs_and_is_scored(adapter_folder, embedded, private, tmp_path, no_pairs):
     image, label = private.batch([0]), private.labels[:1]
-    (gradient,) = exact_gradients(embedded, image, label, ("patch_embed.proj.weight", "pos_embed"))
-    moved = {
-        f"base_model.model.{name}": (embedded.model.get_parameter(name) - 0.1 * each).detach()
-        for name, each in gradient.items()
-    }
-    folder = changed_weights(adapter_folder, tmp_path / "a", lambda w: {**w, **moved})
+    folder = with_patches_and_positions(adapter_folder, tmp_path / "a", embedded, image, label)
     report = audit([folder], proxy="embedded", private="embedded:0", config=CONFIG, out=tmp_path / "out")
     assert report.tried == ["patch_position"] and report.failed == {"pairs": SENTENCE}
     verdict = report.verdict()  # the closed form bounds its own error, so nothing that failed is needed

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import changed_config, changed_weights, tiny_base
+from cases import changed_config, changed_weights, tiny_base, with_patches_and_positions
 from safetensors.torch import load_file
 
 from r2f_ext.audit.inputs import load_adapters, load_private, pair_up
 from r2f_ext.data import load_images
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.inversion.route import adapter_problem
 from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.models import attach, read_adapter
@@ -105,12 +104,7 @@ def test_other_precisions_and_scalings_are_refused(adapter_folder, embedded, tmp
 
 def test_patches_and_positions_saved_together_are_a_closed_form(adapter_folder, embedded, private, tmp_path):
     image, label = private.batch([0]), private.labels[:1]
-    (gradient,) = exact_gradients(embedded, image, label, ("patch_embed.proj.weight", "pos_embed"))
-    moved = {
-        f"base_model.model.{name}": (embedded.model.get_parameter(name) - 0.1 * each).detach()
-        for name, each in gradient.items()
-    }
-    folder = changed_weights(adapter_folder, tmp_path / "a", lambda w: {**w, **moved})
+    folder = with_patches_and_positions(adapter_folder, tmp_path / "a", embedded, image, label)
     loaded = load_adapters([folder], embedded)
     assert "the route patch_position solves" in loaded.facts[0].leaks[-1]
     problem = adapter_problem(loaded.target, loaded.updates, facts=loaded.facts)

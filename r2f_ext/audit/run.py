@@ -26,6 +26,7 @@ from r2f_ext.inversion.routes import (
     run_routes,
     verdicts_of,
 )
+from r2f_ext.linalg import first_not_finite
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
 from r2f_ext.types import Gradient, PairBatch, Reconstruction
@@ -324,12 +325,10 @@ def _observe(learners: dict[str, Learner], batch: PairBatch, failed: dict[str, s
 
 def _check_finite(name: str, update: Tensor, first: int) -> None:
     """Refuse updates [n, d_out, r] of the pairs from number `first` that are not finite."""
-    finite = update.flatten(1).isfinite().all(1)
-    if not bool(finite.all()):
-        number = first + int(finite.logical_not().nonzero()[0])
+    if (row := first_not_finite(update)) is not None:
         raise R2FError(
-            f"the update of {name} by proxy image {number} is not finite: the base or the adapter's A holds numbers "
-            "that its gradient cannot be computed with; check that the base is the adapter's own."
+            f"the update of {name} by proxy image {first + row} is not finite: the base or the adapter's A holds "
+            "numbers that its gradient cannot be computed with; check that the base is the adapter's own."
         )
 
 

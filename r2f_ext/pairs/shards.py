@@ -29,6 +29,7 @@ from r2f_ext import distributed
 from r2f_ext.errors import R2FError
 from r2f_ext.files import need_space, output_folder, sha256, sha256_of, write_atomically, write_tensors, write_text
 from r2f_ext.json_file import read_json_file
+from r2f_ext.linalg import first_not_finite
 from r2f_ext.pairs.generate import PairSource
 from r2f_ext.progress import Advance
 from r2f_ext.types import PairBatch
@@ -213,12 +214,10 @@ def _check_finite(tensors: dict[str, Tensor], first: int) -> None:
         R2FError: a tensor holds NaN or infinity.
     """
     for name, tensor in tensors.items():
-        finite = tensor.flatten(1).isfinite().all(1)
-        if not bool(finite.all()):
-            victim = first + int(finite.logical_not().nonzero()[0])
+        if (row := first_not_finite(tensor)) is not None:
             raise R2FError(
-                f"{name} of victim {victim} holds NaN or infinity, so no pair is written of it: check the weights of "
-                "the base and the proxy images, or make the pairs with --precision float32."
+                f"{name} of victim {first + row} holds NaN or infinity, so no pair is written of it: check the weights "
+                "of the base and the proxy images, or make the pairs with --precision float32."
             )
 
 
