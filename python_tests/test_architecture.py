@@ -19,6 +19,7 @@ LAYERS = (
     ("inversion",),
     ("config",),
     ("audit",),
+    ("studies",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

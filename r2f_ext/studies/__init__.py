@@ -1,0 +1,18 @@
+"""Studies: the open questions about what adapters leak, each measured by one command, `r2f study NAME`."""
+
+from r2f_ext.studies.study import CLOTHES, FACES, PHOTOS, Data, Measured, Panel, Setting, Study, World
+from r2f_ext.studies.table import Row, Table
+
+__all__ = [
+    "CLOTHES",
+    "FACES",
+    "PHOTOS",
+    "Data",
+    "Measured",
+    "Panel",
+    "Row",
+    "Setting",
+    "Study",
+    "Table",
+    "World",
+]
