@@ -130,11 +130,10 @@ def mean_cosine(decoded: Gradient, true: Gradient) -> Tensor:
 def whole_cosine(decoded: Gradient, true: Gradient) -> Tensor:
     """Cosine of decoded and true gradients as one vector over all layers, [V]."""
     inner, square, other = (
-        sum((a.dense[n] * b.dense[n]).flatten(1).double().sum(1) for n in true.dense)
+        torch.stack([(a.dense[n] * b.dense[n]).flatten(1).double().sum(1) for n in true.dense]).sum(0)
         for a, b in ((decoded, true), (decoded, decoded), (true, true))
     )
-    found: Tensor = inner / (square * other).sqrt().clamp_min(1e-300)
-    return found
+    return inner / (square * other).sqrt().clamp_min(1e-300)
 
 
 class ClassMean(Decoder):
@@ -165,7 +164,7 @@ class ClassMean(Decoder):
         """Labels [V] -> gradients, dense[name] [V, d_out, d_in]."""
         found = {}
         for name, sums in self.sums.items():
-            every = sum(sums.values())
+            every = torch.stack(list(sums.values())).sum(0)
             found[name] = torch.stack([sums.get(label, every) for label in labels.tolist()])
         return Gradient(found)
 
