@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.capture import Capture
-from r2f_ext.capture.project import project
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import Decoder, Updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.models import load_base
-from r2f_ext.pairs import GeneratedPairs, PairSource, Training, random_a, simulate
+from r2f_ext.pairs import PairSource, Training, random_a, simulate
 from r2f_ext.studies.study import Data
-from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, Gradient, PairBatch, Target
+from r2f_ext.types import AdaptedLayer, BaseModel, Gradient, PairBatch, Target
 
 PRIVATE_IMAGES = 100  # of which seeds take victims; none of them is ever a proxy
 ALPHA = 16.0
@@ -236,49 +235,3 @@ def exact_gradients_of(target: Target, images: Tensor, labels: Tensor) -> Gradie
     with Capture(target) as capture:
         found = capture(images, labels)
     return Gradient({name: found.dense(name) for name in target.names})
-
-
-class KeptPairs:
-    """A source of pairs whose gradients are captured once and stay in memory, for adapters of any layers and rank.
-
-    At B = 0 gradients do not depend on A, so that one capture of all layers serves every adapter of the base. A pair
-    of the embedded base takes 1.6 MB.
-
-    Args:
-        target: the adapter's layers; all of them are among those that were captured.
-        a: name -> its A [r, d_in]; further layers are ignored.
-        kept: batches of gradients, images and labels, as `capture_pairs` gives them.
-    """
-
-    one_step, per_victim_a = True, False
-
-    def __init__(self, target: Target, a: dict[str, Tensor], kept: Sequence[PairBatch]) -> None:
-        self.target, self.a, self.kept = target, {name: a[name] for name in target.names}, kept
-
-    def __len__(self) -> int:
-        return sum(len(batch.labels) for batch in self.kept)
-
-    @property
-    def group_size(self) -> int:
-        return self.kept[0].labels.shape[1]
-
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
-        """The pairs `start` to `stop`, in the batches that they were captured in."""
-        stop, first = len(self) if stop is None else stop, 0
-        for batch in self.kept:
-            rows = slice(max(start - first, 0), max(stop - first, 0))
-            first += len(batch.labels)
-            if len(batch.labels[rows]):
-                x, delta = (
-                    {n: of[n][rows] for n in self.target.names} for of in (batch.gradients.x, batch.gradients.delta)
-                )
-                gradient = FactoredGradient(x, delta)
-                updates = project(self.target, gradient, self.a)
-                yield PairBatch(updates, gradient, batch.images[rows], batch.labels[rows])
-
-
-def capture_pairs(target: Target, public: ImageSet, group_size: int = 1) -> list[PairBatch]:
-    """The gradients of public images at the start, of all the target's layers, for `KeptPairs`; updates are left out."""
-    blank = {layer.name: torch.zeros(1, layer.d_in, device=target.base.device) for layer in target.layers}
-    pairs = GeneratedPairs(target, blank, public, group_size)
-    return [replace(batch, updates={}) for batch in pairs.batches()]

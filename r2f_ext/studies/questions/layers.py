@@ -18,13 +18,12 @@ from r2f_ext.decoders.kernel import block_of
 from r2f_ext.inversion.matching import match
 from r2f_ext.inversion.objectives import UpdateObjective
 from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.studies.captured import CapturedPairs, capture_all
 from r2f_ext.studies.scene import (
     ClassMean,
     Estimates,
-    KeptPairs,
     Observed,
     base_of,
-    capture_pairs,
     fit_together,
     mean_cosine,
     mean_image_db,
@@ -36,7 +35,7 @@ from r2f_ext.studies.scene import (
     victims_of,
 )
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
-from r2f_ext.studies.table import Row, Table
+from r2f_ext.studies.table import Row, Table, difference
 from r2f_ext.types import Gradient, PairBatch, Target
 
 VICTIMS, PAIRS = 8, 600
@@ -71,7 +70,7 @@ def scene_of(world: World, seed: int) -> Scene:
     private = private_images(base, data, seed, count)
     strangers = others.take(stranger_rows(others, private.labels, seed))
     victims, others_like = victims_of(target, a, private), victims_of(target, a, strangers)
-    return Scene(target, a, victims, others_like, fitted, capture_pairs(target, fitted))
+    return Scene(target, a, victims, others_like, fitted, capture_all(target, fitted))
 
 
 def blocks_of(target: Target) -> dict[str, list[str]]:
@@ -146,7 +145,7 @@ class Layers(Study):
         scene = scene_of(world, seed)
         names = seen_layers(scene.target, setting)
         target = replace(scene.target, layers=tuple(layer for layer in scene.target.layers if layer.name in names))
-        pairs = KeptPairs(target, scene.a, scene.kept)
+        pairs = CapturedPairs(target, scene.a, scene.kept)
         victims, strangers = (
             {name: of.updates[name] for name in target.names} for of in (scene.victims, scene.strangers)
         )
@@ -218,14 +217,12 @@ def ranks_of(update: Tensor, gradient: Tensor) -> list[Measured]:
 def _alone(table: Table) -> list[str]:
     sentences = []
     rows = table.where("psnr_db", scope="alone", route="amortised")
-    controls = {row.keys["layer"]: row for row in table.where("psnr_db", scope="alone", route="stranger")}
-    paired = [(row, controls[row.keys["layer"]]) for row in rows if row.keys["layer"] in controls]
-    nothing = [row for row, control in paired if not _above(row, control)]
-    if paired:
-        names = ", ".join(str(row.keys["layer"]) for row in nothing) or "none"
+    gains = [gain for row in rows if (gain := _gain(table, row)) is not None]
+    if gains:
+        nothing = [str(gain.keys["layer"]) for gain in gains if gain.low is None or gain.low <= 0]
         sentences.append(
-            f"Layers whose update alone gives an estimate that is not clearly above that of another image of the "
-            f"label (intervals overlap): {len(nothing)} of {len(paired)} ({names})."
+            f"Layers whose update alone does not give a better estimate than another image's of the label, the interval"
+            f" of the difference reaching 0: {len(nothing)} of {len(gains)} ({', '.join(nothing) or 'none'})."
         )
     if len(rows) > 1:
         best, worst = (choose(rows, key=lambda row: row.mean) for choose in (max, min))
@@ -242,22 +239,21 @@ def _alone(table: Table) -> list[str]:
                 f"in {worst.keys['layer']} ({worst.words(3)})."
             )
     ranks = table.where("rank", of="gradient")
-    low = [f"{row.keys['layer']} ({row.mean:.1f})" for row in ranks if row.mean < _rank_of_update(table, row)]
-    full = [row for row in ranks if row.mean >= _rank_of_update(table, row)]
+    updates = {row.keys["layer"]: row for row in table.where("rank", of="update")}
+    higher = [row for row in ranks if row.keys["layer"] in updates and row.mean > updates[row.keys["layer"]].mean]
     if ranks:
         sentences.append(
-            f"The full gradient has a higher numerical rank than its update in "
-            f"{sum(row.mean > _rank_of_update(table, row) for row in full)} of {len(ranks)} layers; its rank is "
-            f"{min(row.mean for row in ranks):.1f} to {max(row.mean for row in ranks):.1f}."
+            f"The gradient has a higher numerical rank than its update, on average over the victims, in {len(higher)} "
+            f"of {len(ranks)} layers; it is {min(row.mean for row in ranks):.1f} to "
+            f"{max(row.mean for row in ranks):.1f}."
         )
-    if low:
-        sentences.append(f"Rounding gives the update more rank than the gradient has in {', '.join(low)}.")
     return sentences
 
 
-def _rank_of_update(table: Table, gradient: Row) -> float:
-    found = table.one("rank", of="update", layer=gradient.keys["layer"])
-    return 0.0 if found is None else found.mean
+def _gain(table: Table, row: Row) -> Row | None:
+    """The amortised estimate less the stranger's, victim by victim."""
+    stranger = table.one("psnr_db", **{**row.keys, "route": "stranger"})
+    return None if stranger is None else difference(row, stranger)
 
 
 def _sides(table: Table) -> list[str]:
@@ -267,10 +263,10 @@ def _sides(table: Table) -> list[str]:
         table.one("psnr_db", scope=scope, blocks=1, route="amortised") for scope in ("from input", "from output")
     )
     if first is not None and last is not None:
-        verb = "more" if _above(first, last) else "less" if _above(last, first) else "no clearly different amount"
+        gain = difference(first, last)
+        beside = "" if gain is None else f"; the difference is {gain.words()} dB"
         sentences.append(
-            f"The first block gives {verb} than the last by the amortised route: {first.words()} against "
-            f"{last.words()} dB."
+            f"By the amortised route the first block gives {first.words()} dB and the last {last.words()} dB{beside}."
         )
     rows = table.where("psnr_db", scope="from input", route="amortised")
     if len(rows) > 1:
@@ -289,10 +285,3 @@ def _sides(table: Table) -> list[str]:
             f"{ours['from output']:.0f} for the last."
         )
     return sentences
-
-
-def _above(row: Row, other: Row) -> bool:
-    """Whether the interval of a row lies above another's; means where there are no intervals."""
-    if row.low is None or other.high is None:
-        return False
-    return row.low > other.high
