@@ -25,12 +25,10 @@ from r2f_ext.studies.scene import (
     Observed,
     base_of,
     fit_together,
+    images_of_seed,
     mean_cosine,
     mean_image_db,
-    private_images,
-    public_images,
     start_of,
-    stranger_rows,
     target_of,
     victims_of,
 )
@@ -38,7 +36,7 @@ from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table
 from r2f_ext.types import Gradient, Target
 
-VICTIMS, PAIRS, HELD_OUT = 8, 1200, 200
+VICTIMS, PAIRS = 8, 1200
 QUICK_VICTIMS, QUICK_PAIRS = 2, 150
 ERRORS = ("isotropic", "subspace", "decoder")
 STEPS = (0.5, 0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
@@ -88,12 +86,8 @@ def scene_of(world: World, seed: int) -> Scene:
     count, pairs_count = (QUICK_VICTIMS, QUICK_PAIRS) if world.quick else (VICTIMS, PAIRS)
     target = target_of(base)
     a = start_of(target, seed)
-    public = public_images(base, data, seed, pairs_count + HELD_OUT)
-    rows = torch.arange(len(public))
-    fitted, held_out = public.take(rows[:-HELD_OUT]), public.take(rows[-HELD_OUT:])
-    private = private_images(base, data, seed, count)
-    victims = victims_of(target, a, private)
-    others = victims_of(target, a, held_out.take(stranger_rows(held_out, private.labels, seed)))
+    private, strangers, fitted = images_of_seed(base, data, seed, count, pairs_count)
+    victims, others = (victims_of(target, a, images) for images in (private, strangers))
     pairs = GeneratedPairs(target, a, fitted)
     decoders = {kind: KINDS[kind]() for kind in DECODERS}
     estimates, classes = Estimates(), ClassMean()
@@ -107,10 +101,9 @@ def scene_of(world: World, seed: int) -> Scene:
         "subspace": within_proxies(pairs, count, generator),
         "decoder": Gradient({n: g[count:] - others.gradient.dense[n] for n, g in all_decoded["ridge"].dense.items()}),
     }
-    found = estimates.inverter.invert(others.updates)
-    strangers = psnr_db(found.images, victims.images[:, 0])
+    controls = psnr_db(estimates.inverter.invert(others.updates).images, victims.images[:, 0])
     guesses = decoded | {classes.kind: classes.guess(victims.labels[:, 0])}
-    return Scene(target, a, victims, fitted, errors, guesses, estimates.inverter, strangers)
+    return Scene(target, a, victims, fitted, errors, guesses, estimates.inverter, controls)
 
 
 def isotropic(like: Gradient, generator: torch.Generator) -> Gradient:
@@ -163,9 +156,9 @@ class Cosine(Study):
         f"disturbed gradients; matching searches from gray with the true label ({MATCHED_VICTIMS} victims a seed); "
         f"Gauss-Newton takes at most {PASSES} passes from {START_DB:.0f} dB (the original and noise like the proxies' "
         f"variation, so no attack; 1 victim of each of {SEARCHED_SEEDS} seeds). `nines` are -log10(1 - cos): those of "
-        "every decoder on the victims themselves, and those at which the closed form just gives a PSNR, found by "
-        "bisection for every victim. Controls: the class-mean gradient among decoders; the mean image, and the "
-        "amortised estimate from another image of the label, beside PSNR."
+        "every decoder on the victims themselves (cosines averaged over layers), and those at which the closed form "
+        "just gives a PSNR, found by bisection for every victim. Controls: the class-mean gradient among decoders; the "
+        "mean image, and the amortised estimate from another image of the label, beside PSNR."
     )
     panels = (
         *(
@@ -300,7 +293,7 @@ def _decoders_against_need(table: Table) -> list[str]:
         lies += f"{10**-best.mean:.0e})"
         wants = f"{_level(least)} need {least.words(1)} with {least.keys['error']} errors"
         enough = best.mean >= least.mean
-        first = "A decoder is precise enough for the closed form" if enough else "No decoder is precise enough for it"
+        first = f"{'A' if enough else 'No'} decoder is precise enough for the closed form"
         sentences.append(f"{first}: {lies}, and {wants}, the least demanding of the levels and errors measured.")
     for row in needs:
         sentences.append(

@@ -25,12 +25,10 @@ from r2f_ext.studies.scene import (
     Observed,
     base_of,
     fit_together,
+    images_of_seed,
     mean_cosine,
     mean_image_db,
-    private_images,
-    public_images,
     start_of,
-    stranger_rows,
     target_of,
     victims_of,
 )
@@ -40,7 +38,6 @@ from r2f_ext.types import Gradient, PairBatch, Target
 
 VICTIMS, PAIRS = 8, 600
 QUICK_VICTIMS, QUICK_PAIRS = 2, 60
-STRANGERS = 200  # public images that no fit reads
 TIMED_PAIRS = 100
 REFINED_VICTIMS = 4
 
@@ -64,13 +61,9 @@ def scene_of(world: World, seed: int) -> Scene:
     count, pairs_count = (QUICK_VICTIMS, QUICK_PAIRS) if world.quick else (VICTIMS, PAIRS)
     target = target_of(base)
     a = start_of(target, seed)
-    public = public_images(base, data, seed, pairs_count + STRANGERS)
-    rows = torch.arange(len(public))
-    fitted, others = public.take(rows[:-STRANGERS]), public.take(rows[-STRANGERS:])
-    private = private_images(base, data, seed, count)
-    strangers = others.take(stranger_rows(others, private.labels, seed))
-    victims, others_like = victims_of(target, a, private), victims_of(target, a, strangers)
-    return Scene(target, a, victims, others_like, fitted, capture_all(target, fitted))
+    private, strangers, fitted = images_of_seed(base, data, seed, count, pairs_count)
+    victims, others = (victims_of(target, a, images) for images in (private, strangers))
+    return Scene(target, a, victims, others, fitted, capture_all(target, fitted))
 
 
 def blocks_of(target: Target) -> dict[str, list[str]]:

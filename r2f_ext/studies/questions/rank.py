@@ -24,12 +24,10 @@ from r2f_ext.studies.scene import (
     base_of,
     exact_gradients_of,
     fit_together,
+    images_of_seed,
     mean_cosine,
     mean_image_db,
-    private_images,
-    public_images,
     start_of,
-    stranger_rows,
     target_of,
     victims_of,
 )
@@ -39,10 +37,10 @@ from r2f_ext.types import Gradient, LoraUpdate, PairBatch, Target
 
 IMAGES, PAIRS = 16, 400
 QUICK_IMAGES, QUICK_PAIRS = 2, 60
-STRANGERS = 200
 RANKS, BATCHES = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16)
 TWO_STEPS = Training(steps=2)
-TRAINED_RANKS, TRAINED_IMAGES, TRAINED_STEPS, TRAINED_VICTIMS = (2, 8, 32), (1, 4), (30, 300), 2
+# Images and rank of long training: for one and for four images a rank below Jang's line and one above it.
+TRAINED, TRAINED_STEPS, TRAINED_VICTIMS = ((1, 2), (1, 8), (4, 8), (4, 32)), (30, 300), 2
 DECAY = Training(lr=0.5, weight_decay=0.03)
 PRECISIONS = ("float32", "float64")
 SKIPPED = 0.999  # the mean cosine from which on a decoder is said not to be needed
@@ -63,11 +61,7 @@ def scene_of(world: World, seed: int) -> Scene:
     """What all settings of one seed share."""
     base, data = base_of(world.base, world.device), world.data[0]
     count, pairs_count = (QUICK_IMAGES, QUICK_PAIRS) if world.quick else (IMAGES, PAIRS)
-    public = public_images(base, data, seed, pairs_count + STRANGERS)
-    rows = torch.arange(len(public))
-    fitted, others = public.take(rows[:-STRANGERS]), public.take(rows[-STRANGERS:])
-    private = private_images(base, data, seed, count)
-    strangers = others.take(stranger_rows(others, private.labels, seed))
+    private, strangers, fitted = images_of_seed(base, data, seed, count, pairs_count)
     return Scene(private, strangers, fitted, capture_all(target_of(base), fitted))
 
 
@@ -137,12 +131,10 @@ class Rank(Study):
     )
 
     def settings(self, world: World) -> list[Setting]:
-        ranks, batches, steps = (
-            (RANKS[3::3], (1,), TRAINED_STEPS[:1]) if world.quick else (RANKS, BATCHES, TRAINED_STEPS)
-        )
-        trained, images = ((8,), (1,)) if world.quick else (TRAINED_RANKS, TRAINED_IMAGES)
+        ranks, batches = ((8, 64), (1,)) if world.quick else (RANKS, BATCHES)
+        trained, steps = (TRAINED[1:2], (10,)) if world.quick else (TRAINED, TRAINED_STEPS)
         found: list[Setting] = [{"images": batch, "rank": rank} for batch in batches for rank in ranks]
-        return found + [{"images": n, "rank": rank, "steps": t} for n in images for rank in trained for t in steps]
+        return found + [{"images": n, "rank": rank, "steps": t} for n, rank in trained for t in steps]
 
     def measure(self, world: World, setting: Setting, seed: int) -> list[Measured]:
         scene = scene_of(world, seed)
