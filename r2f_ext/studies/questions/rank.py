@@ -41,7 +41,7 @@ RANKS, BATCHES = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16)
 TWO_STEPS = Training(steps=2)
 # Images and rank of long training: for one and for four images a rank below Jang's line and one above it.
 TRAINED, TRAINED_STEPS, TRAINED_VICTIMS = ((1, 2), (1, 8), (4, 8), (4, 32)), (30, 300), 2
-DECAY = Training(lr=0.5, weight_decay=0.03)
+DECAY = Training(lr=0.3, weight_decay=0.1, schedule="linear")  # a falling step size, without which it oscillates
 PRECISIONS = ("float32", "float64")
 SKIPPED = 0.999  # the mean cosine from which on a decoder is said not to be needed
 
@@ -84,13 +84,14 @@ def by_movement(target: Target, a0: dict[str, Tensor], victims: Victims, trainin
 
 
 def misfit_of_a(target: Target, trained: Victims, gradient: Gradient, decay: float) -> Tensor:
-    """|decay A + s B^T G| / |decay A| (docs/methods.md, section 6), mean over layers, [V]; 0 at a stationary point."""
-    parts = []
+    """|decay A + s B^T G| / |decay A| (docs/methods.md, section 6) over all layers, [V]; 0 at a stationary point."""
+    missed = kept = torch.zeros(1, device=target.base.device)
     for layer in target.layers:
-        kept = decay * trained.a[layer.name]
+        decayed = decay * trained.a[layer.name]
         pull = layer.scale * trained.b[layer.name].mT @ gradient.dense[layer.name]
-        parts.append((kept + pull).flatten(1).norm(dim=1) / kept.flatten(1).norm(dim=1))
-    return torch.stack(parts).mean(0)
+        missed = missed + (decayed + pull).square().sum((1, 2))
+        kept = kept + decayed.square().sum((1, 2))
+    return (missed / kept).sqrt()
 
 
 class Rank(Study):
@@ -104,10 +105,11 @@ class Rank(Study):
         " reaches the rank of G: `movement`, trained and stored in float32 or float64. The closed form reads what each "
         "of these gives, and `adapter_rowspace` the factors themselves. `jang` is r(r + 1) / 2 over K N (Jang et al., "
         "arXiv 2402.11867, with K outputs and N images; above 1 no local minimum is spurious in the NTK regime). KKT: "
-        f"{TRAINED_VICTIMS} victims a seed train on N images with lr {DECAY.lr:g} and weight decay "
-        f"{DECAY.weight_decay:g}; `misfit` is |decay A + s B^T G| / |decay A|, which is 0 at a stationary point, and "
-        "`start_left` the cosine of A with A_0. Controls: the class-mean gradient beside cosines (one image); the mean "
-        "image, and the amortised estimate from another image of the label, beside PSNR."
+        f"{TRAINED_VICTIMS} victims a seed train on N images, all in every step, with weight decay "
+        f"{DECAY.weight_decay:g} and a step size that falls from {DECAY.lr:g} to 0; `misfit` is |decay A + s B^T G| / "
+        "|decay A| over all layers, which is 0 at a stationary point, and `start_left` the cosine of A with A_0. "
+        "Controls: the class-mean gradient beside cosines (one image); the mean image, and the amortised estimate from "
+        "another image of the label, beside PSNR."
     )
     panels = (
         Panel("cosine", "rank", ("decoder",), {"images": 1}, "One image: cosine with the gradient", x_log=True),
@@ -227,7 +229,7 @@ def stationarity(target: Target, a: dict[str, Tensor], private: ImageSet, images
     labels = private.labels[rows].to(device).unflatten(0, (count, images))
     recipe = replace(DECAY, batch=images)
     trained = simulate(target, a, pixels, labels, replace(recipe, steps=steps), dense=True)
-    after = simulate(target, trained.a, pixels, labels, recipe, b=trained.b)  # its gradient is that of the end
+    after = simulate(target, trained.a, pixels, labels, Training(batch=images), b=trained.b)  # its gradient counts
     gradient = Gradient({name: after.gradient.dense(name) for name in target.names})
     first = exact_gradients_of(target, pixels, labels)
     left = [F.cosine_similarity(trained.a[name].flatten(1), a[name].flatten()[None]) for name in target.names]
