@@ -51,10 +51,19 @@ class Phase0(Study):
     )
     no_controls = "No decoder runs here, so that there is no class-mean gradient."
     panels = (
-        Panel("psnr_db", "base", ("route",), {"data": "clothes"}, "Clothes", "", "PSNR (dB)"),
-        Panel("psnr_db", "base", ("route",), {"data": "faces"}, "Faces", "", "PSNR (dB)"),
-        Panel("psnr_db", "base", ("route",), {"data": "photos"}, "Photographs", "", "PSNR (dB)"),
-        Panel("seconds", "base", ("route",), title="Time of one image", x_label="", y_label="seconds", y_log=True),
+        *(
+            Panel("psnr_db", "base", ("data",), {"route": route}, route, x_label="")
+            for route in ("patch_position", "attention_rowspace")
+        ),
+        Panel(
+            "psnr_db",
+            "base",
+            ("route", "data"),
+            {"route": ("matching", "mean_image", "stranger")},
+            "Matching from gray, and controls",
+            x_label="",
+        ),
+        Panel("seconds", "base", ("route", "data"), title="Seconds an image", x_label="", y_log=True),
     )
 
     def settings(self, world: World) -> list[Setting]:
@@ -129,7 +138,7 @@ def _recovered(table: Table) -> list[str]:
         mean, worst = (table.one("psnr_db", **{**row.keys, "route": "mean_image"}), min(row.values))
         seconds = table.one("seconds", **row.keys)
         time_taken = "" if seconds is None else f", {seconds.mean:.2g} s an image"
-        beside = "" if mean is None else f"; the mean image has {mean.mean:.1f} dB"
+        beside = "" if mean is None else f"; the mean image has {mean.mean:.1f} dB on this set"
         word = "exact" if worst >= EXACT_DB else "not exact for every image"
         sentences.append(
             f"{row.keys['route']} on {row.keys['base']}, {row.keys['data']}: {row.words()} dB, at worst {worst:.1f}, "
