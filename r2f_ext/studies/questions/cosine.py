@@ -45,7 +45,7 @@ SEARCHED = {"isotropic": (1e-3, 1e-8)}  # a search takes a minute
 MATCHED_VICTIMS = 4  # a seed; Gauss-Newton searches for one
 START_DB, PASSES, SEARCHED_SEEDS = 28.0, 6, 2
 LEVELS_DB = (20.0, 33.0)
-PRIOR_IMAGES = 300
+PUBLIC_IMAGES = 300  # of the closed form's prior, and that span the space Gauss-Newton searches
 DECODERS = DEFAULT_KINDS  # the others cost minutes a seed; the study `decoder` compares them all
 PUBLIC = "attention_rowspace, public images"
 SEARCH = "gauss_newton, from 28 dB"
@@ -152,13 +152,14 @@ class Cosine(Study):
         "`isotropic` ones are white noise, `subspace` ones random sums of differences of proxy gradients, `decoder` "
         "ones the errors of the ridge decoder on held-out proxies of the victims' labels. Each is made orthogonal to "
         "the gradient and scaled. The closed form reads the gradient of the first attention layer, alone or with "
-        f"{PRIOR_IMAGES} public images as prior; the amortised route ({PAIRS} pairs) the update s G A^T of the "
+        f"{PUBLIC_IMAGES} public images as prior; the amortised route ({PAIRS} pairs) the update s G A^T of the "
         f"disturbed gradients; matching searches from gray with the true label ({MATCHED_VICTIMS} victims a seed); "
-        f"Gauss-Newton takes at most {PASSES} passes from {START_DB:.0f} dB (the original and noise like the proxies' "
-        f"variation, so no attack; 1 victim of each of {SEARCHED_SEEDS} seeds). `nines` are -log10(1 - cos): those of "
-        "every decoder on the victims themselves (cosines averaged over layers), and those at which the closed form "
-        "just gives a PSNR, found by bisection for every victim. Controls: the class-mean gradient among decoders; the "
-        "mean image, and the amortised estimate from another image of the label, beside PSNR."
+        f"Gauss-Newton takes at most {PASSES} passes from {START_DB:.0f} dB (the original and noise in the span of "
+        f"{PUBLIC_IMAGES} public images, so no attack; 1 victim of each of {SEARCHED_SEEDS} seeds). `nines` are "
+        "-log10(1 - cos): those of every decoder on the victims themselves (cosines averaged over layers), and those "
+        "at which the closed form just gives a PSNR, found by bisection for every victim. Controls: the class-mean "
+        "gradient among decoders; the mean image, and the amortised estimate from another image of the label, beside "
+        "PSNR."
     )
     panels = (
         *(
@@ -218,7 +219,7 @@ def closed_forms(scene: Scene, gradient: Gradient) -> dict[str, Tensor]:
     base = scene.target.base
     if not count_attention_rowspace(base).identifiable:
         return {}
-    public = scene.public.batch(slice(0, PRIOR_IMAGES), base.device)
+    public = scene.public.batch(slice(0, PUBLIC_IMAGES), base.device)
     priors = {"attention_rowspace": None, PUBLIC: public}
     return {
         route: torch.cat(
@@ -271,7 +272,7 @@ def searched(scene: Scene, update: dict[str, Tensor], seed: int) -> Tensor:
     """The image that Gauss-Newton finds for the first victim, from the original and noise of START_DB."""
     generator = torch.Generator().manual_seed(seed)
     device = scene.target.base.device
-    subspace = Subspace.of(scene.public.batch(slice(None), device))
+    subspace = Subspace.of(scene.public.batch(slice(0, PUBLIC_IMAGES), device))
     original = scene.images[0].flatten()
     noise = subspace.basis @ torch.randn(subspace.basis.shape[1], generator=generator).to(device)
     start = (original + noise * 10 ** (-START_DB / 20) / noise.square().mean().sqrt()).clamp(0, 1)
