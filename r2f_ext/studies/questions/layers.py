@@ -36,7 +36,7 @@ from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, difference
 from r2f_ext.types import Gradient, PairBatch, Target
 
-VICTIMS, PAIRS = 8, 600
+VICTIMS, PAIRS = 16, 600
 QUICK_VICTIMS, QUICK_PAIRS = 2, 60
 TIMED_PAIRS = 100
 REFINED_VICTIMS = 4
@@ -264,12 +264,12 @@ def _sides(table: Table) -> list[str]:
     rows = table.where("psnr_db", scope="from input", route="amortised")
     if len(rows) > 1:
         end = max(rows, key=lambda row: float(row.keys["blocks"]))
-        beside = [
+        others = [
             f"{route.replace('_', ' ')} {row.words()} dB"
             for route in ("amortised_refined", "stranger", "mean_image")
             if (row := table.one("psnr_db", scope="from input", route=route, blocks=end.keys["blocks"])) is not None
         ]
-        sentences.append(f"All {end.keys['blocks']} blocks give {end.words()} dB; {', '.join(beside)}.")
+        sentences.append("; ".join([f"All {end.keys['blocks']} blocks give {end.words()} dB", *others]) + ".")
     speeds = table.where("pairs_per_second", blocks=1)
     if len(speeds) == 2:
         ours = {row.keys["scope"]: row.mean for row in speeds}
