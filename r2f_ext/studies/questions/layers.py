@@ -13,10 +13,10 @@ from torch import Tensor
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import Decoder, Projection, Ridge
+from r2f_ext.decoders import Decoder, Projection, Ridge, Updates
 from r2f_ext.decoders.kernel import block_of
-from r2f_ext.inversion.matching import match
-from r2f_ext.inversion.objectives import UpdateObjective
+from r2f_ext.inversion.route import Problem, Proxies
+from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.studies.captured import CapturedPairs, capture_all
 from r2f_ext.studies.scene import (
@@ -34,7 +34,7 @@ from r2f_ext.studies.scene import (
 )
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, difference
-from r2f_ext.types import Gradient, PairBatch, Target
+from r2f_ext.types import Gradient, PairBatch, Reconstruction, Target
 
 VICTIMS, PAIRS = 16, 600
 QUICK_VICTIMS, QUICK_PAIRS = 2, 60
@@ -161,11 +161,8 @@ class Layers(Study):
             "mean_image": mean_image_db(scene.public, images),
         }
         if setting.get("blocks") in (1, len(blocks_of(scene.target))) and not world.quick:
-            some = slice(0, REFINED_VICTIMS)
-            objective = UpdateObjective(target, pairs.a, {name: each[some] for name, each in victims.items()})
-            config = AuditConfig().refinement
-            refined = match(target, objective, start.images[some], labels[some], config, "amortised_refined", "")
-            rows["amortised_refined"] = psnr_db(refined.images, images[some])
+            refined = refine(scene, target, victims, start, labels)
+            rows["amortised_refined"] = psnr_db(refined.images, images[: len(refined.images)])
             seconds_refined = refined.seconds / len(refined.images)
             measured.append(Measured("seconds", [seconds_refined], {"route": "amortised_refined"}))
         measured += [Measured("psnr_db", each.tolist(), {"route": route}) for route, each in rows.items()]
@@ -186,6 +183,22 @@ def seen_layers(target: Target, setting: Setting) -> list[str]:
     members, count = list(blocks_of(target).values()), int(setting["blocks"])
     chosen = members[:count] if setting["scope"] == "from input" else members[-count:]
     return [name for block in chosen for name in block]
+
+
+def refine(scene: Scene, target: Target, updates: Updates, start: Reconstruction, labels: Tensor) -> Reconstruction:
+    """The route amortised_refined for the first victims, from their estimates and true labels."""
+    rows, public = slice(0, REFINED_VICTIMS), scene.public
+    proxies = Proxies({}, public.batch(slice(None), start.images.device), public.labels, target.base.num_classes)
+    problem = Problem(
+        target.base,
+        target,
+        observed={name: each[rows] for name, each in updates.items()},
+        a={name: scene.a[name] for name in target.names},
+        proxies=proxies,  # of which the route reads the images alone
+        found={"amortised": replace(start, labels=labels).take(rows)},
+        refinement=AuditConfig().refinement,
+    )
+    return AmortisedRefined().run(problem, lambda steps: None)
 
 
 def speed_of(target: Target, a: dict[str, Tensor], public: ImageSet) -> float:
