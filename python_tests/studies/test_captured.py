@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.studies import CLOTHES, World
 from r2f_ext.studies.captured import CapturedPairs, capture_all
@@ -27,3 +29,10 @@ def test_pairs_of_some_layers_at_another_rank_are_those_that_the_model_makes():
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
     labels = torch.cat([each.labels for each in ours])
     assert torch.equal(labels[:, 0], public.labels[90:115])
+
+
+def test_gradients_that_do_not_fit_into_memory_are_refused(monkeypatch):
+    base = base_of(WORLD.base, WORLD.device)
+    monkeypatch.setattr("r2f_ext.studies.captured.budget", lambda device: 1 << 20)
+    with pytest.raises(R2FError, match="smaller base"):
+        capture_all(target_of(base), public_images(base, CLOTHES, 0, 4))

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from r2f_ext.capture.project import project
 from r2f_ext.data import ImageSet
+from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs.memory import budget, sample_bytes
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
 
@@ -54,7 +56,17 @@ class CapturedPairs:
 
 
 def capture_all(target: Target, public: ImageSet, group_size: int = 1) -> list[PairBatch]:
-    """Gradients at the start, without updates, of all the target's layers, for `CapturedPairs`."""
+    """Gradients at the start, without updates, of all the target's layers, for `CapturedPairs`.
+
+    Raises:
+        R2FError: they do not fit into the memory that one pass may use (`r2f_ext.pairs.memory`).
+    """
+    needed, allowed = len(public) * sample_bytes(target).factors, budget(target.base.device)
+    if needed > allowed:
+        raise R2FError(
+            f"the gradients of {len(public)} images on base '{target.base.spec}' take {needed / 2**30:.1f} GiB, more "
+            f"than {allowed / 2**30:.1f}: run this study on a smaller base."
+        )
     blank = {layer.name: torch.zeros(1, layer.d_in, device=target.base.device) for layer in target.layers}
     pairs = GeneratedPairs(target, blank, public, group_size)
     return [replace(batch, updates={}) for batch in pairs.batches()]

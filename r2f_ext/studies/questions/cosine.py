@@ -175,7 +175,14 @@ class Cosine(Study):
             )
             for kind in ERRORS
         ),
-        Panel("nines", "of", ("error",), title="Where decoders lie, and what is needed", y_label="-log10(1 - cos)"),
+        Panel(
+            "nines",
+            "of",
+            ("error",),
+            title="Where decoders lie, and what is needed",
+            x_label="decoder, or level of the closed form",
+            y_label="nines: -log10(1 - cos)",
+        ),
     )
 
     def settings(self, world: World) -> list[Setting]:

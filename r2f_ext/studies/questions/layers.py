@@ -122,7 +122,7 @@ class Layers(Study):
             "blocks seen",
             "PSNR (dB)",
         ),
-        Panel("rank", "layer", ("of",), title="Numerical rank of update and gradient", x_label="", y_label="rank"),
+        Panel("rank", "layer", ("of",), title="Numerical rank of update and gradient", y_label="rank"),
     )
 
     def settings(self, world: World) -> list[Setting]:

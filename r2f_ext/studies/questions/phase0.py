@@ -52,7 +52,7 @@ class Phase0(Study):
     no_controls = "No decoder runs here, so that there is no class-mean gradient."
     panels = (
         *(
-            Panel("psnr_db", "base", ("data",), {"route": route}, route, x_label="")
+            Panel("psnr_db", "base", ("data",), {"route": route}, route)
             for route in ("patch_position", "attention_rowspace")
         ),
         Panel(
@@ -61,9 +61,8 @@ class Phase0(Study):
             ("route", "data"),
             {"route": ("matching", "mean_image", "stranger")},
             "Matching from gray, and controls",
-            x_label="",
         ),
-        Panel("seconds", "base", ("route", "data"), title="Seconds an image", x_label="", y_log=True),
+        Panel("seconds", "base", ("route", "data"), title="Seconds an image", y_log=True),
     )
 
     def settings(self, world: World) -> list[Setting]:
