@@ -304,11 +304,10 @@ def _kkt(table: Table) -> list[str]:
     for row in rows:
         left = table.one("start_left", **row.keys)
         if row.keys["steps"] == longest and left is not None:
-            holds = "holds" if row.mean < 0.1 else "does not hold"
             sentences.append(
-                f"After {longest} steps on {_images(int(row.keys['images']))} at rank {row.keys['rank']} the "
-                f"stationarity of A {holds} to a tenth: misfit {row.words(2)}, and the cosine of A with its start is "
-                f"{left.words(2)}."
+                f"After {longest} steps on {_images(int(row.keys['images']))} at rank {row.keys['rank']} A misses "
+                f"stationarity by {row.words(2)} of its decay term (0: it holds), and the cosine of A with its start "
+                f"is {left.words(2)}."
             )
     return sentences
 
