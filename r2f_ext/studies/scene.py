@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -19,7 +19,7 @@ from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.models import load_base
 from r2f_ext.pairs import PairSource, Training, random_a, simulate
 from r2f_ext.studies.study import Data
-from r2f_ext.types import AdaptedLayer, BaseModel, Gradient, PairBatch, Target
+from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, Gradient, PairBatch, Target
 
 PRIVATE_IMAGES = 100  # of which seeds take victims; none of them is ever a proxy
 ALPHA = 16.0
@@ -235,3 +235,50 @@ def exact_gradients_of(target: Target, images: Tensor, labels: Tensor) -> Gradie
     with Capture(target) as capture:
         found = capture(images, labels)
     return Gradient({name: found.dense(name) for name in target.names})
+
+
+class KeptPairs:
+    """The first pairs of a source in memory, to walk through them without running the model again.
+
+    Factors are kept in bfloat16, as `write_pairs` stores them: 0.8 MB a pair of the embedded base with all its layers.
+
+    Args:
+        layers: keep the gradients of these layers only; None: of all. The updates of all layers are kept.
+    """
+
+    def __init__(self, pairs: PairSource, count: int, layers: Sequence[str] | None = None) -> None:
+        names = pairs.target.names if layers is None else tuple(layers)
+        self.target = replace(pairs.target, layers=tuple(each for each in pairs.target.layers if each.name in names))
+        self.a, self.one_step, self.per_victim_a = pairs.a, pairs.one_step, pairs.per_victim_a
+        self.group_size, self.kept = pairs.group_size, list[PairBatch]()
+        for batch in pairs.batches(0, count):
+            x, delta = ({n: each[n].bfloat16() for n in names} for each in (batch.gradients.x, batch.gradients.delta))
+            self.kept.append(replace(batch, gradients=FactoredGradient(x, delta)))
+
+    def __len__(self) -> int:
+        return sum(len(batch.labels) for batch in self.kept)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
+        """The pairs `start` to `stop`, in batches."""
+        first, stop = 0, len(self) if stop is None else stop
+        for batch in self.kept:
+            rows = slice(max(start - first, 0), max(stop - first, 0))
+            first += len(batch.labels)
+            if len(batch.labels[rows]):
+                yield _rows_of(batch, rows)
+
+
+def _rows_of(batch: PairBatch, rows: slice) -> PairBatch:
+    """Some pairs of a batch, their gradients in float32."""
+
+    def of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: each[rows] for name, each in tensors.items()}
+
+    return PairBatch(
+        of(batch.updates),
+        FactoredGradient(of(batch.gradients.x), of(batch.gradients.delta)).float32(),
+        batch.images[rows],
+        batch.labels[rows],
+        batch.a0 and of(batch.a0),
+        batch.a and of(batch.a),
+    )
