@@ -28,16 +28,18 @@ def check(options: argparse.Namespace) -> None:
     for name in ("seed", "a0_seed"):
         if name in given:
             _seed(f"--{name.replace('_', '-')}", given[name])
+    if "seeds" in given:
+        _at_least("--seeds", given["seeds"], 1)
     if "image_size" in given:
         _at_least("--image-size", given["image_size"], 1)
     if not 0 < given.get("budget", 1.0) < inf:
         raise R2FError(f"--budget must be minutes above 0, got {given['budget']:g}.")
     if "base" in given:
         _base(given["base"], options.command)
-    for name in ("proxy", "images"):
+    for name in ("proxy", "images", "private") if options.command == "study" else ("proxy", "images"):
         if name in given:
             _images(given[name])
-    if "private" in given:
+    if "private" in given and options.command != "study":
         _private(given["private"], len(given["adapter"]))
     if "routes" in given:
         _routes(given["routes"])

@@ -10,6 +10,7 @@ from typing import Any
 COMMANDS = {
     "audit": "audit:run_audit",
     "demo": "audit:run_demo",
+    "study": "study:run_study_command",
     "phase0": "phase0:run_phase0_command",
     "identifiability": "phase0:run_identifiability",
     "pairs": "pairs:run_pairs",

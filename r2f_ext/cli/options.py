@@ -30,6 +30,19 @@ ROUTES = (
     "matching",
     "patch_position",
 )
+STUDIES = (
+    "batch",
+    "cosine",
+    "decoder",
+    "defence",
+    "layers",
+    "phase0",
+    "prior",
+    "proxy",
+    "rank",
+    "steps",
+    "transfer",
+)
 BASES = "'embedded', 'timm:NAME', 'timm-random:NAME', 'transformers:OWNER/NAME', or a folder that exists"
 BASE_PREFIXES = ("timm:", "timm-random:", "transformers:")
 
@@ -49,6 +62,7 @@ examples:
   r2f audit my-adapter --base timm:vit_small_patch16_224 --proxy my-images --out report
   r2f audit my-adapter --private photo-folder --out report     scored against the originals
   r2f audit --replay report/report.json         repeat a recorded audit
+  r2f study rank --out studies                  one of the open questions, measured; --quick in a minute
 
 the same, stage by stage:
   r2f identifiability vit_large_patch14_clip_224
@@ -62,10 +76,10 @@ pairs and fit also on several processes or machines:
   torchrun --nproc-per-node 2 -m r2f_ext.cli pairs my-adapter --count 50000 --out pairs
 
 exit codes: 0 done; 2 bad input, explained in one sentence; 3 an audit's report is written, but
-judges nothing, because a stage failed; 70 an error in r2f itself (--debug shows the traceback);
-130 interrupted with Ctrl-C; 143 terminated.
-Files appear under their final names only when they are complete. pairs, fit and the searches of
---gauss-newton that were interrupted go on when the same command is run again.
+judges nothing, because a stage failed, or some settings of a study could not be measured; 70 an
+error in r2f itself (--debug shows the traceback); 130 interrupted with Ctrl-C; 143 terminated.
+Files appear under their final names only when they are complete. pairs, fit, study and the
+searches of --gauss-newton that were interrupted go on when the same command is run again.
 """
 
 BASE_HELP = (
@@ -88,6 +102,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _audit(commands)
     _demo(commands)
+    _study(commands)
     _phase0(commands)
     _identifiability(commands)
     _pairs(commands)
@@ -101,6 +116,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.exit()
     if options.command == "audit":
         _check_audit(parser, options)
+    if options.command == "study" and (options.private is None) != (options.proxy is None):
+        parser.error("study needs --private and --proxy together, or neither")
     return options
 
 
@@ -207,6 +224,18 @@ def _demo(commands: Commands) -> None:
     _command(
         commands, "demo", "train 24 real victims with PEFT and audit them; about 15 minutes on 2 cores", out="for it"
     )
+
+
+def _study(commands: Commands) -> None:
+    summary = "measure one of the open questions, or all: what leaks, when, and how much"
+    command = _command(commands, "study", summary, out="for a folder of each study")
+    command.add_argument("study", metavar="NAME", choices=(*STUDIES, "all"), help=f"{' | '.join(STUDIES)} | all")
+    command.add_argument("--quick", action="store_true", help="few settings, one seed: seconds instead of minutes")
+    command.add_argument(
+        "--private", metavar="DATA", help=f"victims' images: {IMAGES_HELP} (default: clothes, faces and photographs)"
+    )
+    command.add_argument("--proxy", metavar="DATA", help="public images to attack them with, together with --private")
+    command.add_argument("--seeds", type=int, metavar="N", help="how many seeds, from --seed on (default 3 or fewer)")
 
 
 def _phase0(commands: Commands) -> None:

@@ -1,0 +1,95 @@
+"""Pages of studies: page.md of each, and studies.html, all of them in one page that loads no other resource."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from r2f_ext.audit.html import ASSETS as AUDIT_ASSETS
+from r2f_ext.audit.record import public_name
+from r2f_ext.files import write_text
+from r2f_ext.studies.table import Row, Table
+
+if TYPE_CHECKING:
+    from r2f_ext.studies.runner import StudyResult
+
+ASSETS = Path(__file__).parent / "assets"
+MARKDOWN, HTML = "page.md.j2", "studies.html.j2"
+
+
+def write_page(path: Path, result: StudyResult) -> None:
+    """Write a study's question, conclusions, figure, method and table as Markdown; names from outside are escaped."""
+    head, rows = wide(result.table)
+    written = [_markdown_row(row) for row in [head, ["---"] * len(head), *rows]]
+    text = _environment(MARKDOWN).get_template(MARKDOWN).render(result=result, table=written, figure=_figure(result))
+    write_text(path, text)
+
+
+def write_html(path: Path, results: Sequence[StudyResult]) -> None:
+    """Write all studies as one self-contained page; every name in it is escaped."""
+    pictures = {}
+    for result in results:
+        figure = _figure(result)
+        pictures[result.study.name] = None if figure is None else base64.b64encode(figure.read_bytes()).decode()
+    tables = {result.study.name: wide(result.table) for result in results}
+    page = _environment(HTML).get_template(HTML).render(results=results, pictures=pictures, tables=tables)
+    write_text(path, page)
+
+
+def wide(table: Table) -> tuple[list[str], list[list[str]]]:
+    """The table with a column for each metric: (heads, rows), a cell being `mean (low to high)`."""
+    metrics = list(dict.fromkeys(row.metric for row in table))
+    columns = table.columns
+    lines: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in table:
+        key = tuple(str(row.keys.get(name, "")) for name in columns)
+        lines.setdefault(key, {})[row.metric] = row
+    body = [[*key, *(_cell(found.get(metric)) for metric in metrics), _counts(found)] for key, found in lines.items()]
+    return [*columns, *metrics, "n"], body
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.low is None or row.high is None:
+        return f"{row.mean:.4g}"
+    return f"{row.mean:.4g} ({row.low:.4g} to {row.high:.4g})"
+
+
+def _counts(found: dict[str, Row]) -> str:
+    """How many values the means of one line are of: one number where all metrics agree."""
+    return ", ".join(dict.fromkeys(str(row.n) for row in found.values()))
+
+
+def _figure(result: StudyResult) -> Path | None:
+    path = result.folder / "figure.png"
+    return path if path.exists() else None
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(_plain(cell) for cell in cells)} |"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown and HTML show as it is."""
+    marks = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "`": "&#96;", "*": "&#42;", "[": "&#91;"}
+    return "".join(marks.get(character, character) for character in text)
+
+
+@cache
+def _environment(template: str) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([ASSETS, AUDIT_ASSETS]),
+        autoescape=template == HTML,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plain": _plain, "public": public_name}
+    return environment

@@ -1,0 +1,185 @@
+"""Runs studies: every setting and seed is measured once, kept as soon as it is, and found again by the next run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from r2f_ext import __version__
+from r2f_ext.audit.record import public_name
+from r2f_ext.env import environment
+from r2f_ext.errors import R2FError, expected
+from r2f_ext.files import output_folder, write_text
+from r2f_ext.json_file import read_json_file
+from r2f_ext.progress import Stages
+from r2f_ext.studies.figure import write_figure
+from r2f_ext.studies.page import write_page
+from r2f_ext.studies.study import Setting, Study, World
+from r2f_ext.studies.table import Table
+
+SCHEMA = 1
+RECORD, TABLE, FIGURE, PAGE = "record.json", "table.csv", "figure.png", "page.md"
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study found.
+
+    Attributes:
+        study: what was asked.
+        world: what it ran on.
+        seeds: of the victims, proxies and starts.
+        cells: one for each setting and seed that was measured: `setting`, `seed`, `seconds`, and `measured`, a list of
+            metric, values and labels.
+        failed: (setting, seed) -> why it could not be measured, one sentence.
+        folder: where its files are.
+        command: the command line that repeats it.
+        environment: versions, backends and threads, see `r2f_ext.env.environment`.
+    """
+
+    study: Study
+    world: World
+    seeds: tuple[int, ...]
+    cells: tuple[Mapping[str, Any], ...]
+    folder: Path
+    command: str
+    failed: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def table(self) -> Table:
+        return Table.of(self.cells)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all cells."""
+        return float(sum(cell["seconds"] for cell in self.cells))
+
+    def sentences(self) -> list[str]:
+        """What the study concludes, with what qualifies it first."""
+        said = [f"Not measured: {name}: {why}" for name, why in self.failed.items()]
+        if self.world.quick:
+            said.insert(
+                0, "A quick run, of one seed and few settings: it shows that the study works, not what is true."
+            )
+        return [*said, *self.study.conclude(self.world, self.table)]
+
+
+def run_study(
+    study: Study, world: World, out: str | Path, seeds: Sequence[int] | None = None, stages: Stages | None = None
+) -> StudyResult:
+    """Measure every setting for every seed and write record.json, table.csv, figure.png and page.md to `out`/NAME.
+
+    Cells that the record holds already are not measured again, so that a run that was interrupted goes on, and one with
+    more seeds adds them. A cell that fails for want of memory or by its numbers is left out, and the page says why.
+
+    Args:
+        seeds: None: 0 to `study.seeds` - 1, in a quick world only 0.
+
+    Raises:
+        R2FError: no seeds, the folder holds a run with other options or cannot be written to, or no cell could be
+            measured.
+    """
+    stages = stages or Stages()
+    seeds = tuple(range(1 if world.quick else study.seeds) if seeds is None else seeds)
+    if not seeds:
+        raise R2FError("a study needs at least one seed.")
+    folder = output_folder(Path(out) / study.name)
+    options = _options(world)
+    known = _known_cells(folder / RECORD, study, options)
+    asked = [(seed, setting) for seed in seeds for setting in study.settings(world)]
+    cells: list[Mapping[str, Any]] = []
+    failed: dict[str, str] = {}
+    with stages.stage(study.name, len(asked)) as advance:
+        for seed, setting in asked:
+            cell = known.get(_key(setting, seed))
+            if cell is None:
+                try:
+                    cell = _measure(study, world, setting, seed)
+                except Exception as error:
+                    failed[_words(setting, seed)] = expected(error)
+                    advance(1, f"{_words(setting, seed)}: failed: {expected(error)}")
+                    continue
+                known[_key(setting, seed)] = cell
+                _write_record(folder / RECORD, study, options, known.values())
+            cells.append(cell)
+            advance(1)
+    if not cells:
+        raise R2FError(f"the study '{study.name}' could not be run: {next(iter(failed.values()))}")
+    command = command_of(study, world, seeds)
+    result = StudyResult(study, world, seeds, tuple(cells), folder, command, failed, environment())
+    write_text(folder / TABLE, result.table.to_csv())
+    write_figure(folder / FIGURE, study.panels, result.table)
+    write_page(folder / PAGE, result)
+    return result
+
+
+def command_of(study: Study, world: World, seeds: Sequence[int]) -> str:
+    """The command line that repeats a run; folders by their last part only."""
+    plain, words = World(), ["r2f", "study", study.name]
+    if world.quick:
+        words.append("--quick")
+    if world.base != plain.base:
+        words += ["--base", public_name(world.base)]
+    if world.data != plain.data:
+        words += ["--private", public_name(world.data[0].private), "--proxy", public_name(world.data[0].proxy)]
+    if len(seeds) != (1 if world.quick else study.seeds):
+        words += ["--seeds", str(len(seeds))]
+    if seeds[0] != 0:
+        words += ["--seed", str(seeds[0])]
+    return " ".join([*words, "--out", "DIR"])
+
+
+def _measure(study: Study, world: World, setting: Setting, seed: int) -> Mapping[str, Any]:
+    began = time.perf_counter()
+    measured = study.measure(world, setting, seed)
+    rows = [{"metric": m.metric, "values": [float(v) for v in m.values], "labels": dict(m.labels)} for m in measured]
+    return {"setting": dict(setting), "seed": seed, "seconds": time.perf_counter() - began, "measured": rows}
+
+
+def _options(world: World) -> dict[str, Any]:
+    """What two runs must have in common to share cells."""
+    data = [
+        {**asdict(each), "private": public_name(each.private), "proxy": public_name(each.proxy)} for each in world.data
+    ]
+    device = world.device.type
+    return {
+        "version": __version__,
+        "base": public_name(world.base),
+        "data": data,
+        "quick": world.quick,
+        "device": device,
+    }
+
+
+def _known_cells(path: Path, study: Study, options: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The cells of a record of the same study and options, by `_key`; none where there is no record."""
+    if not path.exists():
+        return {}
+    remedy = "delete it, or choose another --out"
+    record = read_json_file(path, "no record of a study", remedy)
+    try:
+        same = (record["schema"], record["study"], record["options"]) == (SCHEMA, study.name, options)
+        cells = {_key(cell["setting"], cell["seed"]): cell for cell in record["cells"]}
+    except (KeyError, TypeError) as error:
+        raise R2FError(f"'{path}' is no record of a study: {remedy}.") from error
+    if not same:
+        raise R2FError(f"'{path}' is the record of a run with other options: {remedy}.")
+    return cells
+
+
+def _write_record(path: Path, study: Study, options: Mapping[str, Any], cells: Iterator | Any) -> None:
+    record = {"schema": SCHEMA, "study": study.name, "options": options, "environment": environment()}
+    write_text(path, json.dumps({**record, "cells": list(cells)}, indent=1))
+
+
+def _key(setting: Mapping[str, Any], seed: int) -> str:
+    return json.dumps([dict(setting), seed])
+
+
+def _words(setting: Setting, seed: int) -> str:
+    return ", ".join([*(f"{name} {value}" for name, value in setting.items()), f"seed {seed}"])
