@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.capture import Capture
 from r2f_ext.data import ImageSet, drop_private, load_images
-from r2f_ext.decoders import Decoder, Updates
+from r2f_ext.decoders import Decoder, HeldOut, Updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.models import load_base
@@ -237,6 +237,14 @@ def exact_gradients_of(target: Target, images: Tensor, labels: Tensor) -> Gradie
     return Gradient({name: found.dense(name) for name in target.names})
 
 
+def compared_with(decoded: Gradient, true: Gradient) -> HeldOut:
+    """Cosine and norm of gradients decoded for V victims against the true ones, of the layers that were decoded."""
+    flat = {name: (each.flatten(1), true.dense[name].flatten(1)) for name, each in decoded.dense.items()}
+    cosine = {name: F.cosine_similarity(found, wanted) for name, (found, wanted) in flat.items()}
+    norm = {name: f.norm(dim=1) / w.norm(dim=1).clamp_min(1e-30) for name, (f, w) in flat.items()}
+    return HeldOut(cosine, norm)
+
+
 class KeptPairs:
     """The first pairs of a source in memory, to walk through them without running the model again.
 
@@ -257,6 +265,16 @@ class KeptPairs:
 
     def __len__(self) -> int:
         return sum(len(batch.labels) for batch in self.kept)
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of each pair's first image, [n]."""
+        return torch.cat([batch.labels[:, 0] for batch in self.kept])
+
+    def updates(self, start: int, stop: int) -> Updates:
+        """name -> updates of the pairs `start` to `stop`, [stop - start, d_out, r]."""
+        parts = [batch.updates for batch in self.batches(start, stop)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         """The pairs `start` to `stop`, in batches."""
