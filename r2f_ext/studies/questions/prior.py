@@ -1,0 +1,235 @@
+"""Study `prior`: what total variation or a diffusion model add to gradient matching, and what they make alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2f_ext.audit.metrics import psnr_db, ssim
+from r2f_ext.config import AuditConfig
+from r2f_ext.data import ImageSet
+from r2f_ext.decoders import Ridge, Updates
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.matching import OPTIMIZERS, SCHEDULES, MatchingConfig, Prior, match
+from r2f_ext.inversion.objectives import GradientObjective, Objective, UpdateObjective
+from r2f_ext.inversion.prior import ScoreDistillation
+from r2f_ext.inversion.prior_training import train_prior
+from r2f_ext.ops.reference import total_variation_backward
+from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.studies.scene import (
+    Estimates,
+    base_of,
+    fit_together,
+    mean_image_db,
+    private_images,
+    public_images,
+    start_of,
+    stranger_rows,
+    target_of,
+    victims_of,
+)
+from r2f_ext.studies.study import Data, Measured, Panel, Setting, Study, World
+from r2f_ext.studies.table import Row, Table, difference
+from r2f_ext.types import Gradient, Target
+
+VICTIMS, PAIRS, RESERVE, STEPS = 8, 1500, 400, 60  # a seed; strangers come from the reserve, which nothing is fitted to
+TRAINED_IMAGES, TRAINING_STEPS, WEIGHT = 5000, 400, 1e-3
+QUICK = {"VICTIMS": 2, "PAIRS": 60, "RESERVE": 40, "STEPS": 2, "TRAINED_IMAGES": 100, "TRAINING_STEPS": 2}
+DECODED, UPDATE, NOTHING = "decoded gradient", "LoRA update", "nothing"
+GRAY, AMORTISED = "gray", "amortised"
+NONE, TV, DIFFUSION = "none", "total variation", "score distillation"
+OWN, STRANGER, MEAN = "victim", "stranger", "mean_image"
+
+
+class PriorStudy(Study):
+    name = "prior"
+    question = "What do total variation and a diffusion model add to gradient matching, and what do they make alone?"
+    method = (
+        f"{VICTIMS} victims a seed (r = 8, one image, one step of SGD) of the first data set; ridge decoder and "
+        f"amortised estimate from {PAIRS} pairs. Matching of the decoded gradient, or of the LoRA update itself, from "
+        f"gray or from the amortised estimate: {STEPS} steps, otherwise the library's settings of `matching` (from "
+        "gray) and of `amortised_refined` (from the estimate). One prior at a time: none, total variation with these "
+        f"settings' weight, or score distillation with weight {WEIGHT:g} from a diffusion model of half a million "
+        f"parameters, trained for {TRAINING_STEPS} steps on at most {TRAINED_IMAGES} public images. Where nothing is "
+        "observed, the same optimizer and steps follow the prior's slope alone; with no prior it is the start. The "
+        "stranger's row is what the same search makes of the update of a public image of the same label, to which "
+        "neither decoder nor estimate nor diffusion model was fitted, scored against the victim's image."
+    )
+    no_controls = "No cosine is reported, so there is no class-mean gradient."
+    panels = (
+        Panel("psnr_db", "prior", ("observed", "start"), {"route": OWN}, "Victims"),
+        Panel(
+            "psnr_db",
+            "prior",
+            ("route", "start"),
+            {"observed": UPDATE, "route": (OWN, STRANGER, MEAN)},
+            "Matching of updates: the victim's, a stranger's, the mean image",
+        ),
+    )
+    seeds = 2
+
+    def settings(self, world: World) -> list[Setting]:
+        priors = (NONE, TV, DIFFUSION) if find_spec("diffusers") else (NONE, TV)
+        return [
+            {"observed": observed, "start": start, "prior": prior}
+            for start in ((AMORTISED,) if world.quick else (GRAY, AMORTISED))
+            for observed in (NOTHING, DECODED, UPDATE)
+            for prior in priors
+            if (observed, start, prior) != (NOTHING, GRAY, TV)  # gray has no variation to lose
+        ]
+
+    def measure(self, world: World, setting: Setting, seed: int) -> list[Measured]:
+        scene, config = _scene(world, world.data[0], seed), AuditConfig()
+        from_gray = setting["start"] == GRAY
+        start = torch.full_like(scene.start, 0.5) if from_gray else scene.start
+        config = replace(config.matching if from_gray else config.refinement, steps=_size("STEPS", world))
+        slope: Prior | None = None
+        if setting["prior"] == DIFFUSION:
+            slope = ScoreDistillation(*_diffusion(world, world.data[0], seed), WEIGHT, seed).gradient
+        if setting["observed"] == NOTHING:
+            if setting["prior"] == TV:
+                slope = _variation(config)
+            images = start if slope is None else prior_alone(slope, start, config)
+        else:
+            config = config if setting["prior"] == TV else replace(config, tv_weight=0.0)
+            objective: Objective = GradientObjective(scene.decoded)
+            if setting["observed"] == UPDATE:
+                objective = UpdateObjective(scene.target, scene.a, scene.updates)
+            images = match(scene.target, objective, start, scene.labels, config, "matching", "", prior=slope).images
+        found = dict(zip((OWN, STRANGER), images.split(len(scene.private)), strict=True))
+        return [
+            measured
+            for route, guess in found.items()
+            for measured in (
+                Measured("psnr_db", psnr_db(guess, scene.private).tolist(), {"route": route}),
+                Measured("ssim", ssim(guess, scene.private).tolist(), {"route": route}),
+            )
+        ] + [Measured("psnr_db", scene.mean_image_db, {"route": MEAN})]
+
+    def conclude(self, world: World, table: Table) -> list[str]:
+        said = []
+        rows = [row for row in table.where("psnr_db", route=OWN) if row.keys["observed"] != NOTHING]
+        priors = [row for row in rows if row.keys["prior"] != NONE]
+        for helps, words in ((False, "A prior adds nothing"), (True, "A prior adds something")):
+            changes = [_change(row, table, prior=NONE) for row in priors]
+            if chosen := [text for text, above in changes if text and above == helps]:
+                said.append(f"{words} to matching without one: " + "; ".join(chosen) + ".")
+        alone = [_change(row, table, observed=NOTHING) for row in priors]
+        if chosen := [text for text, above in alone if text and not above]:
+            said.append(
+                "With this prior, what was observed adds nothing to the prior alone: " + "; ".join(chosen) + "."
+            )
+        from_start = [_change(row, table, observed=NOTHING, prior=NONE) for row in rows]
+        for better, words in ((False, "No better than their start"), (True, "Better than their start")):
+            if chosen := [text for text, above in from_start if text and above == better]:
+                said.append(f"{words}: " + "; ".join(chosen) + ".")
+        strangers = [_change(row, table, route=STRANGER) for row in rows]
+        if chosen := [text for text, above in strangers if text and not above]:
+            said.append("Nothing recovered, a stranger's update makes as good an image: " + "; ".join(chosen) + ".")
+        elif any(text for text, _ in strangers):
+            said.append("Every search is above the same search for a stranger of the same label.")
+        if rows and (mean := table.one("psnr_db", route=MEAN)):
+            best = max(rows, key=lambda row: row.mean)
+            said.append(f"Best: {_name(best)}, {best.words()} dB; the mean image of the proxies {mean.words()} dB.")
+        if rows and not table.where("psnr_db", prior=DIFFUSION):
+            said.append("Score distillation is left out: it needs diffusers, pip install 'r2f-ext[prior]'.")
+        return said
+
+
+@dataclass(frozen=True)
+class Scene:
+    """V victims and then their V strangers: what was observed of them, and where searches start."""
+
+    target: Target
+    a: dict[str, Tensor]
+    updates: Updates
+    decoded: Gradient
+    start: Tensor  # [2 V, c, h, w]
+    labels: Tensor  # [2 V], as the amortised route finds them
+    private: Tensor  # [V, c, h, w]
+    mean_image_db: list[float]
+
+
+@lru_cache(maxsize=1)
+def _scene(world: World, data: Data, seed: int) -> Scene:
+    base = base_of(world.base, world.device)
+    target, victims = target_of(base), _size("VICTIMS", world)
+    a = start_of(target, seed)
+    fitted, reserve = _public(world, data, seed)
+    private = private_images(base, data, seed, victims)
+    observed = victims_of(target, a, private)
+    strangers = victims_of(target, a, reserve.take(stranger_rows(reserve, private.labels, seed)))
+    updates = {name: torch.cat([u, strangers.updates[name]]) for name, u in observed.updates.items()}
+    decoder, estimates, pairs = Ridge(), Estimates(), _size("PAIRS", world)
+    fit_together(GeneratedPairs(target, a, fitted), pairs, (decoder, estimates))
+    start = estimates.inverter.invert(updates)
+    assert start.labels is not None
+    images = observed.images[:, 0]
+    floor = mean_image_db(fitted, images).tolist()
+    return Scene(target, a, updates, decoder.decode(updates), start.images, start.labels, images, floor)
+
+
+@lru_cache(maxsize=1)
+def _diffusion(world: World, data: Data, seed: int) -> tuple[Any, Any]:
+    """A UNet and its scheduler, trained on the same public images as the decoder, and more of them."""
+    fitted, _ = _public(world, data, seed)
+    unet, scheduler, _ = train_prior(fitted, _size("TRAINING_STEPS", world), seed=seed)
+    return unet.to(world.device), scheduler
+
+
+def _public(world: World, data: Data, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Public images to fit to, and the reserve, from which strangers are taken.
+
+    Raises:
+        R2FError: there are too few.
+    """
+    needed, reserve = _size("PAIRS", world), _size("RESERVE", world)
+    images = public_images(base_of(world.base, world.device), data, seed, _size("TRAINED_IMAGES", world) + reserve)
+    if len(images) < needed + reserve:
+        raise R2FError(f"'{data.proxy}' has {len(images)} images, the study needs {needed + reserve}: name more.")
+    rows = torch.arange(len(images))
+    return images.take(rows[:-reserve]), images.take(rows[-reserve:])
+
+
+def _size(name: str, world: World) -> int:
+    """A constant of this module by its name, or the smaller one of quick worlds."""
+    return QUICK[name] if world.quick else int(globals()[name])
+
+
+def _variation(config: MatchingConfig) -> Prior:
+    """The slope of total variation, weighted as in matching."""
+
+    def slope(images: Tensor, step: int) -> Tensor:
+        return total_variation_backward(images.new_full((len(images),), config.tv_weight), images, config.isotropic)
+
+    return slope
+
+
+def prior_alone(slope: Prior, start: Tensor, config: MatchingConfig) -> Tensor:
+    """The search of `match` on a prior's slope alone: images [V, c, h, w] after its steps."""
+    images = start.clone()
+    optimizer = OPTIMIZERS[config.optimizer](images, config.box)
+    for step in range(config.steps):
+        size = config.step_size * SCHEDULES[config.schedule](step, config.steps)
+        optimizer.step(images, images.new_zeros(len(images)), slope(images, step), size, step + 1)
+    return images
+
+
+def _change(row: Row, table: Table, **other: str) -> tuple[str, bool]:
+    """What a row has over the row with other keys, in words ("" where that is missing), and whether it is above."""
+    base = table.one("psnr_db", **{**row.keys, **other})
+    change = None if base is None else difference(row, base)
+    if change is None:
+        return "", False
+    return f"{_name(row)}, {change.words(2)} dB", change.low is not None and change.low > 0
+
+
+def _name(row: Row) -> str:
+    keys = row.keys
+    prior = "no prior" if keys["prior"] == NONE else keys["prior"]
+    return f"{keys['observed']} from {keys['start']} with {prior}"
