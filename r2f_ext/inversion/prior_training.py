@@ -15,13 +15,15 @@ from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
 from r2f_ext.progress import Advance, unheard
 
-AVERAGE, BATCH, RATE = 0.995, 64, 1e-3  # decay of the averaged weights; images of a step; largest step size
+AVERAGE, RATE = 0.995, 1e-3  # decay of the averaged weights; largest step size
+CHANNELS = (32, 48, 64)  # at the full, half and quarter size
 REPORT_EVERY = 100  # steps
-HALVINGS = 2  # of an image's sides inside the UNet
 
 
-def build_unet(height: int, width: int) -> Any:
-    """A `diffusers.UNet2DModel` for gray images, about 0.5 million parameters: attention only at a quarter of the size.
+def build_unet(height: int, width: int, channels: tuple[int, int, int] = CHANNELS) -> Any:
+    """A `diffusers.UNet2DModel` for gray images with attention only at a quarter of the size.
+
+    With the default channels it has about 0.5 million parameters. Channels are multiples of 8, the last of 16.
 
     Raises:
         R2FError: diffusers is not installed, or the sides cannot be halved twice.
@@ -30,7 +32,7 @@ def build_unet(height: int, width: int) -> Any:
         from diffusers import UNet2DModel
     except ImportError as error:
         raise R2FError("the generative prior needs diffusers: pip install 'r2f-ext[prior]'.") from error
-    if height % 2**HALVINGS or width % 2**HALVINGS:
+    if height % 4 or width % 4:
         raise R2FError(f"a prior for images of {height}x{width} cannot be built: both sides must be multiples of 4.")
     size: Any = height if height == width else (height, width)
     return UNet2DModel(
@@ -38,7 +40,7 @@ def build_unet(height: int, width: int) -> Any:
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(32, 48, 64),
+        block_out_channels=channels,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
@@ -47,15 +49,22 @@ def build_unet(height: int, width: int) -> Any:
 
 
 def train_prior(
-    images: ImageSet, steps: int, prediction: str = "v_prediction", seed: int = 0, advance: Advance = unheard
+    images: ImageSet,
+    steps: int,
+    prediction: str = "v_prediction",
+    seed: int = 0,
+    advance: Advance = unheard,
+    batch: int = 64,
+    channels: tuple[int, int, int] = CHANNELS,
 ) -> tuple[Any, Any, list[float]]:
     """Train on the images' mean over channels, with AdamW and one cycle of the step size.
 
     Args:
-        steps: of BATCH images each.
+        steps: of `batch` images each, drawn with replacement.
         prediction: "epsilon", "sample" or "v_prediction" (Salimans and Ho, 2022).
         seed: of weights, images, times and noise; the global generator is left as it was.
         advance: called after each step, every REPORT_EVERY steps with the mean loss since the last report.
+        channels: see `build_unet`.
 
     Returns:
         a `UNet2DModel` with the exponential average of the weights, its `DDPMScheduler`, and every step's loss.
@@ -65,7 +74,7 @@ def train_prior(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        unet = build_unet(*images.images.shape[-2:])
+        unet = build_unet(*images.images.shape[-2:], channels)
         from diffusers import DDPMScheduler
 
         scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
@@ -74,8 +83,8 @@ def train_prior(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
         losses: list[float] = []
         for step in range(steps):
-            clean = 2 * images.batch(torch.randint(len(images), (BATCH,))).mean(1, keepdim=True) - 1
-            noise, times = torch.randn_like(clean), torch.randint(len(scheduler.alphas_cumprod), (BATCH,))
+            clean = 2 * images.batch(torch.randint(len(images), (batch,))).mean(1, keepdim=True) - 1
+            noise, times = torch.randn_like(clean), torch.randint(len(scheduler.alphas_cumprod), (batch,))
             noisy = scheduler.add_noise(clean, noise, times)
             loss = F.mse_loss(unet(noisy, times).sample, _target(scheduler, clean, noise, times))
             optimizer.zero_grad(set_to_none=True)

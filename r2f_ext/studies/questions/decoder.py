@@ -41,7 +41,7 @@ from r2f_ext.studies.table import Row, Table, Value, difference
 from r2f_ext.types import Gradient, Target
 
 PAIRS, OTHER_PAIRS = (500, 1000, 2000, 4000), 1000  # of the first data set and of the others, for closed forms
-TRAINED_PAIRS, FEW_PAIRS = 1000, 500  # where losses and inputs vary; for the convolutional decoders, which train long
+TRAINED_PAIRS, FEW_PAIRS = 1000, 500  # where losses and inputs vary; for the kinds that take longest to fit
 HELD_OUT, VICTIMS, LAYER_STEP = 100, 16, 5
 QUICK_PAIRS, QUICK_TRAINED, QUICK_HELD_OUT, QUICK_VICTIMS, QUICK_EPOCHS = (60, 120), 120, 20, 4, 3
 TRAINED = (TRAINED_PAIRS, QUICK_TRAINED)
@@ -151,12 +151,15 @@ class DecoderStudy(Study):
     def conclude(self, world: World, table: Table) -> list[str]:
         rows = table.where("cosine", images=OWN_VICTIMS)
         tried = [row for row in rows if row.keys["decoder"] not in FLOORS and _floor(table, row)]
-        above = {id(row): _beats(row, _floor(table, row)) for row in tried}
+        missed: dict[str, list[str]] = {}
+        for row in tried:
+            if not _beats(row, _floor(table, row)):
+                missed.setdefault(_name(row), []).append(str(row.keys["pairs"]))
         said = []
-        if missed := [_name(row) for row in tried if not above[id(row)]]:
+        if missed:
             said.append(
                 "Not above the mean gradient of the victim's class, which needs no decoder but knows the label: "
-                + "; ".join(missed)
+                + "; ".join(f"{name}, {', '.join(pairs)} pairs" for name, pairs in missed.items())
                 + "."
             )
         elif tried:
@@ -189,12 +192,12 @@ def _rows(quick: bool, first: bool) -> Iterator[tuple[str, int, str, str, str]]:
     yield from ((ONE, pairs, "mlp", B, loss) for loss in ((WITH_NORM,) if quick else LOSSES))
     if not quick:
         yield ONE, pairs, "mlp", BA, WITH_NORM
-        yield ONE, pairs, "kernel_ridge", B, CLOSED
+        yield ONE, FEW_PAIRS, "kernel_ridge", B, CLOSED
         yield from ((ONE, FEW_PAIRS, decoder, B, WITH_NORM) for decoder in ("mlp", "conv", "unet"))
     yield EACH, pairs, CLASS_MEAN, BOTH, CLOSED
     for inputs in FORMS:
         yield EACH, pairs, "ridge", inputs, CLOSED
-        if not quick:
+        if inputs != PROJECTED and not quick:
             yield EACH, pairs, "mlp", inputs, WITH_NORM
 
 
@@ -286,14 +289,14 @@ def _name(row: Row) -> str:
     keys = row.keys
     trained = "" if keys["loss"] == CLOSED else f", loss {keys['loss']}"
     starts = "" if keys["starts"] == ONE else ", an A each"
-    return f"{keys['decoder']} of {keys['inputs']}{starts}{trained}, {keys['pairs']} pairs ({keys['data']})"
+    return f"{keys['decoder']} of {keys['inputs']}{starts}{trained} ({keys['data']})"
 
 
 def _best_of(table: Table, data: Data, best: Row) -> str:
     where = {name: best.keys[name] for name in ("data", "starts", "pairs", "images")}
     floors = [row for kind in FLOORS if (row := table.one("cosine", decoder=kind, **where))]
     return (
-        f"Victims of {data.name}: best is {_name(best)}, cosine {best.words(3)}; "
+        f"Victims of {data.name}: best is {_name(best)}, {best.keys['pairs']} pairs, cosine {best.words(3)}; "
         + "; ".join(f"{row.keys['decoder']} {row.words(3)}" for row in floors)
         + "."
     )
@@ -305,7 +308,7 @@ def _growth(rows: list[Row], decoder: str) -> str:
     own = [row for row in own if row.keys["set"] == "first" and row.keys["loss"] in (CLOSED, WITH_NORM)]
     if len(own) < 2:
         return ""
-    own.sort(key=lambda row: row.keys["pairs"])
+    own.sort(key=lambda row: float(row.keys["pairs"]))
     return f"{decoder} by pairs: " + ", ".join(f"{row.keys['pairs']}: {row.mean:.3f}" for row in own) + "."
 
 
@@ -320,8 +323,8 @@ def _compared(rows: list[Row], column: str, same: dict[str, Value | tuple[Value,
         change = None if base is None or base is row else difference(row, base)
         if change is not None and base is not None:
             said.append(
-                f"{_name(row)}: cosine {row.mean:.3f} against {base.mean:.3f} with {column} {base.keys[column]}, "
-                f"a difference of {change.words(3)}{_nothing(change)}."
+                f"{_name(row)}, {row.keys['pairs']} pairs: cosine {row.mean:.3f} against {base.mean:.3f} with {column} "
+                f"{base.keys[column]}, a difference of {change.words(3)}{_nothing(change)}."
             )
     return said
 

@@ -37,8 +37,9 @@ from r2f_ext.studies.study import Data, Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, difference
 from r2f_ext.types import Gradient, Target
 
-VICTIMS, PAIRS, RESERVE, STEPS = 8, 1500, 400, 60  # a seed; strangers come from the reserve, which nothing is fitted to
-TRAINED_IMAGES, TRAINING_STEPS, WEIGHT = 5000, 400, 1e-3
+VICTIMS, PAIRS, RESERVE, STEPS = 4, 1500, 400, 50  # a seed; strangers come from the reserve, which nothing is fitted to
+TRAINED_IMAGES, TRAINING_STEPS, BATCH, CHANNELS = 5000, 250, 32, (16, 24, 32)  # of the diffusion model
+WEIGHT = 1e-3  # of score distillation: its default
 QUICK = {"VICTIMS": 2, "PAIRS": 60, "RESERVE": 40, "STEPS": 2, "TRAINED_IMAGES": 100, "TRAINING_STEPS": 2}
 DECODED, UPDATE, NOTHING = "decoded gradient", "LoRA update", "nothing"
 GRAY, AMORTISED = "gray", "amortised"
@@ -54,9 +55,11 @@ class PriorStudy(Study):
         f"amortised estimate from {PAIRS} pairs. Matching of the decoded gradient, or of the LoRA update itself, from "
         f"gray or from the amortised estimate: {STEPS} steps, otherwise the library's settings of `matching` (from "
         "gray) and of `amortised_refined` (from the estimate). One prior at a time: none, total variation with these "
-        f"settings' weight, or score distillation with weight {WEIGHT:g} from a diffusion model of half a million "
-        f"parameters, trained for {TRAINING_STEPS} steps on at most {TRAINED_IMAGES} public images. Where nothing is "
-        "observed, the same optimizer and steps follow the prior's slope alone; with no prior it is the start. The "
+        f"settings' weight, or score distillation with weight {WEIGHT:g} from a small diffusion model, trained for "
+        f"{TRAINING_STEPS} steps of {BATCH} out of at most {TRAINED_IMAGES} public images (diffusion_loss: its mean "
+        "squared error, about 1 before training; benchmarks/inversion/prior.py trains a larger one for longer). Where "
+        "nothing is observed, the same optimizer and steps follow the prior's slope alone; without a prior the start "
+        "itself is scored. The "
         "stranger's row is what the same search makes of the update of a public image of the same label, to which "
         "neither decoder nor estimate nor diffusion model was fitted, scored against the victim's image."
     )
@@ -89,8 +92,11 @@ class PriorStudy(Study):
         start = torch.full_like(scene.start, 0.5) if from_gray else scene.start
         config = replace(config.matching if from_gray else config.refinement, steps=_size("STEPS", world))
         slope: Prior | None = None
+        found: list[Measured] = []
         if setting["prior"] == DIFFUSION:
-            slope = ScoreDistillation(*_diffusion(world, world.data[0], seed), WEIGHT, seed).gradient
+            unet, scheduler, loss = _diffusion(world, world.data[0], seed)
+            slope = ScoreDistillation(unet, scheduler, WEIGHT, seed).gradient
+            found.append(Measured("diffusion_loss", [loss], {"route": OWN}))
         if setting["observed"] == NOTHING:
             if setting["prior"] == TV:
                 slope = _variation(config)
@@ -101,15 +107,10 @@ class PriorStudy(Study):
             if setting["observed"] == UPDATE:
                 objective = UpdateObjective(scene.target, scene.a, scene.updates)
             images = match(scene.target, objective, start, scene.labels, config, "matching", "", prior=slope).images
-        found = dict(zip((OWN, STRANGER), images.split(len(scene.private)), strict=True))
-        return [
-            measured
-            for route, guess in found.items()
-            for measured in (
-                Measured("psnr_db", psnr_db(guess, scene.private).tolist(), {"route": route}),
-                Measured("ssim", ssim(guess, scene.private).tolist(), {"route": route}),
-            )
-        ] + [Measured("psnr_db", scene.mean_image_db, {"route": MEAN})]
+        for route, guess in zip((OWN, STRANGER), images.split(len(scene.private)), strict=True):
+            found.append(Measured("psnr_db", psnr_db(guess, scene.private).tolist(), {"route": route}))
+            found.append(Measured("ssim", ssim(guess, scene.private).tolist(), {"route": route}))
+        return [*found, Measured("psnr_db", scene.mean_image_db, {"route": MEAN})]
 
     def conclude(self, world: World, table: Table) -> list[str]:
         said = []
@@ -175,11 +176,13 @@ def _scene(world: World, data: Data, seed: int) -> Scene:
 
 
 @lru_cache(maxsize=1)
-def _diffusion(world: World, data: Data, seed: int) -> tuple[Any, Any]:
-    """A UNet and its scheduler, trained on the same public images as the decoder, and more of them."""
+def _diffusion(world: World, data: Data, seed: int) -> tuple[Any, Any, float]:
+    """A UNet, its scheduler and its last losses' mean, trained on the public images that the decoder takes from."""
     fitted, _ = _public(world, data, seed)
-    unet, scheduler, _ = train_prior(fitted, _size("TRAINING_STEPS", world), seed=seed)
-    return unet.to(world.device), scheduler
+    steps = _size("TRAINING_STEPS", world)
+    unet, scheduler, losses = train_prior(fitted, steps, seed=seed, batch=BATCH, channels=CHANNELS)
+    last = losses[-steps // 10 :]
+    return unet.to(world.device), scheduler, sum(last) / len(last)
 
 
 def _public(world: World, data: Data, seed: int) -> tuple[ImageSet, ImageSet]:
