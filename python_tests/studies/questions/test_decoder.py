@@ -100,7 +100,10 @@ def test_a_decoder_below_the_class_mean_comes_first():
             (setting(), GOOD),
         ),
     )
-    assert said[0].startswith("Not above the mean gradient of the victim's class") and "row_lmmse of B" in said[0]
+    assert (
+        said[0].startswith("Not shown to be above the mean gradient of the victim's class")
+        and "row_lmmse of B" in said[0]
+    )
     assert "ridge" not in said[0]
     assert (
         said[1].startswith("Victims of clothes: best is ridge of B (clothes), 60 pairs")
@@ -110,7 +113,7 @@ def test_a_decoder_below_the_class_mean_comes_first():
 
 def test_decoders_that_all_beat_the_class_mean():
     said = STUDY.conclude(QUICK, table_of((setting(decoder="class_mean_gradient"), MIDDLE), (setting(), GOOD)))
-    assert said[0] == "All 1 decoders are above the mean gradient of the victim's class."
+    assert said[0] == "Every decoder is above the mean gradient of the victim's class, at every number of pairs."
 
 
 def test_a_difference_whose_interval_holds_zero_is_called_nothing():
@@ -131,4 +134,4 @@ def test_a_difference_whose_interval_holds_zero_is_called_nothing():
 )
 def test_missing_rows_and_single_values_are_no_error(rows):
     said = STUDY.conclude(QUICK, table_of(*rows))
-    assert not any(text.startswith("All") for text in said)  # one value has no interval, so nothing is shown
+    assert not any(text.startswith("Every") for text in said)  # one value has no interval, so nothing is shown

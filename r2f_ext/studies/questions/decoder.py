@@ -158,12 +158,11 @@ class DecoderStudy(Study):
         said = []
         if missed:
             said.append(
-                "Not above the mean gradient of the victim's class, which needs no decoder but knows the label: "
-                + "; ".join(f"{name}, {', '.join(pairs)} pairs" for name, pairs in missed.items())
-                + "."
+                "Not shown to be above the mean gradient of the victim's class, which needs no decoder but knows the "
+                "label: " + "; ".join(f"{name}, {', '.join(pairs)} pairs" for name, pairs in missed.items()) + "."
             )
         elif tried:
-            said.append(f"All {len(tried)} decoders are above the mean gradient of the victim's class.")
+            said.append("Every decoder is above the mean gradient of the victim's class, at every number of pairs.")
         for data in world.data:
             of_data = [row for row in tried if row.keys["data"] == data.name]
             if of_data:

@@ -37,10 +37,23 @@ from r2f_ext.studies.study import Data, Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, difference
 from r2f_ext.types import Gradient, Target
 
-VICTIMS, PAIRS, RESERVE, STEPS = 4, 1500, 400, 50  # a seed; strangers come from the reserve, which nothing is fitted to
-TRAINED_IMAGES, TRAINING_STEPS, BATCH, CHANNELS = 5000, 250, 32, (16, 24, 32)  # of the diffusion model
+BATCH, CHANNELS = 32, (16, 24, 32)  # of the diffusion model, small enough to be trained in two minutes on one core
 WEIGHT = 1e-3  # of score distillation: its default
-QUICK = {"VICTIMS": 2, "PAIRS": 60, "RESERVE": 40, "STEPS": 2, "TRAINED_IMAGES": 100, "TRAINING_STEPS": 2}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one seed: nothing is fitted to the reserve of public images, from which strangers are taken."""
+
+    victims: int
+    pairs: int
+    reserve: int
+    steps: int
+    trained_images: int
+    training_steps: int
+
+
+FULL, QUICK = Sizes(4, 1500, 400, 50, 5000, 250), Sizes(2, 60, 40, 2, 100, 2)
 DECODED, UPDATE, NOTHING = "decoded gradient", "LoRA update", "nothing"
 GRAY, AMORTISED = "gray", "amortised"
 NONE, TV, DIFFUSION = "none", "total variation", "score distillation"
@@ -51,17 +64,17 @@ class PriorStudy(Study):
     name = "prior"
     question = "What do total variation and a diffusion model add to gradient matching, and what do they make alone?"
     method = (
-        f"{VICTIMS} victims a seed (r = 8, one image, one step of SGD) of the first data set; ridge decoder and "
-        f"amortised estimate from {PAIRS} pairs. Matching of the decoded gradient, or of the LoRA update itself, from "
-        f"gray or from the amortised estimate: {STEPS} steps, otherwise the library's settings of `matching` (from "
-        "gray) and of `amortised_refined` (from the estimate). One prior at a time: none, total variation with these "
-        f"settings' weight, or score distillation with weight {WEIGHT:g} from a small diffusion model, trained for "
-        f"{TRAINING_STEPS} steps of {BATCH} out of at most {TRAINED_IMAGES} public images (diffusion_loss: its mean "
-        "squared error, about 1 before training; benchmarks/inversion/prior.py trains a larger one for longer). Where "
-        "nothing is observed, the same optimizer and steps follow the prior's slope alone; without a prior the start "
-        "itself is scored. The "
-        "stranger's row is what the same search makes of the update of a public image of the same label, to which "
-        "neither decoder nor estimate nor diffusion model was fitted, scored against the victim's image."
+        f"{FULL.victims} victims a seed (r = 8, one image, one step of SGD) of the first data set; ridge decoder and "
+        f"amortised estimate from {FULL.pairs} pairs. Matching of the decoded gradient, or of the LoRA update itself, "
+        f"from gray or from the amortised estimate: {FULL.steps} steps, otherwise the library's settings of `matching` "
+        "(from gray) and of `amortised_refined` (from the estimate). One prior at a time: none, total variation with "
+        f"these settings' weight, or score distillation with weight {WEIGHT:g} from a small diffusion model, trained "
+        f"for {FULL.training_steps} steps of {BATCH} out of at most {FULL.trained_images} public images "
+        "(diffusion_loss: its mean squared error, about 1 before training; benchmarks/inversion/prior.py trains a "
+        "larger one for longer). Where nothing is observed, the same optimizer and steps follow the prior's slope "
+        "alone; without a prior the start itself is scored. The stranger's row is what the same search makes of the "
+        "update of a public image of the same label, to which neither decoder nor estimate nor diffusion model was "
+        "fitted, scored against the victim's image."
     )
     no_controls = "No cosine is reported, so there is no class-mean gradient."
     panels = (
@@ -90,7 +103,7 @@ class PriorStudy(Study):
         scene, config = _scene(world, world.data[0], seed), AuditConfig()
         from_gray = setting["start"] == GRAY
         start = torch.full_like(scene.start, 0.5) if from_gray else scene.start
-        config = replace(config.matching if from_gray else config.refinement, steps=_size("STEPS", world))
+        config = replace(config.matching if from_gray else config.refinement, steps=_sizes(world).steps)
         slope: Prior | None = None
         found: list[Measured] = []
         if setting["prior"] == DIFFUSION:
@@ -116,15 +129,13 @@ class PriorStudy(Study):
         said = []
         rows = [row for row in table.where("psnr_db", route=OWN) if row.keys["observed"] != NOTHING]
         priors = [row for row in rows if row.keys["prior"] != NONE]
-        for helps, words in ((False, "A prior adds nothing"), (True, "A prior adds something")):
+        for helps, words in ((False, "No gain"), (True, "A gain")):
             changes = [_change(row, table, prior=NONE) for row in priors]
             if chosen := [text for text, above in changes if text and above == helps]:
-                said.append(f"{words} to matching without one: " + "; ".join(chosen) + ".")
+                said.append(f"{words} over matching without a prior: " + "; ".join(chosen) + ".")
         alone = [_change(row, table, observed=NOTHING) for row in priors]
         if chosen := [text for text, above in alone if text and not above]:
-            said.append(
-                "With this prior, what was observed adds nothing to the prior alone: " + "; ".join(chosen) + "."
-            )
+            said.append("No gain of matching with a prior over that prior alone: " + "; ".join(chosen) + ".")
         from_start = [_change(row, table, observed=NOTHING, prior=NONE) for row in rows]
         for better, words in ((False, "No better than their start"), (True, "Better than their start")):
             if chosen := [text for text, above in from_start if text and above == better]:
@@ -159,14 +170,14 @@ class Scene:
 @lru_cache(maxsize=1)
 def _scene(world: World, data: Data, seed: int) -> Scene:
     base = base_of(world.base, world.device)
-    target, victims = target_of(base), _size("VICTIMS", world)
+    target, victims = target_of(base), _sizes(world).victims
     a = start_of(target, seed)
     fitted, reserve = _public(world, data, seed)
     private = private_images(base, data, seed, victims)
     observed = victims_of(target, a, private)
     strangers = victims_of(target, a, reserve.take(stranger_rows(reserve, private.labels, seed)))
     updates = {name: torch.cat([u, strangers.updates[name]]) for name, u in observed.updates.items()}
-    decoder, estimates, pairs = Ridge(), Estimates(), _size("PAIRS", world)
+    decoder, estimates, pairs = Ridge(), Estimates(), _sizes(world).pairs
     fit_together(GeneratedPairs(target, a, fitted), pairs, (decoder, estimates))
     start = estimates.inverter.invert(updates)
     assert start.labels is not None
@@ -177,9 +188,9 @@ def _scene(world: World, data: Data, seed: int) -> Scene:
 
 @lru_cache(maxsize=1)
 def _diffusion(world: World, data: Data, seed: int) -> tuple[Any, Any, float]:
-    """A UNet, its scheduler and its last losses' mean, trained on the public images that the decoder takes from."""
+    """A UNet, its scheduler and its last losses' mean, trained on what the decoder is fitted to and more."""
     fitted, _ = _public(world, data, seed)
-    steps = _size("TRAINING_STEPS", world)
+    steps = _sizes(world).training_steps
     unet, scheduler, losses = train_prior(fitted, steps, seed=seed, batch=BATCH, channels=CHANNELS)
     last = losses[-steps // 10 :]
     return unet.to(world.device), scheduler, sum(last) / len(last)
@@ -191,17 +202,16 @@ def _public(world: World, data: Data, seed: int) -> tuple[ImageSet, ImageSet]:
     Raises:
         R2FError: there are too few.
     """
-    needed, reserve = _size("PAIRS", world), _size("RESERVE", world)
-    images = public_images(base_of(world.base, world.device), data, seed, _size("TRAINED_IMAGES", world) + reserve)
+    needed, reserve = _sizes(world).pairs, _sizes(world).reserve
+    images = public_images(base_of(world.base, world.device), data, seed, _sizes(world).trained_images + reserve)
     if len(images) < needed + reserve:
         raise R2FError(f"'{data.proxy}' has {len(images)} images, the study needs {needed + reserve}: name more.")
     rows = torch.arange(len(images))
     return images.take(rows[:-reserve]), images.take(rows[-reserve:])
 
 
-def _size(name: str, world: World) -> int:
-    """A constant of this module by its name, or the smaller one of quick worlds."""
-    return QUICK[name] if world.quick else int(globals()[name])
+def _sizes(world: World) -> Sizes:
+    return QUICK if world.quick else FULL
 
 
 def _variation(config: MatchingConfig) -> Prior:
