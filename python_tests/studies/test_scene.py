@@ -188,7 +188,21 @@ def test_kept_pairs_are_the_sources_with_rounded_factors(tiny):
         dense = [torch.cat([batch.gradients.dense(name) for batch in part]) for part in (got, wanted)]
         assert dense[0].dtype == torch.float32 and cosine(*dense).min() > 1 - 1e-4
     assert all(set(batch.gradients.x) == set(names) for batch in got)
-    assert torch.equal(kept.labels, pairs.proxy.labels[:120])
+    assert torch.equal(kept.labels(90, 110), pairs.proxy.labels[90:110])
+
+
+def test_pairs_that_do_not_fit_are_made_anew(tiny, monkeypatch):
+    _, _, _, pairs = tiny
+    whole = scene.KeptPairs(pairs, 130)
+    monkeypatch.setattr(scene, "MOST_KEPT", scene._bytes_of(whole.kept[0]))
+    part = scene.KeptPairs(pairs, 500)  # more than there are
+    assert (whole.held, part.held, len(part)) == (130, 100, 130)
+    for start, stop in ((0, 130), (20, 110), (105, 125), (10, 20)):
+        one, two = (list(each.batches(start, stop)) for each in (whole, part))
+        assert sum(len(batch.labels) for batch in two) == stop - start
+        for name in pairs.target.names:
+            dense = [torch.cat([batch.gradients.dense(name) for batch in each]) for each in (one, two)]
+            torch.testing.assert_close(*dense, rtol=1e-2, atol=1e-6)
 
 
 def test_kept_pairs_keep_the_a_of_each_victim(tiny):

@@ -23,6 +23,7 @@ from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, Gradient, P
 
 PRIVATE_IMAGES = 100  # of which seeds take victims; none of them is ever a proxy
 ALPHA = 16.0
+MOST_KEPT = 2 << 30  # bytes of pairs that a `KeptPairs` holds
 
 
 @lru_cache(maxsize=4)
@@ -247,9 +248,10 @@ def compared_with(decoded: Gradient, true: Gradient) -> HeldOut:
 
 
 class KeptPairs:
-    """The first pairs of a source in memory, to walk through them without running the model again.
+    """The first `count` pairs of a source in memory, to walk through them without running the model again.
 
     Factors are kept in bfloat16, as `write_pairs` stores them: 0.8 MB a pair of the embedded base with all its layers.
+    Pairs beyond MOST_KEPT bytes are made anew on each walk.
 
     Args:
         layers: keep the gradients of these layers only; None: of all. The updates of all layers are kept.
@@ -259,32 +261,52 @@ class KeptPairs:
         names = pairs.target.names if layers is None else tuple(layers)
         self.target = replace(pairs.target, layers=tuple(each for each in pairs.target.layers if each.name in names))
         self.a, self.one_step, self.per_victim_a = pairs.a, pairs.one_step, pairs.per_victim_a
-        self.group_size, self.kept = pairs.group_size, list[PairBatch]()
-        for batch in pairs.batches(0, count):
-            x, delta = ({n: each[n].bfloat16() for n in names} for each in (batch.gradients.x, batch.gradients.delta))
-            self.kept.append(replace(batch, gradients=FactoredGradient(x, delta)))
+        self.group_size, self.source, self.count = pairs.group_size, pairs, min(count, len(pairs))
+        self.kept: list[PairBatch] = []
+        self.held = size = 0
+        for batch in pairs.batches(0, self.count):
+            batch = self._rounded(batch)
+            size += _bytes_of(batch)
+            if size > MOST_KEPT:
+                break
+            self.kept.append(batch)
+            self.held += len(batch.labels)
 
     def __len__(self) -> int:
-        return sum(len(batch.labels) for batch in self.kept)
-
-    @property
-    def labels(self) -> Tensor:
-        """The label of each pair's first image, [n]."""
-        return torch.cat([batch.labels[:, 0] for batch in self.kept])
+        return self.count
 
     def updates(self, start: int, stop: int) -> Updates:
         """name -> updates of the pairs `start` to `stop`, [stop - start, d_out, r]."""
         parts = [batch.updates for batch in self.batches(start, stop)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def labels(self, start: int, stop: int) -> Tensor:
+        """The label of the first image of the pairs `start` to `stop`."""
+        return torch.cat([batch.labels[:, 0] for batch in self.batches(start, stop)])
+
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         """The pairs `start` to `stop`, in batches."""
-        first, stop = 0, len(self) if stop is None else stop
+        first, stop = 0, self.count if stop is None else min(stop, self.count)
         for batch in self.kept:
             rows = slice(max(start - first, 0), max(stop - first, 0))
             first += len(batch.labels)
             if len(batch.labels[rows]):
                 yield _rows_of(batch, rows)
+        if stop > self.held:
+            for batch in self.source.batches(max(start, self.held), stop):
+                yield _rows_of(self._rounded(batch), slice(None))
+
+    def _rounded(self, batch: PairBatch) -> PairBatch:
+        x, delta = (
+            {name: each[name].bfloat16() for name in self.target.names}
+            for each in (batch.gradients.x, batch.gradients.delta)
+        )
+        return replace(batch, gradients=FactoredGradient(x, delta))
+
+
+def _bytes_of(batch: PairBatch) -> int:
+    tensors = (*batch.updates.values(), *batch.gradients.x.values(), *batch.gradients.delta.values(), batch.images)
+    return sum(each.nbytes for each in tensors)
 
 
 def _rows_of(batch: PairBatch, rows: slice) -> PairBatch:

@@ -120,3 +120,17 @@ def test_a_prior_that_helps_is_said_to():
 def test_missing_rows_and_single_values_are_no_error(rows):
     said = STUDY.conclude(World(), table_of(*rows))
     assert not any(text.startswith(("A gain", "No gain", "Every")) for text in said)
+
+
+def test_a_search_that_lowers_the_similarity_is_told():
+    rows = [(setting(observed="nothing"), [0.8, 0.7]), (setting(), [0.5, 0.6])]
+    cells = [
+        {"setting": keys, "seed": 0, "measured": [{"metric": "ssim", "values": v, "labels": {"route": "victim"}}]}
+        for keys, v in rows
+    ]
+    said = STUDY.conclude(World(), Table.of(cells))
+    assert said == [
+        "Worse than their start by SSIM: LoRA update from amortised with no prior, "
+        "-0.20 (95 % interval -0.30 to -0.10; 2 values)."
+    ]
+    assert STUDY.conclude(World(), Table.of(cells[::-1][:1])) == []

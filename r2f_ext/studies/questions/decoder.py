@@ -89,7 +89,13 @@ class DecoderStudy(Study):
             "cosine",
             "inputs",
             ("decoder", "starts"),
-            {"set": "first", "images": OWN_VICTIMS, "pairs": TRAINED, "loss": (CLOSED, WITH_NORM)},
+            {
+                "set": "first",
+                "images": OWN_VICTIMS,
+                "pairs": TRAINED,
+                "decoder": (CLASS_MEAN, "ridge", "mlp"),
+                "loss": (CLOSED, WITH_NORM),
+            },
             "Victims: inputs, with one A for all proxies or one each",
         ),
         Panel(
@@ -101,7 +107,7 @@ class DecoderStudy(Study):
         ),
         Panel(
             "seconds", "pairs", ("decoder",), {"set": "first", "inputs": B, "loss": (CLOSED, WITH_NORM)},
-            "Seconds to fit, one thread", x_log=True, y_log=True,
+            "Seconds to fit", x_log=True, y_log=True,
         ),
     )  # fmt: skip
     seeds = 2
@@ -130,7 +136,7 @@ class DecoderStudy(Study):
         decoder.fit(source, count)
         fitted = time.perf_counter()
         if isinstance(decoder, ClassMean):
-            decoded = decoder.guess(torch.cat([kept.pairs.labels[rows], victims.labels[:, 0]]))
+            decoded = decoder.guess(torch.cat([kept.pairs.labels(rows.start, rows.stop), victims.labels[:, 0]]))
         else:
             decoded = decoder.decode({name: torch.cat([each, asked[name]]) for name, each in held_out.items()})
         done = time.perf_counter()

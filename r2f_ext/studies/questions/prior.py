@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -79,12 +80,13 @@ class PriorStudy(Study):
     no_controls = "No cosine is reported, so there is no class-mean gradient."
     panels = (
         Panel("psnr_db", "prior", ("observed", "start"), {"route": OWN}, "Victims"),
+        Panel("ssim", "prior", ("observed", "start"), {"route": OWN}, "Victims", y_label="SSIM"),
         Panel(
             "psnr_db",
             "prior",
-            ("route", "start"),
-            {"observed": UPDATE, "route": (OWN, STRANGER, MEAN)},
-            "Matching of updates: the victim's, a stranger's, the mean image",
+            ("route",),
+            {"observed": UPDATE, "start": AMORTISED, "route": (OWN, STRANGER, MEAN)},
+            "Matching of updates from amortised, and its controls",
         ),
     )
     seeds = 2
@@ -126,31 +128,41 @@ class PriorStudy(Study):
         return [*found, Measured("psnr_db", scene.mean_image_db, {"route": MEAN})]
 
     def conclude(self, world: World, table: Table) -> list[str]:
-        said = []
         rows = [row for row in table.where("psnr_db", route=OWN) if row.keys["observed"] != NOTHING]
-        priors = [row for row in rows if row.keys["prior"] != NONE]
-        for helps, words in ((False, "No gain"), (True, "A gain")):
-            changes = [_change(row, table, prior=NONE) for row in priors]
-            if chosen := [text for text, above in changes if text and above == helps]:
-                said.append(f"{words} over matching without a prior: " + "; ".join(chosen) + ".")
-        alone = [_change(row, table, observed=NOTHING) for row in priors]
-        if chosen := [text for text, above in alone if text and not above]:
-            said.append("No gain of matching with a prior over that prior alone: " + "; ".join(chosen) + ".")
-        from_start = [_change(row, table, observed=NOTHING, prior=NONE) for row in rows]
-        for better, words in ((False, "No better than their start"), (True, "Better than their start")):
-            if chosen := [text for text, above in from_start if text and above == better]:
-                said.append(f"{words}: " + "; ".join(chosen) + ".")
-        strangers = [_change(row, table, route=STRANGER) for row in rows]
-        if chosen := [text for text, above in strangers if text and not above]:
-            said.append("Nothing recovered, a stranger's update makes as good an image: " + "; ".join(chosen) + ".")
-        elif any(text for text, _ in strangers):
-            said.append("Every search is above the same search for a stranger of the same label.")
+        with_prior = [row for row in rows if row.keys["prior"] != NONE]
+        gains = _changes(with_prior, table, prior=NONE)
+        found = [
+            _listed("No gain over matching without a prior", gains, lambda change: not _above(change)),
+            _listed("A gain over matching without a prior", gains, _above),
+            _listed(
+                "No gain of matching with a prior over that prior alone",
+                _changes(with_prior, table, observed=NOTHING),
+                lambda change: not _above(change),
+            ),
+        ]
+        moved = _changes(rows, table, observed=NOTHING, prior=NONE)
+        similarities = [row for row in table.where("ssim", route=OWN) if row.keys["observed"] != NOTHING]
+        found += [
+            _listed("No better than their start", moved, lambda change: not _above(change)),
+            _listed("Better than their start", moved, _above),
+            _listed(
+                "Worse than their start by SSIM",
+                _changes(similarities, table, observed=NOTHING, prior=NONE),
+                lambda change: change.high is not None and change.high < 0,
+                "",
+            ),
+        ]
+        strangers = _changes(rows, table, route=STRANGER)
+        nothing = "Nothing recovered: no better than what the same search makes of a stranger's update"
+        found.append(_listed(nothing, strangers, lambda change: not _above(change)))
+        if strangers and not found[-1]:
+            found.append("Every search is above the same search for a stranger of the same label.")
         if rows and (mean := table.one("psnr_db", route=MEAN)):
             best = max(rows, key=lambda row: row.mean)
-            said.append(f"Best: {_name(best)}, {best.words()} dB; the mean image of the proxies {mean.words()} dB.")
+            found.append(f"Best: {_name(best)}, {best.words()} dB; the mean image of the proxies {mean.words()} dB.")
         if rows and not table.where("psnr_db", prior=DIFFUSION):
-            said.append("Score distillation is left out: it needs diffusers, pip install 'r2f-ext[prior]'.")
-        return said
+            found.append("Score distillation is left out: it needs diffusers, pip install 'r2f-ext[prior]'.")
+        return [sentence for sentence in found if sentence]
 
 
 @dataclass(frozen=True)
@@ -233,13 +245,25 @@ def prior_alone(slope: Prior, start: Tensor, config: MatchingConfig) -> Tensor:
     return images
 
 
-def _change(row: Row, table: Table, **other: str) -> tuple[str, bool]:
-    """What a row has over the row with other keys, in words ("" where that is missing), and whether it is above."""
-    base = table.one("psnr_db", **{**row.keys, **other})
-    change = None if base is None else difference(row, base)
-    if change is None:
-        return "", False
-    return f"{_name(row)}, {change.words(2)} dB", change.low is not None and change.low > 0
+def _changes(rows: Sequence[Row], table: Table, **other: str) -> list[Row]:
+    """What each row has over the row with these other keys, victim by victim, where there is one."""
+    found = []
+    for row in rows:
+        base = table.one(row.metric, **{**row.keys, **other})
+        change = None if base is None else difference(row, base)
+        if change is not None:
+            found.append(change)
+    return found
+
+
+def _above(change: Row) -> bool:
+    return change.low is not None and change.low > 0
+
+
+def _listed(words: str, changes: Sequence[Row], chosen: Callable[[Row], bool], unit: str = " dB") -> str:
+    """A sentence that lists the chosen differences; "" where there are none."""
+    told = [f"{_name(change)}, {change.words(2)}{unit}" for change in changes if chosen(change)]
+    return f"{words}: {'; '.join(told)}." if told else ""
 
 
 def _name(row: Row) -> str:
