@@ -74,7 +74,8 @@ def train_prior(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        unet = build_unet(*images.images.shape[-2:], channels)
+        height, width = images.images.shape[-2:]
+        unet = build_unet(height, width, channels)
         from diffusers import DDPMScheduler
 
         scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)

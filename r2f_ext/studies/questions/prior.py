@@ -102,10 +102,10 @@ class PriorStudy(Study):
         ]
 
     def measure(self, world: World, setting: Setting, seed: int) -> list[Measured]:
-        scene, config = _scene(world, world.data[0], seed), AuditConfig()
+        scene, audit = _scene(world, world.data[0], seed), AuditConfig()
         from_gray = setting["start"] == GRAY
         start = torch.full_like(scene.start, 0.5) if from_gray else scene.start
-        config = replace(config.matching if from_gray else config.refinement, steps=_sizes(world).steps)
+        config = replace(audit.matching if from_gray else audit.refinement, steps=_sizes(world).steps)
         slope: Prior | None = None
         found: list[Measured] = []
         if setting["prior"] == DIFFUSION:
