@@ -16,6 +16,7 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Ridge, Updates
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.channels import without_foreign_colours
 from r2f_ext.inversion.matching import OPTIMIZERS, SCHEDULES, MatchingConfig, Prior, match
 from r2f_ext.inversion.objectives import GradientObjective, Objective, UpdateObjective
 from r2f_ext.inversion.prior import ScoreDistillation
@@ -40,6 +41,7 @@ from r2f_ext.types import Gradient, Target
 
 BATCH, CHANNELS = 32, (16, 24, 32)  # of the diffusion model, small enough to be trained in two minutes on one core
 WEIGHT = 1e-3  # of score distillation: its default
+COLOUR_IMAGES = 200  # public images that tell which colours there are
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class PriorStudy(Study):
         f"{FULL.victims} victims a seed (r = 8, one image, one step of SGD) of the first data set; ridge decoder and "
         f"amortised estimate from {FULL.pairs} pairs. Matching of the decoded gradient, or of the LoRA update itself, "
         f"from gray or from the amortised estimate: {FULL.steps} steps, otherwise the library's settings of `matching` "
-        "(from gray) and of `amortised_refined` (from the estimate). One prior at a time: none, total variation with "
+        "(from gray) and of `amortised_refined` (from the estimate; colours that no public image has are taken out). "
+        "One prior at a time: none, total variation with "
         f"these settings' weight, or score distillation with weight {WEIGHT:g} from a small diffusion model, trained "
         f"for {FULL.training_steps} steps of {BATCH} out of at most {FULL.trained_images} public images "
         "(diffusion_loss: its mean squared error, about 1 before training; benchmarks/inversion/prior.py trains a "
@@ -122,6 +125,8 @@ class PriorStudy(Study):
             if setting["observed"] == UPDATE:
                 objective = UpdateObjective(scene.target, scene.a, scene.updates)
             images = match(scene.target, objective, start, scene.labels, config, "matching", "", prior=slope).images
+        if not from_gray:
+            images = without_foreign_colours(images, start, scene.public)
         for route, guess in zip((OWN, STRANGER), images.split(len(scene.private)), strict=True):
             found.append(Measured("psnr_db", psnr_db(guess, scene.private).tolist(), {"route": route}))
             found.append(Measured("ssim", ssim(guess, scene.private).tolist(), {"route": route}))
@@ -176,6 +181,7 @@ class Scene:
     start: Tensor  # [2 V, c, h, w]
     labels: Tensor  # [2 V], as the amortised route finds them
     private: Tensor  # [V, c, h, w]
+    public: Tensor  # [n, c, h, w], some public images
     mean_image_db: list[float]
 
 
@@ -194,8 +200,8 @@ def _scene(world: World, data: Data, seed: int) -> Scene:
     start = estimates.inverter.invert(updates)
     assert start.labels is not None
     images = observed.images[:, 0]
-    floor = mean_image_db(fitted, images).tolist()
-    return Scene(target, a, updates, decoder.decode(updates), start.images, start.labels, images, floor)
+    public, floor = fitted.batch(slice(COLOUR_IMAGES)), mean_image_db(fitted, images).tolist()
+    return Scene(target, a, updates, decoder.decode(updates), start.images, start.labels, images, public, floor)
 
 
 @lru_cache(maxsize=1)
@@ -262,7 +268,11 @@ def _above(change: Row) -> bool:
 
 def _listed(words: str, changes: Sequence[Row], chosen: Callable[[Row], bool], unit: str = " dB") -> str:
     """A sentence that lists the chosen differences; "" where there are none."""
-    told = [f"{_name(change)}, {change.words(2)}{unit}" for change in changes if chosen(change)]
+    told = [
+        f"{_name(change)}, {change.words(3 if change.metric == 'ssim' else 2)}{unit}"
+        for change in changes
+        if chosen(change)
+    ]
     return f"{words}: {'; '.join(told)}." if told else ""
 
 
