@@ -158,7 +158,7 @@ class PriorStudy(Study):
             ),
         ]
         strangers = _changes(rows, table, route=STRANGER)
-        nothing = "Nothing recovered: no better than what the same search makes of a stranger's update"
+        nothing = "Nothing recovered, no better than what the same search makes of a stranger's update"
         found.append(_listed(nothing, strangers, lambda change: not _above(change)))
         if strangers and not found[-1]:
             found.append("Every search is above the same search for a stranger of the same label.")
