@@ -18,6 +18,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.models import load_base
 from r2f_ext.pairs import PairSource, Training, random_a, simulate
+from r2f_ext.studies.bases import TRAINED, trained_base
 from r2f_ext.studies.study import Data
 from r2f_ext.types import AdaptedLayer, BaseModel, Gradient, PairBatch, Target
 
@@ -26,9 +27,9 @@ ALPHA = 16.0
 
 
 @lru_cache(maxsize=4)
-def base_of(spec: str, device: torch.device) -> BaseModel:
-    """`load_base`, once for all settings of a study."""
-    return load_base(spec, device)
+def base_of(spec: str, device: torch.device, quick: bool = False) -> BaseModel:
+    """`load_base`, or a base of `bases.TRAINED` (`quick`: one trained for seconds only), once for all settings."""
+    return trained_base(spec, device, quick) if spec in TRAINED else load_base(spec, device)
 
 
 @lru_cache(maxsize=8)
