@@ -236,3 +236,8 @@ def exact_gradients_of(target: Target, images: Tensor, labels: Tensor) -> Gradie
     with Capture(target) as capture:
         found = capture(images, labels)
     return Gradient({name: found.dense(name) for name in target.names})
+
+
+def other_private_images(base: BaseModel, data: Data, seed: int, count: int) -> ImageSet:
+    """The private images that are not among the `count` of `private_images`: what else there is of that kind."""
+    return drop_private(_private(data.private, base), private_images(base, data, seed, count))
