@@ -39,12 +39,12 @@ class Transfer(Study):
         "victims of another of the same architecture, with the same A and the same kind of images. The loss is 1 - "
         f"cos, averaged over layers: `proxy` on {HELD_OUT} held-out pairs, `target` on victims. `distance` is the "
         "proxy A-distance 2(1 - 2 err) of Ben-David et al. (2010), from a linear classifier of unit updates, tested "
-        "on the half that it is not fitted on; `lambda` is the sum of both losses of one decoder fitted on the proxy's pairs "
-        f"and about {OTHERS} target pairs that are no victims'. `bound` is proxy + distance + lambda. It stands in for "
-        "the theorem and is not it: the loss lies in [0, 2], so that distributions of total variation TV differ in "
-        "mean loss by at most 2 TV, which is what the distance estimates; but a linear classifier finds only part of "
-        "TV, and the joint fit need not be the best decoder there is. A bound of 1 or more says nothing: so much has "
-        "a gradient at right angles to the true one."
+        "on the half that it is not fitted on; `lambda` is the sum of both losses of one decoder fitted on the "
+        f"proxy's pairs and about {OTHERS} target pairs that are no victims'. `bound` is proxy + distance + lambda. It "
+        "stands in for the theorem and is not it: the loss lies in [0, 2], so that distributions of total variation "
+        "TV differ in mean loss by at most 2 TV, which is what the distance estimates; but a linear classifier finds "
+        "only part of TV, and the joint fit need not be the best decoder there is. A bound of 1 or more says nothing: "
+        "so much has a gradient at right angles to the true one."
     )
     no_controls = "Noise adapters and the exact-gradient ceiling belong to the studies `cosine` and `phase0`."
     panels = (
