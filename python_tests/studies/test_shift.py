@@ -62,17 +62,25 @@ def test_public_faces_come_from_the_public_half_and_others_from_their_set(embedd
     assert public_of(own, embedded, "mine", 0, 30, 20).name == "lfw"
 
 
-def updates(count, shift, seed):
+def updates(count, shift, seed, flipped=False):
+    """Gaussian updates, one entry of which is shifted; flipped: every second update changes its sign, as labels do."""
     generator = torch.Generator().manual_seed(seed)
     made = {name: torch.randn(count, 6, 2, generator=generator) for name in ("one", "two")}
     made["one"][:, 0, 0] += shift
-    return made
+    signs = 1 - 2 * (torch.arange(count) // 3 % 2) if flipped else torch.ones(count)
+    return {name: each * signs[:, None, None] for name, each in made.items()}
 
 
-def test_the_distance_is_0_for_equal_distributions_and_2_for_separable_ones():
-    assert a_distance(updates(200, 0.0, 1), updates(200, 0.0, 2)) < 0.4
-    assert a_distance(updates(200, 30.0, 1), updates(200, -30.0, 2)) == 2.0
-    assert 0.5 < a_distance(updates(200, 2.0, 1), updates(200, -1.0, 2)) < 2.0
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_distance_is_0_for_equal_distributions_and_2_for_separable_ones(signed):
+    assert a_distance(updates(200, 0.0, 1), updates(200, 0.0, 2), signed) < 0.4
+    assert a_distance(updates(200, 30.0, 1), updates(200, -30.0 * signed, 2), signed) > 1.95
+    assert 0.5 < a_distance(updates(200, 3.0, 1), updates(200, -1.0 * signed, 2), signed) < 1.95
+
+
+def test_magnitudes_tell_apart_what_signs_hide():
+    sets = updates(200, 30.0, 1, flipped=True), updates(200, 0.0, 2, flipped=True)
+    assert a_distance(*sets) > 1.9 and a_distance(*sets, signed=True) < 0.4
 
 
 def test_the_distance_reads_directions_alone_and_cuts_the_longer_set():

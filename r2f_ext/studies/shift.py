@@ -121,17 +121,20 @@ def reconstructions(
     return [Measured("psnr_db", each.tolist(), {"route": route}) for route, each in figures.items()]
 
 
-def a_distance(first: Updates, second: Updates) -> float:
+def a_distance(first: Updates, second: Updates, signed: bool = False) -> float:
     """The proxy A-distance 2(1 - 2 err) of two sets of updates, in [0, 2] (Ben-David et al. 2010, section 3).
 
     err is the share of updates that a linear classifier puts into the wrong set, on the halves (every second update)
-    that it is not fitted on; it is fitted by ridge regression on the sign. Below 0 counts as 0. The longer set is cut.
+    that it is not fitted on; it is fitted by ridge regression. Below 0 counts as 0. The longer set is cut.
 
     Args:
-        first, second: name -> [n, d_out, r] of the same layers; the classifier reads unit updates of all layers.
+        first, second: name -> [n, d_out, r] of the same layers, of which the classifier reads the unit updates.
+        signed: it reads their entries, and otherwise their magnitudes. The label decides signs: where labels are random
+            in both sets, entries have mean 0 in both, and no linear classifier tells the sets apart by them.
     """
     n = min(len(next(iter(each.values()))) for each in (first, second))
     rows = torch.cat([_unit_rows(first)[:n], _unit_rows(second)[:n]])
+    rows = rows if signed else rows.abs()
     signs = torch.ones(2 * n, dtype=torch.float64)
     signs[n:] = -1
     even = torch.arange(n).repeat(2) % 2 == 0

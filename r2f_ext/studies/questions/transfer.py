@@ -38,8 +38,9 @@ class Transfer(Study):
         "public faces are faces that are nobody's victims, mirrored and shifted. `model`: pairs of one base against "
         "victims of another of the same architecture, with the same A and the same kind of images. The loss is 1 - "
         f"cos, averaged over layers: `proxy` on {HELD_OUT} held-out pairs, `target` on victims. `distance` is the "
-        "proxy A-distance 2(1 - 2 err) of Ben-David et al. (2010), from a linear classifier of unit updates, tested "
-        "on the half that it is not fitted on; `lambda` is the sum of both losses of one decoder fitted on the "
+        "proxy A-distance 2(1 - 2 err) of Ben-David et al. (2010), from a linear classifier of the magnitudes of "
+        "unit updates, tested on the half that it is not fitted on (`distance_of_entries`: of the updates themselves, "
+        "whose signs follow the labels); `lambda` is the sum of both losses of one decoder fitted on the "
         f"proxy's pairs and about {OTHERS} target pairs that are no victims'. `bound` is proxy + distance + lambda. It "
         "stands in for the theorem and is not it: the loss lies in [0, 2], so that distributions of total variation "
         "TV differ in mean loss by at most 2 TV, which is what the distance estimates; but a linear classifier finds "
@@ -109,6 +110,8 @@ def _measured(world: World, moved: str, source: str, to: tuple[str, ...], seed: 
         found[name] += reconstructions(estimates.inverter, observed, others, each.others, public, seed)
         seen = {layer: torch.cat([update, others[layer]]) for layer, update in observed.updates.items()}
         distance = a_distance(pairs.updates(count), seen)
+        signed = a_distance(pairs.updates(count), seen, signed=True)
+        found[name].append(Measured("distance_of_entries", [signed]))
         for joint in _joint(pairs, each.pairs):
             losses = 1 - cosines[joint.kind][0], 1 - own[joint.kind]
             least = sum(float((1 - part).mean()) for part in _cosines(joint, [held, observed]))
