@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import ImageSet, load_images
-from r2f_ext.decoders import Updates
+from r2f_ext.decoders import Decoder, Updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.kernel_solver import fit_by_leave_one_out
 from r2f_ext.linalg import gram
 from r2f_ext.studies.scene import (
     Observed,
+    mean_cosine,
     mean_image_db,
     other_private_images,
     private_images,
@@ -25,7 +27,7 @@ from r2f_ext.studies.scene import (
 )
 from r2f_ext.studies.study import Data, Measured, World
 from r2f_ext.studies.table import Row, difference
-from r2f_ext.types import BaseModel
+from r2f_ext.types import BaseModel, Gradient
 
 GENERATED = "procedural"
 SHARES = (1e-3, 1e-2, 1e-1, 1.0)  # dampings of the linear classifier, of which leave-one-out errors choose
@@ -70,15 +72,20 @@ def public_of(world: World, base: BaseModel, kind: str, seed: int, count: int, v
 
     The latter are the public part of the same set (clothes, photographs) where the data name it as their proxy;
     otherwise the `public` images of the split, mirrored and shifted.
+
+    Raises:
+        R2FError: the set has fewer.
     """
     if kind == GENERATED:
-        return load_images(
-            GENERATED, input_shape=base.input_shape, num_classes=base.num_classes, count=count, seed=seed
-        )
+        shape, classes = base.input_shape, base.num_classes
+        return load_images(GENERATED, input_shape=shape, num_classes=classes, count=count, seed=seed)
     data = world.named(kind)
-    if data.proxy == data.private:
-        return public_images(base, data, seed, count)
-    return varied(split_of(base, data, seed, victims).public, count, seed)
+    if data.proxy != data.private:
+        return varied(split_of(base, data, seed, victims).public, count, seed)
+    found = public_images(base, data, seed, count)
+    if len(found) < count:
+        raise R2FError(f"'{data.proxy}' has {len(found)} public images, and {count} are needed: add images.")
+    return found
 
 
 def varied(images: ImageSet, count: int, seed: int) -> ImageSet:
@@ -98,6 +105,16 @@ def varied(images: ImageSet, count: int, seed: int) -> ImageSet:
     if images.random_labels:
         labels = labels[torch.randperm(count, generator=generator)]
     return replace(images, images=torch.stack(moved), labels=labels)
+
+
+def cosines_of(decoder: Decoder, sets: Sequence[Observed]) -> list[Tensor]:
+    """Cosines [V], averaged over layers, of several sets of victims: decoded together, in one pass over the pairs."""
+    names = sets[0].updates
+    decoded = decoder.decode({name: torch.cat([each.updates[name] for each in sets]) for name in names})
+    ends = torch.tensor([len(each.labels) for each in sets]).cumsum(0).tolist()
+    rows = [slice(end - len(each.labels), end) for end, each in zip(ends, sets, strict=True)]
+    parts = [Gradient({name: dense[row] for name, dense in decoded.dense.items()}) for row in rows]
+    return [mean_cosine(part, each.gradient) for part, each in zip(parts, sets, strict=True)]
 
 
 def reconstructions(

@@ -16,12 +16,12 @@ from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.studies import scene
 from r2f_ext.studies.kept import KeptPairs
 from r2f_ext.studies.scene import Observed
-from r2f_ext.studies.shift import GENERATED, a_distance, not_above, public_of, reconstructions, split_of
+from r2f_ext.studies.shift import GENERATED, a_distance, cosines_of, not_above, public_of, reconstructions, split_of
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, Value
-from r2f_ext.types import BaseModel, Gradient, Target
+from r2f_ext.types import BaseModel, Target
 
-VICTIMS, QUICK_VICTIMS = 30, 4  # of a seed and set
+VICTIMS, QUICK_VICTIMS = 24, 4  # of a seed and set
 COUNTS, MOST = (100, 300, 1000), 5000
 QUICK_COUNTS = (30, 60)
 INVERTED, HALF, MIXED = " inverted", " of half the labels", f" and {GENERATED}"
@@ -69,20 +69,21 @@ class Proxy(Study):
         decoders = [Projection(), RowLMMSE(), *([Ridge(RIDGE, OWN)] if count < MOST else [])]
         classes, estimates = scene.ClassMean(), scene.Estimates()
         scene.fit_together(GeneratedPairs(target, a, public), len(public), [*decoders, classes, estimates])
-        together = {name: torch.cat([each.observed.updates[name] for each in sets]) for name in target.names}
-        guesses = {each.kind: each.decode(together).dense for each in decoders}
-        found, start = [], 0
+        cosines = {each.kind: cosines_of(each, [one.observed for one in sets]) for each in decoders}
+        found = []
         for number, each in enumerate(sets):
-            rows = slice(start, start + len(each.observed.labels))
-            start = rows.stop
-            decoded = {kind: Gradient({n: g[rows] for n, g in dense.items()}) for kind, dense in guesses.items()}
-            decoded[classes.kind] = classes.guess(each.observed.labels[:, 0])
+            observed = each.observed
+            own = {decoder: parts[number] for decoder, parts in cosines.items()}
+            own[classes.kind] = scene.mean_cosine(classes.guess(observed.labels[:, 0]), observed.gradient)
+            figures = [Measured("cosine", values.tolist(), {"decoder": name}) for name, values in own.items()]
+            figures += reconstructions(estimates.inverter, observed, each.others, each.kind, public, seed)
             labels = {"private": each.name, "first": number == 0}
-            missed = each.observed.labels[:, 0] >= target.base.num_classes // 2 if kind.endswith(HALF) else None
-            for one in _figures(each, decoded, estimates, public, seed):
-                values = one.values if missed is None else [v for v, m in zip(one.values, missed, strict=True) if m]
-                found.append(Measured(one.metric, values, {**one.labels, **labels}))
-            near = {name: torch.cat([u, each.others[name]]) for name, u in each.observed.updates.items()}
+            scored = range(len(observed.labels))
+            if kind.endswith(HALF):
+                scored = torch.nonzero(observed.labels[:, 0] >= target.base.num_classes // 2).flatten().tolist()
+            for one in figures:
+                found.append(Measured(one.metric, [one.values[i] for i in scored], {**one.labels, **labels}))
+            near = {name: torch.cat([u, each.others[name]]) for name, u in observed.updates.items()}
             distance = a_distance(estimates.inverter.units, near)
             found.append(Measured("distance", [distance], labels))
         return [one for one in found if one.values]
@@ -145,17 +146,6 @@ def alternating(first: ImageSet, second: ImageSet) -> ImageSet:
 
 def _victims(world: World) -> int:
     return QUICK_VICTIMS if world.quick else VICTIMS
-
-
-def _figures(
-    each: Attacked, decoded: dict[str, Gradient], estimates: scene.Estimates, public: ImageSet, seed: int
-) -> list[Measured]:
-    """Cosines of all decoders and PSNR of the amortised route, one value a victim, with controls."""
-    cosines = [
-        Measured("cosine", scene.mean_cosine(guess, each.observed.gradient).tolist(), {"decoder": kind})
-        for kind, guess in decoded.items()
-    ]
-    return cosines + reconstructions(estimates.inverter, each.observed, each.others, each.kind, public, seed)
 
 
 def _on_controls(table: Table, private: str) -> list[str]:

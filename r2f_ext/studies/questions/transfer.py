@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,10 +17,9 @@ from r2f_ext.studies import scene
 from r2f_ext.studies.bases import BASES
 from r2f_ext.studies.kept import KeptPairs
 from r2f_ext.studies.scene import Observed
-from r2f_ext.studies.shift import GENERATED, a_distance, not_above, public_of, reconstructions, split_of
+from r2f_ext.studies.shift import GENERATED, a_distance, cosines_of, not_above, public_of, reconstructions, split_of
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, Value
-from r2f_ext.types import Gradient
 
 VICTIMS, PAIRS, HELD_OUT = 24, 400, 60  # of a seed
 OTHERS = 38  # further public images, from which the victims of another model are told apart
@@ -100,7 +98,7 @@ def _measured(world: World, moved: str, source: str, to: tuple[str, ...], seed: 
     classes, estimates = scene.ClassMean(), scene.Estimates()
     scene.fit_together(pairs, count, [*decoders, classes, estimates])
     attacked = {name: _attacked(world, moved, name, a, seed, victims, rest) for name in to}
-    cosines = {each.kind: _cosines(each, [held, *(one.observed for one in attacked.values())]) for each in decoders}
+    cosines = {each.kind: cosines_of(each, [held, *(one.observed for one in attacked.values())]) for each in decoders}
     found = {}
     for number, (name, each) in enumerate(attacked.items()):
         observed, others = each.observed, each.pairs.updates(len(each.pairs))
@@ -114,7 +112,7 @@ def _measured(world: World, moved: str, source: str, to: tuple[str, ...], seed: 
         found[name].append(Measured("distance_of_entries", [signed]))
         for joint in _joint(pairs, each.pairs):
             losses = 1 - cosines[joint.kind][0], 1 - own[joint.kind]
-            least = sum(float((1 - part).mean()) for part in _cosines(joint, [held, observed]))
+            least = sum(float((1 - part).mean()) for part in cosines_of(joint, [held, observed]))
             found[name] += bound_of(losses, distance, least, {"decoder": joint.kind, "shift": f"{source} to {name}"})
     return found
 
@@ -142,16 +140,6 @@ def _joint(pairs: KeptPairs, others: KeptPairs) -> list[Decoder]:
     both, joint = pairs + others, _bounded()
     scene.fit_together(both, len(both), joint)
     return joint
-
-
-def _cosines(decoder: Decoder, sets: Sequence[Observed]) -> list[Tensor]:
-    """Cosines [V], averaged over layers, of several sets of victims: decoded together, in one pass over the pairs."""
-    names = sets[0].updates
-    decoded = decoder.decode({name: torch.cat([each.updates[name] for each in sets]) for name in names})
-    ends = torch.tensor([len(each.labels) for each in sets]).cumsum(0).tolist()
-    rows = [slice(end - len(each.labels), end) for end, each in zip(ends, sets, strict=True)]
-    parts = [Gradient({name: dense[row] for name, dense in decoded.dense.items()}) for row in rows]
-    return [scene.mean_cosine(part, each.gradient) for part, each in zip(parts, sets, strict=True)]
 
 
 def bound_of(losses: tuple[Tensor, Tensor], distance: float, least: float, labels: Setting) -> list[Measured]:
