@@ -34,16 +34,16 @@ class Proxy(Study):
         f"Decoders and the amortised route are fitted on {', '.join(map(str, COUNTS))} pairs of one kind of public "
         f"images, and without the decoder ridge on {MOST}, and scored on {VICTIMS} victims of every private set and "
         "seed (r = 8, one step of SGD on one image). Public faces are other private faces, mirrored and shifted, a "
-        "few dozen people however many pairs. Variants of the first set's kind, at the largest number that ridge is "
-        "fitted on: with inverted pixels; images of the first half of the labels only, scored on victims of the other "
+        "few dozen people however many pairs. Variants of the first set's kind, "
+        f"{COUNTS[-1]} pairs of each: with inverted pixels; images of the first half of the labels only, scored on victims of the other "
         "half; every second image procedural. `distance` is the proxy A-distance, 0 to 2, of public and victims' "
         "updates (see the study `transfer`). Ridge has one setting, so that counts differ in nothing else."
     )
     no_controls = "Noise adapters and the exact-gradient ceiling belong to the studies `cosine` and `phase0`."
     seeds = 2
     panels = (
-        Panel("cosine", "pairs", ("proxy", "decoder"), {"first": True, "decoder": ("ridge", "row_lmmse")},
-              "First private set: cosine on victims", x_log=True),
+        Panel("cosine", "pairs", ("proxy",), {"first": True, "decoder": "ridge"},
+              "First private set: cosine of ridge on victims", x_log=True),
         Panel("psnr_db", "pairs", ("proxy", "route"), {"first": True, "route": ("amortised", "stranger")},
               "First private set: reconstruction", x_log=True),
         Panel("cosine", "proxy", ("private",), {"decoder": "ridge", "pairs": (COUNTS[-1], QUICK_COUNTS[-1])},
