@@ -150,7 +150,7 @@ def a_distance(first: Updates, second: Updates, signed: bool = False) -> float:
             in both sets, entries have mean 0 in both, and no linear classifier tells the sets apart by them.
     """
     n = min(len(next(iter(each.values()))) for each in (first, second))
-    rows = torch.cat([_unit_rows(first)[:n], _unit_rows(second)[:n]])
+    rows = torch.cat([_unit_rows({name: update[:n] for name, update in each.items()}) for each in (first, second)])
     rows = rows if signed else rows.abs()
     signs = torch.ones(2 * n, dtype=torch.float64)
     signs[n:] = -1

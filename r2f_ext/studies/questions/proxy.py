@@ -22,7 +22,7 @@ from r2f_ext.studies.table import Row, Table, Value
 from r2f_ext.types import BaseModel, Target
 
 VICTIMS, QUICK_VICTIMS = 24, 4  # of a seed and set
-COUNTS, MOST = (100, 300, 1000), 5000
+COUNTS, MOST = (100, 300, 1000), 3000
 QUICK_COUNTS = (30, 60)
 INVERTED, HALF, MIXED = " inverted", " of half the labels", f" and {GENERATED}"
 
@@ -34,10 +34,11 @@ class Proxy(Study):
         f"Decoders and the amortised route are fitted on {', '.join(map(str, COUNTS))} pairs of one kind of public "
         f"images, and without the decoder ridge on {MOST}, and scored on {VICTIMS} victims of every private set and "
         "seed (r = 8, one step of SGD on one image). Public faces are other private faces, mirrored and shifted, a "
-        "few dozen people however many pairs. Variants of the first set's kind, "
-        f"{COUNTS[-1]} pairs of each: with inverted pixels; images of the first half of the labels only, scored on victims of the other "
-        "half; every second image procedural. `distance` is the proxy A-distance, 0 to 2, of public and victims' "
-        "updates (see the study `transfer`). Ridge has one setting, so that counts differ in nothing else."
+        f"few dozen people however many pairs. Variants of the first set's kind, {COUNTS[-1]} pairs of each: with "
+        "inverted pixels; images of the first half of the labels only, scored on victims of the other half; every "
+        "second image procedural. `distance` is the proxy A-distance, 0 to 2, of public and victims' updates (see the "
+        "study `transfer`). Ridge has one setting, so that counts differ in nothing else. Where labels are random the "
+        "amortised route has a label's share of the pairs, or all pairs under their own labels where it is small."
     )
     no_controls = "Noise adapters and the exact-gradient ceiling belong to the studies `cosine` and `phase0`."
     seeds = 2

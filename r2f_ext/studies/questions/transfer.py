@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import median
 
 import torch
 from scipy.stats import spearmanr
@@ -168,11 +169,11 @@ def _on_the_bound(table: Table) -> list[str]:
         said.append(
             f"The bound of {decoder} says nothing (is {VACUOUS:g} or more) in {vacuous} of {len(bounds)} shifts, and "
             f"the measured target loss lies above it in {broken}; bound minus target loss is {min(slacks):.2f} to "
-            f"{max(slacks):.2f}."
+            f"{max(slacks):.2f}, median {median(slacks):.2f}."
         )
         if len(bounds) > 3:
             order = float(spearmanr([row.mean for row in terms["distance"]], [row.mean for row in terms["target"]])[0])
-            said.append(f"Its distance and its target loss have rank correlation {order:.2f} over these shifts.")
+            said.append(f"Distance and target loss of {decoder} have rank correlation {order:.2f} over these shifts.")
     return said
 
 
