@@ -6,9 +6,9 @@ import torch
 from r2f_ext.data import ImageSet, content_hashes
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
-from r2f_ext.studies import FACES, Data, Row, World, shift
+from r2f_ext.studies import FACES, Data, Row, Table, World, shift
 from r2f_ext.studies.scene import Observed
-from r2f_ext.studies.shift import a_distance, not_above, public_of, reconstructions, split_of, varied
+from r2f_ext.studies.shift import a_distance, lost_to_controls, not_above, public_of, reconstructions, split_of, varied
 from r2f_ext.types import Gradient
 
 
@@ -119,3 +119,23 @@ def test_a_mean_is_above_another_when_the_paired_difference_is():
     alone = Row({}, "psnr_db", (11.0,), None, None)
     assert not_above(alone, Row({}, "psnr_db", (10.0,), None, None))
     assert not not_above(None, control) and not not_above(gains, None) and not not_above(gains, alone)
+
+
+def test_lost_controls_are_grouped_and_named():
+    def row(where, metric, labels, value):
+        return Row({"to": where, **labels}, metric, (value, value), value, value)
+
+    table = Table(
+        [
+            *(row("a", "psnr_db", {"route": route}, value) for route, value in (("amortised", 12), ("stranger", 14))),
+            *(row("b", "psnr_db", {"route": route}, value) for route, value in (("amortised", 18), ("stranger", 14))),
+            row("a", "psnr_db", {"route": "mean_image"}, 13),
+            row("b", "psnr_db", {"route": "mean_image"}, 19),
+            row("a", "cosine", {"decoder": "ridge"}, 0.9),
+            row("a", "cosine", {"decoder": "projection"}, 0.2),
+        ]
+    )
+    assert lost_to_controls(table, {"to a": {"to": "a"}, "to b": {"to": "b"}}) == (
+        "the amortised route by a stranger's update (to a); the amortised route by the mean public image (to a, to b)"
+    )
+    assert lost_to_controls(Table([]), {"to a": {"to": "a"}}) == ""

@@ -14,7 +14,7 @@ from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeptPairs:
     """Pairs in memory, of one step of plain SGD on one image each, from one start.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ from r2f_ext.studies.scene import (
     stranger_rows,
 )
 from r2f_ext.studies.study import Data, Measured, World
-from r2f_ext.studies.table import Row, difference
+from r2f_ext.studies.table import Row, Table, Value, difference
 from r2f_ext.types import BaseModel, Gradient
 
 GENERATED = "procedural"
@@ -177,3 +177,24 @@ def not_above(row: Row | None, control: Row | None) -> bool:
     """Whether both were measured on the same victims, and the interval of the paired difference reaches 0 or below."""
     found = None if row is None or control is None else difference(row, control)
     return found is not None and (found.low is None or found.low <= 0)
+
+
+CONTROLS = (  # metric, column, what is compared, its control, and how a sentence says that it does not beat it
+    ("psnr_db", "route", "amortised", "stranger", "the amortised route by a stranger's update"),
+    ("psnr_db", "route", "amortised", "mean_image", "the amortised route by the mean public image"),
+    ("cosine", "decoder", "ridge", "projection", "ridge by the projection"),
+    ("cosine", "decoder", "ridge", "class_mean_gradient", "ridge by the class mean gradient"),
+)
+
+
+def lost_to_controls(table: Table, cells: Mapping[str, Mapping[str, Value]]) -> str:
+    """What is not shown to beat which control, and in which cells (name -> keys); "" where everything does."""
+    clauses = []
+    for metric, column, tried, control, words in CONTROLS:
+        pairs = {
+            name: [table.one(metric, **{**keys, column: each}) for each in (tried, control)]
+            for name, keys in cells.items()
+        }
+        names = [name for name, (row, other) in pairs.items() if not_above(row, other)]
+        clauses += [f"{words} ({', '.join(names)})"] if names else []
+    return "; ".join(clauses)

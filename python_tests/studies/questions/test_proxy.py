@@ -83,8 +83,8 @@ def cell(kind, pairs, cosine, db, count=6, private="clothes"):
 def test_kinds_are_told_best_first_and_lost_controls_before_all():
     cells = [cell("procedural", 300, 0.5, 13.0), cell("clothes", 100, 0.8, 17.0), cell("clothes", 300, 0.9, 18.0)]
     said = STUDY.conclude(World(), Table.of(cells))
-    assert "amortised by a stranger's update (procedural, 300 pairs)" in said[0]
-    assert "ridge by the class mean gradient (procedural, 300 pairs)" in said[0] and "(clothes" not in said[0]
+    assert "the amortised route by a stranger's update (300 of procedural)" in said[0]
+    assert "ridge by the class mean gradient (300 of procedural)" in said[0] and "of clothes)" not in said[0]
     kinds = next(each for each in said if "300 pairs, cosine of ridge" in each)
     assert kinds.index("clothes 0.900") < kinds.index("procedural 0.500") and "18.0 dB" in kinds
     assert any("reaches 17.0" in each and "with 100 pairs and 18.0" in each for each in said)
@@ -93,4 +93,4 @@ def test_kinds_are_told_best_first_and_lost_controls_before_all():
 def test_little_is_said_of_little():
     assert STUDY.conclude(World(), Table.of([])) == []
     said = " ".join(STUDY.conclude(World(), Table.of([cell("clothes", 100, 0.9, 18.0, count=1)])))
-    assert "ridge by the projection (clothes, 100 pairs)" in said and "and 18" not in said
+    assert "ridge by the projection (100 of clothes)" in said and "and 18" not in said

@@ -16,7 +16,15 @@ from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.studies import scene
 from r2f_ext.studies.kept import KeptPairs
 from r2f_ext.studies.scene import Observed
-from r2f_ext.studies.shift import GENERATED, a_distance, cosines_of, not_above, public_of, reconstructions, split_of
+from r2f_ext.studies.shift import (
+    GENERATED,
+    a_distance,
+    cosines_of,
+    lost_to_controls,
+    public_of,
+    reconstructions,
+    split_of,
+)
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, Value
 from r2f_ext.types import BaseModel, Target
@@ -55,12 +63,13 @@ class Proxy(Study):
 
     def settings(self, world: World) -> list[Setting]:
         first = world.data[0].name
+        kinds = dict.fromkeys([*(data.name for data in world.data), GENERATED])
+        cells = [(kind, count) for kind in kinds for count in COUNTS]
+        cells += [(kind, MOST) for kind in dict.fromkeys((first, GENERATED))]
+        cells += [(first + variant, COUNTS[-1]) for variant in (INVERTED, HALF, MIXED)]
         if world.quick:
-            return [{"proxy": kind, "pairs": count} for kind in (first, GENERATED) for count in QUICK_COUNTS]
-        kinds = list(dict.fromkeys([*(data.name for data in world.data), GENERATED]))
-        swept = [{"proxy": kind, "pairs": count} for kind in kinds for count in COUNTS]
-        many = [{"proxy": kind, "pairs": MOST} for kind in dict.fromkeys((first, GENERATED))]
-        return swept + many + [{"proxy": first + variant, "pairs": COUNTS[-1]} for variant in (INVERTED, HALF, MIXED)]
+            cells = [(kind, count) for kind in (first, GENERATED) for count in QUICK_COUNTS]
+        return [{"proxy": kind, "pairs": count} for kind, count in cells]
 
     def measure(self, world: World, setting: Setting, seed: int) -> list[Measured]:
         kind, count = str(setting["proxy"]), int(setting["pairs"])
@@ -78,8 +87,8 @@ class Proxy(Study):
             own[classes.kind] = scene.mean_cosine(classes.guess(observed.labels[:, 0]), observed.gradient)
             figures = [Measured("cosine", values.tolist(), {"decoder": name}) for name, values in own.items()]
             figures += reconstructions(estimates.inverter, observed, each.others, each.kind, public, seed)
-            labels = {"private": each.name, "first": number == 0}
-            scored = range(len(observed.labels))
+            labels: Setting = {"private": each.name, "first": number == 0}
+            scored = list(range(len(observed.labels)))
             if kind.endswith(HALF):
                 scored = torch.nonzero(observed.labels[:, 0] >= target.base.num_classes // 2).flatten().tolist()
             for one in figures:
@@ -150,15 +159,10 @@ def _victims(world: World) -> int:
 
 
 def _on_controls(table: Table, private: str) -> list[str]:
-    lost = []
-    for row in table.where("psnr_db", private=private, route="amortised"):
-        if not_above(row, table.one("psnr_db", private=private, route="stranger", **_keys(row))):
-            lost.append(f"amortised by a stranger's update ({_named(row)})")
-    for row in table.where("cosine", private=private, decoder="ridge"):
-        for control in ("class_mean_gradient", "projection"):
-            if not_above(row, table.one("cosine", private=private, decoder=control, **_keys(row))):
-                lost.append(f"ridge by the {control.replace('_', ' ')} ({_named(row)})")
-    return [f"Victims of {private}: not shown to beat its control is {'; '.join(lost)}."] if lost else []
+    rows = table.where("psnr_db", private=private, route="amortised")
+    cells = {f"{row.keys['pairs']} of {row.keys['proxy']}": {**_keys(row), "private": private} for row in rows}
+    lost = lost_to_controls(table, cells)
+    return [f"Victims of {private}: not shown to beat its control is {lost}."] if lost else []
 
 
 def _on_kinds(table: Table, private: str) -> list[str]:
@@ -188,7 +192,3 @@ def _on_counts(table: Table, private: str) -> list[str]:
 
 def _keys(row: Row) -> dict[str, Value]:
     return {name: row.keys[name] for name in ("proxy", "pairs")}
-
-
-def _named(row: Row) -> str:
-    return f"{row.keys['proxy']}, {row.keys['pairs']} pairs"

@@ -18,7 +18,15 @@ from r2f_ext.studies import scene
 from r2f_ext.studies.bases import BASES
 from r2f_ext.studies.kept import KeptPairs
 from r2f_ext.studies.scene import Observed
-from r2f_ext.studies.shift import GENERATED, a_distance, cosines_of, not_above, public_of, reconstructions, split_of
+from r2f_ext.studies.shift import (
+    GENERATED,
+    a_distance,
+    cosines_of,
+    lost_to_controls,
+    public_of,
+    reconstructions,
+    split_of,
+)
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, Value
 
@@ -182,16 +190,8 @@ def _on_shifts(table: Table, moved: str, what: str) -> list[str]:
     rows = table.where("cosine", moved=moved, decoder="ridge")
     if not rows:
         return []
-    lost = []
-    for row in rows:
-        keys = _keys(row)
-        for control in ("projection", "class_mean_gradient"):
-            if not_above(row, table.one("cosine", decoder=control, **keys)):
-                lost.append(f"ridge by the {control.replace('_', ' ')} ({_shift(row)})")
-        image, stranger = (table.one("psnr_db", route=route, **keys) for route in ("amortised", "stranger"))
-        if not_above(image, stranger):
-            lost.append(f"amortised by a stranger's update ({_shift(row)})")
-    said = [f"Other {what}: not shown to beat its control is {'; '.join(lost)}."] if lost else []
+    lost = lost_to_controls(table, {_shift(row): _keys(row) for row in rows})
+    said = [f"Other {what}: not shown to beat its control is {lost}."] if lost else []
     for to in dict.fromkeys(row.keys["to"] for row in rows):
         parts = []
         for row in (row for row in rows if row.keys["to"] == to):
