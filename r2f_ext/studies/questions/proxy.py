@@ -53,12 +53,12 @@ class Proxy(Study):
     panels = (
         Panel("cosine", "pairs", ("proxy",), {"first": True, "decoder": "ridge"},
               "First private set: cosine of ridge on victims", x_log=True),
-        Panel("psnr_db", "pairs", ("proxy", "route"), {"first": True, "route": ("amortised", "stranger")},
-              "First private set: reconstruction", x_log=True),
+        Panel("psnr_db", "pairs", ("proxy",), {"first": True, "route": "amortised"},
+              "First private set: amortised reconstruction", x_log=True),
         Panel("cosine", "proxy", ("private",), {"decoder": "ridge", "pairs": (COUNTS[-1], QUICK_COUNTS[-1])},
-              f"Kinds of {COUNTS[-1]} public images: ridge"),
+              "Kinds of public images, equally many: ridge"),
         Panel("psnr_db", "proxy", ("private",), {"route": "amortised", "pairs": (COUNTS[-1], QUICK_COUNTS[-1])},
-              f"Kinds of {COUNTS[-1]} public images: amortised"),
+              "Kinds of public images, equally many: amortised"),
     )  # fmt: skip
 
     def settings(self, world: World) -> list[Setting]:
