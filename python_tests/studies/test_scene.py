@@ -174,45 +174,6 @@ def test_decoders_and_estimates_fitted_together_are_those_fitted_alone(tiny):
     assert found.images.shape == (4, *public.images.shape[1:]) and len(estimates.inverter.labels) == 80
 
 
-def test_kept_pairs_are_the_sources_with_rounded_factors(tiny):
-    target, _, _, pairs = tiny
-    names = target.names[::3]
-    kept = scene.KeptPairs(pairs, 120, names)
-    assert kept.target.names == names and len(kept) == 120 and kept.one_step and not kept.per_victim_a
-    got, wanted = list(kept.batches(95, 115)), list(pairs.batches(95, 115))
-    assert [len(batch.labels) for batch in got] == [5, 15]  # across the border of the source's batches
-    for name in target.names:
-        whole = torch.cat([batch.updates[name] for batch in wanted])
-        torch.testing.assert_close(kept.updates(95, 115)[name], whole)
-    for name in names:
-        dense = [torch.cat([batch.gradients.dense(name) for batch in part]) for part in (got, wanted)]
-        assert dense[0].dtype == torch.float32 and cosine(*dense).min() > 1 - 1e-4
-    assert all(set(batch.gradients.x) == set(names) for batch in got)
-    assert torch.equal(kept.labels(90, 110), pairs.proxy.labels[90:110])
-
-
-def test_pairs_that_do_not_fit_are_made_anew(tiny, monkeypatch):
-    _, _, _, pairs = tiny
-    whole = scene.KeptPairs(pairs, 130)
-    monkeypatch.setattr(scene, "MOST_KEPT", scene._bytes_of(whole.kept[0]))
-    part = scene.KeptPairs(pairs, 500)  # more than there are
-    assert (whole.held, part.held, len(part)) == (130, 100, 130)
-    for start, stop in ((0, 130), (20, 110), (105, 125), (10, 20)):
-        one, two = (list(each.batches(start, stop)) for each in (whole, part))
-        assert sum(len(batch.labels) for batch in two) == stop - start
-        for name in pairs.target.names:
-            dense = [torch.cat([batch.gradients.dense(name) for batch in each]) for each in (one, two)]
-            torch.testing.assert_close(*dense, rtol=1e-2, atol=1e-6)
-
-
-def test_kept_pairs_keep_the_a_of_each_victim(tiny):
-    target, a, public, _ = tiny
-    own = GeneratedPairs(target, a, public, per_victim_a=4)
-    (batch,) = scene.KeptPairs(own, 20).batches(3, 8)
-    (wanted,) = own.batches(3, 8)
-    assert all(torch.equal(batch.a0[name], wanted.a0[name]) for name in target.names)
-
-
 def test_capture_is_left_off_after_exact_gradients(tiny):
     target, _, public, _ = tiny
     scene.exact_gradients_of(target, public.batch([0])[None], public.labels[:1][None])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -18,19 +18,19 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.models import load_base
 from r2f_ext.pairs import PairSource, Training, random_a, simulate
+from r2f_ext.studies.bases import TRAINED, trained_base
 from r2f_ext.studies.study import Data
-from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, Gradient, PairBatch, Target
+from r2f_ext.types import AdaptedLayer, BaseModel, Gradient, PairBatch, Target
 
 PRIVATE_IMAGES = 100  # of which seeds take victims; none of them is ever a proxy
 ALPHA = 16.0
 OTHERS = 200  # public images that strangers are drawn from
-MOST_KEPT = 2 << 30  # bytes of pairs that a `KeptPairs` holds
 
 
 @lru_cache(maxsize=4)
-def base_of(spec: str, device: torch.device) -> BaseModel:
-    """`load_base`, once for all settings of a study."""
-    return load_base(spec, device)
+def base_of(spec: str, device: torch.device, quick: bool = False) -> BaseModel:
+    """`load_base`, or a base of `bases.TRAINED` (`quick`: one trained for seconds only), once for all settings."""
+    return trained_base(spec, device, quick) if spec in TRAINED else load_base(spec, device)
 
 
 @lru_cache(maxsize=8)
@@ -266,79 +266,6 @@ def compared_with(decoded: Gradient, true: Gradient) -> HeldOut:
     return HeldOut(cosine, norm)
 
 
-class KeptPairs:
-    """The first `count` pairs of a source in memory, to walk through them without running the model again.
-
-    Factors are kept in bfloat16, as `write_pairs` stores them: 0.8 MB a pair of the embedded base with all its layers.
-    Pairs beyond MOST_KEPT bytes are made anew on each walk.
-
-    Args:
-        layers: keep the gradients of these layers only; None: of all. The updates of all layers are kept.
-    """
-
-    def __init__(self, pairs: PairSource, count: int, layers: Sequence[str] | None = None) -> None:
-        names = pairs.target.names if layers is None else tuple(layers)
-        self.target = replace(pairs.target, layers=tuple(each for each in pairs.target.layers if each.name in names))
-        self.a, self.one_step, self.per_victim_a = pairs.a, pairs.one_step, pairs.per_victim_a
-        self.group_size, self.source, self.count = pairs.group_size, pairs, min(count, len(pairs))
-        self.kept: list[PairBatch] = []
-        self.held = size = 0
-        for batch in pairs.batches(0, self.count):
-            batch = self._rounded(batch)
-            size += _bytes_of(batch)
-            if size > MOST_KEPT:
-                break
-            self.kept.append(batch)
-            self.held += len(batch.labels)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def updates(self, start: int, stop: int) -> Updates:
-        """name -> updates of the pairs `start` to `stop`, [stop - start, d_out, r]."""
-        parts = [batch.updates for batch in self.batches(start, stop)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def labels(self, start: int, stop: int) -> Tensor:
-        """The label of the first image of the pairs `start` to `stop`."""
-        return torch.cat([batch.labels[:, 0] for batch in self.batches(start, stop)])
-
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
-        """The pairs `start` to `stop`, in batches."""
-        first, stop = 0, self.count if stop is None else min(stop, self.count)
-        for batch in self.kept:
-            rows = slice(max(start - first, 0), max(stop - first, 0))
-            first += len(batch.labels)
-            if len(batch.labels[rows]):
-                yield _rows_of(batch, rows)
-        if stop > self.held:
-            for batch in self.source.batches(max(start, self.held), stop):
-                yield _rows_of(self._rounded(batch), slice(None))
-
-    def _rounded(self, batch: PairBatch) -> PairBatch:
-        x, delta = (
-            {name: each[name].bfloat16() for name in self.target.names}
-            for each in (batch.gradients.x, batch.gradients.delta)
-        )
-        return replace(batch, gradients=FactoredGradient(x, delta))
-
-
-def _bytes_of(batch: PairBatch) -> int:
-    tensors = (*batch.updates.values(), *batch.gradients.x.values(), *batch.gradients.delta.values(), batch.images)
-    return sum(each.nbytes for each in tensors)
-
-
-def _rows_of(batch: PairBatch, rows: slice) -> PairBatch:
-    """Some pairs of a batch, their gradients in float32."""
-
-    def of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: each[rows] for name, each in tensors.items()}
-
-    return PairBatch(
-        of(batch.updates),
-        FactoredGradient(of(batch.gradients.x), of(batch.gradients.delta)).float32(),
-        batch.images[rows],
-        batch.labels[rows],
-        batch.a0 and of(batch.a0),
-        batch.a and of(batch.a),
-    )
+def other_private_images(base: BaseModel, data: Data, seed: int, count: int) -> ImageSet:
+    """The private images that are not among the `count` of `private_images`: what else there is of that kind."""
+    return drop_private(_private(data.private, base), private_images(base, data, seed, count))

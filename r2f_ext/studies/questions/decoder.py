@@ -24,9 +24,9 @@ from r2f_ext.decoders.core import SAMPLE, Core
 from r2f_ext.decoders.learned import Learned
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.studies.kept import KeptPairs
 from r2f_ext.studies.scene import (
     ClassMean,
-    KeptPairs,
     Observed,
     base_of,
     compared_with,
@@ -250,7 +250,7 @@ def _kept(world: World, data: Data, seed: int, each: bool) -> Kept:
         pairs = GeneratedPairs(scene.target, scene.a, scene.pairs.proxy, per_victim_a=seed + 1)
         count = QUICK_TRAINED if world.quick else TRAINED_PAIRS
     began = time.perf_counter()
-    kept = KeptPairs(pairs, count + scene.held_out, scene.decoded)
+    kept = KeptPairs.of(pairs, count + scene.held_out, scene.decoded)
     seconds = time.perf_counter() - began
     return Kept(kept, seconds, Core.of(pairs, min(SAMPLE, count), SIZE) if each else None)
 

@@ -19,7 +19,7 @@ from r2f_ext.inversion.route import Problem, Proxies
 from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.progress import unheard
-from r2f_ext.studies.captured import CapturedPairs, capture_all
+from r2f_ext.studies.kept import KeptPairs
 from r2f_ext.studies.scene import (
     ClassMean,
     Estimates,
@@ -35,7 +35,7 @@ from r2f_ext.studies.scene import (
 )
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, difference
-from r2f_ext.types import Gradient, PairBatch, Reconstruction, Target
+from r2f_ext.types import Gradient, Reconstruction, Target
 
 VICTIMS, PAIRS = 16, 600
 QUICK_VICTIMS, QUICK_PAIRS = 2, 60
@@ -52,7 +52,7 @@ class Scene:
     victims: Observed
     strangers: Observed
     public: ImageSet
-    kept: list[PairBatch]
+    kept: KeptPairs
 
 
 @lru_cache(maxsize=1)
@@ -64,7 +64,7 @@ def scene_of(world: World, seed: int) -> Scene:
     a = start_of(target, seed)
     private, strangers, fitted = images_of_seed(base, data, seed, count, pairs_count)
     victims, others = (victims_of(target, a, images) for images in (private, strangers))
-    return Scene(target, a, victims, others, fitted, capture_all(target, fitted))
+    return Scene(target, a, victims, others, fitted, KeptPairs.of_images(target, fitted))
 
 
 def blocks_of(target: Target) -> dict[str, list[str]]:
@@ -139,7 +139,7 @@ class Layers(Study):
         scene = scene_of(world, seed)
         names = seen_layers(scene.target, setting)
         target = replace(scene.target, layers=tuple(layer for layer in scene.target.layers if layer.name in names))
-        pairs = CapturedPairs(target, scene.a, scene.kept)
+        pairs = scene.kept.seen_by(target, scene.a)
         victims, strangers = (
             {name: of.updates[name] for name in target.names} for of in (scene.victims, scene.strangers)
         )

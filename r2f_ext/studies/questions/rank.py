@@ -17,7 +17,7 @@ from r2f_ext.inversion.attention_rowspace import count_attention_rowspace, inver
 from r2f_ext.inversion.exactness import in_float64
 from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT
 from r2f_ext.pairs import Training, Victims, simulate
-from r2f_ext.studies.captured import CapturedPairs, capture_all
+from r2f_ext.studies.kept import KeptPairs
 from r2f_ext.studies.scene import (
     ClassMean,
     Estimates,
@@ -33,7 +33,7 @@ from r2f_ext.studies.scene import (
 )
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Table
-from r2f_ext.types import Gradient, LoraUpdate, PairBatch, Target
+from r2f_ext.types import Gradient, LoraUpdate, Target
 
 IMAGES, PAIRS = 16, 400
 QUICK_IMAGES, QUICK_PAIRS = 2, 60
@@ -53,7 +53,7 @@ class Scene:
     private: ImageSet
     strangers: ImageSet
     public: ImageSet
-    captured: list[PairBatch]
+    captured: KeptPairs
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +62,7 @@ def scene_of(world: World, seed: int) -> Scene:
     base, data = base_of(world.base, world.device), world.data[0]
     count, pairs_count = (QUICK_IMAGES, QUICK_PAIRS) if world.quick else (IMAGES, PAIRS)
     private, strangers, fitted = images_of_seed(base, data, seed, count, pairs_count)
-    return Scene(private, strangers, fitted, capture_all(target_of(base), fitted))
+    return Scene(private, strangers, fitted, KeptPairs.of_images(target_of(base), fitted))
 
 
 def by_movement(target: Target, a0: dict[str, Tensor], victims: Victims, training: Training) -> Gradient:
@@ -166,11 +166,11 @@ class Rank(Study):
                 measured += adapter_forms(precise, a, trained, victims.images[:, 0], precision)
         if images > 1:
             projection = Projection()
-            projection.start(CapturedPairs(target, a, scene.captured), 0)
+            projection.start(scene.captured.seen_by(target, a), 0)
             return [*measured, _cosine("projection", projection.decode(victims.updates), gradient)]
         decoders: tuple[Decoder, ...] = (Projection(), Ridge())
         estimates, classes = Estimates(), ClassMean()
-        pairs = CapturedPairs(target, a, scene.captured)
+        pairs = scene.captured.seen_by(target, a)
         fit_together(pairs, len(pairs), [*decoders, estimates, classes])
         fitted = {each.kind: each.decode(victims.updates) for each in decoders}
         fitted[classes.kind] = classes.guess(victims.labels[:, 0])
