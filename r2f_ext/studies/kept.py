@@ -18,7 +18,7 @@ from r2f_ext.types import FactoredGradient, PairBatch, Target
 MOST_BYTES = 3 << 30  # of what one `KeptPairs` holds
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeptPairs:
     """Pairs in memory, to walk through them without running the model again: a `PairSource`.
 
