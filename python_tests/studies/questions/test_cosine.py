@@ -28,7 +28,9 @@ def test_the_cosine_of_disturbed_gradients_is_as_wanted_in_every_layer():
         found = disturbed(true, errors, wanted)
         for name, gradient in found.dense.items():
             ours, exact = (torch.nn.functional.normalize(g.double().flatten(1)) for g in (gradient, true.dense[name]))
-            torch.testing.assert_close((ours - exact).square().sum(1) / 2, torch.full((3,), wanted).double(), rtol=1e-2, atol=0)
+            torch.testing.assert_close(
+                (ours - exact).square().sum(1) / 2, torch.full((3,), wanted).double(), rtol=1e-2, atol=0
+            )
 
 
 def test_errors_within_the_subspace_are_sums_of_differences_of_proxy_gradients():

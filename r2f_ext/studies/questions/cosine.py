@@ -325,7 +325,9 @@ def _routes(table: Table) -> list[str]:
             rows = sorted(table.where("psnr_db", error=kind, route=route), key=_step)
             if len(rows) > 1:
                 least, most = rows[0], rows[-1]
-                mean = table.one("psnr_db", error=kind, route="mean_image", one_minus_cosine=most.keys["one_minus_cosine"])
+                mean = table.one(
+                    "psnr_db", error=kind, route="mean_image", one_minus_cosine=most.keys["one_minus_cosine"]
+                )
                 beside = "" if mean is None else f"; the mean image has {mean.mean:.1f} dB"
                 sentences.append(
                     f"{route} with {kind} errors: {least.words()} dB at 1 - cos = {_step(least):g}, {most.words()} dB "
