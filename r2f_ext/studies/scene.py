@@ -278,7 +278,7 @@ class KeptPairs:
 
 
 def capture_pairs(target: Target, public: ImageSet, group_size: int = 1) -> list[PairBatch]:
-    """The gradients of public images at the start, of all the target's layers, for `KeptPairs`; updates are left out."""
+    """The gradients of public images at the start, of all the target's layers, for `KeptPairs`; without updates."""
     blank = {layer.name: torch.zeros(1, layer.d_in, device=target.base.device) for layer in target.layers}
     pairs = GeneratedPairs(target, blank, public, group_size)
     return [replace(batch, updates={}) for batch in pairs.batches()]

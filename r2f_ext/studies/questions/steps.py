@@ -39,7 +39,7 @@ ROWSPACE_VICTIMS, ROWSPACE_STEPS = 3, (2, 10, 100)
 ROWSPACE = (("sgd", "float32"), ("sgd", "float64"), ("adamw", "float64"))
 STORED = {"float32": torch.float32, "float64": torch.float64}  # also of the victim's training
 ONE_STEP, OWN_RECIPE, AS_FEW = "one step", "own recipe", "one step, as few pairs"  # what a decoder is fitted to
-OWN_STEPS = (2, 5, 10)  # of the victims whose decoder is also fitted to pairs of their own recipe
+OWN_STEPS = (1, 2, 5, 10)  # of the victims whose decoder is also fitted to pairs of their own recipe
 
 
 @dataclass(frozen=True)
