@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import ImageSet
+from r2f_ext.decoders import Updates
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import PairSource
 from r2f_ext.studies.scene import public_images, stranger_rows
@@ -74,6 +76,12 @@ class WrittenPairs:
         rows = slice(start, stop)
         updates, dense = ({name: each[rows] for name, each in of.items()} for of in (self.updates, self.dense))
         yield PairBatch(updates, FactoredGradient.of_dense(dense), self.images[rows], self.labels[rows])
+
+    def with_updates(self, updates: Updates) -> WrittenPairs:
+        """The same pairs with other updates, name -> [n, d_out, r]."""
+        found = copy.copy(self)
+        found.updates = updates
+        return found
 
 
 def clearly_above(one: Row | None, other: Row | None) -> bool:

@@ -55,7 +55,7 @@ class Sizes:
     searched: int
 
 
-FULL, QUICK = Sizes(32, 3000, 600, 800, GROUPS, SEARCHED), Sizes(2, 120, 60, 60, 60, 0)
+FULL, QUICK = Sizes(32, 2000, 400, 800, GROUPS, SEARCHED), Sizes(2, 120, 60, 60, 60, 0)
 
 
 def sizes_of(world: World) -> Sizes:
