@@ -86,4 +86,6 @@ class WrittenPairs:
 
 def clearly_above(one: Row | None, other: Row | None) -> bool:
     """Whether both rows have intervals and that of `one` lies above that of `other`."""
-    return one is not None and other is not None and None not in (one.low, other.high) and one.low > other.high
+    if one is None or other is None or one.low is None or other.high is None:
+        return False
+    return one.low > other.high
