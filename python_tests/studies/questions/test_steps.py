@@ -1,9 +1,21 @@
+import math
+
 import pytest
 import torch
 
 from r2f_ext.pairs import Training
 from r2f_ext.studies import CLOTHES, Table, World
-from r2f_ext.studies.questions.steps import AS_FEW, FRESH, ONE, ONE_STEP, OWN_RECIPE, Steps, owned_by, training_of
+from r2f_ext.studies.questions.steps import (
+    AS_FEW,
+    FRESH,
+    ONE,
+    ONE_STEP,
+    OWN_RECIPE,
+    Steps,
+    _psnr,
+    owned_by,
+    training_of,
+)
 from r2f_ext.studies.scene import base_of, private_images
 
 
@@ -67,3 +79,10 @@ def test_a_victim_owns_its_private_image_and_further_ones_of_its_own():
     assert torch.equal(found.images[[0, 3]], private.images)
     assert torch.equal(found.images[[1, 2, 4, 5]], further.images[:4])
     assert torch.equal(owned_by(private, further, 1).images, private.images)
+
+
+def test_gains_are_over_the_same_victims_stranger():
+    originals = torch.zeros(2, 1, 3, 4, 4)
+    found, strangers = torch.full((2, 3, 4, 4), 0.1), torch.full((2, 3, 4, 4), 0.2)
+    figures = {m.metric: m.values for m in _psnr(originals, found, strangers, torch.zeros(3, 4, 4), "amortised", {})}
+    assert figures["above_stranger_db"] == pytest.approx([20 * math.log10(2)] * 2)
