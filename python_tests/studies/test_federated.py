@@ -51,7 +51,8 @@ def test_fewer_blocks_are_those_nearest_the_output():
     base = base_of("embedded", CPU)
     assert {name.split(".")[1] for name in Defence(blocks=0.5).target(base).names} == {"2", "3"}
     assert {name.split(".")[1] for name in Defence(blocks=0.0).target(base).names} == {"3"}
-    assert Defence(rank=4).target(base).layers == target_of(base, 4).layers
+    assert Defence().target(base).layers == target_of(base).layers
+    assert Defence(rank=2).target(base).layers[0].scale == pytest.approx(4.0)
 
 
 def test_a_round_of_one_step_averages_the_clients_and_batches_change_nothing():

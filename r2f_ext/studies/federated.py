@@ -16,9 +16,10 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Updates
 from r2f_ext.decoders.kernel import block_of
 from r2f_ext.pairs import Training, simulate
-from r2f_ext.studies.scene import start_of, target_of
+from r2f_ext.studies.scene import ALPHA, start_of, target_of
 from r2f_ext.types import BaseModel, Target
 
+RANK = 8  # at which the scale is ALPHA / r
 RATE = 0.5  # of SGD: the largest of 0.1, 0.5 and 2 that trains, tried on public images of seed 0
 
 
@@ -36,7 +37,7 @@ class Defence:
         rounding: "none", "float16", "bfloat16", or "sign": one bit an entry and each factor's mean size.
     """
 
-    rank: int = 8
+    rank: int = RANK
     blocks: float = 1.0
     batch: int = 1
     steps: int = 1
@@ -47,7 +48,8 @@ class Defence:
 
     @property
     def training(self) -> Training:
-        return Training(self.steps, self.batch, lr=RATE, dropout=self.dropout)
+        """SGD on a client; several steps share the length of one."""
+        return Training(self.steps, self.batch, lr=RATE / self.steps, dropout=self.dropout)
 
     @property
     def of_one_image(self) -> Defence:
@@ -55,11 +57,15 @@ class Defence:
         return replace(self, batch=1, clip=False, noise=0.0, rounding="none")
 
     def target(self, base: BaseModel) -> Target:
-        """The adapted layers."""
+        """The adapted layers, their scale as 1 / sqrt(r) (rsLoRA, Kalajdzievski 2023), so that every rank trains alike.
+
+        A step changes W by lr scale^2 G A^T A, which has r directions.
+        """
         names = target_of(base).names
         blocks = list(dict.fromkeys(map(block_of, names)))
         kept = blocks[-max(1, round(self.blocks * len(blocks))) :]
-        return target_of(base, self.rank, [name for name in names if block_of(name) in kept])
+        layers = [name for name in names if block_of(name) in kept]
+        return target_of(base, self.rank, layers, ALPHA * (self.rank / RANK) ** 0.5)
 
     def __call__(self, change: Updates, bound: float, generator: torch.Generator) -> Updates:
         """What is sent of the changes of P clients, name of a factor -> [P, ...]."""
@@ -88,7 +94,7 @@ def federated_accuracy(
 
     Args:
         images: seen in a round, by images / defence.batch clients; fewer in the last if they do not divide `train`.
-        bound: of the clipping.
+        bound: of the clipping in the first round; it falls with the step size, linearly over the rounds.
         seed: of the start, the dropout and the noise.
     """
     target, device = defence.target(base), base.device
@@ -102,10 +108,12 @@ def federated_accuracy(
             train.batch(rows, device).unflatten(0, shape),
             train.labels[rows].to(device).unflatten(0, shape),
         )
-        clients = simulate(target, a, pixels, labels, defence.training, seed + first, b)
+        left = 1 - first / len(train)  # the step size falls linearly, and with it the size of a change
+        training = replace(defence.training, lr=left * defence.training.lr)
+        clients = simulate(target, a, pixels, labels, training, seed + first, b)
         change = {f"A {name}": clients.a[name] - a[name] for name in target.names}
         change |= {f"B {name}": clients.b[name] - b[name] for name in target.names}
-        mean = {name: each.mean(0) for name, each in defence(change, bound, generator).items()}
+        mean = {name: each.mean(0) for name, each in defence(change, left * bound, generator).items()}
         a = {name: each + mean[f"A {name}"] for name, each in a.items()}
         b = {name: each + mean[f"B {name}"] for name, each in b.items()}
     return _correct(target, a, b, test)
