@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from r2f_ext.inversion.channels import without_foreign_colours
 from r2f_ext.inversion.counting import search_verdict
 from r2f_ext.inversion.matching import match
 from r2f_ext.inversion.objectives import UpdateObjective
@@ -33,7 +36,7 @@ class AmortisedRefined(Route):
         start = problem.found["amortised"]
         assert problem.target is not None and problem.a is not None and problem.observed is not None
         assert start.labels is not None
-        return match(
+        found = match(
             problem.target,
             UpdateObjective(problem.target, problem.a, problem.observed),
             start.images,
@@ -44,3 +47,7 @@ class AmortisedRefined(Route):
             lambda: advance(1),
             prior=problem.prior,
         )
+        if problem.proxies is None:
+            return found
+        images = without_foreign_colours(found.images, start.images, problem.proxies.images)
+        return replace(found, images=images)
