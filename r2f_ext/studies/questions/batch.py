@@ -14,6 +14,7 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Projection, Ridge, RowLMMSE, Updates
 from r2f_ext.inversion.attention_rowspace import count_attention_rowspace, invert_attention_rowspace
+from r2f_ext.inversion.channels import without_foreign_colours
 from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT
 from r2f_ext.inversion.matching import match
 from r2f_ext.inversion.objectives import GradientObjective, Objective, UpdateObjective
@@ -263,12 +264,14 @@ def _searches(scene: Scene, seen: Observed, start: Tensor, decoded: Gradient, vi
         "decoded": GradientObjective(Gradient({n: g[rows] for n, g in decoded.dense.items()})),
         "update": UpdateObjective(scene.target, scene.a, updates),
     }
+    public = scene.proxy.batch(slice(None), images.device)
     of_start = {"route": "amortised", "gradient": "start of the searches"}
     found = [Measured("psnr_db", _flat(_assigned_db(start, images)), of_start)]
     for gradient, objective in objectives.items():
         config = AuditConfig().refinement
         result = match(scene.target, objective, start, labels, config, "amortised_refined", "a local search")
-        scores = _flat(_assigned_db(result.images, images))
+        kept = without_foreign_colours(result.images.flatten(0, 1), start.flatten(0, 1), public)
+        scores = _flat(_assigned_db(kept.view_as(images), images))
         found.append(Measured("psnr_db", scores, {"route": "amortised_refined", "gradient": gradient}))
     return found
 
