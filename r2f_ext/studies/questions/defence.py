@@ -28,7 +28,7 @@ NONE = Defence()
 DEFENCES: dict[str, dict[str, Defence]] = {
     "clipping and noise": {
         "clipped": Defence(clip=True),
-        **{f"noise {noise:g}": Defence(clip=True, noise=noise) for noise in (1e-3, 1e-2, 3e-2, 0.1, 0.3)},
+        **{f"noise {noise:g}": Defence(clip=True, noise=noise) for noise in (3e-3, 1e-2, 3e-2, 0.1)},
     },
     "rounding": {name: Defence(rounding=name) for name in ("float16", "bfloat16", "sign")},
     "batch": {f"{batch} images": Defence(batch=batch) for batch in (4, 16)},
@@ -54,7 +54,7 @@ class Sizes:
     test: int
 
 
-FULL, QUICK = Sizes(32, 1000, 300, 300, 400, 40 * ROUND, 500), Sizes(4, 100, 40, 60, 40, 2 * ROUND, 50)
+FULL, QUICK = Sizes(32, 800, 150, 250, 300, 30 * ROUND, 400), Sizes(4, 100, 40, 60, 40, 2 * ROUND, 50)
 
 
 def sizes_of(world: World) -> Sizes:

@@ -55,7 +55,7 @@ class Sizes:
     strangers: int
 
 
-FULL, QUICK = Sizes(6, 1500, 600, 200, 500), Sizes(2, 60, 60, 24, 40)
+FULL, QUICK = Sizes(5, 1200, 400, 200, 400), Sizes(2, 60, 60, 24, 40)
 
 
 def sizes_of(world: World) -> Sizes:
