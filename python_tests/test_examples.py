@@ -5,23 +5,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
-from r2f_ext import AuditConfig, audit
+from r2f_ext import AuditConfig, audit, load_images
 from r2f_ext.audit.inputs import load_adapters
 from r2f_ext.inversion.route import Certainty
 from r2f_ext.models import evidence_of
+from r2f_ext.models.embedded import WEIGHTS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run_example(name: str, *words: object) -> None:
-    """Run an example's main() with these arguments, in this process."""
+def run_example(name: str, *words: object, **replaced: object) -> None:
+    """Run an example's main() with these arguments, in this process; `replaced` are names of its module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, words)])
+        for attribute, value in replaced.items():
+            patch.setattr(module, attribute, value)
         module.main()
 
 
@@ -70,3 +75,23 @@ def test_another_base_than_the_named_one_is_said(tutorial, tmp_path):
     other = (tmp_path / "base").rename(tmp_path / "other")
     (facts,) = load_adapters([tutorial / "adapter"], str(other)).facts
     assert any("names 'base' as its base, and it is audited on 'other'" in note for note in facts.notes)
+
+
+def test_pretraining_writes_weights_as_they_are_shipped(tmp_path, capsys):
+    """Two epochs of two steps on 32 images: names, shapes, the fresh head and the metadata are the asset's."""
+
+    def few(split):
+        images, labels = load_images("embedded", count=32).images[:, 0, 2:30, 2:30], torch.arange(32) % 10
+        return images.clone(), labels
+
+    written = tmp_path / "weights.safetensors"
+    run_example("pretrain_embedded", "--epochs", 2, "--batch", 16, load_fashion_mnist=few, WEIGHTS=written)
+    assert "step 4 of 4: loss" in capsys.readouterr().out
+    with safe_open(written, "pt") as found, safe_open(WEIGHTS, "pt") as shipped:
+        assert {key: found.get_tensor(key).shape for key in found.keys()} == {  # noqa: SIM118
+            key: shipped.get_tensor(key).shape
+            for key in shipped.keys()  # noqa: SIM118
+        }
+        assert torch.equal(found.get_tensor("head.weight"), shipped.get_tensor("head.weight"))
+        assert found.metadata()["pretraining"] == "Fashion-MNIST train, 2 epochs, seed 0"
+        assert found.metadata().keys() == shipped.metadata().keys()

@@ -20,6 +20,11 @@ from r2f_ext.errors import R2FError
 PARTIAL = ".partial"  # ends the name of a file or folder that is being written
 
 
+def cache_folder() -> Path:
+    """Where downloads and trained bases are kept: `$R2F_DATA`, or `~/.cache/r2f_ext`."""
+    return Path(os.environ.get("R2F_DATA", Path.home() / ".cache" / "r2f_ext"))
+
+
 def output_folder(path: str | Path) -> Path:
     """Create the folder `path` if necessary and check, before any long work, that it can be written to.
 

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from measure import json_parser, write_json
-from train_prior import train
 
 from r2f_ext.audit.metrics import score
 from r2f_ext.audit.victims import VictimConfig, train_victims
@@ -29,6 +27,7 @@ from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import Ridge, stack_updates
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.prior import ScoreDistillation
+from r2f_ext.inversion.prior_training import train_prior
 from r2f_ext.inversion.route import Problem
 from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.inversion.routes.matching import Matching
@@ -90,7 +89,7 @@ def make_priors(folder: str | None, proxy: ImageSet) -> list[ScoreDistillation]:
     """One a weight: read from `folder`, or trained now."""
     if folder is not None:
         return [ScoreDistillation.from_folder(folder, weight) for weight in WEIGHTS]
-    unet, scheduler, _ = train(proxy, TRAINING_STEPS, "v_prediction")
+    unet, scheduler, _ = train_prior(proxy, TRAINING_STEPS)
     return [ScoreDistillation(unet, scheduler, weight) for weight in WEIGHTS]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from r2f_ext.data import content_hashes, procedural_images, procedural_labels
+from r2f_ext.data import FAMILIES, content_hashes, procedural_families, procedural_images, procedural_labels
 from r2f_ext.data.procedural import CHUNK
 from r2f_ext.errors import R2FError
 
@@ -36,6 +36,16 @@ def test_mix_of_gray_color_and_black_backgrounds(images):
     assert 0.1 < (empty > 0.3).float().mean() < 0.6
     assert (pixels.flatten(1).std(1) > 0.02).float().mean() > 0.97
     assert 0.2 < pixels.mean() < 0.7
+
+
+def test_families_are_those_of_the_images(images):
+    """Objects, and hardly anything else, lie on exactly black backgrounds."""
+    families = procedural_families(len(images), seed=3)
+    objects = families == FAMILIES.index("objects")
+    empty = (images == 0).float().flatten(1).mean(1) > 0.2
+    assert empty[objects].float().mean() > 0.8 and empty[~objects].float().mean() < 0.1
+    assert torch.equal(procedural_families(77, seed=3), families[:77])
+    assert torch.unique(families).tolist() == list(range(len(FAMILIES)))
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 40), (3, 65, 33)])

@@ -9,6 +9,8 @@ from r2f_ext.decoders import (
     ANY_A_KINDS,
     KINDS,
     AgnosticPairs,
+    ConcatenatedPairs,
+    ProductPairs,
     Ridge,
     fit_decoders,
     load_core,
@@ -98,3 +100,28 @@ def test_the_shared_core_is_taken_over(stored, tmp_path, monkeypatch):
     monkeypatch.setattr(Core, "of", lambda *args: pytest.fail("made again"))
     again = shared_core(stored, 30, Checkpoint(tmp_path, "x")).state()
     assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_the_product_and_the_factors_are_two_other_forms_of_the_same_pairs(view, pairs):
+    product, factors = ProductPairs(view.pairs, view.core), ConcatenatedPairs(view.pairs, view.core)
+    (batch,), a = view.pairs.batches(5, 9), random_a(pairs.target, 3, 5, 4)
+    for layer in pairs.target.layers:
+        name, update = layer.name, batch.updates[layer.name]
+        ba = view.core.left[name].mT @ (update @ a[name]) @ view.core.right[name]
+        torch.testing.assert_close(product.updates(5, 9)[name], ba, rtol=1e-3, atol=1e-4 * float(ba.abs().max()))
+        own, other = factors.updates(5, 9)[name].split((layer.d_out, layer.d_in), dim=1)
+        assert torch.equal(own, update)
+        assert cosine(other, a[name].mT).min() > 1 - 1e-5
+        torch.testing.assert_close(other.flatten(1).norm(dim=1), own.flatten(1).norm(dim=1))
+
+
+def test_decoders_of_every_form_are_homogeneous(view, pairs):
+    (batch,) = pairs.batches(FIT, FIT + 3)
+    for form in (ProductPairs, ConcatenatedPairs):
+        source, decoder = form(view.pairs, view.core), Ridge()
+        decoder.fit(source, 60)
+        once, twice = (
+            decoder.decode(source.view({n: c * u for n, u in batch.updates.items()}, pairs.a)).dense for c in (1, 2)
+        )
+        for name, gradient in once.items():
+            torch.testing.assert_close(twice[name], 2 * gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))

@@ -85,6 +85,8 @@ def _base(base: str, command: str) -> None:
     prefix = next((prefix for prefix in BASE_PREFIXES if base.startswith(prefix)), None)
     if prefix is not None and base == prefix:
         raise R2FError(f"unknown base '{base}': name a model after '{prefix}'.")
+    if command == "study" and base.startswith("embedded-"):  # studies have bases of their own
+        return
     owner, _, name = base.partition("/")
     if base == "embedded" or prefix is not None or Path(base).is_dir() or (owner and name):
         return  # the library says what may be meant by OWNER/NAME

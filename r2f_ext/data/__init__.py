@@ -2,10 +2,11 @@
 
 from r2f_ext.data.image_set import ImageSet, content_hashes, drop_private, fit_images
 from r2f_ext.data.load import load_images
-from r2f_ext.data.procedural import procedural_images, procedural_labels
+from r2f_ext.data.procedural import FAMILIES, procedural_families, procedural_images, procedural_labels
 from r2f_ext.data.stream import ProceduralStream, ProxyImages
 
 __all__ = [
+    "FAMILIES",
     "ImageSet",
     "ProceduralStream",
     "ProxyImages",
@@ -13,6 +14,7 @@ __all__ = [
     "drop_private",
     "fit_images",
     "load_images",
+    "procedural_families",
     "procedural_images",
     "procedural_labels",
 ]

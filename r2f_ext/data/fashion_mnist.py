@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torchvision.datasets import FashionMNIST
 
 from r2f_ext.errors import R2FError
+from r2f_ext.files import cache_folder
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -36,7 +36,7 @@ def load_fashion_mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _from_torchvision(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    folder = Path(os.environ.get("R2F_DATA", Path.home() / ".cache" / "r2f_ext"))
+    folder = cache_folder()
     try:
         data = FashionMNIST(str(folder), train=split == "train", download=True)
     except Exception as error:  # RuntimeError, URLError or OSError, depending on the version

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from r2f_ext.data.mosaic import read_mosaic
 from r2f_ext.data.photos import PRIVATE_PHOTOS, PROXY_PHOTOS, load_faces, photo_crops
 from r2f_ext.data.procedural import procedural_images, procedural_labels
 from r2f_ext.errors import R2FError
+from r2f_ext.files import cache_folder
 
 ASSETS = Path(__file__).parent / "assets"
 PROXY_ASSET, PRIVATE_ASSET = ASSETS / "fashion_mnist_proxy.png", ASSETS / "fashion_mnist_private.png"
@@ -211,7 +211,7 @@ class _Request:
 
 def _cifar100(train: bool) -> tuple[Tensor, Tensor]:
     """CIFAR-100 as uint8 [n, 3, 32, 32] and int64 [n], by torchvision into `$R2F_DATA`."""
-    folder = Path(os.environ.get("R2F_DATA", Path.home() / ".cache" / "r2f_ext"))
+    folder = cache_folder()
     try:
         data = datasets.CIFAR100(str(folder), train=train, download=True)
     except Exception as error:  # RuntimeError, URLError or OSError, depending on the version

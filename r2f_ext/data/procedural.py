@@ -17,6 +17,7 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 
+FAMILIES = ("noise", "leaves", "objects", "blobs")
 # Fractions of the families; the rest are blob compositions.
 NOISE_FRACTION, LEAVES_FRACTION, OBJECT_FRACTION = 0.19, 0.28, 0.40
 GRAY_FRACTION = 0.7
@@ -117,6 +118,19 @@ def procedural_labels(count: int, num_classes: int, seed: int = 0) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *parts])[:count]
 
 
+def procedural_families(count: int, shape: tuple[int, int, int] = (3, 32, 32), seed: int = 0) -> Tensor:
+    """The family of every image of `procedural_images(count, shape, seed)`: indices of FAMILIES, int64 [count]."""
+    chunk = chunk_size(shape)
+    parts = [_families(chunk, _generator(seed, index)) for index in range(-(-count // chunk))]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])[:count]
+
+
+def _families(n: int, generator: torch.Generator) -> Tensor:
+    """Draw the family of each of `n` images, as a chunk's first random numbers say: int64 [n]."""
+    ends = (NOISE_FRACTION, NOISE_FRACTION + LEAVES_FRACTION, NOISE_FRACTION + LEAVES_FRACTION + OBJECT_FRACTION)
+    return torch.bucketize(torch.rand(n, generator=generator), torch.tensor(ends))
+
+
 def _generator(seed: int, stream: int) -> torch.Generator:
     # torch's CPU generator uses only 32 bits of a seed, so they are taken from a digest of both numbers.
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
@@ -126,12 +140,7 @@ def _generator(seed: int, stream: int) -> torch.Generator:
 def _chunk(index: int, n: int, shape: tuple[int, int, int], seed: int, device: torch.device) -> Tensor:
     """The `n` images of chunk `index`, uint8 [n, c, h, w]; each family makes its images, gray ones first."""
     generator = _generator(seed, index)
-    family = torch.bucketize(
-        torch.rand(n, generator=generator),
-        torch.tensor(
-            [NOISE_FRACTION, NOISE_FRACTION + LEAVES_FRACTION, NOISE_FRACTION + LEAVES_FRACTION + OBJECT_FRACTION]
-        ),
-    )
+    family = _families(n, generator)
     gray = torch.rand(n, generator=generator) < GRAY_FRACTION
     out = torch.empty((n, *shape), dtype=torch.uint8, device=device)
     for number, make in enumerate((_noise, _dead_leaves, _objects, _blobs)):

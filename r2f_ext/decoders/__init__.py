@@ -1,6 +1,6 @@
 """Decoders from LoRA space to full gradients, one per layer behind one interface."""
 
-from r2f_ext.decoders.agnostic import ANY_A, ANY_A_KINDS, AgnosticPairs, shared_core
+from r2f_ext.decoders.agnostic import ANY_A, ANY_A_KINDS, AgnosticPairs, ConcatenatedPairs, ProductPairs, shared_core
 from r2f_ext.decoders.base import Decoder, Updates, stack_updates, with_saved
 from r2f_ext.decoders.conv import Conv, UNet
 from r2f_ext.decoders.evaluate import Guess, HeldOut, held_out_cosines, held_out_cosines_of_each
@@ -20,11 +20,13 @@ __all__ = [
     "KINDS",
     "MLP",
     "AgnosticPairs",
+    "ConcatenatedPairs",
     "Conv",
     "Decoder",
     "Guess",
     "HeldOut",
     "KernelRidge",
+    "ProductPairs",
     "Projection",
     "Ridge",
     "RowLMMSE",

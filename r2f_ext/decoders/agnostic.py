@@ -4,7 +4,8 @@ Such decoders are fitted once to a base and apply to an adapter with any initial
 depend on A, so each pair can have its own A at the cost of one projection. The input of the decoders is the exactly
 observed part of the gradient, s G P_A = (s G A^T) (A A^T)^-1 A, in coordinates that do not depend on A:
 s L^T G P_A R (`Core`). `AgnosticPairs` substitutes it for the updates, so that ridge, kernel ridge and the MLP are
-fitted without change; `view` applies the same map to the updates to decode.
+fitted without change; `view` applies the same map to the updates to decode. `ProductPairs` and `ConcatenatedPairs` are
+the same pairs in the two other forms that a decoder could read, BA and A beside B (Liu et al., Recover-to-Forget).
 """
 
 from __future__ import annotations
@@ -71,6 +72,29 @@ class AgnosticPairs:
         """name -> projected updates of the pairs `start` to `stop`, [stop - start, p, q]."""
         parts = [batch.updates for batch in self.batches(start, stop)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class ProductPairs(AgnosticPairs):
+    """Pairs with an A each, seen as the product BA in the directions of the core: s L^T G A^T A R [P, p, q]."""
+
+    def view(self, updates: Updates, a: dict[str, Tensor]) -> Updates:
+        left, right = self.core.left, self.core.right
+        return {n: (left[n].mT @ updates[n]) @ (a[n].to(updates[n]) @ right[n]) for n in right}
+
+
+class ConcatenatedPairs(AgnosticPairs):
+    """Pairs with an A each, seen as B and A side by side [P, d_out + d_in, r].
+
+    A is scaled to the norm of B, so that decoders stay homogeneous in B.
+    """
+
+    def view(self, updates: Updates, a: dict[str, Tensor]) -> Updates:
+        found = {}
+        for name, update in updates.items():
+            factor = a[name].to(update).mT.expand(len(update), -1, -1)
+            scale = update.flatten(1).norm(dim=1) / factor.flatten(1).norm(dim=1)
+            found[name] = torch.cat([update, factor * scale[:, None, None]], dim=1)
+        return found
 
 
 def shared_core(pairs: PairSource, count: int, checkpoint: Checkpoint) -> Core:

@@ -7,6 +7,7 @@ exact (docs/methods.md, section 3c).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,19 +22,22 @@ PIXEL_STD = (0.3530, 0.3530, 0.3530)
 NUM_CLASSES = 10
 HEAD_SEED = 1
 
+# The architecture, as timm's create_model(ARCHITECTURE, num_classes=NUM_CLASSES, **MODEL_ARGS) builds it too.
+ARCHITECTURE = "vit_tiny_patch16_224"
+MODEL_ARGS: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 4,
+    "in_chans": 3,
+    "embed_dim": 128,
+    "depth": 4,
+    "num_heads": 4,
+    "mlp_ratio": 2.0,
+}
+
 
 def build_embedded_vit() -> VisionTransformer:
     """Return the architecture with timm's random initialisation: 32x32x3, patch 4, d = 128, 4 blocks."""
-    return VisionTransformer(
-        img_size=32,
-        patch_size=4,
-        in_chans=3,
-        num_classes=NUM_CLASSES,
-        embed_dim=128,
-        depth=4,
-        num_heads=4,
-        mlp_ratio=2.0,
-    )
+    return VisionTransformer(num_classes=NUM_CLASSES, **MODEL_ARGS)
 
 
 def reset_head(model: VisionTransformer, seed: int = HEAD_SEED) -> None:

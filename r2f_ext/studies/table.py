@@ -95,6 +95,14 @@ class Table:
         return text.getvalue()
 
 
+def difference(row: Row, other: Row) -> Row | None:
+    """`row` minus `other`, value by value: of the same victims in the same order. None where their numbers differ."""
+    if row.n != other.n:
+        return None
+    values = tuple(one - two for one, two in zip(row.values, other.values, strict=True))
+    return Row(row.keys, row.metric, values, *_interval(values))
+
+
 def _holds(row: Row, name: str, wanted: Value | tuple[Value, ...]) -> bool:
     allowed = wanted if isinstance(wanted, tuple) else (wanted,)
     return name in row.keys and row.keys[name] in allowed

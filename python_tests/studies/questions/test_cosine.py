@@ -63,13 +63,13 @@ def test_bisection_ends_where_the_closed_form_crosses_the_level():
             assert bool(psnr_db(image, scene.images[victim, None]) >= 33) == reached
 
 
-def test_same_seed_same_figures_and_other_seeds_other_victims(monkeypatch):
-    monkeypatch.setattr(cosine, "QUICK_PAIRS", 60)
+def test_same_seed_same_figures(monkeypatch):
+    monkeypatch.setattr(cosine, "QUICK_PAIRS", 40)
     study, setting = Cosine(), {"error": "isotropic", "one_minus_cosine": 0.1}
-    first = study.measure(WORLD, setting, 0)
-    other = study.measure(WORLD, setting, 1)
-    assert study.measure(WORLD, setting, 0) == first
-    assert first != other
+    first = study.measure(WORLD, setting, 1)
+    cosine.scene_of.cache_clear()
+    assert study.measure(WORLD, setting, 1) == first
+    cosine.scene_of.cache_clear()
     assert {one.labels["route"] for one in first} >= {"amortised", "attention_rowspace", "mean_image", "stranger"}
 
 

@@ -13,35 +13,32 @@ from torch import Tensor
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
-from r2f_ext.decoders import Decoder, Projection, Ridge
+from r2f_ext.decoders import Decoder, Projection, Ridge, Updates
 from r2f_ext.decoders.kernel import block_of
-from r2f_ext.inversion.matching import match
-from r2f_ext.inversion.objectives import UpdateObjective
+from r2f_ext.inversion.route import Problem, Proxies
+from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.progress import unheard
+from r2f_ext.studies.kept import KeptPairs
 from r2f_ext.studies.scene import (
     ClassMean,
     Estimates,
-    KeptPairs,
     Observed,
     base_of,
-    capture_pairs,
     fit_together,
+    images_of_seed,
     mean_cosine,
     mean_image_db,
-    private_images,
-    public_images,
     start_of,
-    stranger_rows,
     target_of,
     victims_of,
 )
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
-from r2f_ext.studies.table import Row, Table
-from r2f_ext.types import Gradient, PairBatch, Target
+from r2f_ext.studies.table import Row, Table, difference
+from r2f_ext.types import Gradient, Reconstruction, Target
 
-VICTIMS, PAIRS = 8, 600
+VICTIMS, PAIRS = 16, 600
 QUICK_VICTIMS, QUICK_PAIRS = 2, 60
-STRANGERS = 200  # public images that no fit reads
 TIMED_PAIRS = 100
 REFINED_VICTIMS = 4
 
@@ -55,7 +52,7 @@ class Scene:
     victims: Observed
     strangers: Observed
     public: ImageSet
-    kept: list[PairBatch]
+    kept: KeptPairs
 
 
 @lru_cache(maxsize=1)
@@ -65,13 +62,9 @@ def scene_of(world: World, seed: int) -> Scene:
     count, pairs_count = (QUICK_VICTIMS, QUICK_PAIRS) if world.quick else (VICTIMS, PAIRS)
     target = target_of(base)
     a = start_of(target, seed)
-    public = public_images(base, data, seed, pairs_count + STRANGERS)
-    rows = torch.arange(len(public))
-    fitted, others = public.take(rows[:-STRANGERS]), public.take(rows[-STRANGERS:])
-    private = private_images(base, data, seed, count)
-    strangers = others.take(stranger_rows(others, private.labels, seed))
-    victims, others_like = victims_of(target, a, private), victims_of(target, a, strangers)
-    return Scene(target, a, victims, others_like, fitted, capture_pairs(target, fitted))
+    private, strangers, fitted = images_of_seed(base, data, seed, count, pairs_count)
+    victims, others = (victims_of(target, a, images) for images in (private, strangers))
+    return Scene(target, a, victims, others, fitted, KeptPairs.of_images(target, fitted))
 
 
 def blocks_of(target: Target) -> dict[str, list[str]]:
@@ -130,7 +123,7 @@ class Layers(Study):
             "blocks seen",
             "PSNR (dB)",
         ),
-        Panel("rank", "layer", ("of",), title="Numerical rank of update and gradient", x_label="", y_label="rank"),
+        Panel("rank", "layer", ("of",), title="Numerical rank of update and gradient", y_label="rank"),
     )
 
     def settings(self, world: World) -> list[Setting]:
@@ -146,7 +139,7 @@ class Layers(Study):
         scene = scene_of(world, seed)
         names = seen_layers(scene.target, setting)
         target = replace(scene.target, layers=tuple(layer for layer in scene.target.layers if layer.name in names))
-        pairs = KeptPairs(target, scene.a, scene.kept)
+        pairs = scene.kept.seen_by(target, scene.a)
         victims, strangers = (
             {name: of.updates[name] for name in target.names} for of in (scene.victims, scene.strangers)
         )
@@ -169,11 +162,8 @@ class Layers(Study):
             "mean_image": mean_image_db(scene.public, images),
         }
         if setting.get("blocks") in (1, len(blocks_of(scene.target))) and not world.quick:
-            some = slice(0, REFINED_VICTIMS)
-            objective = UpdateObjective(target, pairs.a, {name: each[some] for name, each in victims.items()})
-            config = AuditConfig().refinement
-            refined = match(target, objective, start.images[some], labels[some], config, "amortised_refined", "")
-            rows["amortised_refined"] = psnr_db(refined.images, images[some])
+            refined = refine(scene, target, victims, start, labels)
+            rows["amortised_refined"] = psnr_db(refined.images, images[: len(refined.images)])
             seconds_refined = refined.seconds / len(refined.images)
             measured.append(Measured("seconds", [seconds_refined], {"route": "amortised_refined"}))
         measured += [Measured("psnr_db", each.tolist(), {"route": route}) for route, each in rows.items()]
@@ -194,6 +184,22 @@ def seen_layers(target: Target, setting: Setting) -> list[str]:
     members, count = list(blocks_of(target).values()), int(setting["blocks"])
     chosen = members[:count] if setting["scope"] == "from input" else members[-count:]
     return [name for block in chosen for name in block]
+
+
+def refine(scene: Scene, target: Target, updates: Updates, start: Reconstruction, labels: Tensor) -> Reconstruction:
+    """The route amortised_refined for the first victims, from their estimates and true labels."""
+    rows, public = slice(0, REFINED_VICTIMS), scene.public
+    proxies = Proxies({}, public.batch(slice(None), start.images.device), public.labels, target.base.num_classes)
+    problem = Problem(
+        target.base,
+        target,
+        observed={name: each[rows] for name, each in updates.items()},
+        a={name: scene.a[name] for name in target.names},
+        proxies=proxies,  # of which the route reads the images alone
+        found={"amortised": replace(start, labels=labels).take(rows)},
+        refinement=AuditConfig().refinement,
+    )
+    return AmortisedRefined().run(problem, unheard)
 
 
 def speed_of(target: Target, a: dict[str, Tensor], public: ImageSet) -> float:
@@ -218,14 +224,12 @@ def ranks_of(update: Tensor, gradient: Tensor) -> list[Measured]:
 def _alone(table: Table) -> list[str]:
     sentences = []
     rows = table.where("psnr_db", scope="alone", route="amortised")
-    controls = {row.keys["layer"]: row for row in table.where("psnr_db", scope="alone", route="stranger")}
-    paired = [(row, controls[row.keys["layer"]]) for row in rows if row.keys["layer"] in controls]
-    nothing = [row for row, control in paired if not _above(row, control)]
-    if paired:
-        names = ", ".join(str(row.keys["layer"]) for row in nothing) or "none"
+    gains = [gain for row in rows if (gain := _gain(table, row)) is not None]
+    if gains:
+        nothing = [str(gain.keys["layer"]) for gain in gains if gain.low is None or gain.low <= 0]
         sentences.append(
-            f"Layers whose update alone gives an estimate that is not clearly above that of another image of the "
-            f"label (intervals overlap): {len(nothing)} of {len(paired)} ({names})."
+            f"Layers whose update alone does not give a better estimate than another image's of the label, the interval"
+            f" of the difference reaching 0: {len(nothing)} of {len(gains)} ({', '.join(nothing) or 'none'})."
         )
     if len(rows) > 1:
         best, worst = (choose(rows, key=lambda row: row.mean) for choose in (max, min))
@@ -242,22 +246,21 @@ def _alone(table: Table) -> list[str]:
                 f"in {worst.keys['layer']} ({worst.words(3)})."
             )
     ranks = table.where("rank", of="gradient")
-    low = [f"{row.keys['layer']} ({row.mean:.1f})" for row in ranks if row.mean < _rank_of_update(table, row)]
-    full = [row for row in ranks if row.mean >= _rank_of_update(table, row)]
+    updates = {row.keys["layer"]: row for row in table.where("rank", of="update")}
+    higher = [row for row in ranks if row.keys["layer"] in updates and row.mean > updates[row.keys["layer"]].mean]
     if ranks:
         sentences.append(
-            f"The full gradient has a higher numerical rank than its update in "
-            f"{sum(row.mean > _rank_of_update(table, row) for row in full)} of {len(ranks)} layers; its rank is "
-            f"{min(row.mean for row in ranks):.1f} to {max(row.mean for row in ranks):.1f}."
+            f"The gradient has a higher numerical rank than its update, on average over the victims, in {len(higher)} "
+            f"of {len(ranks)} layers; it is {min(row.mean for row in ranks):.1f} to "
+            f"{max(row.mean for row in ranks):.1f}."
         )
-    if low:
-        sentences.append(f"Rounding gives the update more rank than the gradient has in {', '.join(low)}.")
     return sentences
 
 
-def _rank_of_update(table: Table, gradient: Row) -> float:
-    found = table.one("rank", of="update", layer=gradient.keys["layer"])
-    return 0.0 if found is None else found.mean
+def _gain(table: Table, row: Row) -> Row | None:
+    """The amortised estimate less the stranger's, victim by victim."""
+    stranger = table.one("psnr_db", **{**row.keys, "route": "stranger"})
+    return None if stranger is None else difference(row, stranger)
 
 
 def _sides(table: Table) -> list[str]:
@@ -267,20 +270,20 @@ def _sides(table: Table) -> list[str]:
         table.one("psnr_db", scope=scope, blocks=1, route="amortised") for scope in ("from input", "from output")
     )
     if first is not None and last is not None:
-        verb = "more" if _above(first, last) else "less" if _above(last, first) else "no clearly different amount"
+        gain = difference(first, last)
+        beside = "" if gain is None else f"; the difference is {gain.words()} dB"
         sentences.append(
-            f"The first block gives {verb} than the last by the amortised route: {first.words()} against "
-            f"{last.words()} dB."
+            f"By the amortised route the first block gives {first.words()} dB and the last {last.words()} dB{beside}."
         )
     rows = table.where("psnr_db", scope="from input", route="amortised")
     if len(rows) > 1:
         end = max(rows, key=lambda row: float(row.keys["blocks"]))
-        beside = [
+        others = [
             f"{route.replace('_', ' ')} {row.words()} dB"
             for route in ("amortised_refined", "stranger", "mean_image")
             if (row := table.one("psnr_db", scope="from input", route=route, blocks=end.keys["blocks"])) is not None
         ]
-        sentences.append(f"All {end.keys['blocks']} blocks give {end.words()} dB; {', '.join(beside)}.")
+        sentences.append("; ".join([f"All {end.keys['blocks']} blocks give {end.words()} dB", *others]) + ".")
     speeds = table.where("pairs_per_second", blocks=1)
     if len(speeds) == 2:
         ours = {row.keys["scope"]: row.mean for row in speeds}
@@ -289,10 +292,3 @@ def _sides(table: Table) -> list[str]:
             f"{ours['from output']:.0f} for the last."
         )
     return sentences
-
-
-def _above(row: Row, other: Row) -> bool:
-    """Whether the interval of a row lies above another's; means where there are no intervals."""
-    if row.low is None or other.high is None:
-        return False
-    return row.low > other.high

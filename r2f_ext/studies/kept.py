@@ -1,0 +1,130 @@
+"""Pairs in memory: for fits that share them, for fits to several sources at once, and for adapters of other layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from r2f_ext.capture.project import project
+from r2f_ext.data import ImageSet
+from r2f_ext.decoders import Updates
+from r2f_ext.errors import R2FError
+from r2f_ext.pairs import GeneratedPairs, PairSource
+from r2f_ext.types import FactoredGradient, PairBatch, Target
+
+MOST_BYTES = 3 << 30  # of what one `KeptPairs` holds
+
+
+@dataclass(frozen=True)
+class KeptPairs:
+    """Pairs in memory, to walk through them without running the model again: a `PairSource`.
+
+    A pair of the embedded base with all its layers takes 1.7 MB at r = 8.
+
+    Attributes:
+        target: the layers whose gradients are kept; updates may be those of further layers.
+        a: name -> the A that all victims start from [r, d_in].
+        kept: the batches, in order.
+        one_step, per_victim_a, group_size: see `PairSource`.
+    """
+
+    target: Target
+    a: dict[str, Tensor]
+    kept: tuple[PairBatch, ...]
+    one_step: bool = True
+    per_victim_a: bool = False
+    group_size: int = 1
+
+    @classmethod
+    def of(cls, pairs: PairSource, count: int | None = None, layers: Sequence[str] | None = None) -> KeptPairs:
+        """The first `count` pairs of a source.
+
+        Args:
+            layers: keep the gradients of these layers only; None: of all. The updates of all layers are kept.
+
+        Raises:
+            R2FError: they take more than MOST_BYTES.
+        """
+        names = pairs.target.names if layers is None else tuple(layers)
+        target = replace(pairs.target, layers=tuple(each for each in pairs.target.layers if each.name in names))
+        kept: list[PairBatch] = []
+        size = 0
+        for batch in pairs.batches(0, count):
+            x, delta = ({n: of[n] for n in target.names} for of in (batch.gradients.x, batch.gradients.delta))
+            kept.append(replace(batch, gradients=FactoredGradient(x, delta)))
+            size += _bytes_of(kept[-1])
+            if size > MOST_BYTES:
+                raise R2FError(
+                    f"the pairs of base '{target.base.spec}' take more than {MOST_BYTES / 2**30:.0f} GiB: run this "
+                    "study on a smaller base."
+                )
+        return cls(target, pairs.a, tuple(kept), pairs.one_step, pairs.per_victim_a, pairs.group_size)
+
+    @classmethod
+    def of_images(cls, target: Target, images: ImageSet, group_size: int = 1) -> KeptPairs:
+        """Gradients at the start, without an A; `seen_by` adds the updates of an adapter. Raises as `of` does."""
+        blank = {layer.name: torch.zeros(1, layer.d_in, device=target.base.device) for layer in target.layers}
+        found = cls.of(GeneratedPairs(target, blank, images, group_size))
+        return replace(found, a={}, kept=tuple(replace(batch, updates={}) for batch in found.kept))
+
+    def seen_by(self, target: Target, a: dict[str, Tensor]) -> KeptPairs:
+        """The pairs of an adapter of any of these layers and of any rank, whose A at the start is `a`.
+
+        At B = 0 gradients do not depend on A, so that one capture serves every adapter of the base.
+
+        Args:
+            a: name -> [r, d_in]; further layers are ignored.
+        """
+        own, kept = {name: a[name] for name in target.names}, []
+        for batch in self.kept:
+            x, delta = ({n: of[n] for n in target.names} for of in (batch.gradients.x, batch.gradients.delta))
+            gradient = FactoredGradient(x, delta)
+            kept.append(replace(batch, updates=project(target, gradient, own), gradients=gradient))
+        return replace(self, target=target, a=own, kept=tuple(kept))
+
+    def __len__(self) -> int:
+        return sum(len(batch.labels) for batch in self.kept)
+
+    def __add__(self, other: KeptPairs) -> KeptPairs:
+        """Both one after another, also of different bases of one architecture: `target` is the first's."""
+        return replace(self, kept=self.kept + other.kept)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
+        """The pairs `start` to `stop`, in the batches that they were made in."""
+        first, stop = 0, len(self) if stop is None else stop
+        for batch in self.kept:
+            rows = slice(max(start - first, 0), max(stop - first, 0))
+            first += len(batch.labels)
+            if len(batch.labels[rows]):
+                yield _rows_of(batch, rows)
+
+    def updates(self, start: int, stop: int) -> Updates:
+        """name -> updates of the pairs `start` to `stop`, [stop - start, d_out, r]."""
+        parts = [batch.updates for batch in self.batches(start, stop)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def labels(self, start: int, stop: int) -> Tensor:
+        """The label of the first image of the pairs `start` to `stop`."""
+        return torch.cat([batch.labels[:, 0] for batch in self.batches(start, stop)])
+
+
+def _bytes_of(batch: PairBatch) -> int:
+    tensors = (*batch.updates.values(), *batch.gradients.x.values(), *batch.gradients.delta.values(), batch.images)
+    return sum(each.nbytes for each in tensors)
+
+
+def _rows_of(batch: PairBatch, rows: slice) -> PairBatch:
+    def of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: each[rows] for name, each in tensors.items()}
+
+    return PairBatch(
+        of(batch.updates),
+        FactoredGradient(of(batch.gradients.x), of(batch.gradients.delta)),
+        batch.images[rows],
+        batch.labels[rows],
+        batch.a0 and of(batch.a0),
+        batch.a and of(batch.a),
+    )

@@ -1,0 +1,200 @@
+"""Public images of every kind, and how far their updates are from the victims'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2f_ext.audit.metrics import psnr_db
+from r2f_ext.data import ImageSet, load_images
+from r2f_ext.decoders import Decoder, Updates
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.kernel_solver import fit_by_leave_one_out
+from r2f_ext.linalg import gram
+from r2f_ext.studies.scene import (
+    Observed,
+    mean_cosine,
+    mean_image_db,
+    other_private_images,
+    private_images,
+    public_images,
+    stranger_rows,
+)
+from r2f_ext.studies.study import Data, Measured, World
+from r2f_ext.studies.table import Row, Table, Value, difference
+from r2f_ext.types import BaseModel, Gradient
+
+GENERATED = "procedural"
+SHARES = (1e-3, 1e-2, 1e-1, 1.0)  # dampings of the linear classifier, of which leave-one-out errors choose
+LEAST = 4  # images of each half of the private ones that are no victims
+
+
+@dataclass(frozen=True)
+class Split:
+    """The private images of one seed.
+
+    Attributes:
+        victims: whose adapters are attacked.
+        others: half of those that are no victims: they stand for what the victims are drawn from.
+        public: the other half: they make public images of this kind where there are no better ones.
+    """
+
+    victims: ImageSet
+    others: ImageSet
+    public: ImageSet
+
+
+def split_of(base: BaseModel, data: Data, seed: int, victims: int) -> Split:
+    """Split private images.
+
+    Raises:
+        R2FError: too few are left beside the victims.
+    """
+    rest = other_private_images(base, data, seed, victims)
+    half = len(rest) // 2
+    if half < LEAST:
+        raise R2FError(
+            f"'{data.private}' has {len(rest)} private images beside {victims} victims, and {2 * LEAST} are needed: "
+            "add images."
+        )
+    order = torch.arange(2 * half)
+    chosen = private_images(base, data, seed, victims)
+    return Split(chosen, rest.take(order[:half]), rest.take(order[half:]))
+
+
+def public_of(world: World, base: BaseModel, kind: str, seed: int, count: int, victims: int) -> ImageSet:
+    """`count` public images of a kind: procedural, or those that resemble the private ones of `world.named(kind)`.
+
+    The latter are the public part of the same set (clothes, photographs) where the data name it as their proxy;
+    otherwise the `public` images of the split, mirrored and shifted.
+
+    Raises:
+        R2FError: the set has fewer.
+    """
+    if kind == GENERATED:
+        shape, classes = base.input_shape, base.num_classes
+        return load_images(GENERATED, input_shape=shape, num_classes=classes, count=count, seed=seed)
+    data = world.named(kind)
+    if data.proxy != data.private:
+        return varied(split_of(base, data, seed, victims).public, count, seed)
+    found = public_images(base, data, seed, count)
+    if len(found) < count:
+        raise R2FError(f"'{data.proxy}' has {len(found)} public images, and {count} are needed: add images.")
+    return found
+
+
+def varied(images: ImageSet, count: int, seed: int) -> ImageSet:
+    """`count` images made of few: each drawn at random, mirrored or not, and moved by up to 2 pixels, edges repeated.
+
+    Random labels are dealt out anew; others stay with their images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(images), (count,), generator=generator)
+    pixels, (height, width) = images.images[rows], images.images.shape[2:]
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    pixels[mirrored] = pixels[mirrored].flip(3)
+    wide = F.pad(pixels.float(), (2, 2, 2, 2), mode="replicate").to(torch.uint8)
+    moves = torch.randint(5, (count, 2), generator=generator).tolist()
+    moved = [each[:, y : y + height, x : x + width] for each, (y, x) in zip(wide, moves, strict=True)]
+    labels = images.labels[rows]
+    if images.random_labels:
+        labels = labels[torch.randperm(count, generator=generator)]
+    return replace(images, images=torch.stack(moved), labels=labels)
+
+
+def cosines_of(decoder: Decoder, sets: Sequence[Observed]) -> list[Tensor]:
+    """Cosines [V], averaged over layers, of several sets of victims: decoded together, in one pass over the pairs."""
+    names = sets[0].updates
+    decoded = decoder.decode({name: torch.cat([each.updates[name] for each in sets]) for name in names})
+    ends = torch.tensor([len(each.labels) for each in sets]).cumsum(0).tolist()
+    rows = [slice(end - len(each.labels), end) for end, each in zip(ends, sets, strict=True)]
+    parts = [Gradient({name: dense[row] for name, dense in decoded.dense.items()}) for row in rows]
+    return [mean_cosine(part, each.gradient) for part, each in zip(parts, sets, strict=True)]
+
+
+def reconstructions(
+    inverter: AmortisedInverter, observed: Observed, others: Updates, kind: ImageSet, public: ImageSet, seed: int
+) -> list[Measured]:
+    """PSNR of the amortised route on victims of one image each, and of two controls.
+
+    Args:
+        others, kind: updates [n, d_out, r] a layer and images [n] of the victims' kind, of which the strangers are
+            drawn: with the victim's label, where there is one.
+        public: the images whose mean is the other control.
+    """
+    images = observed.images[:, 0]
+    rows = stranger_rows(kind, observed.labels[:, 0], seed)
+    strange = inverter.invert({name: each[rows] for name, each in others.items()})
+    figures = {
+        "amortised": psnr_db(inverter.invert(observed.updates).images, images),
+        "stranger": psnr_db(strange.images, images),
+        "mean_image": mean_image_db(public, images),
+    }
+    return [Measured("psnr_db", each.tolist(), {"route": route}) for route, each in figures.items()]
+
+
+def a_distance(first: Updates, second: Updates, signed: bool = False) -> float:
+    """The proxy A-distance 2(1 - 2 err) of two sets of updates, in [0, 2] (Ben-David et al. 2010, section 3).
+
+    err is the share of updates that a linear classifier puts into the wrong set, on the halves (every second update)
+    that it is not fitted on; it is fitted by ridge regression. Below 0 counts as 0. The longer set is cut.
+
+    Args:
+        first, second: name -> [n, d_out, r] of the same layers, of which the classifier reads the unit updates.
+        signed: it reads their entries, and otherwise their magnitudes. The label decides signs: where labels are random
+            in both sets, entries have mean 0 in both, and no linear classifier tells the sets apart by them.
+    """
+    n = min(len(next(iter(each.values()))) for each in (first, second))
+    rows = torch.cat([_unit_rows({name: update[:n] for name, update in each.items()}) for each in (first, second)])
+    rows = rows if signed else rows.abs()
+    signs = torch.ones(2 * n, dtype=torch.float64)
+    signs[n:] = -1
+    even = torch.arange(n).repeat(2) % 2 == 0
+    wrong = 0
+    for fit in (even, ~even):
+        mean = rows[fit].mean(0)
+        centred = rows[fit] - mean
+        dual, _ = fit_by_leave_one_out(gram(centred).double(), (signs[fit] - signs[fit].mean())[:, None], SHARES)
+        scores = (rows[~fit] - mean) @ (centred.T @ dual.to(rows))
+        wrong += int((scores[:, 0].sign() != signs[~fit]).sum())
+    return max(0.0, 2 * (1 - 2 * wrong / (2 * n)))
+
+
+def _unit_rows(updates: Updates) -> Tensor:
+    """[n, sum of d_out * r], of unit norm: the unit updates of all layers, side by side."""
+    parts = [
+        update.flatten(1) / update.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30) for update in updates.values()
+    ]
+    return torch.cat(parts, dim=1) / len(parts) ** 0.5
+
+
+def not_above(row: Row | None, control: Row | None) -> bool:
+    """Whether both were measured on the same victims, and the interval of the paired difference reaches 0 or below."""
+    found = None if row is None or control is None else difference(row, control)
+    return found is not None and (found.low is None or found.low <= 0)
+
+
+CONTROLS = (  # metric, column, what is compared, its control, and how a sentence says that it does not beat it
+    ("psnr_db", "route", "amortised", "stranger", "the amortised route by a stranger's update"),
+    ("psnr_db", "route", "amortised", "mean_image", "the amortised route by the mean public image"),
+    ("cosine", "decoder", "ridge", "projection", "ridge by the projection"),
+    ("cosine", "decoder", "ridge", "class_mean_gradient", "ridge by the class mean gradient"),
+)
+
+
+def lost_to_controls(table: Table, cells: Mapping[str, Mapping[str, Value]]) -> str:
+    """What is not shown to beat which control, and in which cells (name -> keys); "" where everything does."""
+    clauses = []
+    for metric, column, tried, control, words in CONTROLS:
+        pairs = {
+            name: [table.one(metric, **{**keys, column: each}) for each in (tried, control)]
+            for name, keys in cells.items()
+        }
+        names = [name for name, (row, other) in pairs.items() if not_above(row, other)]
+        clauses += [f"{words} ({', '.join(names)})"] if names else []
+    return "; ".join(clauses)
