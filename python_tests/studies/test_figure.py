@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from r2f_ext.studies import Panel, Row, Table
-from r2f_ext.studies.figure import _draw, write_figure
+from r2f_ext.studies.figure import _draw, _with_x, write_figure
 
 
 def row(mean, half=0.5, **keys):
@@ -68,3 +68,14 @@ def test_panels_without_rows_are_left_out(tmp_path):
 def test_lines_mark_levels():
     axes = drawn(Panel("psnr_db", "r", lines={2.5: "the mean image"}), [row(1.0, r=1)])
     assert "the mean image" in [text.get_text() for text in axes.texts]
+
+
+def test_a_panel_of_two_metrics_places_points_by_the_second():
+    rows = [
+        Row({"x": 1, "kind": "a"}, "leak", (0.5,), None, None),
+        Row({"x": 1}, "accuracy", (0.7, 0.9), 0.7, 0.9),
+        Row({"x": 2, "kind": "a"}, "leak", (0.2,), None, None),
+    ]
+    (found,) = _with_x("accuracy", [rows[0], rows[2]], Table(rows))
+    assert found.keys == {"x": 1, "kind": "a", "accuracy": pytest.approx(0.8)}
+    assert found.values == (0.5,)

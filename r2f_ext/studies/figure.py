@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
@@ -25,7 +26,7 @@ UNITS = {"psnr_db": "PSNR in dB", "cosine": "cosine", "accuracy": "accuracy", "s
 def write_figure(path: Path, panels: Sequence[Panel], table: Table) -> None:
     """Write the panels that have rows in the table as one PNG; without any, nothing is written."""
     drawn = [(panel, rows) for panel in panels if (rows := table.where(panel.metric, **panel.where))]
-    drawn = [(panel, [row for row in rows if panel.x in row.keys]) for panel, rows in drawn]
+    drawn = [(panel, _with_x(panel.x, rows, table)) for panel, rows in drawn]
     drawn = [(panel, rows) for panel, rows in drawn if rows]
     if not drawn:
         return
@@ -37,6 +38,16 @@ def write_figure(path: Path, panels: Sequence[Panel], table: Table) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
     write_atomically(path, lambda temporary: _write(temporary, image.getvalue()))
+
+
+def _with_x(x: str, rows: Sequence[Row], table: Table) -> list[Row]:
+    """The rows that have the column x, or the mean of the metric x at their setting, which becomes that column."""
+    found, others = [row for row in rows if x in row.keys], table.where(x)
+    for row in rows if others else ():
+        across = next((other for other in others if other.keys.items() <= row.keys.items()), None)
+        if across is not None:
+            found.append(replace(row, keys={**row.keys, x: across.mean}))
+    return found
 
 
 def _draw(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:

@@ -134,7 +134,7 @@ def victims_of(
     device = target.base.device
     images = private.batch(slice(0, groups * owned), device).unflatten(0, (groups, owned))
     labels = private.labels[: groups * owned].to(device).unflatten(0, (groups, owned))
-    victims = simulate(target, a, images, labels, training, seed)
+    victims = simulate(target, a, images, labels, training, seed, dense=training.steps > 1)
     rate = sum(training.rates())
     updates = {name: b / -rate for name, b in victims.b.items()}
     dense = {name: victims.gradient.dense(name) for name in target.names}

@@ -71,7 +71,8 @@ class Panel:
 
     Attributes:
         metric: on the vertical axis.
-        x: the column on the horizontal axis; numbers are joined by lines, words become bars.
+        x: the column on the horizontal axis, numbers being joined by lines and words becoming bars; or a second metric,
+            whose mean at the same setting is then the place of each point.
         series: columns whose values name the lines or the colours of the bars.
         where: rows must have these values; a tuple allows several.
         title, x_label, y_label: "" takes the names of the columns.
