@@ -15,7 +15,7 @@ def test_every_setting_is_measured_for_every_seed(tmp_path):
     result = run_study(study, World(), tmp_path)
     assert study.calls == [(x, seed) for seed in (0, 1) for x in (1, 2, 4)]
     assert result.table.one("square", x=4).values == (16.0, 16.0, 16.0, 17.0)
-    assert result.sentences() == ["Two squared is 4.2 (95 % interval 4.0 to 4.8; 4 values)."]
+    assert result.sentences() == ["Two squared is 4.2 (4.0 to 4.8; n = 4)."]
     assert {path.name for path in (tmp_path / "squares").iterdir()} == {
         "record.json",
         "table.csv",

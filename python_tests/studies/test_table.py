@@ -71,7 +71,7 @@ def test_without_two_finite_values_there_is_no_interval(values):
 def test_equal_values_have_an_interval_of_no_width():
     (row,) = Table.of([cell({}, 0, ("m", [2.0, 2.0, 2.0], {}))])
     assert (row.low, row.high) == (2.0, 2.0)
-    assert row.words(2) == "2.00 (95 % interval 2.00 to 2.00; 3 values)"
+    assert row.words(2) == "2.00 (2.00 to 2.00; n = 3)"
 
 
 def test_rows_are_chosen_by_metric_and_keys(table):

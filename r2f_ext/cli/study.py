@@ -64,6 +64,7 @@ def _print(result: StudyResult) -> None:
     console.print(Text(result.study.question, style="bold"))
     for sentence in result.sentences():
         console.print(Text(sentence))
+    console.print(Text("12.3 (11.7 to 13.1; n = 24) is a mean with its 95 % bootstrap interval over n values."))
     console.print(f"page, figure, table and record: {escape(str(Path(result.folder)))}\n")
 
 

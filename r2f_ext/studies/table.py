@@ -43,12 +43,9 @@ class Row:
         return float(np.mean(self.values))
 
     def words(self, digits: int = 1) -> str:
-        """Mean and interval for a sentence: `21.3 (95 % interval 20.1 to 22.4; 16 victims)`."""
-        if self.low is None or self.high is None:
-            return f"{self.mean:.{digits}f}"
-        return (
-            f"{self.mean:.{digits}f} (95 % interval {self.low:.{digits}f} to {self.high:.{digits}f}; {self.n} values)"
-        )
+        """Mean, 95 % interval and number of values for a sentence: `21.3 (20.1 to 22.4; n = 16)`."""
+        mean, *ends = (_fixed(value, digits) for value in (self.mean, self.low, self.high) if value is not None)
+        return f"{mean} ({' to '.join(ends)}; n = {self.n})" if ends else mean
 
 
 class Table:
@@ -122,3 +119,7 @@ def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
         rng=np.random.default_rng(0),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # the sum turns -0.0 into 0.0

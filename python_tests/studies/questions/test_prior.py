@@ -130,7 +130,6 @@ def test_a_search_that_lowers_the_similarity_is_told():
     ]
     said = STUDY.conclude(World(), Table.of(cells))
     assert said == [
-        "Worse than their start by SSIM: LoRA update from amortised with no prior, "
-        "-0.200 (95 % interval -0.300 to -0.100; 2 values)."
+        "Worse than their start by SSIM: LoRA update from amortised with no prior, -0.200 (-0.300 to -0.100; n = 2)."
     ]
     assert STUDY.conclude(World(), Table.of(cells[::-1][:1])) == []

@@ -140,6 +140,10 @@ class DefenceStudy(Study):
         "the mean gradient of the true labels beside cosines."
     )
     seeds = 2
+    no_controls = (
+        "An image counts as recovered by its rank among strangers of its label; the mean images, the nearest proxy and "
+        "noise adapters are left to the audit, which has them for every adapter."
+    )
     panels = (
         Panel("recovered", "accuracy", ("defence",), title="Leak against utility", y_label="share of images recovered"),
         Panel("cosine", "accuracy", ("defence",), {"decoder": "ridge"}, "Decoder against utility"),

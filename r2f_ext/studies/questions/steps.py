@@ -124,6 +124,10 @@ class Steps(Study):
         "estimate from a stranger, trained alike on other images of the same labels. `above_stranger_db` is the gain "
         "over it, victim by victim."
     )
+    no_controls = (
+        "The class-mean image, the nearest proxy and noise adapters are left to the audit, which has them for every "
+        "adapter."
+    )
     panels = (
         Panel("cosine", "T", ("decoder", "optimizer"), {"images": ONE, "fitted": ONE_STEP}, ONE, x_log=True),
         Panel("cosine", "T", ("decoder", "optimizer"), {"images": FRESH, "fitted": ONE_STEP}, FRESH, x_log=True),
