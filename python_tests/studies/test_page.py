@@ -4,7 +4,7 @@ import pytest
 from study_cases import Squares
 
 from r2f_ext.studies import Data, Row, Table, World, run_study
-from r2f_ext.studies.page import wide, write_html
+from r2f_ext.studies.page import _item, wide, write_html
 
 HOSTILE = "<script>alert(1)</script>|`*[x](y)"
 
@@ -59,3 +59,12 @@ def test_a_study_without_a_figure_has_a_page(tmp_path):
 
     run_study(Bare(), World(), tmp_path)
     assert "![" not in (tmp_path / "squares" / "page.md").read_text()
+
+
+def test_lines_are_short_and_none_begins_an_item_of_its_own():
+    text = " ".join(f"the loss is 1 - cos of {i} and 2. + 3 # 4 > 5 * 6" for i in range(40))
+    lines = _item(text).splitlines()
+    assert max(map(len, lines)) <= 120 and len(lines) > 5
+    assert lines[0].startswith("* the loss") and all(line.startswith("  ") for line in lines[1:])
+    assert not any(line.lstrip()[:2] in ("- ", "+ ", "# ", "> ") or line.startswith("  2. ") for line in lines[1:])
+    assert " ".join(line.strip() for line in lines) == f"* {text}"

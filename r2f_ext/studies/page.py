@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import re
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from r2f_ext.audit.html import ASSETS as AUDIT_ASSETS
+from r2f_ext.audit.names import counted
 from r2f_ext.audit.record import public_name
 from r2f_ext.files import write_text
 from r2f_ext.studies.table import Row, Table
@@ -20,14 +23,17 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets"
 MARKDOWN, HTML = "page.md.j2", "studies.html.j2"
+LINE = 120  # columns of a line of Markdown; rows of tables are longer
 
 
 def write_page(path: Path, result: StudyResult) -> None:
     """Write a study's question, conclusions, figure, method and table as Markdown; names from outside are escaped."""
     head, rows = wide(result.table)
     written = [_markdown_row(row) for row in [head, ["---"] * len(head), *rows]]
-    text = _environment(MARKDOWN).get_template(MARKDOWN).render(result=result, table=written, figure=_figure(result))
-    write_text(path, text)
+    threads = counted(int(result.environment["threads"]), "thread")
+    page = _environment(MARKDOWN).get_template(MARKDOWN)
+    figure, used = _figure(result), _base_and_data(result)
+    write_text(path, page.render(result=result, table=written, figure=figure, base_and_data=used, threads=threads))
 
 
 def write_html(path: Path, results: Sequence[StudyResult]) -> None:
@@ -37,7 +43,8 @@ def write_html(path: Path, results: Sequence[StudyResult]) -> None:
         figure = _figure(result)
         pictures[result.study.name] = None if figure is None else base64.b64encode(figure.read_bytes()).decode()
     tables = {result.study.name: wide(result.table) for result in results}
-    page = _environment(HTML).get_template(HTML).render(results=results, pictures=pictures, tables=tables)
+    used = {result.study.name: _base_and_data(result) for result in results}
+    page = _environment(HTML).get_template(HTML).render(results=results, pictures=pictures, tables=tables, used=used)
     write_text(path, page)
 
 
@@ -71,6 +78,27 @@ def _figure(result: StudyResult) -> Path | None:
     return path if path.exists() else None
 
 
+def _base_and_data(result: StudyResult) -> str:
+    """What the study ran on, as a sentence; folders by their last part only."""
+    data = "; ".join(f"{d.name} ({public_name(d.private)}, {public_name(d.proxy)})" for d in result.world.data)
+    seeds = ", ".join(map(str, result.seeds))
+    return f"Base {public_name(result.world.base)}; private images and proxies: {data}; seeds {seeds}."
+
+
+def _wrapped(text: str, first: str = "", rest: str = "") -> str:
+    """Lines of at most LINE columns, none of which begins with what Markdown takes for an item or a heading."""
+    kept = re.sub(r" (?=(?:[-+#>]|\d+[.)]) )", "\N{NO-BREAK SPACE}", text)
+    filled = textwrap.fill(
+        kept, LINE, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    return filled.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _item(text: str) -> str:
+    """An item of a list."""
+    return _wrapped(text, "* ", "  ")
+
+
 def _markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(_plain(cell) for cell in cells)} |"
 
@@ -91,5 +119,5 @@ def _environment(template: str) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"plain": _plain, "public": public_name}
+    environment.filters |= {"plain": _plain, "wrapped": _wrapped, "item": _item}
     return environment
