@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,13 @@ def command_of(study: Study, world: World, seeds: Sequence[int]) -> str:
 def _measure(study: Study, world: World, setting: Setting, seed: int) -> Mapping[str, Any]:
     began = time.perf_counter()
     measured = study.measure(world, setting, seed)
-    rows = [{"metric": m.metric, "values": [float(v) for v in m.values], "labels": dict(m.labels)} for m in measured]
+    rows = [{"metric": m.metric, "values": _short(m.values), "labels": dict(m.labels)} for m in measured]
     return {"setting": dict(setting), "seed": seed, "seconds": time.perf_counter() - began, "measured": rows}
+
+
+def _short(values: Sequence[float]) -> list[float]:
+    """Seven digits, as many as float32 has."""
+    return [float(f"{float(value):.7g}") for value in values]
 
 
 def _options(world: World) -> dict[str, Any]:
@@ -172,9 +177,11 @@ def _known_cells(path: Path, study: Study, options: Mapping[str, Any]) -> dict[s
     return cells
 
 
-def _write_record(path: Path, study: Study, options: Mapping[str, Any], cells: Iterator | Any) -> None:
-    record = {"schema": SCHEMA, "study": study.name, "options": options, "environment": environment()}
-    write_text(path, json.dumps({**record, "cells": list(cells)}, indent=1))
+def _write_record(path: Path, study: Study, options: Mapping[str, Any], cells: Iterable[Mapping[str, Any]]) -> None:
+    """One line a cell, which keeps the file small and its changes readable."""
+    head = {"schema": SCHEMA, "study": study.name, "options": options, "environment": environment()}
+    lines = ",\n".join(json.dumps(cell) for cell in cells)
+    write_text(path, f'{json.dumps(head)[:-1]}, "cells": [\n{lines}\n]}}\n')
 
 
 def _key(setting: Mapping[str, Any], seed: int) -> str:
