@@ -19,7 +19,7 @@ WIDTH, HEIGHT, COLUMNS, DPI = 6.2, 4.0, 2, 110  # inches of a panel, panels side
 # Okabe and Ito's palette, which readers with impaired colour vision can tell apart; then other line styles.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"
-MANY = 9  # lines of a legend beyond which it stands beside the drawing
+MANY = 6  # lines of a legend beyond which it stands beside the drawing; with bars, which fill it, from 3 on
 UNITS = {"psnr_db": "PSNR in dB", "cosine": "cosine", "accuracy": "accuracy", "seconds": "seconds"}
 
 
@@ -71,8 +71,9 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     if len(series) > 1:
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(series) > MANY else {"loc": "best"}
-        axes.legend(fontsize=7, frameon=False, **beside)
+        outside = len(series) > (2 if axes.patches else MANY)
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if outside else {"loc": "best"}
+        axes.legend(fontsize=7, frameon=False, **place)
 
 
 def _lines(axes: Axes, panel: Panel, series: dict[str, list[Row]]) -> None:

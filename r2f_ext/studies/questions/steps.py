@@ -27,7 +27,7 @@ from r2f_ext.studies.scene import (
 )
 from r2f_ext.studies.strangers import WrittenPairs, clearly_above, joined, nearest_db, public_parts, strangers_of
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
-from r2f_ext.studies.table import Table
+from r2f_ext.studies.table import Table, difference
 from r2f_ext.types import Gradient, LoraUpdate, Target
 
 STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -294,10 +294,12 @@ def _one_recipe(table: Table, optimizer: str, images: str) -> tuple[list[str], l
     if own:
         t = max(own)
         few = table.one("cosine", decoder="ridge", T=t, **{**keys, "fitted": AS_FEW})
-        helps = clearly_above(own[t], few)
+        gain = None if few is None else difference(own[t], few)
+        helps = gain is not None and gain.low is not None and gain.low > 0
         words = f"{name}: a ridge fitted to pairs of the victim's own {t} steps {'is' if helps else 'is not'} clearly "
         words += f"better than one of as many one-step pairs: {own[t].words(3)}"
-        (good if helps else bad).append(words + (f" against {few.words(3)}." if few else "."))
+        words += f" against {few.words(3)}" if few else ""
+        (good if helps else bad).append(words + (f", a gain of {gain.words(3)}." if gain else "."))
     return bad, good
 
 
