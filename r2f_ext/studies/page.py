@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
+from markupsafe import Markup, escape
 
 from r2f_ext.audit.html import ASSETS as AUDIT_ASSETS
 from r2f_ext.audit.names import counted
@@ -78,6 +79,11 @@ def _figure(result: StudyResult) -> Path | None:
     return path if path.exists() else None
 
 
+def _code(text: str) -> Markup:
+    """Text with what stands between backticks as code, escaped."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
 def _base_and_data(result: StudyResult) -> str:
     """What the study ran on, as a sentence; folders by their last part only."""
     data = "; ".join(f"{d.name} ({public_name(d.private)}, {public_name(d.proxy)})" for d in result.world.data)
@@ -119,5 +125,5 @@ def _environment(template: str) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"plain": _plain, "wrapped": _wrapped, "item": _item}
+    environment.filters |= {"plain": _plain, "wrapped": _wrapped, "item": _item, "code": _code}
     return environment
