@@ -4,7 +4,7 @@ import pytest
 from study_cases import Squares
 
 from r2f_ext.studies import Data, Row, Table, World, run_study
-from r2f_ext.studies.page import _item, wide, write_html
+from r2f_ext.studies.page import _code, _item, wide, write_html
 
 HOSTILE = "<script>alert(1)</script>|`*[x](y)"
 
@@ -59,6 +59,10 @@ def test_a_study_without_a_figure_has_a_page(tmp_path):
 
     run_study(Bare(), World(), tmp_path)
     assert "![" not in (tmp_path / "squares" / "page.md").read_text()
+
+
+def test_backticks_become_code_and_the_rest_is_escaped():
+    assert _code("`a<b` & `c`") == "<code>a&lt;b</code> &amp; <code>c</code>"
 
 
 def test_lines_are_short_and_none_begins_an_item_of_its_own():

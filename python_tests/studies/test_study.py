@@ -24,15 +24,6 @@ def test_a_study_without_its_parts_cannot_be_made():
         Unfinished()
 
 
-def test_names_are_those_of_the_registry_and_settings_are_distinct():
-    for name, study in registry().items():
-        assert study.name == name and study.question.endswith("?") and study.panels
-        for quick in (False, True):
-            settings = study.settings(World(quick=quick))
-            assert len({tuple(each.items()) for each in settings}) == len(settings) >= 1
-            assert len({tuple(each) for each in settings}) == 1, f"{name}: settings differ in their columns"
-
-
 def test_a_study_is_chosen_by_name():
     assert [study.name for study in chosen("all")] == sorted(registry())
     assert [study.name for study in chosen("decoder")] == ["decoder"]
