@@ -60,12 +60,12 @@ class KernelRidge:
         self.near_similarity = float(cosine.fill_diagonal_(-1).amax(1).quantile(0.05))
         cosine.fill_diagonal_(1)
         self.mean = wanted.mean(0)
-        self.system = _system_(cosine, self.choice)
+        self.system = system_(cosine, self.choice)
         self.dual = self.system.solve(wanted - self.mean)
 
     def __call__(self, cosine: Tensor) -> Tensor:
         """Cosines [V, N] of new updates with the fitted ones -> estimate [V, k]."""
-        return _kernel_(cosine.clone(), self.choice.gamma) @ self.dual + self.mean
+        return kernel_(cosine.clone(), self.choice.gamma) @ self.dual + self.mean
 
     def without(self, cosine: Tensor, left_out: Tensor) -> Tensor:
         """As a call, but estimate v [V, k] is of a fit without the pair left_out[v], int64 [V].
@@ -73,7 +73,7 @@ class KernelRidge:
         With C = (K + ridge I)^-1, the solution w = C y becomes w - C e_i w_i / C_ii without pair i, so that an estimate
         k^T w changes by -(k^T C e_i) w_i / C_ii. The mean and the settings stay those of all pairs.
         """
-        kernel = _kernel_(cosine.clone(), self.choice.gamma)
+        kernel = kernel_(cosine.clone(), self.choice.gamma)
         columns = self.system.solve(F.one_hot(left_out, len(self.dual)).to(kernel).mT)
         own = columns[left_out, torch.arange(len(left_out), device=columns.device)]
         share = (kernel * columns.mT).sum(1) / own
@@ -100,7 +100,7 @@ class AmortisedInverter:
             )
         self.shape = images.shape[1:]
         self.images, self.labels, self.num_classes = images.flatten(1), labels, num_classes
-        self.units = {name: _unit(update) for name, update in updates.items()}
+        self.units = {name: unit_rows(update) for name, update in updates.items()}
         self.fits: dict[int | None, KernelRidge] = {}
         self.labeller: KernelRidge | None = None
 
@@ -183,7 +183,7 @@ class AmortisedInverter:
 
     def unit_updates(self, updates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Updates [V, d_out, r] a layer, flat and of norm 1: what the kernel and the U-Net read."""
-        return {name: _unit(updates[name]) for name in self.units}
+        return {name: unit_rows(updates[name]) for name in self.units}
 
     def _rows(self, label: int | None) -> slice | Tensor:
         if label is None:
@@ -205,7 +205,7 @@ class AmortisedInverter:
 
     def _cosine(self, updates: dict[str, Tensor], rows: slice | Tensor) -> Tensor:
         """Cosine [V, n] of updates with the proxies' `rows`, averaged over layers."""
-        parts = (_unit(updates[name]) @ unit[rows].mT for name, unit in self.units.items())
+        parts = (unit_rows(updates[name]) @ unit[rows].mT for name, unit in self.units.items())
         return sum_in_place(parts).div_(len(self.units))
 
 
@@ -314,24 +314,25 @@ def _inverter(
     return AmortisedInverter(updates, images, labels, target.base.num_classes)
 
 
-def _unit(update: Tensor) -> Tensor:
+def unit_rows(update: Tensor) -> Tensor:
+    """Updates [n, ...] flat and of norm 1, [n, k]; zero ones stay zero."""
     return F.normalize(update.flatten(1), dim=1, eps=1e-30)
 
 
-def _kernel_(cosine: Tensor, gamma: float) -> Tensor:
+def kernel_(cosine: Tensor, gamma: float) -> Tensor:
     """exp(-2 gamma (1 - cosine)), in place."""
     return cosine.sub_(1).mul_(2 * gamma).exp_()
 
 
-def _system_(cosine: Tensor, choice: Choice) -> RidgeSystem:
+def system_(cosine: Tensor, choice: Choice) -> RidgeSystem:
     """K + ridge I; cosine [n, n] is overwritten."""
-    return RidgeSystem.of(_kernel_(cosine, choice.gamma), choice.ridge)
+    return RidgeSystem.of(kernel_(cosine, choice.gamma), choice.ridge)
 
 
 def _errors(cosine: Tensor, wanted: Tensor, choice: Choice) -> Tensor:
     """Leave-one-out errors [n, k] of a fit to the first SELECTION_PAIRS pairs."""
     count = min(SELECTION_PAIRS, len(cosine))
-    system = _system_(cosine[:count, :count].clone(), choice)
+    system = system_(cosine[:count, :count].clone(), choice)
     return system.leave_one_out_errors(system.solve(wanted[:count] - wanted[:count].mean(0)))
 
 
@@ -347,7 +348,7 @@ def _select(cosine: Tensor, wanted: Tensor, pixels: int) -> Choice:
 
     best = Choice(GAMMAS[0], RIDGES[-1], float("-inf"))
     for gamma in GAMMAS:
-        kernel = _kernel_(cosine[:count, :count].clone(), gamma)
+        kernel = kernel_(cosine[:count, :count].clone(), gamma)
         held_out = kernel[train:, :train], centred[train:]
         choice = Choice(gamma, *best_ridge(kernel[:train, :train], centred[:train], held_out, RIDGES, psnr))
         best = max(best, choice, key=lambda each: each.held_out_psnr_db)

@@ -7,14 +7,12 @@ through the model once every proxy's own update is known.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Updates
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.amortised import Choice, KernelRidge
-from r2f_ext.kernel_solver import RidgeSystem
+from r2f_ext.inversion.amortised import Choice, KernelRidge, kernel_, system_, unit_rows
 
 HELD_OUT = 6  # one group in so many chooses the settings
 
@@ -93,18 +91,18 @@ class GroupRidge:
 
     def __init__(self, updates: Updates, public: ImageSet, rows: Tensor, choice: Choice | None = None) -> None:
         self.public, self.rows = public, rows
-        self.units = {name: _unit(each) for name, each in updates.items()}
+        self.units = {name: unit_rows(each) for name, each in updates.items()}
         cosine = torch.stack([unit @ unit.mT for unit in self.units.values()]).mean(0)
         if choice is None:
             first = self._images(0)
             choice = KernelRidge(cosine.clone(), first, first.shape[1]).choice
         self.choice = choice
-        self.system = RidgeSystem.of(_kernel(cosine, choice), choice.ridge)
+        self.system = system_(cosine, choice)
 
     def __call__(self, updates: Updates) -> Tensor:
         """name -> updates [V, ...] -> images [V, b, c, h, w]."""
-        cosine = torch.stack([_unit(updates[n]) @ unit.mT for n, unit in self.units.items()]).mean(0)
-        weights = self.system.solve(_kernel(cosine, self.choice).mT).mT
+        cosine = torch.stack([unit_rows(updates[n]) @ unit.mT for n, unit in self.units.items()]).mean(0)
+        weights = self.system.solve(kernel_(cosine, self.choice.gamma).mT).mT
         found = []
         for slot in range(self.rows.shape[1]):
             images = self._images(slot)
@@ -114,12 +112,3 @@ class GroupRidge:
 
     def _images(self, slot: int) -> Tensor:
         return self.public.batch(self.rows[:, slot], next(iter(self.units.values())).device).flatten(1)
-
-
-def _unit(update: Tensor) -> Tensor:
-    return F.normalize(update.flatten(1), dim=1, eps=1e-30)
-
-
-def _kernel(cosine: Tensor, choice: Choice) -> Tensor:
-    """exp(-2 gamma (1 - cosine)), as in `inversion/amortised.py`."""
-    return torch.exp(2 * choice.gamma * (cosine - 1))

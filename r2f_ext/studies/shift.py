@@ -13,7 +13,7 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.decoders import Decoder, Updates
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.inversion.amortised import AmortisedInverter, unit_rows
 from r2f_ext.kernel_solver import fit_by_leave_one_out
 from r2f_ext.linalg import gram
 from r2f_ext.studies.scene import (
@@ -150,7 +150,7 @@ def a_distance(first: Updates, second: Updates, signed: bool = False) -> float:
             in both sets, entries have mean 0 in both, and no linear classifier tells the sets apart by them.
     """
     n = min(len(next(iter(each.values()))) for each in (first, second))
-    rows = torch.cat([_unit_rows({name: update[:n] for name, update in each.items()}) for each in (first, second)])
+    rows = torch.cat([_joined_units({name: update[:n] for name, update in each.items()}) for each in (first, second)])
     rows = rows if signed else rows.abs()
     signs = torch.ones(2 * n, dtype=torch.float64)
     signs[n:] = -1
@@ -165,11 +165,9 @@ def a_distance(first: Updates, second: Updates, signed: bool = False) -> float:
     return max(0.0, 2 * (1 - 2 * wrong / (2 * n)))
 
 
-def _unit_rows(updates: Updates) -> Tensor:
+def _joined_units(updates: Updates) -> Tensor:
     """[n, sum of d_out * r], of unit norm: the unit updates of all layers, side by side."""
-    parts = [
-        update.flatten(1) / update.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30) for update in updates.values()
-    ]
+    parts = [unit_rows(update) for update in updates.values()]
     return torch.cat(parts, dim=1) / len(parts) ** 0.5
 
 
