@@ -6,14 +6,13 @@ from r2f_ext.decoders import Ridge
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import SimulatedPairs, Training
 from r2f_ext.studies import CLOTHES, Row
-from r2f_ext.studies.scene import base_of, private_images, public_images, start_of, target_of
+from r2f_ext.studies.scene import base_of, private_images, public_images, start_of, strangers_of, target_of
 from r2f_ext.studies.strangers import (
     WrittenPairs,
     clearly_above,
     joined,
     nearest_db,
     public_parts,
-    strangers_of,
 )
 
 CPU = torch.device("cpu")

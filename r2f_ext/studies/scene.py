@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -67,7 +67,7 @@ def public_images(base: BaseModel, data: Data, seed: int, count: int) -> ImageSe
 def images_of_seed(
     base: BaseModel, data: Data, seed: int, victims: int, pairs: int
 ) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """The seed's private images, for each a stranger (`stranger_rows`) that no fit reads, and public images to fit to.
+    """The seed's private images, for each a stranger (`strangers_of`) that no fit reads, and public images to fit to.
 
     Raises:
         R2FError: too few private images, or no public ones beside the OTHERS that strangers are drawn from.
@@ -79,7 +79,7 @@ def images_of_seed(
         )
     private, rows = private_images(base, data, seed, victims), torch.arange(len(public))
     others = public.take(rows[-OTHERS:])
-    return private, others.take(stranger_rows(others, private.labels, seed)), public.take(rows[:-OTHERS])
+    return private, strangers_of(private, others, seed), public.take(rows[:-OTHERS])
 
 
 def target_of(base: BaseModel, rank: int = 8, layers: Sequence[str] | None = None, alpha: float = ALPHA) -> Target:
@@ -147,16 +147,7 @@ def mean_cosine(decoded: Gradient, true: Gradient) -> Tensor:
     return torch.stack(each).mean(0)
 
 
-def whole_cosine(decoded: Gradient, true: Gradient) -> Tensor:
-    """Cosine of decoded and true gradients as one vector over all layers, [V]."""
-    inner, square, other = (
-        torch.stack([(a.dense[n] * b.dense[n]).flatten(1).double().sum(1) for n in true.dense]).sum(0)
-        for a, b in ((decoded, true), (decoded, decoded), (true, true))
-    )
-    return inner / (square * other).sqrt().clamp_min(1e-300)
-
-
-class ClassMean(Decoder):
+class ClassMean:
     """The control of decoders that only know the label: the mean unit-norm gradient of the label's pairs.
 
     `guess` takes the true labels, so it is this control's strongest form. Labels without pairs get the mean of all.
@@ -188,15 +179,6 @@ class ClassMean(Decoder):
             found[name] = torch.stack([sums.get(label, every) for label in labels.tolist()])
         return Gradient(found)
 
-    def decode(self, updates: Updates) -> Gradient:
-        raise NotImplementedError("it reads labels, not updates: call guess")
-
-    def state(self) -> dict[str, Tensor]:
-        raise NotImplementedError("a control is not saved")
-
-    def load_state(self, state: dict[str, Tensor], pairs: PairSource) -> None:
-        raise NotImplementedError("a control is not saved")
-
 
 class Estimates:
     """Collects pairs of one image each for the amortised route: fit it beside decoders, then call `inverter`."""
@@ -219,7 +201,10 @@ class Estimates:
         self.inverter = AmortisedInverter(updates, torch.cat(self.images), torch.cat(self.labels), classes)
 
 
-def fit_together(pairs: PairSource, count: int, learners: Sequence[Decoder | Estimates]) -> None:
+Learner = Decoder | ClassMean | Estimates
+
+
+def fit_together(pairs: PairSource, count: int, learners: Sequence[Learner]) -> None:
     """Fit decoders, the class mean and the amortised route in one pass over the first `count` pairs."""
     for learner in learners:
         learner.start(pairs, count)
@@ -242,6 +227,15 @@ def stranger_rows(public: ImageSet, labels: Tensor, seed: int) -> Tensor:
         own = torch.arange(len(public)) if public.random_labels or not len(own) else own
         rows.append(int(own[torch.randint(len(own), (1,), generator=generator)]))
     return torch.tensor(rows)
+
+
+def strangers_of(images: ImageSet, others: ImageSet, seed: int) -> ImageSet:
+    """For every image one of `others` with its label, drawn by the seed.
+
+    Where no other has that label, or the labels of `others` are random, an image of any label is given it.
+    """
+    drawn = others.take(stranger_rows(others, images.labels, seed))
+    return replace(drawn, labels=images.labels)
 
 
 def mean_image_db(public: ImageSet, images: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Updates
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import PairSource
-from r2f_ext.studies.scene import public_images, stranger_rows
+from r2f_ext.studies.scene import public_images
 from r2f_ext.studies.study import Data
 from r2f_ext.studies.table import Row
 from r2f_ext.types import BaseModel, FactoredGradient, PairBatch
+
+STRANGERS = 19  # a victim: its image beats all of them by chance once in 20
 
 
 def public_parts(base: BaseModel, data: Data, seed: int, sizes: tuple[int, ...]) -> list[ImageSet]:
@@ -36,15 +38,6 @@ def joined(first: ImageSet, second: ImageSet) -> ImageSet:
     """The images of both, those of `first` before those of `second`."""
     images, labels = torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels])
     return replace(first, images=images, labels=labels)
-
-
-def strangers_of(images: ImageSet, others: ImageSet, seed: int) -> ImageSet:
-    """For every image one of `others` with its label, drawn by the seed.
-
-    Where no other has that label, or the labels of `others` are random, an image of any label is given it.
-    """
-    drawn = others.take(stranger_rows(others, images.labels, seed))
-    return replace(drawn, labels=images.labels)
 
 
 def nearest_db(estimates: Tensor, originals: Tensor) -> Tensor:

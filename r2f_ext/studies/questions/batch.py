@@ -32,13 +32,12 @@ from r2f_ext.studies.scene import (
     target_of,
     victims_of,
 )
-from r2f_ext.studies.strangers import clearly_above, public_parts
+from r2f_ext.studies.strangers import STRANGERS, clearly_above, public_parts
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Table
 from r2f_ext.types import Gradient, Target
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-STRANGERS = 19  # a victim: its image beats all of them by chance once in 20
 GROUPS = 1000  # that the amortised route is fitted to
 SEARCHED, SEARCHED_BATCHES = 8, (1, 4, 8)  # images and batch sizes of the searches, in seed 0
 

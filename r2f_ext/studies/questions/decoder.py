@@ -30,6 +30,7 @@ from r2f_ext.studies.scene import (
     Observed,
     base_of,
     compared_with,
+    fit_together,
     private_images,
     public_images,
     start_of,
@@ -133,7 +134,7 @@ class DecoderStudy(Study):
         held_out = source.updates(rows.start, rows.stop)
         decoder = _decoder(setting, seed, QUICK_EPOCHS if world.quick else None)
         began = time.perf_counter()
-        decoder.fit(source, count)
+        fit_together(source, count, [decoder])
         fitted = time.perf_counter()
         if isinstance(decoder, ClassMean):
             decoded = decoder.guess(torch.cat([kept.pairs.labels(rows.start, rows.stop), victims.labels[:, 0]]))
@@ -255,8 +256,10 @@ def _kept(world: World, data: Data, seed: int, each: bool) -> Kept:
     return Kept(kept, seconds, Core.of(pairs, min(SAMPLE, count), SIZE) if each else None)
 
 
-def _decoder(setting: Setting, seed: int, epochs: int | None) -> Decoder:
-    kind = KINDS.get(str(setting["decoder"]), ClassMean)
+def _decoder(setting: Setting, seed: int, epochs: int | None) -> Decoder | ClassMean:
+    if setting["decoder"] == CLASS_MEAN:
+        return ClassMean()
+    kind = KINDS[str(setting["decoder"])]
     if not issubclass(kind, Learned):
         return kind()
     loss = LOSSES[str(setting["loss"])]

@@ -18,7 +18,7 @@ from r2f_ext.pairs import SimulatedPairs
 from r2f_ext.studies.federated import RATE, Defence, federated_accuracy
 from r2f_ext.studies.groups import GroupRidge, draw_groups, fitting_groups, group_mean
 from r2f_ext.studies.scene import ClassMean, base_of, fit_together, mean_cosine, private_images, start_of
-from r2f_ext.studies.strangers import WrittenPairs, clearly_above, public_parts
+from r2f_ext.studies.strangers import STRANGERS, WrittenPairs, clearly_above, public_parts
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table
 from r2f_ext.types import Gradient
@@ -37,7 +37,6 @@ DEFENCES: dict[str, dict[str, Defence]] = {
     "rank": {f"rank {rank}": Defence(rank=rank) for rank in (4, 2, 1)},
     "fewer layers": {"last half": Defence(blocks=0.5), "last block": Defence(blocks=0.0)},
 }
-STRANGERS = 19  # a victim: its image beats all of them by chance once in 20
 ROUND = 16  # images that the clients of a round see together, at every batch size
 
 

@@ -22,10 +22,11 @@ from r2f_ext.studies.scene import (
     mean_cosine,
     private_images,
     start_of,
+    strangers_of,
     target_of,
     victims_of,
 )
-from r2f_ext.studies.strangers import WrittenPairs, clearly_above, joined, nearest_db, public_parts, strangers_of
+from r2f_ext.studies.strangers import WrittenPairs, clearly_above, joined, nearest_db, public_parts
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Table, difference
 from r2f_ext.types import Gradient, LoraUpdate, Target
