@@ -117,6 +117,33 @@ def test_the_victims_learning_rate_plays_no_part(problem):
     torch.testing.assert_close(found, other, rtol=0, atol=1e-6)
 
 
+def test_the_slope_of_the_misfit_is_the_jacobian_times_the_error(problem):
+    target, a, observed, images, labels, subspace = problem
+    updates, wanted = UpdateMap(target, a, SHAPE, 64), flat_units(observed)[0]
+    point = images[1].flatten().clone().requires_grad_()
+    loss = updates.misfit(point, labels[:1], wanted)
+    error = updates(point.detach()[None], labels[:1])[0] - wanted
+    torch.testing.assert_close(loss.detach(), error.square().sum() / 2)
+    (slope,) = torch.autograd.grad(loss, [point])
+    jacobian = updates.jacobian(point.detach(), labels[:1], subspace.basis)
+    torch.testing.assert_close(slope @ subspace.basis, jacobian @ error, rtol=1e-6, atol=1e-9)
+
+
+def test_descent_and_clouds_take_turns_where_passes_stall(problem, monkeypatch):
+    target, a, observed, images, labels, subspace = problem
+    updates, wanted = UpdateMap(target, a, SHAPE, 32), flat_units(observed)[0]
+    steps = DenseSteps(updates, wanted, labels[:1], subspace, GaussNewtonConfig(), None, lambda point: point.sum())
+    monkeypatch.setattr(DenseSteps, "descended", lambda *_: ("descended", None))
+    monkeypatch.setattr(module, "linearised_step", lambda *_: ("cloud", None, None))
+    taken = []
+    for before, residual in ((torch.inf, 0.9), (0.9, 0.5), (0.5, 0.45), (0.45, 0.09), (0.09, 0.085), (0.085, 0.084)):
+        steps.judge(before, residual)
+        taken.append(steps.move(images[:1].flatten(1), wanted[None])[0])
+    assert taken == ["descended", "descended", "cloud", "cloud", "descended", "cloud"]
+    steps.judge(0.08, 0.5 * module.NEAR)
+    assert steps.newton and steps.restart() and not steps.newton and not steps.descending
+
+
 def test_a_wrong_label_is_not_called_exact_and_gives_back_the_start(problem):
     target, a, observed, images, labels, subspace = problem
     start = start_near(images, (labels + 1) % 5, subspace, 0.3)

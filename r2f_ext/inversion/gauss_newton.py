@@ -5,7 +5,8 @@ image is the root of z(x) = z*. Each update is divided by its norm: the victim's
 
 Besides the damping described in `newton`, convergence from a start of about 20 dB depends on three choices:
 * Coordinates have unit variance over the proxies, and directions without variance are excluded (`Subspace`).
-* Far from the image, where a derivative is a poor model, a regression over a cloud of images replaces it
+* Far from the image, where a derivative is a poor model, many short steps with exact gradients follow the valley of
+  the misfit (`preconditioned`); where they stall, a regression over a cloud of images takes their place
   (`linearisation`).
 * Pixels may leave [0, 1] during the search, because clamped steps stop at points that are not solutions.
 """
@@ -13,7 +14,7 @@ Besides the damping described in `newton`, convergence from a start of about 20 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle
 from math import inf
 
@@ -48,6 +49,7 @@ from r2f_ext.inversion.newton import (
     descend,
     run_search,
 )
+from r2f_ext.inversion.preconditioned import Misfit, preconditioned_descent
 from r2f_ext.inversion.searches import search_each
 from r2f_ext.linalg import sum_in_place
 from r2f_ext.ops import lora_grad_tangent
@@ -58,8 +60,8 @@ ROUTE = "gauss_newton"
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 FULL_BITS = 32  # of the dtype that PEFT draws A in
-# Relative residuals below which a derivative serves, and above which only a cloud does; between them, the other one of
-# the two is tried whenever a pass stalls.
+# Relative residuals below which a derivative serves, and above which only descent from the start or a cloud does.
+# Between them, descent (a derivative where there is no misfit to descend on) and clouds take turns whenever one stalls.
 NEAR, FAR = 0.007, 0.1
 FINISH_PASSES = 6  # of a search that float32 has ended early, in float64; most need one or two
 
@@ -150,6 +152,16 @@ class UpdateMap:
         image = point.view(1, *self.shape)
         return dense_jacobian(lambda rows: self._tangents(image, label, rows), basis, self.directions, (1, *self.shape))
 
+    def misfit(self, point: Tensor, label: Tensor, observed: Tensor) -> Tensor:
+        """|z(x) - observed|^2 / 2 of a point [c * h * w] and observed [R], differentiable with respect to the point.
+
+        Raises:
+            RuntimeError: a module of the model has no second derivative.
+        """
+        with Capture(self.target) as capture:
+            gradient = capture(point.view(1, 1, *self.shape), label.view(1, 1), create_graph=True)
+        return (flat_units(project(self.target, gradient, self.a))[0] - observed).square().sum() / 2
+
     def _tangents(self, image: Tensor, label: Tensor, directions: Tensor) -> Tensor:
         gradient, moved = self.tangents(image, label, directions)
         update = project(self.target, gradient, self.a)
@@ -175,7 +187,11 @@ def unit_tangent(value: Tensor, tangent: Tensor) -> Tensor:
 
 
 class DenseSteps(Steps):
-    """Statistical linearisation far from the image, Gauss-Newton near it; a restart draws new clouds."""
+    """Gauss-Newton near the image; farther away descent, until it stalls, then statistical linearisation.
+
+    A restart begins with new clouds: from the same start, descent ends at the same point. Where clouds stall between
+    NEAR and FAR, descent goes on from there, or Gauss-Newton where there is no misfit to descend on.
+    """
 
     def __init__(
         self,
@@ -185,9 +201,11 @@ class DenseSteps(Steps):
         subspace: Subspace,
         config: GaussNewtonConfig,
         loo_errors: Tensor | None = None,
+        misfit: Misfit | None = None,
     ) -> None:
         self.updates, self.observed, self.label = updates, observed, label
         self.subspace, self.config = subspace, config
+        self.misfit, self.descending = misfit, misfit is not None
         self.axes = Axes.of(subspace.basis, loo_errors)
         self.samples = cycle(config.samples)
         self.cloud = Cloud(self.axes.covariance, samples=next(self.samples))
@@ -197,23 +215,36 @@ class DenseSteps(Steps):
     def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.newton:
             return newton_steps(self.updates, self.observed, point, value, self.label, self.subspace, self.config)
+        if self.descending and self.misfit is not None:
+            return self.descended(self.misfit, point[0])
         point, value, self.cloud = linearised_step(
             self.update_of, self.observed, point, value, self.axes, self.cloud, self.generator
         )
         return point, value
+
+    def descended(self, misfit: Misfit, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The point [1, c * h * w] and its update after preconditioned descent from point [c * h * w]."""
+        jacobian = self.updates.jacobian(point, self.label, self.subspace.basis)
+        reached = preconditioned_descent(misfit, point, jacobian, self.subspace.basis)[None]
+        return reached, self.updates(reached, self.label)
 
     def update_of(self, images: Tensor) -> Tensor:
         """Images [n, c * h * w] -> [n, R], in batches."""
         return torch.cat([self.updates(part, self.label) for part in images.split(self.config.directions)])
 
     def judge(self, before: float, residual: float) -> None:
+        stalled = not residual <= STALLED * before  # also where it is NaN
         if residual < NEAR or residual > FAR:
             self.newton = residual < NEAR
-        elif residual > STALLED * before:
+            self.descending &= not stalled
+        elif stalled and self.misfit is not None:
+            self.newton, self.descending = False, not self.descending
+        elif stalled:
             self.newton = not self.newton
 
     def restart(self) -> bool:
         self.cloud, self.newton = Cloud(self.axes.covariance, samples=next(self.samples)), False
+        self.descending = False
         return True
 
 
@@ -239,6 +270,7 @@ def search(
     config: GaussNewtonConfig,
     loo_errors: Tensor | None = None,
     precise: DenseMap | None = None,
+    misfit: Misfit | None = None,
 ) -> Search:
     """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
 
@@ -246,8 +278,9 @@ def search(
         loo_errors: [n, c * h * w], leave-one-out errors of the start's route on proxies: the first cloud's shape.
         precise: the map in float64. With it, a search that ends near the image but above what float32 can reach goes
             on in float64: where J^T J is badly conditioned, float32's errors in J stop Newton's steps early.
+        misfit: what the search descends on before it draws clouds; None: it begins with clouds.
     """
-    steps = DenseSteps(updates, observed, label, subspace, config, loo_errors)
+    steps = DenseSteps(updates, observed, label, subspace, config, loo_errors, misfit)
     layers = len(updates.target.layers)
     found = run_search(
         lambda images: updates(images, label),
@@ -399,7 +432,9 @@ def gauss_newton(
 
     def find(victim: int, image: Tensor, label: Tensor) -> Search:
         errors = start.loo_errors.get(int(label))
-        return search(updates, targets[victim], image, label, subspace, config, errors, bound.precise)
+        wanted = targets[victim]
+        misfit = partial(updates.misfit, label=label, observed=wanted)
+        return search(updates, wanted, image, label, subspace, config, errors, bound.precise, misfit)
 
     bound = UpdateBound(updates, observed)
     files = files_of(kept, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
