@@ -5,7 +5,7 @@ import torch
 
 from r2f_ext import linalg
 from r2f_ext.errors import R2FError
-from r2f_ext.linalg import first_not_finite, gram, solve_in_place, sum_in_place
+from r2f_ext.linalg import first_not_finite, gram, precise_gram, solve_in_place, sum_in_place
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 20])
@@ -47,3 +47,11 @@ def test_the_first_row_that_is_not_finite():
     assert first_not_finite(rows) is None and first_not_finite(rows[:0]) is None
     rows[3, 0, 0], rows[2, 1, 2] = torch.nan, -torch.inf
     assert first_not_finite(rows) == 2
+
+
+def test_precise_gram_is_the_product_in_float64_of_more_columns_than_one_part_holds():
+    torch.manual_seed(0)
+    rows = torch.randn(3, 4096 + 5)
+    found = precise_gram(rows)
+    torch.testing.assert_close(found, rows.double() @ rows.double().T)
+    assert found.dtype == torch.float64

@@ -11,6 +11,7 @@ from torch import Tensor
 from r2f_ext.errors import R2FError
 
 BLOCK = 1000
+GRAM_COLUMNS = 4096  # that are in float64 at once
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -22,6 +23,11 @@ def gram(rows: Tensor) -> Tensor:
         torch.mm(rows[first:], rows[first:last].mT, out=result[first:, first:last])
         result[first:last, last:] = result[last:, first:last].mT
     return result
+
+
+def precise_gram(rows: Tensor) -> Tensor:
+    """rows @ rows.T [n, n] in float64 for rows [n, k] of any dtype; few columns at a time are copied to float64."""
+    return sum_in_place(part @ part.T for part in map(Tensor.double, rows.split(GRAM_COLUMNS, dim=1)))
 
 
 def first_not_finite(rows: Tensor) -> int | None:

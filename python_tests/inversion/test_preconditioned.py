@@ -1,4 +1,4 @@
-"""Preconditioned descent, on a curved and badly conditioned valley and on the updates of a small ViT."""
+"""Preconditioned descent, on a curved and badly conditioned valley."""
 
 import torch
 
@@ -21,7 +21,7 @@ def test_descent_follows_a_bent_valley_where_plain_steps_of_the_same_number_do_n
     found = preconditioned_descent(misfit, start, jacobian, basis, steps=200)
     assert (found - image).abs().max() < 1e-6
     plain = start.clone().requires_grad_()
-    optimizer = torch.optim.SGD([plain], lr=1e-6)  # a tenth of what the steep direction allows
+    optimizer = torch.optim.SGD([plain], lr=1e-6)  # near the largest that the steep direction allows
     for _ in range(250):
         optimizer.zero_grad()
         misfit(plain).backward()
@@ -41,4 +41,10 @@ def test_descent_stays_in_the_span_of_the_basis_and_keeps_the_dtype():
 def test_a_map_that_does_not_depend_on_the_image_leaves_the_point_where_it_is():
     start = torch.full((3,), 0.5)
     found = preconditioned_descent(lambda x: 0 * x.sum(), start, torch.zeros(3, 5), torch.eye(3))
+    assert torch.equal(found, start)
+
+
+def test_a_jacobian_that_is_not_finite_leaves_the_point_where_it_is():
+    start = torch.full((3,), 0.5)
+    found = preconditioned_descent(lambda x: x.sum(), start, torch.full((3, 5), torch.nan), torch.eye(3))
     assert torch.equal(found, start)

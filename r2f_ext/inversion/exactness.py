@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from r2f_ext.linalg import sum_in_place
+from r2f_ext.linalg import precise_gram
 from r2f_ext.models.storage import storage_dtype
 from r2f_ext.types import Reconstruction, Target
 
@@ -45,7 +45,6 @@ RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rou
 PAIRS, STEP = 8, 1e-3  # random changes of the image, of this size per pixel, that show how z bends
 PRECISE = 1e-12  # relative error of z that float64 arithmetic itself may leave
 SKETCH = 4  # numbers kept of z per pixel; a random sketch of more is as good and bounds memory
-GRAM_COLUMNS = 4096  # of J that are in float64 at once
 
 
 class DenseMap(Protocol):
@@ -234,7 +233,7 @@ class _Axes:
         for columns in identity.split(precise.directions, dim=1):
             parts.append(_sketched(precise.jacobian(point, label, columns), bucket, sign).float())
         jacobian = torch.cat(parts)
-        gram = sum_in_place(part @ part.T for part in map(Tensor.double, jacobian.split(GRAM_COLUMNS, dim=1)))
+        gram = precise_gram(jacobian)
         curvature, directions = torch.linalg.eigh(gram)
         return _Axes(jacobian, curvature, directions, bucket, sign)
 

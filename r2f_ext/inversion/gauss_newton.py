@@ -28,7 +28,6 @@ from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exactness import (
     DRAWS,
-    GRAM_COLUMNS,
     Bound,
     DenseMap,
     arithmetic_errors,
@@ -51,7 +50,7 @@ from r2f_ext.inversion.newton import (
 )
 from r2f_ext.inversion.preconditioned import Misfit, preconditioned_descent
 from r2f_ext.inversion.searches import search_each
-from r2f_ext.linalg import sum_in_place
+from r2f_ext.linalg import precise_gram
 from r2f_ext.ops import lora_grad_tangent
 from r2f_ext.progress import Advance, unheard
 from r2f_ext.types import Reconstruction, Target
@@ -71,8 +70,8 @@ class GaussNewtonConfig:
     """Stopping criteria and step control.
 
     Attributes:
-        passes: maximum per victim, of all its searches; a pass is a cloud of images or a Jacobian, which cost about the
-            same.
+        passes: maximum per victim, of all its searches; a cloud of images and a Jacobian cost about the
+            same, a pass of descent about three times that.
         patience: passes without a reduction of the residual by a fifth after which the search restarts with new clouds.
         minutes: after which no pass of a victim begins; None: no limit. A search that it cuts short depends on the
             machine's speed; the others do not.
@@ -278,7 +277,7 @@ def search(
         loo_errors: [n, c * h * w], leave-one-out errors of the start's route on proxies: the first cloud's shape.
         precise: the map in float64. With it, a search that ends near the image but above what float32 can reach goes
             on in float64: where J^T J is badly conditioned, float32's errors in J stop Newton's steps early.
-        misfit: what the search descends on before it draws clouds; None: it begins with clouds.
+        misfit: what the search descends on, see `DenseSteps`; None: it begins with clouds.
     """
     steps = DenseSteps(updates, observed, label, subspace, config, loo_errors, misfit)
     layers = len(updates.target.layers)
@@ -321,8 +320,7 @@ class DenseLocal:
     def __init__(self, updates: DenseMap, point: Tensor, label: Tensor, subspace: Subspace) -> None:
         self.basis = subspace.basis
         self.jacobian = updates.jacobian(point, label, self.basis)
-        gram = sum_in_place(part @ part.T for part in map(Tensor.double, self.jacobian.split(GRAM_COLUMNS, dim=1)))
-        curvature, self.axes = torch.linalg.eigh(gram)
+        curvature, self.axes = torch.linalg.eigh(precise_gram(self.jacobian))
         self.curvature = curvature.clamp_min(0)
 
     def pull(self, errors: Tensor) -> Tensor:

@@ -14,12 +14,11 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from r2f_ext.linalg import sum_in_place
+from r2f_ext.linalg import precise_gram
 
 DAMPING = 1e-3  # added to J^T J, relative to its largest eigenvalue; with 1e-5 and less the steps leave the valley
 STEPS = 400  # of one pass; about twice the time of the Jacobian
 MEMORY = 60  # pairs of steps and changes of the gradient that L-BFGS keeps
-GRAM_COLUMNS = 4096  # of the Jacobian, in one product of float64
 
 Misfit = Callable[[Tensor], Tensor]  # image [p] -> |z(x) - z*|^2 / 2, differentiable
 
@@ -35,11 +34,10 @@ def preconditioned_descent(
     Args:
         jacobian: [q, R], dz along the columns of `basis` at the point.
     """
-    curvature, axes = torch.linalg.eigh(
-        sum_in_place(part @ part.T for part in map(Tensor.double, jacobian.split(GRAM_COLUMNS, dim=1)))
-    )
-    if not 0 < float(curvature[-1]) < float("inf"):
+    gram = precise_gram(jacobian)
+    if not 0 < float(gram.trace()) < float("inf"):
         return point
+    curvature, axes = torch.linalg.eigh(gram)
     scales = (curvature.clamp_min(0) + DAMPING * curvature[-1]).rsqrt()
     directions = (basis.double() @ (axes * scales)).to(basis.dtype)
 
