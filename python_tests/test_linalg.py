@@ -5,7 +5,7 @@ import torch
 
 from r2f_ext import linalg
 from r2f_ext.errors import R2FError
-from r2f_ext.linalg import first_not_finite, gram, precise_gram, solve_in_place, sum_in_place
+from r2f_ext.linalg import first_not_finite, gram, largest_eigenvalues, precise_gram, solve_in_place, sum_in_place
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 20])
@@ -55,3 +55,12 @@ def test_precise_gram_is_the_product_in_float64_of_more_columns_than_one_part_ho
     found = precise_gram(rows)
     torch.testing.assert_close(found, rows.double() @ rows.double().T)
     assert found.dtype == torch.float64
+
+
+def test_the_largest_eigenvalue_is_found_to_a_few_per_cent():
+    torch.manual_seed(0)
+    rows = torch.randn(3, 30, 40, dtype=torch.float64) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    matrices = rows @ rows.mT
+    found, expected = largest_eigenvalues(matrices), torch.linalg.eigvalsh(matrices)[:, -1]
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
+    assert torch.equal(largest_eigenvalues(torch.zeros(1, 4, 4)), torch.zeros(1))

@@ -12,6 +12,7 @@ from r2f_ext.errors import R2FError
 
 BLOCK = 1000
 GRAM_COLUMNS = 4096  # that are in float64 at once
+POWERS = 30  # of the power iteration
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -28,6 +29,14 @@ def gram(rows: Tensor) -> Tensor:
 def precise_gram(rows: Tensor) -> Tensor:
     """rows @ rows.T [n, n] in float64 for rows [n, k] of any dtype; few columns at a time are copied to float64."""
     return sum_in_place(part @ part.T for part in map(Tensor.double, rows.split(GRAM_COLUMNS, dim=1)))
+
+
+def largest_eigenvalues(matrices: Tensor) -> Tensor:
+    """The largest eigenvalue [V], to a few per cent, of positive semidefinite matrices [V, n, n]: power iteration."""
+    vectors = matrices.sum(2, keepdim=True) + matrices.diagonal(dim1=1, dim2=2)[:, :, None]
+    for _ in range(POWERS):
+        vectors = matrices @ (vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-300))
+    return vectors.norm(dim=1)[:, 0]
 
 
 def first_not_finite(rows: Tensor) -> int | None:

@@ -36,19 +36,20 @@ class BaseModel:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels [n, c, h, w] in [0, 1] -> what the model reads."""
-        mean = images.new_tensor(self.mean).view(-1, 1, 1)
-        std = images.new_tensor(self.std).view(-1, 1, 1)
-        return (images - mean) / std
+        return (images - _per_channel(self.mean, images)) / _per_channel(self.std, images)
 
     def denormalize(self, inputs: Tensor) -> Tensor:
         """The inverse of `normalize`."""
-        mean = inputs.new_tensor(self.mean).view(-1, 1, 1)
-        std = inputs.new_tensor(self.std).view(-1, 1, 1)
-        return inputs * std + mean
+        return inputs * _per_channel(self.std, inputs) + _per_channel(self.mean, inputs)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _per_channel(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    """[c, 1, 1], filled on the device: a copy from the host would wait for it, and cannot be captured in a graph."""
+    return torch.stack([like.new_full((1, 1), number) for number in numbers])
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.exactness import REPRODUCED, exactness_of
-from r2f_ext.inversion.gauss_newton import SUBSPACE_IMAGES, GaussNewtonConfig, Subspace, gauss_newton
+from r2f_ext.inversion.gauss_newton import gauss_newton
+from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.types import BaseModel, Reconstruction, Target
 

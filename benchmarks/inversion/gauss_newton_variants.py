@@ -34,17 +34,12 @@ from r2f_ext.capture import Capture
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.exactness import REPRODUCED
-from r2f_ext.inversion.gauss_newton import (
-    SUBSPACE_IMAGES,
-    GaussNewtonConfig,
-    Subspace,
-    UpdateMap,
-    flat_units,
-    search,
-)
+from r2f_ext.inversion.gauss_newton import search
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
 from r2f_ext.inversion.newton import Search
+from r2f_ext.inversion.side_by_side import GaussNewtonConfig
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, UpdateMap, flat_units
 from r2f_ext.models import load_base
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, Victims, simulate

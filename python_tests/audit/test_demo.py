@@ -10,8 +10,8 @@ from r2f_ext.audit import demo as module
 from r2f_ext.audit.demo import demo
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import content_hashes
-from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.matching import MatchingConfig
+from r2f_ext.inversion.side_by_side import GaussNewtonConfig
 
 pytestmark = pytest.mark.usefixtures("few_controls")
 

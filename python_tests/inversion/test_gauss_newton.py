@@ -1,69 +1,27 @@
 """Gauss-Newton in LoRA space: on a small ViT in float64, against the images that the updates were made from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import target_of
-from vit_cases import small_vit
+from gauss_newton_cases import NAMES, SHAPE, small_problem, start_near
 
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import gauss_newton as module
-from r2f_ext.inversion.exactness import REPRODUCED, exactness_of
-from r2f_ext.inversion.gauss_newton import (
-    DenseLocal,
-    DenseSteps,
-    GaussNewtonConfig,
-    Subspace,
-    UpdateBound,
-    UpdateMap,
-    finish,
-    flat_units,
-    gauss_newton,
-    search,
-)
-from r2f_ext.inversion.newton import Search
-from r2f_ext.models.timm_base import unfuse_attention
+from r2f_ext.inversion.exactness import exactness_of
+from r2f_ext.inversion.gauss_newton import UpdateBound, _task_of, finished, gauss_newton, search
+from r2f_ext.inversion.newton import SOLVED, Search
+from r2f_ext.inversion.side_by_side import NEAR, GaussNewtonConfig
+from r2f_ext.inversion.update_map import UpdateMap, flat_units
 from r2f_ext.types import Reconstruction
-
-NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
-SHAPE = torch.Size((3, 8, 8))
 
 
 @pytest.fixture(scope="module")
 def problem():
-    """target, A, updates of two images of which only 40 directions are unknown, the images, labels, the subspace."""
-    base = small_vit(img_size=8, embed_dim=64)
-    unfuse_attention(base.model)
-    target = target_of(base, NAMES, rank=8)
-    torch.manual_seed(0)
-    a = {
-        layer.name: (2 * torch.rand(8, layer.d_in, dtype=torch.float64) - 1) / layer.d_in**0.5
-        for layer in target.layers
-    }
-    smooth = torch.randn(40, 192, dtype=torch.float64) * 0.05
-    proxies = (0.5 + torch.randn(300, 40, dtype=torch.float64) @ smooth / 40**0.5).unflatten(1, SHAPE)
-    images, labels = proxies[:2].clamp(0, 1), torch.tensor([1, 4])
-    with Capture(target) as capture:
-        gradient = capture(images[:, None], labels[:, None])
-    return target, a, project(target, gradient, a), images, labels, Subspace.of(proxies[2:])
-
-
-def start_near(images, labels, subspace, distance):
-    torch.manual_seed(1)
-    basis = subspace.basis
-    shift = torch.randn(len(images), basis.shape[1], dtype=torch.float64) * distance @ basis.T
-    return Reconstruction("given", (images + shift.view_as(images)).clamp(0, 1), labels, "", 0.0)
-
-
-def test_jacobian_equals_central_differences(problem):
-    target, a, _, images, labels, subspace = problem
-    updates = UpdateMap(target, a, SHAPE, directions=64)
-    point, step = images[0].flatten(), 1e-6
-    found = updates.jacobian(point, labels[:1], subspace.basis)
-    columns = subspace.basis.T
-    ahead, behind = updates(point + step * columns, labels[:1]), updates(point - step * columns, labels[:1])
-    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-8)
+    return small_problem()
 
 
 def test_finds_the_images_and_says_that_they_are_exact(problem):
@@ -117,151 +75,12 @@ def test_the_victims_learning_rate_plays_no_part(problem):
     torch.testing.assert_close(found, other, rtol=0, atol=1e-6)
 
 
-def test_the_slope_of_the_misfit_is_the_jacobian_times_the_error(problem):
-    target, a, observed, images, labels, subspace = problem
-    updates, wanted = UpdateMap(target, a, SHAPE, 64), flat_units(observed)[0]
-    point = images[1].flatten().clone().requires_grad_()
-    loss = updates.misfit(point, labels[:1], wanted)
-    error = updates(point.detach()[None], labels[:1])[0] - wanted
-    torch.testing.assert_close(loss.detach(), error.square().sum() / 2)
-    (slope,) = torch.autograd.grad(loss, [point])
-    jacobian = updates.jacobian(point.detach(), labels[:1], subspace.basis)
-    torch.testing.assert_close(slope @ subspace.basis, jacobian @ error, rtol=1e-6, atol=1e-9)
-
-
-def test_descent_and_clouds_take_turns_where_passes_stall(problem, monkeypatch):
-    target, a, observed, images, labels, subspace = problem
-    updates, wanted = UpdateMap(target, a, SHAPE, 32), flat_units(observed)[0]
-    steps = DenseSteps(updates, wanted, labels[:1], subspace, GaussNewtonConfig(), None, lambda point: point.sum())
-    monkeypatch.setattr(DenseSteps, "descended", lambda *_: ("descended", None))
-    monkeypatch.setattr(module, "linearised_step", lambda *_: ("cloud", None, None))
-    taken = []
-    for before, residual in ((torch.inf, 0.9), (0.9, 0.5), (0.5, 0.45), (0.45, 0.09), (0.09, 0.085), (0.085, 0.084)):
-        steps.judge(before, residual)
-        taken.append(steps.move(images[:1].flatten(1), wanted[None])[0])
-    assert taken == ["descended", "descended", "cloud", "cloud", "descended", "cloud"]
-    steps.judge(0.08, 0.5 * module.NEAR)
-    assert steps.newton and steps.restart() and not steps.newton and not steps.descending
-
-
 def test_a_wrong_label_is_not_called_exact_and_gives_back_the_start(problem):
     target, a, observed, images, labels, subspace = problem
     start = start_near(images, (labels + 1) % 5, subspace, 0.3)
     found = gauss_newton(target, a, observed, start, subspace, GaussNewtonConfig(passes=3))
     assert found.details["exact"] == 0
     torch.testing.assert_close(found.images, start.images)
-
-
-def test_a_search_counts_its_passes_and_stops_at_its_limit(problem):
-    target, a, observed, images, labels, subspace = problem
-    start = start_near(images, labels, subspace, 1.0)
-    updates = UpdateMap(target, a, SHAPE, 64)
-    wanted = flat_units(observed)[0]
-    config = GaussNewtonConfig(passes=1, steps=1)
-    found = search(updates, wanted, start.images[0].flatten(), labels[:1], subspace, config)
-    assert found.passes == 1 and found.start_residual > 0
-
-
-def test_the_end_of_a_search_goes_on_in_float64(problem):
-    """What float32 can store of the image is where the search stops; float64 goes on from there, and counts passes."""
-    target, a, observed, images, labels, subspace = problem
-    precise, wanted = UpdateMap(target, a, SHAPE, 32), flat_units(observed)[0]
-    near = start_near(images, labels, subspace, 1e-3).images[0].flatten()
-    residual = float((precise(near[None], labels[:1]) - wanted).norm()) / len(NAMES) ** 0.5
-    found = Search(near.float(), residual, 0.5, 9)
-    float32 = Subspace(subspace.basis.float())
-    refined = finish(precise, wanted.float(), labels[:1], float32, GaussNewtonConfig(), found)
-    assert refined.image.dtype == torch.float32 and 9 < refined.passes <= 9 + module.FINISH_PASSES
-    assert refined.residual < 1e-5 < residual and refined.start_residual == 0.5
-    assert (refined.image - images[0].flatten()).abs().max() < 1e-5 < (near - images[0].flatten()).abs().max()
-
-
-def test_an_end_in_float64_that_is_no_better_changes_nothing(problem, monkeypatch):
-    target, a, observed, images, labels, subspace = problem
-    precise, wanted = UpdateMap(target, a, SHAPE, 32), flat_units(observed)[0]
-    monkeypatch.setattr(module, "newton_steps", lambda *_: (images[1].flatten()[None], wanted[None] + 1))
-    found = Search(images[0].flatten().float(), 0.0, 0.5, 9)
-    kept = finish(precise, wanted, labels[:1], subspace, GaussNewtonConfig(), found)
-    assert torch.equal(kept.image, found.image) and kept.residual == 0
-
-
-def test_only_searches_that_end_near_the_image_go_on_in_float64(problem, monkeypatch):
-    target, a, observed, images, labels, subspace = problem
-    went_on = []
-    monkeypatch.setattr(module, "finish", lambda *given: went_on.append(given[-1].residual) or given[-1])
-    for residual in (0.5 * module.SOLVED, 0.5 * module.NEAR, 2 * module.NEAR):
-        monkeypatch.setattr(module, "run_search", lambda *_, r=residual: Search(images[0].flatten(), r, 0.5, 1))
-        updates = UpdateMap(target, a, SHAPE, 32)
-        search(
-            updates,
-            flat_units(observed)[0],
-            images[0].flatten(),
-            labels[:1],
-            subspace,
-            GaussNewtonConfig(),
-            None,
-            updates,
-        )
-    assert went_on == [0.5 * module.NEAR]
-    ended = Search(images[0].flatten(), 0.5 * module.NEAR, 0.5, 1, stopped=True)
-    monkeypatch.setattr(module, "run_search", lambda *_: ended)
-    updates = UpdateMap(target, a, SHAPE, 32)
-    wanted, start = flat_units(observed)[0], images[0].flatten()
-    assert search(updates, wanted, start, labels[:1], subspace, GaussNewtonConfig(minutes=1.0), None, updates) is ended
-    assert len(went_on) == 1
-
-
-def test_a_search_that_begins_again_takes_the_next_clouds_size(problem):
-    target, a, observed, _, labels, subspace = problem
-    config = GaussNewtonConfig(samples=(1.5, 3.0))
-    steps = DenseSteps(UpdateMap(target, a, SHAPE, 32), flat_units(observed)[0], labels[:1], subspace, config)
-    sizes = [steps.cloud.samples]
-    for _ in range(2):
-        assert steps.restart()
-        sizes.append(steps.cloud.samples)
-    assert sizes == [1.5, 3.0, 1.5]
-
-
-def test_which_step_comes_next(problem):
-    """Newton below NEAR, a cloud above FAR; between them the other one after a pass that stalls."""
-    target, a, observed, _, labels, subspace = problem
-    updates = UpdateMap(target, a, SHAPE, 64)
-    steps = DenseSteps(updates, flat_units(observed)[0], labels[:1], subspace, GaussNewtonConfig())
-    between, chosen = (module.NEAR * module.FAR) ** 0.5, []
-    for before, residual in (
-        (torch.inf, 2 * module.FAR),  # far
-        (2 * module.FAR, between),  # a good pass: goes on with clouds
-        (between, 0.95 * between),  # stalls: a derivative
-        (between, 0.5 * between),  # a good pass: goes on with it
-        (between, between),  # stalls: a cloud
-        (between, 0.5 * module.NEAR),  # near
-        (module.NEAR, 2 * module.FAR),  # far again
-    ):
-        steps.judge(before, residual)
-        chosen.append(steps.newton)
-    assert chosen == [False, False, True, True, False, True, False]
-
-
-def test_a_solution_outside_the_box_is_not_called_exact(problem, monkeypatch):
-    target, a, observed, images, labels, subspace = problem
-    wanted, outside = flat_units(observed)[0], images[0].flatten() + 0.7
-
-    def lands_outside(updates, observed, point, value, *_):
-        return outside[None], observed[None]
-
-    monkeypatch.setattr(module, "newton_steps", lands_outside)
-    monkeypatch.setattr(module, "NEAR", 10.0)  # from the first pass on
-    config, updates = GaussNewtonConfig(passes=3), UpdateMap(target, a, SHAPE, 64)
-    found = search(updates, wanted, images[1].flatten(), labels[:1], subspace, config)
-    assert found.residual > REPRODUCED and found.image.min() >= 0 and found.image.max() <= 1
-
-
-def test_nothing_is_searched_where_no_proxy_varies():
-    proxies = torch.rand(50, 3, 8, 8)
-    proxies[:, :, :2] = 0.25
-    basis = Subspace.of(proxies).basis.unflatten(0, (3, 8, 8))
-    assert basis.shape[-1] <= 49 and basis[:, :2].abs().max() < 1e-5
-    assert basis[:, 2:].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -285,32 +104,6 @@ def test_layers_that_did_not_move_are_left_out(problem):
     assert (found.images - images).abs().max() < 1e-4
 
 
-def test_proxies_all_alike_are_refused():
-    with pytest.raises(R2FError, match="all alike"):
-        Subspace.of(torch.full((5, 3, 4, 4), 0.5))
-
-
-def test_large_images_are_refused():
-    with pytest.raises(R2FError, match="150528 numbers"):
-        Subspace.of(torch.rand(2, 3, 224, 224))
-
-
-def test_no_curvature_is_negative_in_float32(problem):
-    """Directions that the update does not see have a curvature of 0; a Gram in float32 rounds many of them below."""
-    target, a, _, images, labels, subspace = problem
-
-    class Blind(UpdateMap):
-        def jacobian(self, point, label, basis):
-            seen = super().jacobian(point, label, basis).float()
-            return torch.cat([seen, seen])
-
-    local = DenseLocal(Blind(target, a, SHAPE, 64), images[0].flatten(), labels[:1], subspace)
-    assert local.curvature.dtype == torch.float64 and local.curvature.min() >= 0
-    gram = local.jacobian.double() @ local.jacobian.double().T
-    recomposed = local.axes @ torch.diag(local.curvature) @ local.axes.T
-    torch.testing.assert_close(recomposed, gram, rtol=1e-9, atol=1e-9 * float(gram.abs().max()))
-
-
 def test_per_victim_figures_are_tensors(problem):
     target, a, observed, images, labels, subspace = problem
     found = gauss_newton(target, a, observed, start_near(images, labels, subspace, 0.3), subspace)
@@ -318,3 +111,67 @@ def test_per_victim_figures_are_tensors(problem):
     assert set(found.per_victim) == figures
     assert all(values.shape == (2,) for values in found.per_victim.values())
     assert found.per_victim["residual"].max() < 1e-4 and found.per_victim["exact"].tolist() == [1, 1]
+
+
+def test_searches_side_by_side_end_where_each_ends_alone(problem, monkeypatch):
+    target, a, observed, images, labels, subspace = problem
+    start = start_near(images, labels, subspace, 0.3)
+    alone = gauss_newton(target, a, observed, start, subspace)
+    monkeypatch.setattr(module, "victims_together", lambda *_: 2)
+    together = gauss_newton(target, a, observed, start, subspace)
+    torch.testing.assert_close(together.images, alone.images, rtol=0, atol=1e-7)
+    for figure in ("passes", "exact", "start_residual"):
+        torch.testing.assert_close(together.per_victim[figure], alone.per_victim[figure])
+
+
+def task_of(problem):
+    target, a, observed, _, labels, subspace = problem
+    updates = UpdateMap(target, a, SHAPE, 32)
+    return _task_of(updates, flat_units(observed), labels, subspace, descends=False)
+
+
+def test_the_end_of_a_search_goes_on_in_float64(problem):
+    """What float32 can store of the image is where the search stops; float64 goes on from there, and counts passes."""
+    *_, images, labels, subspace = problem
+    task, both = task_of(problem), torch.arange(2)
+    near = start_near(images, labels, subspace, 1e-3).images.flatten(1)
+    residuals = task.residuals(task.update_of(near, both), both)
+    found = [Search(image.float(), residual, 0.5, 9) for image, residual in zip(near, residuals, strict=True)]
+    for victim, refined in enumerate(finished(task, found)):
+        assert refined.image.dtype == torch.float32 and 9 < refined.passes <= 9 + module.FINISH.passes
+        assert refined.residual < 1e-5 < residuals[victim] and refined.start_residual == 0.5
+        error, before = ((each - images[victim].flatten()).abs().max() for each in (refined.image, near[victim]))
+        assert error < 1e-5 < before
+
+
+def test_an_end_in_float64_that_is_no_better_changes_nothing(problem, monkeypatch):
+    task, images = task_of(problem), problem[3]
+    worse = Search(images[1].flatten(), 1.0, 0.5, 2)
+    monkeypatch.setattr(module, "search_together", lambda *_, **__: [worse])
+    found = Search(images[0].flatten().float(), 1e-4, 0.5, 9)
+    (kept,) = finished(task, [found])
+    assert torch.equal(kept.image, found.image) and kept.residual == found.residual and kept.passes == 11
+
+
+def test_only_searches_that_end_near_the_image_go_on_in_float64(problem, monkeypatch):
+    task, image = task_of(problem), problem[3][0].flatten()
+    went_on = []
+
+    def together(some, starts, *_, **__):
+        went_on.append(some.observed)
+        return [Search(start, 0.0, 0.5, 1) for start in starts]
+
+    monkeypatch.setattr(module, "search_together", together)
+    solved, near, far = (Search(image, residual, 0.5, 1) for residual in (0.5 * SOLVED, 0.5 * NEAR, 2 * NEAR))
+    assert [each.passes for each in finished(task, [solved, near])] == [1, 2]
+    assert [each.passes for each in finished(task, [far, replace(near, stopped=True)])] == [1, 1]
+    assert len(went_on) == 1 and torch.equal(went_on[0], task.observed[1:])
+
+
+def test_a_search_alone_counts_its_passes_and_stops_at_its_limit(problem):
+    target, a, observed, images, labels, subspace = problem
+    start = start_near(images, labels, subspace, 1.0)
+    updates, wanted = UpdateMap(target, a, SHAPE, 64), flat_units(observed)[0]
+    config = GaussNewtonConfig(passes=1, steps=1)
+    found = search(updates, wanted, start.images[0].flatten(), labels[:1], subspace, config)
+    assert found.passes == 1 and found.start_residual > 0

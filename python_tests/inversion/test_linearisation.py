@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from r2f_ext.inversion import linearisation
-from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
+from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_steps
 
 
 def axes_of(pixels=12, directions=5):
@@ -20,6 +20,14 @@ def bent(images):
     generator = torch.Generator().manual_seed(3)
     first, second = (torch.randn(12, 40, generator=generator, dtype=torch.float64) for _ in range(2))
     return torch.sin(2 * images @ first) + 0.1 * (images @ second).square()
+
+
+def linearised_step(update_of, observed, point, value, axes, cloud, generator):
+    """The step of one victim."""
+    found, value, (cloud,) = linearised_steps(
+        lambda images, _: update_of(images), observed[None], point, value, [axes], [cloud], [generator]
+    )
+    return found, value, cloud
 
 
 def misfit(update_of, image, observed):
@@ -60,7 +68,7 @@ def test_the_cloud_is_as_wide_as_the_misfit():
     point = torch.full((1, 12), 0.5, dtype=torch.float64)
     shifts = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 0.02
     for wanted in (0.5, 1.0, 2.0):
-        size = linearisation._size(bent, wanted, point, bent(point), shifts)
+        (size,) = linearisation._sizes(lambda images, _: bent(images), [wanted], point, bent(point), shifts[None])
         reached = (bent((point + size * shifts).clamp(0, 1)) - bent(point)).norm(dim=1).median()
         assert 0.8 * wanted < reached < 1.25 * wanted
 
@@ -119,3 +127,22 @@ def test_the_shape_mixes_the_routes_errors_with_the_proxies_variation():
     own = torch.cov((errors @ axes.directions).T)
     expected = own / 2 + axes.covariance * own.trace() / axes.covariance.trace() / 2
     torch.testing.assert_close(mixed, expected)
+
+
+def test_two_victims_take_the_steps_that_each_takes_alone():
+    axes, wanted = axes_of(), bent(torch.rand(2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
+    points = torch.tensor([[0.5], [0.4]], dtype=torch.float64).expand(2, 12)
+    clouds = [Cloud(axes.covariance, samples=10.0), Cloud(axes.covariance, samples=12.0)]
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+
+    together = linearised_steps(
+        lambda images, _: bent(images), wanted, points, bent(points), [axes, axes], clouds, generators()
+    )
+    for victim, generator in enumerate(generators()):
+        rows = slice(victim, victim + 1)
+        alone = linearised_step(bent, wanted[victim], points[rows], bent(points[rows]), axes, clouds[victim], generator)
+        torch.testing.assert_close(alone[0][0], together[0][victim])
+        torch.testing.assert_close(alone[1][0], together[1][victim])
+        assert alone[2].size == pytest.approx(together[2][victim].size)

@@ -8,7 +8,7 @@ from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exactness import REPRODUCED
-from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, UpdateMap, flat_units, search
+from r2f_ext.inversion.gauss_newton import search
 from r2f_ext.inversion.matrix_free import (
     GradientMap,
     MatrixFreeConfig,
@@ -17,6 +17,8 @@ from r2f_ext.inversion.matrix_free import (
     krylov,
     search_matrix_free,
 )
+from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 
 NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
 SHAPE = torch.Size((3, 16, 16))

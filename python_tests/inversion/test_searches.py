@@ -12,11 +12,11 @@ import torch
 from route_cases import posed
 
 from r2f_ext.inversion.exactness import Bound, exactness_of
-from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.kept import KeptSearches, SearchFiles
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.routes import run_routes, verdicts_of
-from r2f_ext.inversion.searches import search_each
+from r2f_ext.inversion.searches import one_by_one, search_each
+from r2f_ext.inversion.side_by_side import GaussNewtonConfig
 from r2f_ext.progress import Stages
 from r2f_ext.types import Reconstruction
 
@@ -46,7 +46,7 @@ class Script:
         self.said.append((units, line))
 
     def run(self, files=None):
-        return search_each("gauss_newton", START, self.find, self.bound, self.advance, files=files)
+        return search_each("gauss_newton", START, one_by_one(self.find), self.bound, self.advance, files=files)
 
 
 def test_every_search_is_told_with_its_residual_and_how_many_are_exact_so_far():

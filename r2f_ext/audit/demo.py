@@ -18,10 +18,10 @@ from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
-from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.route import Public, adapter_problem
 from r2f_ext.inversion.routes.amortised_by_label import AmortisedByLabel
 from r2f_ext.inversion.routes.gauss_newton import GaussNewton
+from r2f_ext.inversion.side_by_side import GaussNewtonConfig
 from r2f_ext.models import load_base
 from r2f_ext.progress import Stages
 from r2f_ext.types import BaseModel, LoraUpdate

@@ -9,22 +9,21 @@ Besides the damping described in `newton`, convergence from a start of about 20 
   the misfit (`preconditioned`); where they stall, a regression over a cloud of images takes their place
   (`linearisation`).
 * Pixels may leave [0, 1] during the search, because clamped steps stop at points that are not solutions.
+
+The passes of a search, and of several at once, are in `side_by_side`; the map z is in `update_map`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import cycle
-from math import inf
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
-from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exactness import (
     DRAWS,
@@ -37,227 +36,17 @@ from r2f_ext.inversion.exactness import (
     storage_precision,
 )
 from r2f_ext.inversion.kept import KeptSearches, by_victim, files_of
-from r2f_ext.inversion.linearisation import Axes, Cloud, linearised_step
-from r2f_ext.inversion.newton import (
-    DAMPINGS,
-    SOLVED,
-    STALLED,
-    Search,
-    Steps,
-    dense_jacobian,
-    descend,
-    run_search,
-)
-from r2f_ext.inversion.preconditioned import Misfit, preconditioned_descent
+from r2f_ext.inversion.linearisation import Axes
+from r2f_ext.inversion.newton import SOLVED, Search
 from r2f_ext.inversion.searches import search_each
-from r2f_ext.linalg import precise_gram
-from r2f_ext.ops import lora_grad_tangent
+from r2f_ext.inversion.side_by_side import NEAR, GaussNewtonConfig, Kind, Task, search_together, victims_together
+from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.progress import Advance, unheard
 from r2f_ext.types import Reconstruction, Target
 
 ROUTE = "gauss_newton"
-MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
-SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 FULL_BITS = 32  # of the dtype that PEFT draws A in
-# Relative residuals below which a derivative serves, and above which only descent from the start or a cloud does.
-# Between them, descent (a derivative where there is no misfit to descend on) and clouds take turns whenever one stalls.
-NEAR, FAR = 0.007, 0.1
-FINISH_PASSES = 6  # of a search that float32 has ended early, in float64; most need one or two
-
-
-@dataclass(frozen=True)
-class GaussNewtonConfig:
-    """Stopping criteria and step control.
-
-    Attributes:
-        passes: maximum per victim, of all its searches; a cloud of images and a Jacobian cost about the
-            same, a pass of descent about three times that.
-        patience: passes without a reduction of the residual by a fifth after which the search restarts with new clouds.
-        minutes: after which no pass of a victim begins; None: no limit. A search that it cuts short depends on the
-            machine's speed; the others do not.
-        samples: images per direction in the clouds of the first search, of the second, ...; then from the first again.
-        steps: maximum number of steps with one Jacobian.
-        contraction: largest accepted ratio of the norm of the next correction to that of the present one.
-        directions: batch size of tangents, or of images, in one pass of the model.
-        seed: seed of the clouds.
-    """
-
-    passes: int = 40
-    patience: int = 6
-    minutes: float | None = None
-    samples: tuple[float, ...] = (1.5, 3.0)
-    steps: int = 8
-    contraction: float = 0.75
-    directions: int = 64
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """The affine search space start + basis u, scaled so that u has unit variance over the proxies.
-
-    Attributes:
-        basis: [c * h * w, q], orthogonal columns, each as long as the proxies' standard deviation along it.
-    """
-
-    basis: Tensor
-
-    def double(self) -> Subspace:
-        """The same space in float64."""
-        return Subspace(self.basis.double())
-
-    @staticmethod
-    def of(images: Tensor, tolerance: float = 1e-7) -> Subspace:
-        """The span of the variation of proxy images [n, c, h, w], n >= 2; variances up to `tolerance` count as 0.
-
-        Raises:
-            R2FError: the proxies are all alike, or an image has more than MAX_PIXELS numbers.
-        """
-        if images[0].numel() > MAX_PIXELS:
-            raise R2FError(f"gauss_newton is refused: {too_large(images[0].numel())}.")
-        variance, axes = torch.linalg.eigh(torch.cov(images[:SUBSPACE_IMAGES].flatten(1).double().T))
-        varied = variance > tolerance
-        if not varied.any():
-            raise R2FError("the proxy images are all alike: gauss_newton needs proxies that vary.")
-        return Subspace((axes[:, varied] * variance[varied].sqrt()).to(images.dtype))
-
-
-def too_large(pixels: int) -> str:
-    """Why the dense search does not accept images of this many pixel values, as a clause."""
-    return f"an image has {pixels} numbers, and the search, which is dense, takes up to {MAX_PIXELS}"
-
-
-class UpdateMap:
-    """z(x): the updates of all layers, each of norm 1, side by side [R]; for images of shape (c, h, w)."""
-
-    def __init__(self, target: Target, a: dict[str, Tensor], shape: torch.Size, directions: int) -> None:
-        """a: name -> [r, d_in]; directions: tangents per pass."""
-        self.target, self.shape, self.directions = target, shape, directions
-        self.a = {layer.name: a[layer.name] for layer in target.layers}
-        self.tangents = CaptureTangents(target)
-
-    def __call__(self, points: Tensor, label: Tensor) -> Tensor:
-        """Points [n, c * h * w] in [0, 1], all of one label [1] -> [n, R]."""
-        return self.together(points[:, None], label)
-
-    def together(self, batches: Tensor, label: Tensor) -> Tensor:
-        """Batches [n, b, c * h * w] of one label [1], each of one step -> [n, R]."""
-        with Capture(self.target) as capture:
-            gradient = capture(batches.unflatten(2, self.shape), label.expand(batches.shape[:2]))
-        return flat_units({name: u.detach() for name, u in project(self.target, gradient, self.a).items()})
-
-    def jacobian(self, point: Tensor, label: Tensor, basis: Tensor) -> Tensor:
-        """dz along the columns of basis [c * h * w, q] at point [c * h * w]: [q, R], by exact tangents."""
-        image = point.view(1, *self.shape)
-        return dense_jacobian(lambda rows: self._tangents(image, label, rows), basis, self.directions, (1, *self.shape))
-
-    def misfit(self, point: Tensor, label: Tensor, observed: Tensor) -> Tensor:
-        """|z(x) - observed|^2 / 2 of a point [c * h * w] and observed [R], differentiable with respect to the point.
-
-        Raises:
-            RuntimeError: a module of the model has no second derivative.
-        """
-        with Capture(self.target) as capture:
-            gradient = capture(point.view(1, 1, *self.shape), label.view(1, 1), create_graph=True)
-        return (flat_units(project(self.target, gradient, self.a))[0] - observed).square().sum() / 2
-
-    def _tangents(self, image: Tensor, label: Tensor, directions: Tensor) -> Tensor:
-        gradient, moved = self.tangents(image, label, directions)
-        update = project(self.target, gradient, self.a)
-        per_layer = (gradient.x, gradient.delta, moved.x, moved.delta, self.a)
-        tangents = lora_grad_tangent(
-            *([each[name] for name in self.target.names] for each in per_layer),
-            scales=[layer.scale for layer in self.target.layers],
-        )
-        found = zip(update.values(), tangents, strict=True)
-        return torch.cat([unit_tangent(value.flatten(), tangent.flatten(1)) for value, tangent in found], dim=1)
-
-
-def flat_units(updates: dict[str, Tensor]) -> Tensor:
-    """name -> updates [V, d_out, r] -> [V, R], the layers concatenated, each scaled to norm 1."""
-    return torch.cat([F.normalize(update.flatten(1), dim=1, eps=1e-30) for update in updates.values()], dim=1)
-
-
-def unit_tangent(value: Tensor, tangent: Tensor) -> Tensor:
-    """The derivative of value / |value|: value [m], tangent [K, m]."""
-    norm = value.norm().clamp_min(1e-30)
-    unit = value / norm
-    return (tangent - (tangent @ unit)[:, None] * unit) / norm
-
-
-class DenseSteps(Steps):
-    """Gauss-Newton near the image; farther away descent, until it stalls, then statistical linearisation.
-
-    A restart begins with new clouds: from the same start, descent ends at the same point. Where clouds stall between
-    NEAR and FAR, descent goes on from there, or Gauss-Newton where there is no misfit to descend on.
-    """
-
-    def __init__(
-        self,
-        updates: DenseMap,
-        observed: Tensor,
-        label: Tensor,
-        subspace: Subspace,
-        config: GaussNewtonConfig,
-        loo_errors: Tensor | None = None,
-        misfit: Misfit | None = None,
-    ) -> None:
-        self.updates, self.observed, self.label = updates, observed, label
-        self.subspace, self.config = subspace, config
-        self.misfit, self.descending = misfit, misfit is not None
-        self.axes = Axes.of(subspace.basis, loo_errors)
-        self.samples = cycle(config.samples)
-        self.cloud = Cloud(self.axes.covariance, samples=next(self.samples))
-        self.newton = False
-        self.generator = torch.Generator().manual_seed(config.seed)
-
-    def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.newton:
-            return newton_steps(self.updates, self.observed, point, value, self.label, self.subspace, self.config)
-        if self.descending and self.misfit is not None:
-            return self.descended(self.misfit, point[0])
-        point, value, self.cloud = linearised_step(
-            self.update_of, self.observed, point, value, self.axes, self.cloud, self.generator
-        )
-        return point, value
-
-    def descended(self, misfit: Misfit, point: Tensor) -> tuple[Tensor, Tensor]:
-        """The point [1, c * h * w] and its update after preconditioned descent from point [c * h * w]."""
-        jacobian = self.updates.jacobian(point, self.label, self.subspace.basis)
-        reached = preconditioned_descent(misfit, point, jacobian, self.subspace.basis)[None]
-        return reached, self.updates(reached, self.label)
-
-    def update_of(self, images: Tensor) -> Tensor:
-        """Images [n, c * h * w] -> [n, R], in batches."""
-        return torch.cat([self.updates(part, self.label) for part in images.split(self.config.directions)])
-
-    def judge(self, before: float, residual: float) -> None:
-        stalled = not residual <= STALLED * before  # also where it is NaN
-        if residual < NEAR or residual > FAR:
-            self.newton = residual < NEAR
-            self.descending &= not stalled
-        elif stalled and self.misfit is not None:
-            self.newton, self.descending = False, not self.descending
-        elif stalled:
-            self.newton = not self.newton
-
-    def restart(self) -> bool:
-        self.cloud, self.newton = Cloud(self.axes.covariance, samples=next(self.samples)), False
-        self.descending = False
-        return True
-
-
-class NewtonSteps(Steps):
-    """Gauss-Newton alone, for the end of a search."""
-
-    def __init__(
-        self, updates: DenseMap, observed: Tensor, label: Tensor, subspace: Subspace, config: GaussNewtonConfig
-    ) -> None:
-        self.updates, self.observed, self.label = updates, observed, label
-        self.subspace, self.config = subspace, config
-
-    def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return newton_steps(self.updates, self.observed, point, value, self.label, self.subspace, self.config)
+FINISH = GaussNewtonConfig(passes=6, patience=2)  # in float64, of searches that float32 has ended early
 
 
 def search(
@@ -269,83 +58,62 @@ def search(
     config: GaussNewtonConfig,
     loo_errors: Tensor | None = None,
     precise: DenseMap | None = None,
-    misfit: Misfit | None = None,
 ) -> Search:
-    """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
+    """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1], without descent.
 
     Args:
         loo_errors: [n, c * h * w], leave-one-out errors of the start's route on proxies: the first cloud's shape.
-        precise: the map in float64. With it, a search that ends near the image but above what float32 can reach goes
-            on in float64: where J^T J is badly conditioned, float32's errors in J stop Newton's steps early.
-        misfit: what the search descends on, see `DenseSteps`; None: it begins with clouds.
+        precise: the map in float64, see `finished`.
     """
-    steps = DenseSteps(updates, observed, label, subspace, config, loo_errors, misfit)
-    layers = len(updates.target.layers)
-    found = run_search(
-        lambda images: updates(images, label),
-        steps,
-        observed,
-        start,
-        layers,
-        config.passes,
-        config.patience,
-        inf if config.minutes is None else 60 * config.minutes,
-    )
-    if precise is None or found.stopped or not SOLVED < found.residual < NEAR:
+    task = _task_of_one(updates, observed, label, subspace)
+    (found,) = search_together(task, start[None], config, [Axes.of(subspace.basis, loo_errors)])
+    if precise is None:
         return found
-    return finish(precise, observed, label, subspace, config, found)
+    in_doubles = _task_of_one(precise, observed.double(), label, subspace.double())
+    return finished(in_doubles, [found])[0]
 
 
-def finish(
-    precise: DenseMap, observed: Tensor, label: Tensor, subspace: Subspace, config: GaussNewtonConfig, found: Search
-) -> Search:
-    """Go on from the end of a search with Gauss-Newton steps in float64; the better of both ends."""
-    observed = observed.double()
-    steps = NewtonSteps(precise, observed, label, subspace.double(), config)
-    layers, start = len(precise.target.layers), found.image.double()
-    refined = run_search(
-        lambda images: precise(images, label), steps, observed, start, layers, FINISH_PASSES, patience=2
+def _task_of_one(updates: DenseMap, observed: Tensor, label: Tensor, subspace: Subspace) -> Task:
+    def update_of(images: Tensor, _: Tensor) -> Tensor:
+        return torch.cat([updates(part, label) for part in images.split(updates.directions)])
+
+    def jacobian_of(_: int, point: Tensor) -> Tensor:
+        return updates.jacobian(point, label, subspace.basis)
+
+    return Task(observed[None], len(updates.target.layers), subspace, update_of, jacobian_of)
+
+
+def finished(task: Task, found: Sequence[Search]) -> list[Search]:
+    """Searches of which those that ended near the image, but above what float32 can reach, have gone on in float64.
+
+    Where J^T J is badly conditioned, float32's errors in J stop Newton's steps early. The better of both ends is kept.
+
+    Args:
+        task: in float64, of all V searches.
+    """
+    ended = list(found)
+    chosen = [v for v, each in enumerate(found) if not each.stopped and SOLVED < each.residual < NEAR]
+    if not chosen:
+        return ended
+    rows = torch.tensor(chosen, device=task.observed.device)
+    some = replace(
+        task,
+        observed=task.observed[rows],
+        update_of=lambda images, owners: task.update_of(images, rows[owners]),
+        jacobian_of=lambda victim, point: task.jacobian_of(chosen[victim], point),
     )
-    if refined.residual >= found.residual:
-        return replace(found, passes=found.passes + refined.passes)
-    image = refined.image.to(found.image.dtype)
-    return replace(found, image=image, residual=refined.residual, passes=found.passes + refined.passes)
-
-
-class DenseLocal:
-    """The Jacobian at one point [c * h * w], and the eigendecomposition of J^T J in float64, clamped to be >= 0."""
-
-    batch_size = len(DAMPINGS)
-
-    def __init__(self, updates: DenseMap, point: Tensor, label: Tensor, subspace: Subspace) -> None:
-        self.basis = subspace.basis
-        self.jacobian = updates.jacobian(point, label, self.basis)
-        curvature, self.axes = torch.linalg.eigh(precise_gram(self.jacobian))
-        self.curvature = curvature.clamp_min(0)
-
-    def pull(self, errors: Tensor) -> Tensor:
-        return (errors @ self.jacobian.T).double() @ self.axes
-
-    def moved(self, point: Tensor, correction: Tensor) -> Tensor:
-        """Not clamped to [0, 1], because clamped steps stop at points that are not solutions."""
-        return point - (correction @ self.axes.T).to(self.basis.dtype) @ self.basis.T
-
-
-def newton_steps(
-    updates: DenseMap,
-    observed: Tensor,
-    point: Tensor,
-    value: Tensor,
-    label: Tensor,
-    subspace: Subspace,
-    config: GaussNewtonConfig,
-) -> tuple[Tensor, Tensor]:
-    """Gauss-Newton steps with one Jacobian, from point [1, c * h * w] with value [1, R]; returns the last of both."""
-    local = DenseLocal(updates, point[0], label, subspace)
-    solved = SOLVED * len(updates.target.layers) ** 0.5
-    return descend(
-        local, lambda images: updates(images, label), observed, point, value, config.steps, config.contraction, solved
-    )
+    starts = torch.stack([found[v].image.double() for v in chosen])
+    axes = [Axes.of(task.subspace.basis)] * len(chosen)
+    refined = search_together(some, starts, FINISH, axes, lambda *_: Kind.NEWTON, restarts=False)
+    for victim, better in zip(chosen, refined, strict=True):
+        before = found[victim]
+        passes = before.passes + better.passes
+        if better.residual < before.residual:
+            image = better.image.to(before.image.dtype)
+            ended[victim] = replace(before, image=image, residual=better.residual, passes=passes)
+        else:
+            ended[victim] = replace(before, passes=passes)
+    return ended
 
 
 class UpdateBound:
@@ -427,16 +195,35 @@ def gauss_newton(
     config, target = config or GaussNewtonConfig(), moved_layers(target, observed)
     updates = UpdateMap(target, a, start.images.shape[1:], config.directions)
     targets = flat_units({layer.name: observed[layer.name] for layer in target.layers})
-
-    def find(victim: int, image: Tensor, label: Tensor) -> Search:
-        errors = start.loo_errors.get(int(label))
-        wanted = targets[victim]
-        misfit = partial(updates.misfit, label=label, observed=wanted)
-        return search(updates, wanted, image, label, subspace, config, errors, bound.precise, misfit)
-
     bound = UpdateBound(updates, observed)
+    together = victims_together(targets.device, subspace.basis.shape[1], targets.shape[1])
+
+    def find(victims: Sequence[int], images: Tensor, labels: Tensor) -> Iterator[Search]:
+        for some in torch.tensor(victims, device=targets.device).split(together):
+            few = slice(len(some))
+            images, labels, mine, theirs = images[len(some) :], labels[len(some) :], images[few], labels[few]
+            task = _task_of(updates, targets[some], theirs, subspace, descends=True)
+            axes = [Axes.of(subspace.basis, start.loo_errors.get(label)) for label in theirs.tolist()]
+            found = search_together(task, mine.flatten(1), config, axes)
+            precise = _task_of(bound.precise, targets[some].double(), theirs, subspace.double(), descends=False)
+            yield from finished(precise, found)
+
     files = files_of(kept, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
     return search_each(ROUTE, start, find, bound, advance, doubt, files)
+
+
+def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Subspace, descends: bool) -> Task:
+    def update_of(images: Tensor, owners: Tensor) -> Tensor:
+        return updates(images, labels[owners])
+
+    def jacobian_of(victim: int, point: Tensor) -> Tensor:
+        return updates.jacobian(point, labels[victim, None], subspace.basis)
+
+    def slopes_of(points: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+        return updates.slopes(points, labels[owners], observed[owners])
+
+    slopes = slopes_of if descends else None
+    return Task(observed, len(updates.target.layers), subspace, update_of, jacobian_of, slopes)
 
 
 def moved_layers(target: Target, observed: dict[str, Tensor]) -> Target:

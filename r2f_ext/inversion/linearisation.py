@@ -11,7 +11,7 @@ kernel models the remaining nonlinearity within the cloud.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 
@@ -30,7 +30,7 @@ EXPECTED = 2 / 3  # weight of the expected covariance in the next cloud's shape;
 SHRINKS = 0.85  # smallest ratio of a cloud's size to that of the previous cloud
 SHORTER = (1.0, 0.5, 0.25)  # trial step lengths, relative to the regression's estimate
 
-UpdateOf = Callable[[Tensor], Tensor]  # images [n, p] -> updates [n, R]
+UpdateOf = Callable[[Tensor, Tensor], Tensor]  # images [n, p], the victim of each int64 [n] -> updates [n, R]
 
 
 @dataclass(frozen=True)
@@ -70,49 +70,89 @@ class Cloud:
     samples: float = SAMPLES
 
 
-def linearised_step(
+def linearised_steps(
     update_of: UpdateOf,
     observed: Tensor,
-    point: Tensor,
-    value: Tensor,
-    axes: Axes,
-    cloud: Cloud,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Cloud]:
-    """One regression over a cloud round point [1, p] in [0, 1], whose update is value [1, R]; observed [R].
+    points: Tensor,
+    values: Tensor,
+    axes: Sequence[Axes],
+    clouds: Sequence[Cloud],
+    generators: Sequence[torch.Generator],
+) -> tuple[Tensor, Tensor, list[Cloud]]:
+    """One regression of each of V victims over a cloud round its point [p] in [0, 1], whose update is value [R].
+
+    Args:
+        observed, values: [V, R]; points: [V, p].
+        axes, clouds, generators: of each victim.
 
     Returns:
-        (point, value, cloud): the estimate, or the nearest of some points on the way to it that lowers the misfit, or
-        the point as it was; and the next cloud.
+        (points, values, clouds): of each victim the estimate, or the nearest of some points on the way to it that
+        lowers the misfit, or the point as it was; and its next cloud.
     """
-    shape = cloud.shape
-    count = int(cloud.samples * len(shape)) + 1
-    draws = torch.randn(count, len(shape), generator=generator, dtype=torch.float64).to(shape.device)
-    variance, principal = torch.linalg.eigh(shape)
-    shifts = ((draws * variance.clamp_min(0).sqrt()) @ principal.T).to(point.dtype) @ axes.directions.T
-    size = max(_size(update_of, float((value - observed).norm()), point, value, shifts[:PROBES]), SHRINKS * cloud.size)
-    images = (point + size * shifts).clamp(0, 1)
-    found, errors = _regress(update_of(images), (images - point) @ axes.directions, observed)
-    trials = (point + torch.tensor(SHORTER).to(found)[:, None] * (found @ axes.directions.T)).clamp(0, 1)
-    points, values = torch.cat([point, trials]), torch.cat([value, update_of(trials)])
-    best = int((values - observed).norm(dim=1).nan_to_num(nan=torch.inf).argmin())
-    covariance = _mixed(axes.covariance, torch.cov(errors.T), EXPECTED)
-    return points[best, None], values[best, None], Cloud(covariance, size, cloud.samples)
+    shifts = [drawn(*each, points) for each in zip(axes, clouds, generators, strict=True)]
+    probes = torch.stack([each[: min(PROBES, *map(len, shifts))] for each in shifts])
+    misfits = (values - observed).norm(dim=1).tolist()
+    sizes = [
+        max(size, SHRINKS * cloud.size)
+        for size, cloud in zip(_sizes(update_of, misfits, points, values, probes), clouds, strict=True)
+    ]
+    trials, after = [], []
+    for victim, (own, cloud, size) in enumerate(zip(axes, clouds, sizes, strict=True)):
+        images = (points[victim] + size * shifts[victim]).clamp(0, 1)
+        updates = update_of(images, torch.full((len(images),), victim, device=points.device))
+        found, errors = _regress(updates, (images - points[victim]) @ own.directions, observed[victim])
+        lengths = torch.tensor(SHORTER, dtype=points.dtype, device=points.device)[:, None]
+        trials.append((points[victim] + lengths * (found @ own.directions.T)).clamp(0, 1))
+        after.append(Cloud(_mixed(own.covariance, torch.cov(errors.T), EXPECTED), size, cloud.samples))
+    tried = update_of(torch.cat(trials), _owners(len(points), len(SHORTER), points.device))
+    candidates = torch.cat([points[:, None], torch.stack(trials)], 1)
+    reached = torch.cat([values[:, None], tried.view(len(points), len(SHORTER), -1)], 1)
+    best = (reached - observed[:, None]).norm(dim=2).nan_to_num(nan=torch.inf).argmin(1)
+    rows = torch.arange(len(points), device=points.device)
+    return candidates[rows, best], reached[rows, best], after
 
 
-def _size(update_of: UpdateOf, misfit: float, point: Tensor, value: Tensor, shifts: Tensor) -> float:
-    """The factor at which the median misfit of images shifted by `shifts` [n, p] from the point is the point's own."""
-    below, reached_below = 0.0, 0.0
+def drawn(axes: Axes, cloud: Cloud, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Shifts [n, p] of one cloud of size 1, in the dtype of `like`."""
+    count, directions = int(cloud.samples * len(cloud.shape)) + 1, len(cloud.shape)
+    draws = torch.randn(count, directions, generator=generator, dtype=torch.float64, device=generator.device)
+    root = torch.linalg.cholesky(cloud.shape)
+    return (draws.to(root.device) @ root.T).to(like.dtype) @ axes.directions.T
+
+
+def _owners(victims: int, each: int, device: torch.device) -> Tensor:
+    """0, 0, ..., 1, 1, ...: `each` times every victim, int64."""
+    return torch.arange(victims, device=device).repeat_interleave(each)
+
+
+def _sizes(
+    update_of: UpdateOf, misfits: Sequence[float], points: Tensor, values: Tensor, shifts: Tensor
+) -> list[float]:
+    """Per victim the factor at which the median misfit of images shifted by `shifts` [V, n, p] from its point is the
+    point's own."""
+    below: list[tuple[float, float]] = [(0.0, 0.0)] * len(points)  # the largest size known to reach less, and how much
+    found: list[float | None] = [None] * len(points)
     for size in SIZES:
-        reached = float((update_of((point + size * shifts).clamp(0, 1)) - value).norm(dim=1).quantile(0.5))
-        if reached > misfit:
-            if below == 0:
-                break
-            # Interpolate as if the misfit were a power of the size.
-            share = log(misfit / reached_below) / log(reached / reached_below)
-            return below * (size / below) ** share
-        below, reached_below = size, max(reached, 1e-300)
-    return size
+        open_ones = [victim for victim, known in enumerate(found) if known is None]
+        if not open_ones:
+            break
+        rows = torch.tensor(open_ones, device=points.device)
+        images = (points[rows, None] + size * shifts[rows]).clamp(0, 1)
+        moved = update_of(images.flatten(0, 1), rows.repeat_interleave(shifts.shape[1]))
+        lengths = (moved.view(len(rows), shifts.shape[1], -1) - values[rows, None]).norm(dim=2)
+        for victim, reached in zip(open_ones, lengths.quantile(0.5, dim=1).tolist(), strict=True):
+            if reached > misfits[victim]:
+                found[victim] = _between(*below[victim], size, reached, misfits[victim])
+            else:
+                below[victim] = size, max(reached, 1e-300)
+    return [SIZES[-1] if known is None else known for known in found]
+
+
+def _between(low: float, reached_low: float, high: float, reached_high: float, wanted: float) -> float:
+    """Interpolate as if the misfit were a power of the size; the high one where there is no low one."""
+    if low == 0:
+        return high
+    return low * (high / low) ** (log(wanted / reached_low) / log(reached_high / reached_low))
 
 
 def _regress(updates: Tensor, offsets: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.gauss_newton import Subspace, unit_tangent
 from r2f_ext.inversion.newton import SOLVED, Search, Steps, descend, run_search
+from r2f_ext.inversion.update_map import Subspace, unit_tangent
 from r2f_ext.types import FactoredGradient, Target
 
 

@@ -1,56 +1,137 @@
-"""Preconditioned L-BFGS on the misfit of an image's update (docs/methods.md, 3f).
+"""Preconditioned L-BFGS on the misfits of several images' updates at once (docs/methods.md, 3f).
 
 The misfit has narrow and curved valleys: J^T J has eigenvalues over many orders of magnitude, and a long step of
 Gauss-Newton leaves the valley. In coordinates in which J^T J, damped, is the identity, many short steps with exact
 gradients follow it. Such a step costs about a two-hundredth of a Jacobian.
+
+All victims take their steps together: each evaluation is one batch through the model, and few wait for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
-from r2f_ext.linalg import precise_gram
+from r2f_ext.linalg import largest_eigenvalues
 
-DAMPING = 1e-3  # added to J^T J, relative to its largest eigenvalue; with 1e-5 and less the steps leave the valley
-STEPS = 400  # of one pass; about twice the time of the Jacobian
+EVALUATIONS = 500  # of the misfit in one pass at most; about twice the time of the Jacobian
+CHECK_EVERY, GAIN = 50, 0.99  # evaluations between looks at the misfits, and the ratio that counts as a gain
 MEMORY = 60  # pairs of steps and changes of the gradient that L-BFGS keeps
+DECREASE = 1e-4  # share of the expected decrease that an accepted step has (Armijo)
+SHORTEST, LONGEST = 0.1, 0.5  # factors between which a refused step is shortened
+STUCK = 1e-8  # step length below which the memory is dropped
 
-Misfit = Callable[[Tensor], Tensor]  # image [p] -> |z(x) - z*|^2 / 2, differentiable
+SlopesOf = Callable[[Tensor], tuple[Tensor, Tensor]]  # images [V, p] -> misfits [V], their slopes [V, p]
 
 
 def preconditioned_descent(
-    misfit: Misfit, point: Tensor, jacobian: Tensor, basis: Tensor, steps: int = STEPS
+    slopes_of: SlopesOf,
+    points: Tensor,
+    grams: Tensor,
+    basis: Tensor,
+    dampings: Tensor,
+    enough: float = 0.0,
+    evaluations: int = EVALUATIONS,
 ) -> Tensor:
-    """The point [p] after up to `steps` steps of L-BFGS (Liu and Nocedal 1989) from point [p], along basis [p, q].
+    """The points [V, p] after steps of L-BFGS (Liu and Nocedal 1989) from points [V, p], along basis [p, q].
 
-    Pixels may leave [0, 1]. Evaluations of the misfit are limited to five quarters of the steps. The point is returned
-    as it is if the Jacobian is zero or not finite, or if the descent ends at numbers that are not finite.
+    Pixels may leave [0, 1], as far as the misfit lets them. A point is returned as it is if its J^T J is zero or not
+    finite, or if its descent ends at numbers that are not finite.
 
     Args:
-        jacobian: [q, R], dz along the columns of `basis` at the point.
+        grams: [V, q, q] float64, J^T J of each, J = dz along the columns of `basis`.
+        dampings: [V] float64, added to J^T J, relative to its largest eigenvalue.
+        enough: misfit below which a descent has done its part.
+        evaluations: of the misfit, at most.
     """
-    gram = precise_gram(jacobian)
-    if not 0 < float(gram.trace()) < float("inf"):
-        return point
-    curvature, axes = torch.linalg.eigh(gram)
-    scales = (curvature.clamp_min(0) + DAMPING * curvature[-1]).rsqrt()
-    directions = (basis.double() @ (axes * scales)).to(basis.dtype)
+    traces = grams.diagonal(dim1=1, dim2=2).sum(1)
+    usable = (traces > 0) & traces.isfinite()
+    identity = torch.eye(basis.shape[1], dtype=torch.float64, device=points.device)
+    grams = torch.where(usable[:, None, None], grams, identity)
+    damped = grams + (dampings * largest_eigenvalues(grams))[:, None, None] * identity
+    lower = torch.linalg.cholesky(damped)
+    # Rows of L^-1 basis^T: moves u of the image along them have J^T J + damping = identity.
+    directions = torch.linalg.solve_triangular(lower, basis.double().T, upper=False).to(basis.dtype)
 
-    def moved(moves: np.ndarray) -> Tensor:
-        return point + directions @ torch.from_numpy(moves).to(directions)
+    def evaluate(moves: Tensor) -> tuple[Tensor, Tensor]:
+        losses, slopes = slopes_of(points + torch.bmm(moves[:, None].to(basis.dtype), directions)[:, 0])
+        return losses.double(), torch.bmm(directions, slopes[:, :, None])[:, :, 0].double()
 
-    def evaluate(moves: np.ndarray) -> tuple[float, np.ndarray]:
-        image = moved(moves).requires_grad_()
-        loss = misfit(image)
-        (slope,) = torch.autograd.grad(loss, [image])
-        return float(loss.detach()), (slope @ directions).double().cpu().numpy()
+    moves = _minimised(evaluate, basis.new_zeros(len(points), basis.shape[1], dtype=torch.float64), enough, evaluations)
+    found = points + torch.bmm(moves[:, None].to(basis.dtype), directions)[:, 0]
+    return torch.where((usable & found.isfinite().all(1))[:, None], found, points)
 
-    options = {"maxiter": steps, "maxfun": steps + steps // 4, "maxcor": MEMORY, "ftol": 0.0, "gtol": 0.0}
-    start = np.zeros(directions.shape[1])
-    found = moved(minimize(evaluate, start, jac=True, method="L-BFGS-B", options=options).x)
-    return found if bool(torch.isfinite(found).all()) else point
+
+@dataclass(frozen=True)
+class _Memory:
+    """The last steps s and changes of the slope y [V, MEMORY, q], the newest last; zeros where there are none yet."""
+
+    steps: Tensor
+    changes: Tensor
+
+    def with_pairs(self, step: Tensor, change: Tensor, taken: Tensor) -> _Memory:
+        """Add a pair [V, q] to the victims that `taken` [V] names."""
+        rows = taken[:, None, None]
+        return _Memory(
+            torch.where(rows, torch.cat([self.steps[:, 1:], step[:, None]], 1), self.steps),
+            torch.where(rows, torch.cat([self.changes[:, 1:], change[:, None]], 1), self.changes),
+        )
+
+    def without(self, dropped: Tensor) -> _Memory:
+        """Forget all pairs of the victims that `dropped` [V] names."""
+        keep = ~dropped[:, None, None]
+        return _Memory(self.steps * keep, self.changes * keep)
+
+    def direction(self, slope: Tensor) -> Tensor:
+        """- H slope [V, q], by the compact form of the inverse Hessian (Byrd, Nocedal and Schnabel 1994, Eq. 3.1)."""
+        products, squares = self.steps @ self.changes.mT, self.changes @ self.changes.mT
+        diagonal = products.diagonal(dim1=1, dim2=2)
+        upper = products.triu() + torch.diag_embed((diagonal == 0).to(products.dtype))
+        newest, length = diagonal[:, -1], squares[:, -1, -1]
+        scale = torch.where(newest > 0, newest / length.clamp_min(1e-300), 1.0)[:, None, None]
+        along_steps, along_changes = self.steps @ slope[:, :, None], self.changes @ slope[:, :, None]
+        inner = torch.linalg.solve_triangular(upper, along_steps, upper=True)
+        right = diagonal[:, :, None] * inner + scale * (squares @ inner - along_changes)
+        outer = torch.linalg.solve_triangular(upper.mT, right, upper=False)
+        found = scale * slope[:, :, None] + self.steps.mT @ outer - scale * (self.changes.mT @ inner)
+        return -found[:, :, 0]
+
+
+def _minimised(evaluate: SlopesOf, point: Tensor, enough: float, evaluations: int) -> Tensor:
+    """L-BFGS from point [V, q] float64, with step lengths by backtracking; each evaluation is one trial of all.
+
+    It ends early where no victim gains much any more, or needs to.
+    """
+    loss, slope = evaluate(point)
+    mark = loss
+    empty = point.new_zeros(len(point), MEMORY, point.shape[1])
+    memory, direction, length = _Memory(empty, empty), -slope, _first_length(slope)
+    for number in range(1, evaluations + 1):
+        trial = point + length[:, None] * direction
+        trial_loss, trial_slope = evaluate(trial)
+        expected = length * (slope * direction).sum(1)
+        accepted = trial_loss <= loss + DECREASE * expected  # also where it is NaN: no
+        step, change = trial - point, trial_slope - slope
+        curvature = (step * change).sum(1)
+        memory = memory.with_pairs(step, change, accepted & (curvature > 1e-10 * change.square().sum(1)))
+        shorter = -expected / (2 * (trial_loss - loss - expected)).clamp_min(1e-300)  # of the parabola
+        shorter = length * shorter.nan_to_num(nan=SHORTEST).clamp(SHORTEST, LONGEST)
+        stuck = ~accepted & (shorter < STUCK)
+        memory = memory.without(stuck)
+        point, slope = (torch.where(accepted[:, None], new, old) for new, old in ((trial, point), (trial_slope, slope)))
+        loss = torch.where(accepted, trial_loss, loss)
+        direction = torch.where((accepted | stuck)[:, None], memory.direction(slope), direction)
+        length = torch.where(accepted, 1.0, torch.where(stuck, _first_length(slope), shorter))
+        if number % CHECK_EVERY == 0:
+            if bool(((loss <= enough) | ~(loss < GAIN * mark)).all()):
+                break
+            mark = loss
+    return point
+
+
+def _first_length(slope: Tensor) -> Tensor:
+    """[V]: a step along - slope [V, q] without a memory is no longer than 1."""
+    return (1 / slope.norm(dim=1).clamp_min(1e-300)).clamp_max(1.0)

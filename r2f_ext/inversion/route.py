@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import AmortisedInverter
-from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, measured_tokens, structural_tokens
 from r2f_ext.inversion.kept import KeptSearches
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
+from r2f_ext.inversion.side_by_side import GaussNewtonConfig
 from r2f_ext.inversion.unet import UNetConfig
 from r2f_ext.models import AdapterFacts, Evidence, InitialFactors, common_a, evidence_of
 from r2f_ext.pairs import Training

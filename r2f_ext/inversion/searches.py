@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from math import floor
 
 import torch
@@ -16,11 +16,24 @@ from r2f_ext.inversion.newton import Search
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
+# Victims, their start points [n, c * h * w] and labels [n] -> their searches, in this order.
+Find = Callable[[Sequence[int], Tensor, Tensor], Iterator[Search]]
+
+
+def one_by_one(find: Callable[[int, Tensor, Tensor], Search]) -> Find:
+    """Searches that are made alone: find of a victim, its start point [c * h * w] and label [1]."""
+
+    def each(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[Search]:
+        for victim, point, label in zip(victims, points, labels, strict=True):
+            yield find(victim, point, label[None])
+
+    return each
+
 
 def search_each(
     route: str,
     start: Reconstruction,
-    find: Callable[[int, Tensor, Tensor], Search],
+    find: Find,
     bound: Callable[[int, Tensor, Tensor], Bound],
     advance: Advance,
     doubt: str | None = None,
@@ -30,7 +43,7 @@ def search_each(
 
     Args:
         start: images [V, c, h, w] in [0, 1] and labels [V] that the searches begin from.
-        find: (victim, start point [c * h * w], label [1]) -> Search.
+        find: makes the searches of those victims that are not kept, each when it is asked for.
         bound: (victim, image found [c * h * w], label [1]) -> what the update says of it; for images that replace the
             start, unless there is a doubt.
         advance: called with 1 and a line after each victim.
@@ -51,9 +64,16 @@ def search_each(
         which, verb = ("search", "is") if strangers == 1 else ("searches", "are")
         others = f"{strangers} kept {which} {verb} of other adapters, images, settings or versions"
         advance(0, f"{others} and {verb} not used")
+    points = start.images.flatten(1)
+    kept = [_read(victim, point, files) for victim, point in enumerate(points)]
+    missing = [victim for victim, (search, _) in enumerate(kept) if search is None]
+    made = find(missing, points[missing], start.labels[missing])
     images, figures = [], []
     for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
-        found, remark = _found(victim, image.flatten(), label[None], find, files)
+        search, remark = kept[victim]
+        found = search or next(made)
+        if search is None:
+            remark += _write(victim, found, files)
         judged = found.improved and doubt is None
         known = bound(victim, found.image, label[None]) if judged else Bound()
         figures.append(
@@ -89,26 +109,23 @@ def search_each(
     )
 
 
-def _found(
-    victim: int,
-    start: Tensor,
-    label: Tensor,
-    find: Callable[[int, Tensor, Tensor], Search],
-    files: SearchFiles | None,
-) -> tuple[Search, str]:
-    """A victim's search, from its file or made now and kept, and a clause that says which where there are files."""
+def _read(victim: int, start: Tensor, files: SearchFiles | None) -> tuple[Search | None, str]:
+    """A victim's kept search, if there is one, and a clause about its file."""
     if files is None:
-        return find(victim, start, label), ""
-    remark = ""
+        return None, ""
     try:
-        kept = files.read(victim, start)
-        if kept is not None:
-            return kept, "; it had ended in an earlier run"
+        search = files.read(victim, start)
+        return search, "" if search is None else "; it had ended in an earlier run"
     except ValueError as error:
-        remark = f"; searched anew, because its file '{files.path(victim).name}' is {error}"
-    found = find(victim, start, label)
+        return None, f"; searched anew, because its file '{files.path(victim).name}' is {error}"
+
+
+def _write(victim: int, found: Search, files: SearchFiles | None) -> str:
+    """Keep a search that has just been made; a clause that says why it could not be kept."""
+    if files is None:
+        return ""
     try:
         files.write(victim, found)
     except R2FError as error:
-        remark += f"; not kept: {error}"
-    return found, remark
+        return f"; not kept: {error}"
+    return ""

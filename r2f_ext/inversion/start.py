@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from r2f_ext.inversion.gauss_newton import SUBSPACE_IMAGES, Subspace
 from r2f_ext.inversion.route import Problem
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
 from r2f_ext.types import Reconstruction
 
 

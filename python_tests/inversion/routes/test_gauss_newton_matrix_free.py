@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from route_cases import posed, worst_psnr
 
-from r2f_ext.inversion.gauss_newton import Subspace
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig, ProxyCoordinates, SpectrumCoordinates
 from r2f_ext.inversion.route import Certainty
 from r2f_ext.inversion.routes import gauss_newton_matrix_free as module
 from r2f_ext.inversion.routes.gauss_newton_matrix_free import GaussNewtonMatrixFree
+from r2f_ext.inversion.update_map import Subspace
 from r2f_ext.progress import unheard
 from r2f_ext.types import Reconstruction
 

@@ -7,10 +7,10 @@ import pytest
 from route_cases import posed, worst_psnr
 
 from r2f_ext.inversion.exactness import exactness_of
-from r2f_ext.inversion.gauss_newton import GaussNewtonConfig
 from r2f_ext.inversion.route import Certainty
 from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.inversion.routes.gauss_newton_unrolled import GaussNewtonUnrolled
+from r2f_ext.inversion.side_by_side import GaussNewtonConfig
 from r2f_ext.pairs import Training
 from r2f_ext.progress import unheard
 

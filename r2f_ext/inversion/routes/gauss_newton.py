@@ -5,9 +5,10 @@ from __future__ import annotations
 from math import prod
 
 from r2f_ext.inversion.counting import doubt, search_verdict, several_steps
-from r2f_ext.inversion.gauss_newton import MAX_PIXELS, ROUTE, gauss_newton, too_large
+from r2f_ext.inversion.gauss_newton import ROUTE, gauss_newton
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.inversion.start import search_start
+from r2f_ext.inversion.update_map import MAX_PIXELS, too_large
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from r2f_ext.inversion.counting import doubt, search_verdict
 from r2f_ext.inversion.exactness import DRAWS, Bound, arithmetic_errors, bound_error, in_float64, rounded
-from r2f_ext.inversion.gauss_newton import MAX_PIXELS, search, too_large
+from r2f_ext.inversion.gauss_newton import search
 from r2f_ext.inversion.kept import files_of
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
-from r2f_ext.inversion.searches import search_each
+from r2f_ext.inversion.searches import one_by_one, search_each
 from r2f_ext.inversion.start import search_start
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights
+from r2f_ext.inversion.update_map import MAX_PIXELS, too_large
 from r2f_ext.pairs import Training
 from r2f_ext.progress import Advance
 from r2f_ext.types import LoraUpdate, Reconstruction
@@ -61,7 +62,7 @@ class GaussNewtonUnrolled(Route):
         factors = [{f"{name}.{side}": t for side in "ab" for name, t in getattr(one, side).items()} for one in adapters]
         settings = config, training
         files = files_of(problem.kept, self.name, settings, problem.target, a0, factors, start.labels)
-        return search_each(self.name, start, find, bound, advance, _doubt(problem, training), files)
+        return search_each(self.name, start, one_by_one(find), bound, advance, _doubt(problem, training), files)
 
 
 def _refusal(problem: Problem) -> str | None:

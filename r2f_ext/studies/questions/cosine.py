@@ -14,10 +14,12 @@ from r2f_ext.decoders import DEFAULT_KINDS, KINDS
 from r2f_ext.decoders.base import add_up
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.attention_rowspace import count_attention_rowspace, invert_attention_rowspace
-from r2f_ext.inversion.gauss_newton import GaussNewtonConfig, Subspace, UpdateMap, flat_units, search
+from r2f_ext.inversion.gauss_newton import search
 from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT
 from r2f_ext.inversion.matching import MatchingConfig, match
 from r2f_ext.inversion.objectives import GradientObjective
+from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.studies.scene import (
     ClassMean,

@@ -1,0 +1,143 @@
+"""Searches that take their passes together: which pass comes next, when they end and begin again, Newton's steps."""
+
+import pytest
+import torch
+from gauss_newton_cases import SHAPE, small_problem, start_near
+
+from r2f_ext.inversion import side_by_side as module
+from r2f_ext.inversion.exactness import REPRODUCED
+from r2f_ext.inversion.gauss_newton import _task_of
+from r2f_ext.inversion.linearisation import Axes
+from r2f_ext.inversion.side_by_side import FAR, NEAR, GaussNewtonConfig, Kind, Local, next_kind, search_together
+from r2f_ext.inversion.update_map import UpdateMap, flat_units
+
+BETWEEN = (NEAR * FAR) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return small_problem()
+
+
+def task_of(problem, descends=True):
+    target, a, observed, _, labels, subspace = problem
+    return _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed), labels, subspace, descends)
+
+
+def found(problem, distance=1.0, task=None, **settings):
+    """Searches of both victims from starts at a distance."""
+    *_, images, labels, subspace = problem
+    starts = start_near(images, labels, subspace, distance).images.flatten(1)
+    axes = [Axes.of(subspace.basis)] * 2
+    return search_together(task or task_of(problem), starts, GaussNewtonConfig(**settings), axes)
+
+
+def kinds(descends, *residuals):
+    """The kinds of the passes that begin at these residuals, the first of which is a start."""
+    last, before, taken = None, torch.inf, []
+    for residual in residuals:
+        last = next_kind(last, before, residual, descends)
+        before = residual
+        taken.append(last.value)
+    return taken
+
+
+def test_descent_and_clouds_take_turns_where_passes_stall():
+    far = kinds(True, 0.9, 0.5, 0.45, 0.09, 0.085, 0.084)
+    assert far == ["descent", "descent", "cloud", "cloud", "descent", "cloud"]
+    near = kinds(True, BETWEEN, 0.5 * NEAR, 0.3 * NEAR, 0.29 * NEAR, 0.2 * NEAR)
+    assert near == ["descent", "newton", "newton", "descent", "newton"]
+    assert kinds(True, 0.5, torch.nan) == ["descent", "cloud"]
+
+
+def test_without_descent_clouds_and_derivatives_take_turns():
+    """Newton below NEAR, a cloud above FAR; between them the other one after a pass that stalls."""
+    residuals = (2 * FAR, BETWEEN, 0.95 * BETWEEN, 0.5 * BETWEEN, 0.5 * BETWEEN, 0.5 * NEAR, 2 * FAR)
+    assert kinds(False, *residuals) == ["cloud", "cloud", "newton", "newton", "cloud", "newton", "cloud"]
+
+
+def test_descent_that_stalls_is_damped_more_before_a_cloud_takes_its_place():
+    course = module._Course(0.5, None, None, Kind.DESCENT)
+    seen = []
+    for before, residual in ((0.5, 0.3), (0.3, 0.2), (0.2, 0.19), (0.19, 0.18), (0.18, 0.17)):
+        course.residual = residual
+        module._choose(course, before, lambda *given: next_kind(*given, True))
+        seen.append((course.kind.value, round(course.damping, 9)))
+    assert seen == [
+        ("descent", 1e-4),
+        ("descent", 1e-5),
+        ("descent", 1e-4),
+        ("descent", 1e-3),
+        ("cloud", 1e-3),
+    ]
+
+
+def test_both_images_are_found_by_descent_and_by_clouds(problem):
+    images = problem[3].flatten(1)
+    for descends in (True, False):
+        for victim, search in enumerate(found(problem, 0.3, task_of(problem, descends))):
+            assert search.residual < 1e-5 < search.start_residual and not search.stopped
+            assert (search.image - images[victim]).abs().max() < 1e-4
+
+
+def test_searches_count_their_passes_and_stop_at_their_limits(problem):
+    assert [search.passes for search in found(problem, passes=1, steps=1)] == [1, 1]
+    stopped = found(problem, minutes=0.0)
+    assert [(search.passes, search.stopped) for search in stopped] == [(0, True), (0, True)]
+    assert all(search.residual == search.start_residual for search in stopped)
+
+
+def test_a_search_that_begins_again_draws_another_start_and_the_next_clouds_size(problem, monkeypatch):
+    passes = []
+
+    def stuck(kind, task, rows, points, values, config, axes, courses, generators):
+        passes.append((courses[0].cloud.samples, points[0].clone()))
+        return points, values
+
+    monkeypatch.setattr(module, "_moved", stuck)
+    found(problem, passes=6, patience=2, samples=(1.5, 3.0), spread=0.1)
+    assert [samples for samples, _ in passes] == [1.5, 1.5, 3.0, 3.0, 1.5, 1.5]
+    (_, first), (_, same), (_, second), *_, (_, third) = passes
+    assert torch.equal(first, same) and 0 < (second - first).abs().max() < 0.2 and not torch.equal(second, third)
+
+
+def test_a_solution_outside_the_box_is_not_taken(problem, monkeypatch):
+    task = task_of(problem)
+    outside = problem[3].flatten(1) + 0.7
+    monkeypatch.setattr(module, "_moved", lambda kind, task, rows, *_: (outside[rows], task.observed[rows]))
+    for search in found(problem, task=task, passes=3):
+        assert search.residual > REPRODUCED and search.image.min() >= 0 and search.image.max() <= 1
+
+
+def test_newton_steps_move_each_victim_as_its_own_do(problem):
+    task, config = task_of(problem), GaussNewtonConfig()
+    *_, images, labels, subspace = problem
+    points, both = start_near(images, labels, subspace, 0.02).images.flatten(1), torch.arange(2)
+    values = task.update_of(points, both)
+    together, updates = module.newton_steps(task, both, points, values, config)
+    torch.testing.assert_close(updates, task.update_of(together, both))
+    assert max(task.residuals(updates, both)) < 1e-3 * min(task.residuals(values, both))
+    for victim in range(2):
+        rows = both[victim : victim + 1]
+        alone, _ = module.newton_steps(task, rows, points[rows], values[rows], config)
+        torch.testing.assert_close(alone[0], together[victim], rtol=0, atol=1e-9)
+
+
+def test_the_factors_solve_the_damped_systems_and_say_where_there_is_none(problem):
+    torch.manual_seed(0)
+    jacobian = torch.randn(6, 20, dtype=torch.float64)
+    local, gram = Local.of(jacobian), jacobian @ jacobian.T
+    pulls = local.pulls(torch.randn(1, 20, dtype=torch.float64))
+    largest = torch.linalg.eigvalsh(gram)[-1]
+    for share, correction in zip(reversed(module.DAMPINGS), local.corrections(pulls), strict=True):
+        expected = torch.linalg.solve(gram + share * largest * torch.eye(6), pulls[0])
+        torch.testing.assert_close(correction, expected, rtol=1e-2 * share + 1e-9, atol=1e-9)
+    twice = Local.of(torch.cat([jacobian, 3e4 * jacobian]).float())  # singular: little damping has no factor
+    solved = twice.corrections(twice.pulls(torch.randn(1, 20)))
+    assert solved[-1].isfinite().all() and Local.of(torch.full((2, 3), torch.nan)).factors.isnan().all()
+
+
+def test_a_cpu_searches_one_at_a_time_and_a_gpu_as_many_as_fit():
+    assert module.victims_together(torch.device("cpu"), 784, 28672) == 1
+    if torch.cuda.is_available():
+        assert module.victims_together(torch.device("cuda"), 784, 28672) >= 8

@@ -1,0 +1,66 @@
+"""The update as a function of the image: derivatives against differences and the definition."""
+
+import pytest
+import torch
+from gauss_newton_cases import SHAPE, small_problem
+
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.update_map import LEASH, Subspace, UpdateMap, flat_units
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return small_problem()
+
+
+def test_jacobian_equals_central_differences(problem):
+    target, a, _, images, labels, subspace = problem
+    updates = UpdateMap(target, a, SHAPE, directions=64)
+    point, step = images[0].flatten(), 1e-6
+    found = updates.jacobian(point, labels[:1], subspace.basis)
+    columns = subspace.basis.T
+    ahead, behind = updates(point + step * columns, labels[:1]), updates(point - step * columns, labels[:1])
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+def test_the_slopes_of_the_misfits_are_the_jacobians_times_the_errors(problem):
+    """Of two images of their own labels, one of them outside the box."""
+    target, a, observed, images, labels, subspace = problem
+    updates, wanted = UpdateMap(target, a, SHAPE, 64), flat_units(observed)
+    points = images.flip(0).flatten(1).clone()
+    points[1] += 0.4
+    losses, slopes = updates.slopes(points, labels, wanted)
+    for victim, (point, label) in enumerate(zip(points, labels, strict=True)):
+        error, outside = updates(point[None], label[None])[0] - wanted[victim], point - point.clamp(0, 1)
+        torch.testing.assert_close(losses[victim], error.square().sum() / 2 + LEASH / 2 * outside.square().sum())
+        expected = updates.jacobian(point, label[None], subspace.basis) @ error + LEASH * outside @ subspace.basis
+        torch.testing.assert_close(slopes[victim] @ subspace.basis, expected, rtol=1e-6, atol=1e-9)
+    assert (points[1] > 1).any() and (points[0] <= 1).all()
+
+
+def test_images_of_several_labels_are_mapped_as_one_by_one_and_in_batches(problem):
+    target, a, _, images, labels, _ = problem
+    points = images.flatten(1)
+    whole = UpdateMap(target, a, SHAPE, 64)(points, labels)
+    torch.testing.assert_close(UpdateMap(target, a, SHAPE, 1)(points, labels), whole)
+    for victim in range(2):
+        rows = slice(victim, victim + 1)
+        torch.testing.assert_close(UpdateMap(target, a, SHAPE, 64)(points[rows], labels[rows])[0], whole[victim])
+
+
+def test_nothing_is_searched_where_no_proxy_varies():
+    proxies = torch.rand(50, 3, 8, 8)
+    proxies[:, :, :2] = 0.25
+    basis = Subspace.of(proxies).basis.unflatten(0, (3, 8, 8))
+    assert basis.shape[-1] <= 49 and basis[:, :2].abs().max() < 1e-5
+    assert basis[:, 2:].abs().max() > 1e-2
+
+
+def test_proxies_all_alike_are_refused():
+    with pytest.raises(R2FError, match="all alike"):
+        Subspace.of(torch.full((5, 3, 4, 4), 0.5))
+
+
+def test_large_images_are_refused():
+    with pytest.raises(R2FError, match="150528 numbers"):
+        Subspace.of(torch.rand(2, 3, 224, 224))

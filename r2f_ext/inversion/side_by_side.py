@@ -1,0 +1,369 @@
+"""Gauss-Newton searches of several victims that take their passes together (docs/methods.md, 3f).
+
+A pass is one of three kinds, see `Kind`. All victims whose next pass is of one kind take it in one batch, so that a
+GPU is filled and waited for once; each search goes the way that it would go alone, but for rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from itertools import cycle
+from math import inf
+
+import torch
+from torch import Tensor
+
+from r2f_ext.inversion.linearisation import Axes, Cloud, drawn, linearised_steps
+from r2f_ext.inversion.newton import DAMPINGS, PRECISE, SOLVED, STALLED, Search
+from r2f_ext.inversion.preconditioned import preconditioned_descent
+from r2f_ext.inversion.update_map import Subspace
+from r2f_ext.linalg import largest_eigenvalues, precise_gram
+
+# Relative residuals below which a derivative serves, and above which only descent from the start or a cloud does.
+# Between them, descent (a derivative where there is no slope to descend along) and clouds take turns whenever one
+# stalls.
+NEAR, FAR = 0.007, 0.1
+# Of J^T J's largest eigenvalue: the damping of the first descent and the least one, and the factor between two. With
+# less damping from the start, steps leave the valley.
+DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
+HANDED_OVER = 0.1  # share of NEAR at which a descent leaves the rest to Newton
+GPU_SHARE = 0.25  # of a GPU's memory, for the Jacobians and factors of the victims that are searched together
+
+
+class Kind(Enum):
+    """How a pass moves: descent along the misfit, a regression over a cloud of images, or steps with a derivative."""
+
+    DESCENT = "descent"
+    CLOUD = "cloud"
+    NEWTON = "newton"
+
+
+@dataclass(frozen=True)
+class GaussNewtonConfig:
+    """Stopping criteria and step control.
+
+    Attributes:
+        passes: maximum per victim, of all its searches; a cloud of images and a Jacobian cost about the
+            same, a pass of descent about three times that.
+        patience: passes without a reduction of the residual by a fifth after which the search begins again near its
+            start.
+        minutes: after which no pass of a victim begins; None: no limit. A search that it cuts short depends on the
+            machine's speed; the others do not.
+        samples: images per direction in the clouds of the first search, of the second, ...; then from the first again.
+        spread: how far a repeated search begins from the start, in standard deviations of the start's expected error.
+        steps: maximum number of steps with one Jacobian.
+        contraction: largest accepted ratio of the norm of the next correction to that of the present one.
+        directions: batch size of tangents, or of images, in one pass of the model on a CPU.
+        seed: seed of the clouds.
+    """
+
+    passes: int = 40
+    patience: int = 6
+    minutes: float | None = None
+    samples: tuple[float, ...] = (1.5, 3.0)
+    spread: float = 0.5
+    steps: int = 8
+    contraction: float = 0.75
+    directions: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What V searches look for, and the map that they look with.
+
+    Attributes:
+        observed: [V, R]; layers: whose updates of norm 1 are concatenated in it.
+        update_of: images [n, p] and the victim of each int64 [n] -> updates [n, R].
+        jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
+        slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p]; None: there is no descent.
+    """
+
+    observed: Tensor
+    layers: int
+    subspace: Subspace
+    update_of: Callable[[Tensor, Tensor], Tensor]
+    jacobian_of: Callable[[int, Tensor], Tensor]
+    slopes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def residuals(self, values: Tensor, rows: Tensor) -> list[float]:
+        """|z - z*| over the square root of the number of layers, of the victims `rows`, whose values are [n, R]."""
+        lengths: list[float] = ((values - self.observed[rows]).norm(dim=1) / self.layers**0.5).tolist()
+        return lengths
+
+
+Choice = Callable[[Kind | None, float, float], Kind]  # last kind, residuals before and after it -> the next kind
+
+
+def next_kind(last: Kind | None, before: float, residual: float, descends: bool) -> Kind:
+    """Newton below NEAR; farther away descent until it stalls, then clouds. Without descent, clouds from the start.
+
+    Args:
+        last: None at the start of the first search.
+        before: infinite at the start of a search.
+    """
+    stalled = not residual <= STALLED * before  # also where it is NaN
+    if residual < NEAR:
+        return Kind.DESCENT if descends and last is Kind.NEWTON and stalled else Kind.NEWTON
+    if last is None:
+        return Kind.DESCENT if descends else Kind.CLOUD
+    if residual > FAR:
+        return Kind.DESCENT if last is Kind.DESCENT and not stalled else Kind.CLOUD
+    if not stalled:
+        return last
+    if descends:
+        return Kind.CLOUD if last is Kind.DESCENT else Kind.DESCENT
+    return Kind.CLOUD if last is Kind.NEWTON else Kind.NEWTON
+
+
+@dataclass
+class _Course:
+    """Where one search stands: residuals at its start, now, the lowest of this search, and the least of any image."""
+
+    first: float
+    samples: cycle[float]
+    cloud: Cloud
+    kind: Kind
+    residual: float = field(init=False)
+    lowest: float = field(init=False)
+    least: float = field(init=False)
+    count: int = 0
+    since: int = 0
+    damping: float = DAMPING
+    ended: bool = False
+    stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.residual = self.lowest = self.least = self.first
+
+
+def search_together(
+    task: Task,
+    starts: Tensor,
+    config: GaussNewtonConfig,
+    axes: Sequence[Axes],
+    choose: Choice | None = None,
+    restarts: bool = True,
+) -> list[Search]:
+    """Follow V searches from starts [V, p] in [0, 1] to the images whose updates are observed; the best points.
+
+    Args:
+        axes: of each victim's clouds.
+        choose: the kind of the next pass; None: `next_kind`.
+        restarts: begin again near the start, with new clouds, where passes no longer improve.
+    """
+    began, everyone = time.perf_counter(), torch.arange(len(starts), device=starts.device)
+    limit = inf if config.minutes is None else 60 * config.minutes
+    descends = task.slopes_of is not None
+    choose = choose or partial(next_kind, descends=descends)
+    points, values = starts.clone(), task.update_of(starts, everyone)
+    best = starts.clone()
+    courses = _begin(task.residuals(values, everyone), config, axes, choose)
+    generators = [torch.Generator(starts.device).manual_seed(config.seed) for _ in axes]
+    while active := [victim for victim, course in enumerate(courses) if not course.ended]:
+        if time.perf_counter() - began >= limit:
+            for victim in active:
+                courses[victim].stopped = True
+            break
+        for kind in Kind:
+            if chosen := [victim for victim in active if courses[victim].kind is kind]:
+                rows = torch.tensor(chosen, device=starts.device)
+                points[rows], values[rows] = _moved(
+                    kind, task, rows, points[rows], values[rows], config, axes, courses, generators
+                )
+        rows = torch.tensor(active, device=starts.device)
+        images = points[rows].clamp(0, 1)  # solutions outside the box are not the image
+        reached = task.residuals(task.update_of(images, rows), rows)
+        for place, (victim, residual) in enumerate(zip(active, task.residuals(values[rows], rows), strict=True)):
+            course = courses[victim]
+            if reached[place] < course.least:
+                course.least, best[victim] = reached[place], images[place]
+            if _judged(course, residual, config, choose, restarts):
+                spread = config.spread if descends else 0.0  # clouds alone lead elsewhere from the same start
+                points[victim] = _nearby(starts[victim], axes[victim], spread, generators[victim])
+                values[victim] = task.update_of(points[victim, None], everyone[victim, None])[0]
+                (again,) = task.residuals(values[victim, None], everyone[victim, None])
+                _restart(course, again, axes[victim], choose)
+    return [
+        Search(image, course.least, course.first, course.count, course.stopped)
+        for image, course in zip(best, courses, strict=True)
+    ]
+
+
+def _begin(
+    residuals: Sequence[float], config: GaussNewtonConfig, axes: Sequence[Axes], choose: Choice
+) -> list[_Course]:
+    courses = []
+    for residual, own in zip(residuals, axes, strict=True):
+        samples = cycle(config.samples)
+        cloud = Cloud(own.covariance, samples=next(samples))
+        course = _Course(residual, samples, cloud, choose(None, inf, residual))
+        course.ended = not residual > SOLVED or config.passes < 1
+        courses.append(course)
+    return courses
+
+
+def _judged(course: _Course, residual: float, config: GaussNewtonConfig, choose: Choice, restarts: bool) -> bool:
+    """Take down a pass that ended at `residual`, choose the next one, and say whether the search begins again."""
+    before, course.residual = course.residual, residual
+    course.count += 1
+    improved = residual < STALLED * course.lowest
+    course.lowest, course.since = (residual, 0) if improved else (course.lowest, course.since + 1)
+    if course.least <= SOLVED or course.count >= config.passes or (course.least < PRECISE and course.since == 2):
+        course.ended = True
+    elif course.since < config.patience:
+        _choose(course, before, choose)
+    elif restarts:
+        return True
+    else:
+        course.ended = True
+    return False
+
+
+def _choose(course: _Course, before: float, choose: Choice) -> None:
+    """The next pass's kind and damping: descent that stalls is first damped more, and descent that does not, less."""
+    if course.kind is Kind.DESCENT:
+        stalled, last = not course.residual <= STALLED * before, course.damping
+        course.damping = min(max(last / SOFTER if stalled else last * SOFTER, LEAST_DAMPING), DAMPING)
+        if stalled and course.damping > last and course.residual >= NEAR:
+            return
+    course.kind = choose(course.kind, before, course.residual)
+
+
+def _nearby(start: Tensor, axes: Axes, spread: float, generator: torch.Generator) -> Tensor:
+    """A draw [p] from round the start [p], in [0, 1]."""
+    (shift,) = drawn(axes, Cloud(axes.covariance, samples=0.0), generator, start)
+    return (start + spread * shift).clamp(0, 1)
+
+
+def _restart(course: _Course, residual: float, axes: Axes, choose: Choice) -> None:
+    course.residual = course.lowest = residual
+    course.since, course.damping = 0, DAMPING
+    course.cloud, course.kind = Cloud(axes.covariance, samples=next(course.samples)), choose(None, inf, residual)
+
+
+def _moved(
+    kind: Kind,
+    task: Task,
+    rows: Tensor,
+    points: Tensor,
+    values: Tensor,
+    config: GaussNewtonConfig,
+    axes: Sequence[Axes],
+    courses: Sequence[_Course],
+    generators: Sequence[torch.Generator],
+) -> tuple[Tensor, Tensor]:
+    """One pass of the victims `rows`: their next points [n, p] and values [n, R]."""
+    if kind is Kind.NEWTON:
+        return newton_steps(task, rows, points, values, config)
+    if kind is Kind.DESCENT:
+        dampings = points.new_tensor([courses[victim].damping for victim in rows.tolist()], dtype=torch.float64)
+        return _descended(task, rows, points, dampings)
+    chosen = rows.tolist()
+    points, values, clouds = linearised_steps(
+        lambda images, owners: task.update_of(images, rows[owners]),
+        task.observed[rows],
+        points,
+        values,
+        [axes[victim] for victim in chosen],
+        [courses[victim].cloud for victim in chosen],
+        [generators[victim] for victim in chosen],
+    )
+    for victim, cloud in zip(chosen, clouds, strict=True):
+        courses[victim].cloud = cloud
+    return points, values
+
+
+def _descended(task: Task, rows: Tensor, points: Tensor, dampings: Tensor) -> tuple[Tensor, Tensor]:
+    """Preconditioned descent from points [n, p]; pixels may leave [0, 1]."""
+    slopes_of = task.slopes_of
+    assert slopes_of is not None
+    grams = torch.stack(
+        [precise_gram(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
+    )
+    enough = task.layers * (HANDED_OVER * NEAR) ** 2 / 2
+    reached = preconditioned_descent(
+        lambda images: slopes_of(images, rows), points, grams, task.subspace.basis, dampings, enough
+    )
+    return reached, task.update_of(reached, rows)
+
+
+@dataclass(frozen=True)
+class Local:
+    """The Jacobian at one point [q, R], and the Cholesky factors of J^T J + damping for all DAMPINGS [k, q, q],
+    float64, the least damped first; NaN where one does not exist to working precision."""
+
+    jacobian: Tensor
+    factors: Tensor
+
+    @staticmethod
+    def of(jacobian: Tensor) -> Local:
+        gram = precise_gram(jacobian)
+        if not bool(gram.isfinite().all()):
+            gram = torch.full_like(gram, torch.nan)
+        shares = gram.new_tensor(DAMPINGS).flip(0) * largest_eigenvalues(gram[None])
+        damped = gram + shares[:, None, None] * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        factors, failed = torch.linalg.cholesky_ex(damped)
+        return Local(jacobian, torch.where((failed > 0)[:, None, None], torch.nan, factors))
+
+    def pulls(self, errors: Tensor) -> Tensor:
+        """J^T r of errors [n, R]: [n, q] float64."""
+        return (errors @ self.jacobian.T).double()
+
+    def corrections(self, pulls: Tensor) -> Tensor:
+        """(J^T J + damping)^-1 J^T r of each damping [k, q], for pulls [k, q], or [1, q] for all."""
+        return torch.cholesky_solve(pulls.expand(len(self.factors), -1)[:, :, None], self.factors)[:, :, 0]
+
+
+def newton_steps(
+    task: Task, rows: Tensor, points: Tensor, values: Tensor, config: GaussNewtonConfig
+) -> tuple[Tensor, Tensor]:
+    """Damped steps with one Jacobian for each victim, from points [n, p] with values [n, R]; the last of both.
+
+    Each step uses the smallest damping whose next correction is shorter than `contraction` times the present one (the
+    natural monotonicity test, see `newton`). If there is none, the first step uses the damping with the smallest ratio,
+    and a later step ends the steps of that victim. Points are not clamped to [0, 1], because clamped steps stop at
+    points that are not solutions.
+    """
+    basis, observed = task.subspace.basis, task.observed[rows]
+    locals_ = [Local.of(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
+    pulls = torch.stack([own.pulls((v - o)[None])[0] for own, v, o in zip(locals_, values, observed, strict=True)])
+    going = torch.ones(len(rows), dtype=torch.bool, device=points.device)
+    every = torch.arange(len(rows), device=points.device)
+    solved = SOLVED * task.layers**0.5
+    for step in range(config.steps):
+        now = torch.stack([own.corrections(pull[None]) for own, pull in zip(locals_, pulls, strict=True)])  # [n, k, q]
+        trials = points[:, None] - now.to(basis.dtype) @ basis.T
+        tried = task.update_of(trials.flatten(0, 1), rows.repeat_interleave(trials.shape[1])).unflatten(
+            0, now.shape[:2]
+        )
+        pulled = torch.stack([own.pulls(v - o) for own, v, o in zip(locals_, tried, observed, strict=True)])
+        after = torch.stack([own.corrections(each) for own, each in zip(locals_, pulled, strict=True)])
+        ratios = (after.norm(dim=2) / now.norm(dim=2)).nan_to_num(nan=torch.inf)
+        good = ratios < config.contraction
+        chosen = torch.where(good.any(1), good.int().argmax(1), ratios.argmin(1))
+        going = going & (good.any(1) | ((step == 0) & ratios.isfinite().any(1)))
+        mine = going[:, None]
+        points = torch.where(mine, trials[every, chosen], points)
+        values = torch.where(mine, tried[every, chosen], values)
+        pulls = torch.where(mine, pulled[every, chosen], pulls)
+        going = going & ((values - observed).norm(dim=1) >= solved)
+        if not bool(going.any()):
+            break
+    return points, values
+
+
+def victims_together(device: torch.device, directions: int, numbers: int) -> int:
+    """How many searches go side by side: one on a CPU, where a batch gains nothing; on a GPU as many as fit.
+
+    Args:
+        directions: q of the subspace; numbers: R of an update.
+    """
+    if device.type != "cuda":
+        return 1
+    each = 8 * directions * (numbers + (len(DAMPINGS) + 2) * directions)
+    return max(1, int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory) // each)

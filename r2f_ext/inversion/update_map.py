@@ -1,0 +1,148 @@
+"""The update of a one-step adapter as a function of its image, z(x), and its derivatives (docs/methods.md, 3f)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2f_ext.capture import Capture
+from r2f_ext.capture.project import project
+from r2f_ext.capture.tangents import CaptureTangents
+from r2f_ext.cuda_graph import Replayed
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.newton import dense_jacobian
+from r2f_ext.ops import lora_grad_tangent
+from r2f_ext.types import Target
+
+MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
+SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
+GPU_DIRECTIONS, GPU_IMAGES = 400, 2048  # tangents and images in one pass of a GPU
+# Weight of half the squared distance to [0, 1]^p in the misfit of a descent: without it many searches end outside, at
+# images that are nearly solutions.
+LEASH = 0.1
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """The affine search space start + basis u, scaled so that u has unit variance over the proxies.
+
+    Attributes:
+        basis: [c * h * w, q], orthogonal columns, each as long as the proxies' standard deviation along it.
+    """
+
+    basis: Tensor
+
+    def double(self) -> Subspace:
+        """The same space in float64."""
+        return Subspace(self.basis.double())
+
+    @staticmethod
+    def of(images: Tensor, tolerance: float = 1e-7) -> Subspace:
+        """The span of the variation of proxy images [n, c, h, w], n >= 2; variances up to `tolerance` count as 0.
+
+        Raises:
+            R2FError: the proxies are all alike, or an image has more than MAX_PIXELS numbers.
+        """
+        if images[0].numel() > MAX_PIXELS:
+            raise R2FError(f"gauss_newton is refused: {too_large(images[0].numel())}.")
+        variance, axes = torch.linalg.eigh(torch.cov(images[:SUBSPACE_IMAGES].flatten(1).double().T))
+        varied = variance > tolerance
+        if not varied.any():
+            raise R2FError("the proxy images are all alike: gauss_newton needs proxies that vary.")
+        return Subspace((axes[:, varied] * variance[varied].sqrt()).to(images.dtype))
+
+
+def too_large(pixels: int) -> str:
+    """Why the dense search does not accept images of this many pixel values, as a clause."""
+    return f"an image has {pixels} numbers, and the search, which is dense, takes up to {MAX_PIXELS}"
+
+
+class UpdateMap:
+    """z(x): the updates of all layers, each of norm 1, side by side [R]; for images of shape (c, h, w)."""
+
+    def __init__(self, target: Target, a: dict[str, Tensor], shape: torch.Size, directions: int) -> None:
+        """a: name -> [r, d_in]; directions: tangents, and images, in one pass of a CPU; a GPU takes more."""
+        on_gpu = target.base.device.type == "cuda"
+        self.target, self.shape = target, shape
+        self.directions, self.images = (GPU_DIRECTIONS, GPU_IMAGES) if on_gpu else (directions, directions)
+        self.a = {layer.name: a[layer.name] for layer in target.layers}
+        self.tangents = CaptureTangents(target)
+        self._tangents, self._slopes = Replayed(self._tangents_of), Replayed(self._slopes_of)
+
+    def __call__(self, points: Tensor, labels: Tensor) -> Tensor:
+        """Points [n, c * h * w] in [0, 1], labels [n], or [1] where all have one -> [n, R]."""
+        return self.together(points[:, None], labels)
+
+    def together(self, batches: Tensor, labels: Tensor) -> Tensor:
+        """Batches [n, b, c * h * w], each of one step and of one label: labels [n], or [1] for all -> [n, R]."""
+        labels = labels.expand(len(batches))
+        parts = zip(batches.split(self.images), labels.split(self.images), strict=True)
+        with Capture(self.target) as capture:
+            return torch.cat([self._updates(capture, *part).detach() for part in parts])
+
+    def _updates(self, capture: Capture, batches: Tensor, labels: Tensor, create_graph: bool = False) -> Tensor:
+        images = batches.unflatten(2, self.shape)
+        gradient = capture(images, labels[:, None].expand(images.shape[:2]), create_graph)
+        return flat_units(project(self.target, gradient, self.a))
+
+    def jacobian(self, point: Tensor, label: Tensor, basis: Tensor) -> Tensor:
+        """dz along the columns of basis [c * h * w, q] at point [c * h * w]: [q, R], by exact tangents."""
+        image = point.view(1, *self.shape)
+        tangents = lambda rows: self._tangents(image, label, rows).clone()  # noqa: E731
+        return dense_jacobian(tangents, basis, self.directions, (1, *self.shape))
+
+    def slopes(self, points: Tensor, labels: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """Misfits of n points and their slopes; a further call overwrites the results of this one.
+
+        Args:
+            points: [n, c * h * w]; labels: [n]; observed: [n, R].
+
+        Returns:
+            |z(x) - observed|^2 / 2 + LEASH |x - clamp(x)|^2 / 2 of every point [n], and its slope [n, c * h * w].
+
+        Raises:
+            RuntimeError: a module of the model has no second derivative.
+        """
+        count = len(points)
+        if points.device.type == "cuda":  # rounded up to one of few sizes, because each is captured for itself
+            more = -count % max(1, 1 << (count.bit_length() - 3))
+            points, labels, observed = (
+                torch.cat([each, each[-1:].expand(more, *each.shape[1:])]) for each in (points, labels, observed)
+            )
+        misfits, slopes = self._slopes(points, labels, observed)
+        return misfits[:count], slopes[:count]
+
+    def _slopes_of(self, points: Tensor, labels: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        points = points.detach().requires_grad_()
+        with Capture(self.target) as capture, torch.enable_grad():
+            errors = self._updates(capture, points[:, None], labels, create_graph=True) - observed
+            misfits = errors.square().sum(1) / 2
+            (slopes,) = torch.autograd.grad(misfits.sum(), [points])
+        outside = points.detach() - points.detach().clamp(0, 1)
+        return misfits.detach() + LEASH / 2 * outside.square().sum(1), slopes + LEASH * outside
+
+    def _tangents_of(self, image: Tensor, label: Tensor, directions: Tensor) -> Tensor:
+        gradient, moved = self.tangents(image, label, directions)
+        update = project(self.target, gradient, self.a)
+        per_layer = (gradient.x, gradient.delta, moved.x, moved.delta, self.a)
+        tangents = lora_grad_tangent(
+            *([each[name] for name in self.target.names] for each in per_layer),
+            scales=[layer.scale for layer in self.target.layers],
+        )
+        found = zip(update.values(), tangents, strict=True)
+        return torch.cat([unit_tangent(value.flatten(), tangent.flatten(1)) for value, tangent in found], dim=1)
+
+
+def flat_units(updates: dict[str, Tensor]) -> Tensor:
+    """name -> updates [V, d_out, r] -> [V, R], the layers concatenated, each scaled to norm 1."""
+    return torch.cat([F.normalize(update.flatten(1), dim=1, eps=1e-30) for update in updates.values()], dim=1)
+
+
+def unit_tangent(value: Tensor, tangent: Tensor) -> Tensor:
+    """The derivative of value / |value|: value [m], tangent [K, m]."""
+    norm = value.norm().clamp_min(1e-30)
+    unit = value / norm
+    return (tangent - (tangent @ unit)[:, None] * unit) / norm
