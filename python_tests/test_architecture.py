@@ -10,7 +10,7 @@ import r2f_ext
 PACKAGE = Path(r2f_ext.__file__).parent
 LAYERS = (
     ("errors",),
-    ("types", "files", "json_file", "linalg", "malloc", "progress", "distributed", "ops"),
+    ("types", "files", "json_file", "linalg", "malloc", "progress", "distributed", "cuda_graph", "ops"),
     ("env", "kernel_solver"),
     ("models", "data"),
     ("capture",),

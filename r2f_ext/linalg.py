@@ -34,8 +34,9 @@ def precise_gram(rows: Tensor) -> Tensor:
 def largest_eigenvalues(matrices: Tensor) -> Tensor:
     """The largest eigenvalue [V], to a few per cent, of positive semidefinite matrices [V, n, n]: power iteration."""
     vectors = matrices.sum(2, keepdim=True) + matrices.diagonal(dim1=1, dim2=2)[:, :, None]
+    tiny = torch.finfo(matrices.dtype).tiny
     for _ in range(POWERS):
-        vectors = matrices @ (vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-300))
+        vectors = matrices @ (vectors / vectors.norm(dim=1, keepdim=True).clamp_min(tiny))
     return vectors.norm(dim=1)[:, 0]
 
 

@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -32,10 +33,12 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
+from r2f_ext.inversion import gauss_newton as module
 from r2f_ext.inversion.amortised import invert_by_label
-from r2f_ext.inversion.exactness import REPRODUCED, exactness_of
-from r2f_ext.inversion.gauss_newton import gauss_newton
+from r2f_ext.inversion.exactness import REPRODUCED, Bound, exactness_of
+from r2f_ext.inversion.gauss_newton import UpdateBound, gauss_newton
 from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.start import onto_span
 from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.types import BaseModel, Reconstruction, Target
@@ -58,17 +61,25 @@ def main() -> None:
     parser.add_argument("--victims", type=int, default=100)
     parser.add_argument("--problem", type=Path, help="file to keep the victims and their starts in between runs")
     parser.add_argument("--proxy", default="fashion-mnist")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--private", default="fashion-mnist")
+    parser.add_argument("--minutes", type=float, help="limit of the searches of one group of victims")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
-    base, path = load_base(), Path(options.json)
+    base, path = load_base(device=options.device), Path(options.json)
+    config = GaussNewtonConfig(minutes=options.minutes)
     record = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
     done = {row["victim"] for row in record["rows"]}
     if len(done) < options.victims:
         with tempfile.TemporaryDirectory() as folder:
             file = options.problem or Path(folder) / "problem.pt"
             if not file.exists():
-                torch.save(of_peft(base, options.proxy, options.victims), file)
-            for row in run(file, [v for v in range(options.victims) if v not in done], options.workers):
+                private = some_private(options.private, options.first, options.victims)
+                torch.save(of_peft(base, options.proxy, private), file)
+            missing = [v for v in range(options.victims) if v not in done]
+            rows = side_by_side(file, missing, config) if options.device == "cuda" else run(file, missing, options)
+            for row in rows:
                 record["rows"].append({"case": "peft", **row})
                 record["summary"]["peft"] = summary(record["rows"])
                 write_json(path, record)
@@ -77,10 +88,16 @@ def main() -> None:
     print(record["summary"]["peft"], flush=True)
 
 
-def of_peft(base: BaseModel, proxy: str, victims: int) -> Problem:
-    private = load_images("embedded", role="private", count=victims)
+def some_private(name: str, first: int, count: int) -> ImageSet:
+    """The images `first` to `first + count` of a private set."""
+    return load_images(name, role="private", count=first + count).take(torch.arange(first, first + count))
+
+
+def of_peft(base: BaseModel, proxy: str, private: ImageSet) -> Problem:
     with tempfile.TemporaryDirectory() as folder:
-        paths = train_victims(base, private.batch(slice(None)), private.labels, Path(folder) / "v", VictimConfig())
+        paths = train_victims(
+            base, private.batch(slice(None), base.device), private.labels, Path(folder) / "v", VictimConfig()
+        )
         bound = [attach(read_adapter(path), base) for path in paths]
     adapters = [adapter for _, adapter in bound]
     a = {name: each.float() for name, each in adapters[0].a.items()}
@@ -90,27 +107,37 @@ def of_peft(base: BaseModel, proxy: str, victims: int) -> Problem:
 def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], proxy: str, private: ImageSet) -> Problem:
     """Start and subspace from public images."""
     count = 6000 if proxy == "procedural" else None  # each of them serves every label
-    public = drop_private(load_images(proxy, count=count), private)
+    public, device = drop_private(load_images(proxy, count=count), private), target.base.device
     began = time.perf_counter()
     start = invert_by_label(target, a, public, observed).reconstruction
-    print(f"start: {psnr_db(start.images, private.batch(slice(None))).mean():.2f} dB, "
-          f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
-    some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public))))
-    return Problem(target, a, observed, start, Subspace.of(some.batch(slice(None))), private.batch(slice(None)))
+    some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public)))).batch(slice(None), device)
+    subspace, originals = Subspace.of(some), private.batch(slice(None), device)
+    points = onto_span(start.images.flatten(1), some.flatten(1).mean(0), subspace.basis).clamp(0, 1)
+    start = replace(start, images=points.view_as(originals))
+    print(f"start: {psnr_db(start.images, originals).mean():.2f} dB, {time.perf_counter() - began:.0f} s", flush=True)
+    return Problem(target, a, observed, start, subspace, originals)
 
 
 PROBLEM: Problem | None = None  # of a worker
 
 
-def run(file: Path, victims: list[int], workers: int) -> Any:
+def run(file: Path, victims: list[int], options: Namespace) -> Any:
     """Rows of victims, as they come, of the problem in `file`."""
     # One thread each, also in what the workers import: set before they start.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(file,)) as pool:
-        for future in as_completed([pool.submit(one, victim) for victim in victims]):
+    config = GaussNewtonConfig(minutes=options.minutes)
+    with ProcessPoolExecutor(
+        options.workers, get_context("spawn"), initializer=_start_worker, initargs=(file,)
+    ) as pool:
+        for future in as_completed([pool.submit(one, victim, config) for victim in victims]):
             row = future.result()
             print(row, flush=True)
             yield row
+
+
+def side_by_side(file: Path, victims: list[int], config: GaussNewtonConfig) -> list[dict[str, Any]]:
+    """Rows of all victims, searched together in this process."""
+    return rows_of(torch.load(file, weights_only=False), victims, config)  # written by this script
 
 
 def _start_worker(file: Path) -> None:
@@ -119,24 +146,50 @@ def _start_worker(file: Path) -> None:
     PROBLEM = torch.load(file, weights_only=False)  # written by this script
 
 
-def one(victim: int) -> dict[str, Any]:
-    assert PROBLEM is not None and PROBLEM.start.labels is not None
-    rows = slice(victim, victim + 1)
-    start = replace(PROBLEM.start, images=PROBLEM.start.images[rows], labels=PROBLEM.start.labels[rows])
-    observed = {name: update[rows] for name, update in PROBLEM.observed.items()}
-    found = gauss_newton(PROBLEM.target, PROBLEM.a, observed, start, PROBLEM.subspace, GaussNewtonConfig())
-    original = PROBLEM.originals[rows]
-    return {
-        "victim": victim,
-        "start_psnr_db": float(psnr_db(start.images, original)),
-        "psnr_db": float(psnr_db(found.images, original)),
-        "residual": float(found.per_victim["residual"][0]),
-        "start_residual": float(found.per_victim["start_residual"][0]),
-        "bound_db": exactness_of(found, 0).bound_db,
-        "free_directions": exactness_of(found, 0).free_directions,
-        "passes": int(found.per_victim["passes"][0]),
-        "seconds": found.seconds,
-    }
+def one(victim: int, config: GaussNewtonConfig) -> dict[str, Any]:
+    assert PROBLEM is not None
+    return rows_of(PROBLEM, [victim], config)[0]
+
+
+class TimedBound(UpdateBound):
+    """Adds up the seconds of all bounds of this process."""
+
+    seconds = 0.0
+
+    def __call__(self, victim: int, image: Tensor, label: Tensor) -> Bound:
+        began = time.perf_counter()
+        found = super().__call__(victim, image, label)
+        TimedBound.seconds += time.perf_counter() - began
+        return found
+
+
+def rows_of(problem: Problem, victims: list[int], config: GaussNewtonConfig) -> list[dict[str, Any]]:
+    assert problem.start.labels is not None
+    rows = torch.tensor(victims, device=problem.originals.device)
+    start = replace(problem.start, images=problem.start.images[rows], labels=problem.start.labels[rows])
+    observed = {name: update[rows] for name, update in problem.observed.items()}
+    module.UpdateBound, TimedBound.seconds = TimedBound, 0.0  # type: ignore[misc]
+    found = gauss_newton(problem.target, problem.a, observed, start, problem.subspace, config)
+    original, figures = problem.originals[rows], found.per_victim
+    before, after = psnr_db(start.images, original), psnr_db(found.images, original)
+    exactness = [exactness_of(found, place) for place in range(len(victims))]
+    return [
+        {
+            "victim": victim,
+            "start_psnr_db": float(before[place]),
+            "psnr_db": float(after[place]),
+            "residual": float(figures["residual"][place]),
+            "start_residual": float(figures["start_residual"][place]),
+            "exact": exactness[place].exact,
+            "bound_db": exactness[place].bound_db,
+            "free_directions": exactness[place].free_directions,
+            "passes": int(figures["passes"][place]),
+            "stopped": bool(figures["stopped"][place]),
+            "seconds": (found.seconds - TimedBound.seconds) / len(victims),
+            "bound_seconds": TimedBound.seconds / len(victims),
+        }
+        for place, victim in enumerate(victims)
+    ]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,6 +209,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "worse_than_start": int((psnr < start - 1e-3).sum()),
         "precision": both / float(said.sum()) if said.any() else None,
         "recall": both / float(exact.sum()) if exact.any() else None,
+        "called_exact": sum(row.get("exact", False) for row in rows),
+        "falsely_exact": sum(row.get("exact", False) and row["psnr_db"] < 40 for row in rows),
         "seconds_mean": sum(row["seconds"] for row in rows) / len(rows),
         "seconds_max": max(row["seconds"] for row in rows),
     }
