@@ -79,7 +79,7 @@ template <int R>
 __global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_float(const __grid_constant__ Table table) {
   constexpr int kTokens = kTokensOf<R>, kSums = kTokens * R, kEach = kSums / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kProjectWarps + threadIdx.x / kWarpSize;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
   if (item >= table.projects) return;
   const Layer& y = layer_of<&Layer::first_project>(table, item);
   const int64_t tiles = (y.project_tokens + kTokens - 1) / kTokens, index = item - y.first_project;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_float(const 
 // sum[c][j] += delta[k, column + c] U[k, j] over every kSplit-th token k from `first` on.
 template <int R, int kSplit>
 __device__ __forceinline__ void add_tokens(const Layer& y, int64_t p, int64_t column, int first, float (&sum)[4][R]) {
-  constexpr int kInFlight = kSplit == 1 && R <= 8 ? 8 : 4;
+  constexpr int kInFlight = R <= 8 ? 8 : 4;
   const float* delta = static_cast<const float*>(y.delta) + p * y.tokens * y.d_out + (column < y.d_out ? column : 0);
   const float* U = y.U + p * y.tokens * R;
   const auto add = [&](const float (&v)[4], int64_t k) {
@@ -233,8 +233,9 @@ __device__ __forceinline__ void add_features(const BFloat16* row0, const BFloat1
     }
 }
 
-template <int kRankTiles>
-__device__ __forceinline__ void project_tile(const Layer& y, int64_t p, int64_t first, int lane,
+// The part `warp` of kSplit: every kSplit-th block of 128 features; what remains at the end of a row is the next one's.
+template <int kRankTiles, int kSplit>
+__device__ __forceinline__ void project_tile(const Layer& y, int64_t p, int64_t first, int lane, int warp,
                                              float (&sums)[kRankTiles][4]) {
   const auto row = [&](int64_t token) {  // past the last token: the last one again; replaced by zeros later
     return static_cast<const BFloat16*>(y.x) + (p * y.tokens + (token < y.tokens ? token : y.tokens - 1)) * y.d_in;
@@ -246,24 +247,54 @@ __device__ __forceinline__ void project_tile(const Layer& y, int64_t p, int64_t 
     A[n] = static_cast<const BFloat16*>(y.A) + p * y.A_stride + (rank < y.rank ? rank : y.rank - 1) * y.d_in;
   }
   const int own = lane % 4 * 8;
-  int64_t k = 0;
-  for (; k + 128 <= y.d_in; k += 128) add_features<kRankTiles, 4>(row0, row1, A, k + own, y.d_in, sums);
-  for (; k < y.d_in; k += 32) add_features<kRankTiles, 1>(row0, row1, A, k + own, y.d_in, sums);
+  const int64_t blocks = y.d_in / 128;
+  for (int64_t b = warp; b < blocks; b += kSplit)
+    add_features<kRankTiles, 4>(row0, row1, A, b * 128 + own, y.d_in, sums);
+  if (blocks % kSplit != warp) return;
+  for (int64_t k = blocks * 128; k < y.d_in; k += 32)
+    add_features<kRankTiles, 1>(row0, row1, A, k + own, y.d_in, sums);
+}
+
+template <int kNumbers, int kSplit>
+struct WarpParts {
+  float sums[kSplit][kNumbers][kWarpSize];
+};
+
+// Adds up what the kSplit warps of a block hold, in a fixed order, into the sums of warp 0.
+template <int kNumbers, int kSplit>
+__device__ __forceinline__ void add_warps(float* sums, int lane, int warp) {
+  using Shared = WarpParts<kNumbers, kSplit>;
+  R2F_DYNAMIC_SHARED(Shared, shared);
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i) shared.sums[warp][i][lane] = sums[i];
+#ifndef R2F_PLANTED_BUG
+  __syncthreads();
+#endif
+  if (warp > 0) return;
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i)
+#pragma unroll
+    for (int w = 1; w < kSplit; ++w) sums[i] += shared.sums[w][i][lane];
 }
 
 // U [groups, tiles, kRankTiles, 32 lanes, 4 words]: the mma fragments that accumulate_bfloat16 reads. Rank j of token t
 // is in lane j * 4 + t / 4; the high parts of a pair of tokens are in word t % 4 / 2 * 2, their low parts in the next
-// word.
-template <int kRankTiles>
+// word. A block of kSplit warps processes one item; its warps divide the features. With kSplit = 1, each warp of the
+// block processes an item of its own.
+template <int kRankTiles, int kSplit>
 __global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_bfloat16(const __grid_constant__ Table table) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kProjectWarps + threadIdx.x / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int64_t item = kSplit > 1 ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kProjectWarps + warp;
   if (item >= table.projects) return;
   const Layer& y = layer_of<&Layer::first_project>(table, item);
   const int64_t tiles = (y.tokens + kTileTokens - 1) / kTileTokens, index = item - y.first_project;
   const int64_t p = index / tiles, first = index % tiles * kTileTokens;
   float sums[kRankTiles][4] = {};
-  project_tile(y, p, first, lane, sums);
+  project_tile<kRankTiles, kSplit>(y, p, first, lane, kSplit > 1 ? warp : 0, sums);
+  if constexpr (kSplit > 1) {
+    add_warps<kRankTiles * 4, kSplit>(sums[0], lane, warp);
+    if (warp > 0) return;
+  }
 
 #pragma unroll
   for (int n = 0; n < kRankTiles; ++n) {
@@ -315,9 +346,10 @@ __device__ __forceinline__ void add_tiles(const Layer& y, const BFloat16* delta,
   }
 }
 
-template <int kRankTiles>
-__global__ void __launch_bounds__(kWarpSize) accumulate_bfloat16(const __grid_constant__ Table table) {
-  const int lane = static_cast<int>(threadIdx.x);
+// A block of kSplit warps processes one item; its warps divide the tokens.
+template <int kRankTiles, int kSplit>
+__global__ void __launch_bounds__(kSplit* kWarpSize, 1) accumulate_bfloat16(const __grid_constant__ Table table) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int64_t item = blockIdx.x;
   const Layer& y = layer_of<&Layer::first_accumulate>(table, item);
   const int64_t stripes = (y.d_out + kHalfColumns - 1) / kHalfColumns, index = item - y.first_accumulate;
@@ -326,34 +358,44 @@ __global__ void __launch_bounds__(kWarpSize) accumulate_bfloat16(const __grid_co
   const BFloat16* delta = static_cast<const BFloat16*>(y.delta) + p * y.tokens * y.d_out + (mine < y.d_out ? mine : 0);
   const float* U = y.U + p * tiles * kRankTiles * kWarpSize * 4;
   float sums[kRankTiles][8][4] = {};
-  int64_t tile = 0;
-  for (; tile + 2 <= tiles; tile += 2) add_tiles<kRankTiles, 2>(y, delta, U, tile, lane, sums);
-  if (tile < tiles) add_tiles<kRankTiles, 1>(y, delta, U, tile, lane, sums);
+  for (int64_t pair = warp; pair < tiles / 2; pair += kSplit)
+    add_tiles<kRankTiles, 2>(y, delta, U, pair * 2, lane, sums);
+  if (tiles % 2 == 1 && tiles / 2 % kSplit == warp) add_tiles<kRankTiles, 1>(y, delta, U, tiles - 1, lane, sums);
 
+  float both[kRankTiles][16];  // products of the high and of the low parts together
+#pragma unroll
+  for (int n = 0; n < kRankTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 16; ++i) both[n][i] = sums[n][i % 8][i / 8] + sums[n][i % 8][2 + i / 8];
+  if constexpr (kSplit > 1) {
+    add_warps<kRankTiles * 16, kSplit>(both[0], lane, warp);
+    if (warp > 0) return;
+  }
   const int64_t column = first_column + lane % 4 * 16;
 #pragma unroll
   for (int n = 0; n < kRankTiles; ++n) {
     const int rank = n * 8 + lane / 4;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float sum = sums[n][i % 8][i / 8] + sums[n][i % 8][2 + i / 8];  // products of the high and of the low parts
-      if (rank < y.rank && column + i < y.d_out) y.grad_B[(p * y.d_out + column + i) * y.rank + rank] = y.scale * sum;
-    }
+    for (int i = 0; i < 16; ++i)
+      if (rank < y.rank && column + i < y.d_out)
+        y.grad_B[(p * y.d_out + column + i) * y.rank + rank] = y.scale * both[n][i];
   }
 }
 
 // ---- Launches -------------------------------------------------------------------------------------------------------
 
-// With fewer accumulate items than this, one warp per item does not saturate the memory of a large GPU (measured on an
-// H100); then kSplit warps share an item.
+// With fewer items than this, one warp per item does not saturate the memory of a large GPU (measured on an H100). Then
+// kSplit warps share an item, or, where items stay whole, each is a block of its own, so that all multiprocessors work.
 constexpr int64_t kFewItems = 2048;
+
+unsigned blocks_of(int64_t items, int64_t each) { return static_cast<unsigned>((items + each - 1) / each); }
 
 template <int R>
 void launch_float(const Table& table, cudaStream_t stream) {
   constexpr int kSplit = R == 16 ? 4 : 8;
+  const int warps = table.projects < kFewItems ? 1 : kProjectWarps;
   if (table.projects > 0)
-    launch(project_float<R>, static_cast<unsigned>((table.projects + kProjectWarps - 1) / kProjectWarps),
-           kProjectWarps * kWarpSize, 0, stream, table);
+    launch(project_float<R>, blocks_of(table.projects, warps), warps * kWarpSize, 0, stream, table);
   if (table.accumulates == 0) return;
   const auto blocks = static_cast<unsigned>(table.accumulates);
   if (table.accumulates < kFewItems)
@@ -364,11 +406,17 @@ void launch_float(const Table& table, cudaStream_t stream) {
 
 template <int kRankTiles>
 void launch_bfloat16(const Table& table, cudaStream_t stream) {
-  if (table.projects > 0)
-    launch(project_bfloat16<kRankTiles>, static_cast<unsigned>((table.projects + kProjectWarps - 1) / kProjectWarps),
-           kProjectWarps * kWarpSize, 0, stream, table);
-  if (table.accumulates > 0)
-    launch(accumulate_bfloat16<kRankTiles>, static_cast<unsigned>(table.accumulates), kWarpSize, 0, stream, table);
+  constexpr int kSplit = kProjectWarps, kThreads = kSplit * kWarpSize;
+  if (table.projects >= kFewItems)
+    launch(project_bfloat16<kRankTiles, 1>, blocks_of(table.projects, kProjectWarps), kThreads, 0, stream, table);
+  else if (table.projects > 0)
+    launch(project_bfloat16<kRankTiles, kSplit>, blocks_of(table.projects, 1), kThreads,
+           sizeof(WarpParts<kRankTiles * 4, kSplit>), stream, table);
+  if (table.accumulates >= kFewItems)
+    launch(accumulate_bfloat16<kRankTiles, 1>, blocks_of(table.accumulates, 1), kWarpSize, 0, stream, table);
+  else if (table.accumulates > 0)
+    launch(accumulate_bfloat16<kRankTiles, kSplit>, blocks_of(table.accumulates, 1), kThreads,
+           sizeof(WarpParts<kRankTiles * 16, kSplit>), stream, table);
 }
 
 // The kernel instantiation for the largest rank of all layers, and the sizes of its items.
@@ -437,7 +485,7 @@ const char* lora_grad_cuda(DType dtype, const LoraGradLayer* layers, int64_t cou
       table.layers[l] = layer_from(dtype, layers[first + l], workspace, plan, table);
       workspace += workspace_of(dtype, layers[first + l], plan);
     }
-    if (table.projects / kProjectWarps >= kMaxBlocks || table.accumulates > kMaxBlocks)
+    if (table.projects > kMaxBlocks || table.accumulates > kMaxBlocks)
       return "too many groups for one launch";
     plan.launch(table, static_cast<cudaStream_t>(stream));
   }

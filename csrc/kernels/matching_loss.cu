@@ -236,10 +236,8 @@ void send_weights(const double* weights, int64_t count, double* to, cudaStream_t
 }
 
 template <typename T>
-void forward(const MatchingArgs& args, MatchingSums* sums, void* memory, cudaStream_t stream) {
+void forward(const MatchingArgs& args, MatchingSums* sums, MatchingSums* partial_sums, cudaStream_t stream) {
   const int64_t trials = args.trials;
-  const Workspace workspace(args, memory);
-  MatchingSums* partial_sums = reinterpret_cast<MatchingSums*>(workspace.rest);
   for_tables<T>(args, [&](const Table& table, int64_t first, int64_t chunk) {
     const unsigned chunks = grid_for(table.chunks * trials), layers = grid_for(table.count * trials);
     MatchingSums* table_sums = partial_sums + chunk * trials;
@@ -249,8 +247,7 @@ void forward(const MatchingArgs& args, MatchingSums* sums, void* memory, cudaStr
 }
 
 template <typename T>
-void gradients(const MatchingArgs& args, void* memory, cudaStream_t stream) {
-  const MatchingCoefficients* factors = reinterpret_cast<MatchingCoefficients*>(Workspace(args, memory).rest);
+void gradients(const MatchingArgs& args, const MatchingCoefficients* factors, cudaStream_t stream) {
   for_tables<T>(args, [&](const Table& table, int64_t first, int64_t) {
     if (table.chunks > 0)
       launch(backward<T>, grid_for(table.chunks), kThreads, 0, stream, table, args.trials,
@@ -298,34 +295,46 @@ const char* matching_coefficients_cuda(DType dtype, MatchingKind kind, const dou
   return launch_error();
 }
 
-const char* matching_loss_cuda(DType dtype, const MatchingArgs& args, const double* image_losses, double image_weight,
-                               MatchingSums* sums, void* losses, void* workspace, void* stream) {
+const char* matching_sums_cuda(DType dtype, const MatchingArgs& args, MatchingSums* sums, void* workspace,
+                               void* stream) {
+  if (args.trials == 0) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  MatchingSums* partial_sums = reinterpret_cast<MatchingSums*>(Workspace(args, workspace).rest);
+  switch (dtype) {
+    case DType::kFloat32: forward<float>(args, sums, partial_sums, s); break;
+    case DType::kFloat64: forward<double>(args, sums, partial_sums, s); break;
+    case DType::kBFloat16: forward<BFloat16>(args, sums, partial_sums, s); break;
+  }
+  return launch_error();
+}
+
+const char* matching_gradients_cuda(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,
+                                    void* stream) {
   if (args.trials == 0) return nullptr;
   const auto s = static_cast<cudaStream_t>(stream);
   switch (dtype) {
-    case DType::kFloat32: forward<float>(args, sums, workspace, s); break;
-    case DType::kFloat64: forward<double>(args, sums, workspace, s); break;
-    case DType::kBFloat16: forward<BFloat16>(args, sums, workspace, s); break;
+    case DType::kFloat32: gradients<float>(args, coefficients, s); break;
+    case DType::kFloat64: gradients<double>(args, coefficients, s); break;
+    case DType::kBFloat16: gradients<BFloat16>(args, coefficients, s); break;
   }
+  return launch_error();
+}
+
+const char* matching_loss_cuda(DType dtype, const MatchingArgs& args, const double* image_losses, double image_weight,
+                               MatchingSums* sums, void* losses, void* workspace, void* stream) {
+  const char* error = matching_sums_cuda(dtype, args, sums, workspace, stream);
+  if (error != nullptr) return error;
   return matching_losses_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, image_losses, image_weight,
                               losses, Workspace(args, workspace).weights, stream);
 }
 
 const char* matching_loss_backward_cuda(DType dtype, const MatchingArgs& args, const void* grads,
                                         const MatchingSums* sums, void* workspace, void* stream) {
-  if (args.trials == 0) return nullptr;
-  const auto s = static_cast<cudaStream_t>(stream);
   const Workspace memory(args, workspace);
-  const char* error =
-      matching_coefficients_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, grads,
-                                 reinterpret_cast<MatchingCoefficients*>(memory.rest), memory.weights, stream);
-  if (error != nullptr) return error;
-  switch (dtype) {
-    case DType::kFloat32: gradients<float>(args, workspace, s); break;
-    case DType::kFloat64: gradients<double>(args, workspace, s); break;
-    case DType::kBFloat16: gradients<BFloat16>(args, workspace, s); break;
-  }
-  return launch_error();
+  MatchingCoefficients* coefficients = reinterpret_cast<MatchingCoefficients*>(memory.rest);
+  const char* error = matching_coefficients_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, grads,
+                                                 coefficients, memory.weights, stream);
+  return error != nullptr ? error : matching_gradients_cuda(dtype, args, coefficients, stream);
 }
 
 }  // namespace r2f
