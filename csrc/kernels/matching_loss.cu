@@ -41,9 +41,13 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 4000);
 
-struct WeightTable {
-  double weights[kWeightTable];
-  int count;
+// The layers' weights: a kernel parameter, or in device memory if they are more than a parameter holds.
+struct Weights {
+  double parameter[kWeightTable];
+  const double* memory;  // null if they are in the parameter
+  int count;             // of those in the parameter
+
+  __device__ __forceinline__ double operator[](int64_t l) const { return memory == nullptr ? parameter[l] : memory[l]; }
 };
 
 // float32 gradients are multiplied by this power of two (exact) before they are squared, so that gradients from 1e-28
@@ -51,8 +55,8 @@ struct WeightTable {
 template <typename T>
 constexpr Accumulation<T> kUnit = sizeof(T) == 8 ? Accumulation<T>(1) : Accumulation<T>(4294967296.0);
 
-__global__ void copy_weights(WeightTable table, double* weights) {
-  for (int l = static_cast<int>(threadIdx.x); l < table.count; l += kThreads) weights[l] = table.weights[l];
+__global__ void copy_weights(const __grid_constant__ Weights from, double* to) {
+  for (int l = static_cast<int>(threadIdx.x); l < from.count; l += kThreads) to[l] = from.parameter[l];
 }
 
 struct BlockSums {
@@ -128,16 +132,16 @@ struct Shape {
 };
 
 // The weighted sums of a trial's layers, in every lane of the warp.
-__device__ __forceinline__ MatchingSums trial_total(const Shape& shape, const double* weights, const MatchingSums* sums,
-                                                    int64_t t) {
+__device__ __forceinline__ MatchingSums trial_total(const Shape& shape, const Weights& weights,
+                                                    const MatchingSums* sums, int64_t t) {
   MatchingSums mine;
   for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize) mine.add(weights[l], sums[l * shape.trials + t]);
   return warp_total(mine);
 }
 
 template <typename Acc>
-__global__ void trial_losses(Shape shape, const double* weights, const MatchingSums* sums, const double* image_losses,
-                             double image_weight, Acc* out) {
+__global__ void trial_losses(Shape shape, const __grid_constant__ Weights weights, const MatchingSums* sums,
+                             const double* image_losses, double image_weight, Acc* out) {
   for (int64_t t = blockIdx.x; t < shape.trials; t += gridDim.x) {
     double distance = 0;
     for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize)
@@ -150,8 +154,8 @@ __global__ void trial_losses(Shape shape, const double* weights, const MatchingS
 }
 
 template <typename Acc>
-__global__ void trial_coefficients(Shape shape, const double* weights, const MatchingSums* sums, const Acc* grads,
-                                   MatchingCoefficients* out) {
+__global__ void trial_coefficients(Shape shape, const __grid_constant__ Weights weights, const MatchingSums* sums,
+                                   const Acc* grads, MatchingCoefficients* out) {
   for (int64_t t = blockIdx.x; t < shape.trials; t += gridDim.x) {
     const MatchingSums total = trial_total(shape, weights, sums, t);
     for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize)
@@ -226,13 +230,22 @@ struct Workspace {
       : weights(static_cast<double*>(memory)), rest(weights + args.count) {}
 };
 
-void send_weights(const double* weights, int64_t count, double* to, cudaStream_t stream) {
-  for (int64_t first = 0; first < count; first += kWeightTable) {
-    WeightTable table{};
-    table.count = static_cast<int>(count - first < kWeightTable ? count - first : kWeightTable);
-    for (int l = 0; l < table.count; ++l) table.weights[l] = weights[first + l];
-    launch(copy_weights, 1, kThreads, 0, stream, table, to + first);
-  }
+// The first ones of `count` weights on the host, as many as a parameter holds.
+Weights first_weights(const double* weights, int64_t count) {
+  Weights result{};
+  result.count = static_cast<int>(count < kWeightTable ? count : kWeightTable);
+  for (int l = 0; l < result.count; ++l) result.parameter[l] = weights[l];
+  return result;
+}
+
+// All weights for a kernel. `memory` is written if they do not fit in a parameter.
+Weights send_weights(const double* weights, int64_t count, double* memory, cudaStream_t stream) {
+  if (count <= kWeightTable) return first_weights(weights, count);
+  for (int64_t first = 0; first < count; first += kWeightTable)
+    launch(copy_weights, 1, kThreads, 0, stream, first_weights(weights + first, count - first), memory + first);
+  Weights result{};
+  result.memory = memory;
+  return result;
 }
 
 template <typename T>
@@ -269,12 +282,12 @@ const char* matching_losses_cuda(DType dtype, MatchingKind kind, const double* w
   if (trials == 0) return nullptr;
   const auto s = static_cast<cudaStream_t>(stream);
   const Shape shape{layers, trials, kind};
-  send_weights(weights, layers, workspace, s);
+  const Weights on_device = send_weights(weights, layers, workspace, s);
   if (dtype == DType::kFloat64)
-    launch(trial_losses<double>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums, image_losses, image_weight,
+    launch(trial_losses<double>, grid_for(trials), kWarpSize, 0, s, shape, on_device, sums, image_losses, image_weight,
            static_cast<double*>(losses));
   else
-    launch(trial_losses<float>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums, image_losses, image_weight,
+    launch(trial_losses<float>, grid_for(trials), kWarpSize, 0, s, shape, on_device, sums, image_losses, image_weight,
            static_cast<float*>(losses));
   return launch_error();
 }
@@ -285,12 +298,12 @@ const char* matching_coefficients_cuda(DType dtype, MatchingKind kind, const dou
   if (trials == 0) return nullptr;
   const auto s = static_cast<cudaStream_t>(stream);
   const Shape shape{layers, trials, kind};
-  send_weights(weights, layers, workspace, s);
+  const Weights on_device = send_weights(weights, layers, workspace, s);
   if (dtype == DType::kFloat64)
-    launch(trial_coefficients<double>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums,
+    launch(trial_coefficients<double>, grid_for(trials), kWarpSize, 0, s, shape, on_device, sums,
            static_cast<const double*>(grads), coefficients);
   else
-    launch(trial_coefficients<float>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums,
+    launch(trial_coefficients<float>, grid_for(trials), kWarpSize, 0, s, shape, on_device, sums,
            static_cast<const float*>(grads), coefficients);
   return launch_error();
 }

@@ -56,10 +56,10 @@ const char* matching_loss_cuda(DType dtype, const MatchingArgs& args, const doub
                                MatchingSums* sums, void* losses, void* workspace, void* stream);
 const char* matching_loss_backward_cuda(DType dtype, const MatchingArgs& args, const void* grads,
                                         const MatchingSums* sums, void* workspace, void* stream);
-// The two steps of each, for gradients that do not exist all at once. Forward: the sums [layers, trials] of some layers,
-// then the losses from the sums of all. Backward: the coefficients [layers, trials] of all, then the gradients of some.
-// `args.weights` and `args.kind` are not read for some layers; a candidate may be overwritten by its own gradient.
-// `weights`: on the host; `double* workspace`: device memory for one float64 number a layer.
+// The two steps of each, for gradients that do not exist all at once. Forward: the sums [layers, trials] of some
+// layers, then the losses from the sums of all. Backward: the coefficients [layers, trials] of all, then the gradients
+// of some. `args.weights` and `args.kind` are not read for some layers; a candidate may be overwritten by its own
+// gradient. `weights`: on the host; `double* workspace`: device memory for one float64 number a layer.
 const char* matching_sums_cuda(DType dtype, const MatchingArgs& args, MatchingSums* sums, void* workspace,
                                void* stream);
 const char* matching_gradients_cuda(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,

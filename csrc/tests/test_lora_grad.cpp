@@ -89,7 +89,8 @@ std::vector<std::vector<Shape>> shape_lists(int64_t vector, int64_t max_rank, bo
       {{2, 48, 48, 80, max_rank}, {1, 47, 128, 40, max_rank - 3}},
       std::vector<Shape>(70, Shape{1, 3, v, 2 * v, 4}),  // more layers than a table holds
   };
-  if (!quick) lists.insert(lists.end(), {{{700, 2, v, 3 * 128, 4}}, {{2100, 1, v, v, 4}}});  // enough items for one warp each
+  if (!quick)
+    lists.insert(lists.end(), {{{700, 2, v, 3 * 128, 4}}, {{2100, 1, v, v, 4}}});  // enough items for one warp each
   return lists;
 }
 

@@ -23,7 +23,8 @@ using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // loss, sums, 
 using Backward = std::tuple<Tensors, Tensors, at::Tensor>;       // grad_x, grad_delta, grad_images
 
 constexpr const char* kName = "factored_matching_loss";
-constexpr int64_t kScratch = int64_t{1} << 27;  // elements of G at a time, unless one layer has more: 512 MiB in float32
+constexpr int64_t kScratch =
+    int64_t{1} << 27;  // elements of G at a time, unless one layer has more: 512 MiB in float32
 
 // The inputs in the accumulation type.
 struct Call {
@@ -129,9 +130,8 @@ Backward backward(const at::Tensor& grad_loss, at::TensorList x, at::TensorList 
   const at::Tensor grads = grad_loss.to(call.result).contiguous(), workspace = doubles_on(sums.device(), call.count);
   const at::Tensor factors = at::empty({call.count, call.trials, 2}, sums.options());
   MatchingCoefficients* coefficients = static_cast<MatchingCoefficients*>(factors.mutable_data_ptr());
-  const char* error =
-      matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data,
-                                 grads.const_data_ptr(), coefficients, doubles(workspace), stream);
+  const char* error = matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data,
+                                                 grads.const_data_ptr(), coefficients, doubles(workspace), stream);
   check_launch(kName, error);
   Tensors grad_x, grad_delta;
   for_batches(call, [&](const Batch& batch) {
