@@ -23,8 +23,8 @@ using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // loss, sums, 
 using Backward = std::tuple<Tensors, Tensors, at::Tensor>;       // grad_x, grad_delta, grad_images
 
 constexpr const char* kName = "factored_matching_loss";
-constexpr int64_t kScratch =
-    int64_t{1} << 27;  // elements of G at a time, unless one layer has more: 512 MiB in float32
+// Elements of G at a time, unless one layer has more: 512 MiB in float32.
+constexpr int64_t kScratch = int64_t{1} << 27;
 
 // The inputs in the accumulation type.
 struct Call {
