@@ -3,13 +3,17 @@
 #   benchmarks/gpu.sh [FOLDER FOR THE RESULTS [STEP ...]]
 # FOLDER: benchmarks/results/<version> unless given. STEP: ops, pipeline, memcheck, racecheck, bench-ops, bench-pairs,
 # tables; all of them unless given. A step ends within LIMIT seconds (540). A step that fails does not stop the next
-# ones; the exit status tells. memcheck and racecheck run one process for each test file, side by side.
-# Needs a GPU, the CUDA toolkit, pytest-benchmark, and r2f-ext installed with R2F_BUILD=cuda in the Python that runs
-# (PYTHON=...). That installation is what is tested: -P keeps the source folder, which has no kernels, off the path.
+# ones; the exit status tells. Tests run in WORKERS processes (8) where pytest-xdist is installed. memcheck and racecheck
+# run python_tests/ops/test_kernels.py, one small case of each kernel, dtype and edge, one process for each operator.
+# Needs a GPU, the CUDA toolkit, pytest-benchmark, and r2f-ext with CUDA kernels in the Python that runs (PYTHON=...):
+#   from this folder       R2F_BUILD=cuda python setup.py build_ext --inplace
+#   or an installed one    R2F_BUILD=cuda pip install --no-build-isolation .
+# Kernels built in the folder are preferred; without them, -P keeps the source folder off the path.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 limit=${LIMIT:-540}
+compgen -G "r2f_ext/_C*.so" > /dev/null && export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 version_and_device=$("$python" -P -c "
 import sys
@@ -35,26 +39,29 @@ steps=("$@")
 mkdir -p "$out"
 
 tests() { # NAME, ARGUMENTS OF PYTEST
-  timeout "$limit" "$python" -P -m pytest -q -m "" -p no:cacheprovider "${@:2}" 2>&1 | tee "$out/$device-$1.txt"
+  local workers=()
+  "$python" -P -c "import xdist" 2> /dev/null && workers=(-n "${WORKERS:-8}")
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} timeout "$limit" "$python" -P -m pytest -q -m "" -p no:cacheprovider \
+    "${workers[@]}" "${@:2}" 2>&1 | tee "$out/$device-$1.txt"
 }
 
-# The tests that run kernels on the GPU. torch's own compiler is left out: slow under a sanitizer, and not ours.
-sanitizer() { # TOOL, SELECTION OF TESTS
+# SELECTION: what -k of pytest takes. An operator without a test in it is an error: nothing would be checked.
+sanitizer() { # TOOL, SELECTION ...
   command -v compute-sanitizer > /dev/null || { echo "gpu.sh: compute-sanitizer is not on the PATH"; return 1; }
-  local file pids=() status=0 index=0 files=(python_tests/ops/test_*.py)
-  for file in "${files[@]}"; do
-    OMP_NUM_THREADS=1 timeout "$limit" compute-sanitizer --tool "$1" --error-exitcode 1 \
-      "$python" -P -m pytest -q -p no:cacheprovider "$file" -k "$2" \
-      > "$out/$device-$1-$(basename "$file" .py).txt" 2>&1 &
+  local tool=$1 each pids=() status=0 index=0
+  shift
+  for each in "$@"; do
+    OMP_NUM_THREADS=1 timeout "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$python" -P -m pytest -q -p no:cacheprovider python_tests/ops/test_kernels.py -k "cuda and $each" \
+      > "$out/$device-$tool-${each// /-}.txt" 2>&1 &
     pids+=($!)
   done
-  for file in "${files[@]}"; do
+  for each in "$@"; do
     wait "${pids[index]}"
     case $? in
-      0) echo "$1 $file: no error" ;;
-      5) echo "$1 $file: no test selected" ;;
-      124) echo "$1 $file: not done after $limit s, see $out"; status=1 ;;
-      *) echo "$1 $file: failed, see $out"; status=1 ;;
+      0) echo "$tool $each: no error" ;;
+      124) echo "$tool $each: not done after $limit s, see $out"; status=1 ;;
+      *) echo "$tool $each: failed, see $out"; status=1 ;;
     esac
     index=$((index + 1))
   done
@@ -66,13 +73,16 @@ bench() { # FOLDER OF THE SUITE
     --benchmark-json="$out/$device-$1.json" 2>&1 | tee "$out/$device-$1.txt"
 }
 
+operators=("lora_grad and float32" "lora_grad and bfloat16" "test_matching and float32" "test_matching and float64"
+  "test_matching and bfloat16" "test_matching and table" test_factored test_signed)
+
 step() {
   case $1 in
     ops) tests ops python_tests/ops ;;
     pipeline) tests pipeline python_tests --ignore=python_tests/ops ;;
-    # Every tensor gets an allocation of its own, so that an access beyond it is seen. This rules out CUDA graphs.
-    memcheck) PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer memcheck "cuda and not compile and not graph" ;;
-    racecheck) sanitizer racecheck "cuda and not compile and not graph" ;;
+    # Every tensor gets an allocation of its own, so that an access beyond it is seen.
+    memcheck) PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer memcheck "${operators[@]}" ;;
+    racecheck) sanitizer racecheck "${operators[@]}" ;;
     bench-ops) bench ops ;;
     bench-pairs) bench pairs ;;
     tables) "$python" -P benchmarks/tables.py --write "$out/$device.md" "$out/$device"-{ops,pairs}.json ;;

@@ -41,9 +41,13 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 4000);
 
-struct WeightTable {
-  double weights[kWeightTable];
-  int count;
+// The layers' weights: a kernel parameter, or in device memory if they are more than a parameter holds.
+struct Weights {
+  double parameter[kWeightTable];
+  const double* memory;  // null if they are in the parameter
+  int count;             // of those in the parameter
+
+  __device__ __forceinline__ double operator[](int64_t l) const { return memory == nullptr ? parameter[l] : memory[l]; }
 };
 
 // float32 gradients are multiplied by this power of two (exact) before they are squared, so that gradients from 1e-28
@@ -51,8 +55,8 @@ struct WeightTable {
 template <typename T>
 constexpr Accumulation<T> kUnit = sizeof(T) == 8 ? Accumulation<T>(1) : Accumulation<T>(4294967296.0);
 
-__global__ void copy_weights(WeightTable table, double* weights) {
-  for (int l = static_cast<int>(threadIdx.x); l < table.count; l += kThreads) weights[l] = table.weights[l];
+__global__ void copy_weights(const __grid_constant__ Weights from, double* to) {
+  for (int l = static_cast<int>(threadIdx.x); l < from.count; l += kThreads) to[l] = from.parameter[l];
 }
 
 struct BlockSums {
@@ -128,16 +132,16 @@ struct Shape {
 };
 
 // The weighted sums of a trial's layers, in every lane of the warp.
-__device__ __forceinline__ MatchingSums trial_total(const Shape& shape, const double* weights, const MatchingSums* sums,
-                                                    int64_t t) {
+__device__ __forceinline__ MatchingSums trial_total(const Shape& shape, const Weights& weights,
+                                                    const MatchingSums* sums, int64_t t) {
   MatchingSums mine;
   for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize) mine.add(weights[l], sums[l * shape.trials + t]);
   return warp_total(mine);
 }
 
 template <typename Acc>
-__global__ void trial_losses(Shape shape, const double* weights, const MatchingSums* sums, const double* image_losses,
-                             double image_weight, Acc* out) {
+__global__ void trial_losses(Shape shape, const __grid_constant__ Weights weights, const MatchingSums* sums,
+                             const double* image_losses, double image_weight, Acc* out) {
   for (int64_t t = blockIdx.x; t < shape.trials; t += gridDim.x) {
     double distance = 0;
     for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize)
@@ -150,8 +154,8 @@ __global__ void trial_losses(Shape shape, const double* weights, const MatchingS
 }
 
 template <typename Acc>
-__global__ void trial_coefficients(Shape shape, const double* weights, const MatchingSums* sums, const Acc* grads,
-                                   MatchingCoefficients* out) {
+__global__ void trial_coefficients(Shape shape, const __grid_constant__ Weights weights, const MatchingSums* sums,
+                                   const Acc* grads, MatchingCoefficients* out) {
   for (int64_t t = blockIdx.x; t < shape.trials; t += gridDim.x) {
     const MatchingSums total = trial_total(shape, weights, sums, t);
     for (int64_t l = threadIdx.x; l < shape.layers; l += kWarpSize)
@@ -226,20 +230,27 @@ struct Workspace {
       : weights(static_cast<double*>(memory)), rest(weights + args.count) {}
 };
 
-void send_weights(const double* weights, int64_t count, double* to, cudaStream_t stream) {
-  for (int64_t first = 0; first < count; first += kWeightTable) {
-    WeightTable table{};
-    table.count = static_cast<int>(count - first < kWeightTable ? count - first : kWeightTable);
-    for (int l = 0; l < table.count; ++l) table.weights[l] = weights[first + l];
-    launch(copy_weights, 1, kThreads, 0, stream, table, to + first);
-  }
+// The first ones of `count` weights on the host, as many as a parameter holds.
+Weights first_weights(const double* weights, int64_t count) {
+  Weights result{};
+  result.count = static_cast<int>(count < kWeightTable ? count : kWeightTable);
+  for (int l = 0; l < result.count; ++l) result.parameter[l] = weights[l];
+  return result;
+}
+
+// All weights for a kernel. `memory` is written if they do not fit in a parameter.
+Weights send_weights(const double* weights, int64_t count, double* memory, cudaStream_t stream) {
+  if (count <= kWeightTable) return first_weights(weights, count);
+  for (int64_t first = 0; first < count; first += kWeightTable)
+    launch(copy_weights, 1, kThreads, 0, stream, first_weights(weights + first, count - first), memory + first);
+  Weights result{};
+  result.memory = memory;
+  return result;
 }
 
 template <typename T>
-void forward(const MatchingArgs& args, MatchingSums* sums, void* memory, cudaStream_t stream) {
+void forward(const MatchingArgs& args, MatchingSums* sums, MatchingSums* partial_sums, cudaStream_t stream) {
   const int64_t trials = args.trials;
-  const Workspace workspace(args, memory);
-  MatchingSums* partial_sums = reinterpret_cast<MatchingSums*>(workspace.rest);
   for_tables<T>(args, [&](const Table& table, int64_t first, int64_t chunk) {
     const unsigned chunks = grid_for(table.chunks * trials), layers = grid_for(table.count * trials);
     MatchingSums* table_sums = partial_sums + chunk * trials;
@@ -249,8 +260,7 @@ void forward(const MatchingArgs& args, MatchingSums* sums, void* memory, cudaStr
 }
 
 template <typename T>
-void gradients(const MatchingArgs& args, void* memory, cudaStream_t stream) {
-  const MatchingCoefficients* factors = reinterpret_cast<MatchingCoefficients*>(Workspace(args, memory).rest);
+void gradients(const MatchingArgs& args, const MatchingCoefficients* factors, cudaStream_t stream) {
   for_tables<T>(args, [&](const Table& table, int64_t first, int64_t) {
     if (table.chunks > 0)
       launch(backward<T>, grid_for(table.chunks), kThreads, 0, stream, table, args.trials,
@@ -272,12 +282,12 @@ const char* matching_losses_cuda(DType dtype, MatchingKind kind, const double* w
   if (trials == 0) return nullptr;
   const auto s = static_cast<cudaStream_t>(stream);
   const Shape shape{layers, trials, kind};
-  send_weights(weights, layers, workspace, s);
+  const Weights on_device = send_weights(weights, layers, workspace, s);
   if (dtype == DType::kFloat64)
-    launch(trial_losses<double>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums, image_losses, image_weight,
+    launch(trial_losses<double>, grid_for(trials), kWarpSize, 0, s, shape, on_device, sums, image_losses, image_weight,
            static_cast<double*>(losses));
   else
-    launch(trial_losses<float>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums, image_losses, image_weight,
+    launch(trial_losses<float>, grid_for(trials), kWarpSize, 0, s, shape, on_device, sums, image_losses, image_weight,
            static_cast<float*>(losses));
   return launch_error();
 }
@@ -288,44 +298,56 @@ const char* matching_coefficients_cuda(DType dtype, MatchingKind kind, const dou
   if (trials == 0) return nullptr;
   const auto s = static_cast<cudaStream_t>(stream);
   const Shape shape{layers, trials, kind};
-  send_weights(weights, layers, workspace, s);
+  const Weights on_device = send_weights(weights, layers, workspace, s);
   if (dtype == DType::kFloat64)
-    launch(trial_coefficients<double>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums,
+    launch(trial_coefficients<double>, grid_for(trials), kWarpSize, 0, s, shape, on_device, sums,
            static_cast<const double*>(grads), coefficients);
   else
-    launch(trial_coefficients<float>, grid_for(trials), kWarpSize, 0, s, shape, workspace, sums,
+    launch(trial_coefficients<float>, grid_for(trials), kWarpSize, 0, s, shape, on_device, sums,
            static_cast<const float*>(grads), coefficients);
+  return launch_error();
+}
+
+const char* matching_sums_cuda(DType dtype, const MatchingArgs& args, MatchingSums* sums, void* workspace,
+                               void* stream) {
+  if (args.trials == 0) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  MatchingSums* partial_sums = reinterpret_cast<MatchingSums*>(Workspace(args, workspace).rest);
+  switch (dtype) {
+    case DType::kFloat32: forward<float>(args, sums, partial_sums, s); break;
+    case DType::kFloat64: forward<double>(args, sums, partial_sums, s); break;
+    case DType::kBFloat16: forward<BFloat16>(args, sums, partial_sums, s); break;
+  }
+  return launch_error();
+}
+
+const char* matching_gradients_cuda(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,
+                                    void* stream) {
+  if (args.trials == 0) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (dtype) {
+    case DType::kFloat32: gradients<float>(args, coefficients, s); break;
+    case DType::kFloat64: gradients<double>(args, coefficients, s); break;
+    case DType::kBFloat16: gradients<BFloat16>(args, coefficients, s); break;
+  }
   return launch_error();
 }
 
 const char* matching_loss_cuda(DType dtype, const MatchingArgs& args, const double* image_losses, double image_weight,
                                MatchingSums* sums, void* losses, void* workspace, void* stream) {
-  if (args.trials == 0) return nullptr;
-  const auto s = static_cast<cudaStream_t>(stream);
-  switch (dtype) {
-    case DType::kFloat32: forward<float>(args, sums, workspace, s); break;
-    case DType::kFloat64: forward<double>(args, sums, workspace, s); break;
-    case DType::kBFloat16: forward<BFloat16>(args, sums, workspace, s); break;
-  }
+  const char* error = matching_sums_cuda(dtype, args, sums, workspace, stream);
+  if (error != nullptr) return error;
   return matching_losses_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, image_losses, image_weight,
                               losses, Workspace(args, workspace).weights, stream);
 }
 
 const char* matching_loss_backward_cuda(DType dtype, const MatchingArgs& args, const void* grads,
                                         const MatchingSums* sums, void* workspace, void* stream) {
-  if (args.trials == 0) return nullptr;
-  const auto s = static_cast<cudaStream_t>(stream);
   const Workspace memory(args, workspace);
-  const char* error =
-      matching_coefficients_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, grads,
-                                 reinterpret_cast<MatchingCoefficients*>(memory.rest), memory.weights, stream);
-  if (error != nullptr) return error;
-  switch (dtype) {
-    case DType::kFloat32: gradients<float>(args, workspace, s); break;
-    case DType::kFloat64: gradients<double>(args, workspace, s); break;
-    case DType::kBFloat16: gradients<BFloat16>(args, workspace, s); break;
-  }
-  return launch_error();
+  MatchingCoefficients* coefficients = reinterpret_cast<MatchingCoefficients*>(memory.rest);
+  const char* error = matching_coefficients_cuda(dtype, args.kind, args.weights, args.count, args.trials, sums, grads,
+                                                 coefficients, memory.weights, stream);
+  return error != nullptr ? error : matching_gradients_cuda(dtype, args, coefficients, stream);
 }
 
 }  // namespace r2f

@@ -56,8 +56,14 @@ const char* matching_loss_cuda(DType dtype, const MatchingArgs& args, const doub
                                MatchingSums* sums, void* losses, void* workspace, void* stream);
 const char* matching_loss_backward_cuda(DType dtype, const MatchingArgs& args, const void* grads,
                                         const MatchingSums* sums, void* workspace, void* stream);
-// The last step of the forward and the first step of the backward, for sums [layers, trials] computed elsewhere.
-// `weights`: on the host; `workspace`: device memory for one float64 number a layer.
+// The two steps of each, for gradients that do not exist all at once. Forward: the sums [layers, trials] of some
+// layers, then the losses from the sums of all. Backward: the coefficients [layers, trials] of all, then the gradients
+// of some. `args.weights` and `args.kind` are not read for some layers; a candidate may be overwritten by its own
+// gradient. `weights`: on the host; `double* workspace`: device memory for one float64 number a layer.
+const char* matching_sums_cuda(DType dtype, const MatchingArgs& args, MatchingSums* sums, void* workspace,
+                               void* stream);
+const char* matching_gradients_cuda(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,
+                                    void* stream);
 const char* matching_losses_cuda(DType dtype, MatchingKind kind, const double* weights, int64_t layers, int64_t trials,
                                  const MatchingSums* sums, const double* image_losses, double image_weight,
                                  void* losses, double* workspace, void* stream);

@@ -1,8 +1,9 @@
 // torch.ops.r2f.decode and its backward in ATen operators. Schemas and formulas are in r2f_ext/ops.
 //
 // On CUDA, decoders of the same shapes form a group, which takes one batched product per linear layer: for small layers
-// a kernel launch costs more than the arithmetic. On the CPU each decoder is a group of its own, because stacking would
-// copy the weights.
+// a kernel launch costs more than the arithmetic. Their tensors are read where they lie if they are equally spaced in
+// one storage, as slices of a stacked tensor are; others are copied into one. On the CPU each decoder is a group of its
+// own, because copying the weights costs more than it saves.
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/empty.h>
@@ -31,12 +32,35 @@ struct PerDecoder {
   at::TensorList tensors;
   size_t per_decoder;
 
+  const at::Tensor& of(size_t decoder, size_t j) const { return tensors[decoder * per_decoder + j]; }
+
   // Tensor j of a group's decoders: the tensor itself for one decoder, stacked along a new first dimension for several.
   at::Tensor gather(const Group& group, size_t j) const {
-    if (group.size() == 1) return tensors[group[0] * per_decoder + j];
+    if (group.size() == 1) return of(group[0], j);
+    if (equally_spaced(group, j)) {
+      const at::Tensor &first = of(group[0], j), &second = of(group[1], j);
+      std::vector<int64_t> sizes = first.sizes().vec(), strides = first.strides().vec();
+      sizes.insert(sizes.begin(), static_cast<int64_t>(group.size()));
+      strides.insert(strides.begin(), second.storage_offset() - first.storage_offset());
+      return first.as_strided(sizes, strides, first.storage_offset());
+    }
     Tensors picked;
-    for (const size_t decoder : group) picked.push_back(tensors[decoder * per_decoder + j]);
+    for (const size_t decoder : group) picked.push_back(of(decoder, j));
     return at::stack(picked);
+  }
+
+  // Whether tensor j of the group's decoders, in their order, are slices of one storage at one positive distance.
+  bool equally_spaced(const Group& group, size_t j) const {
+    const at::Tensor& first = of(group[0], j);
+    const int64_t step = of(group[1], j).storage_offset() - first.storage_offset();
+    if (step <= 0) return false;
+    for (size_t k = 1; k < group.size(); ++k) {
+      const at::Tensor& t = of(group[k], j);
+      if (!t.is_alias_of(first) || t.strides() != first.strides() ||
+          t.storage_offset() != first.storage_offset() + static_cast<int64_t>(k) * step)
+        return false;
+    }
+    return true;
   }
 };
 
@@ -91,17 +115,21 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::T
   return input.dim() == 2 ? at::linear(input, weight, bias) : at::baddbmm(bias.unsqueeze(1), input, weight.mT());
 }
 
-std::tuple<Tensors, Tensors> decode(at::TensorList inputs, at::TensorList weights, at::TensorList biases) {
+std::tuple<Tensors, Tensors> decode(at::TensorList inputs, at::TensorList weights, at::TensorList biases,
+                                    bool with_saved) {
   const size_t depth = depth_of(inputs, weights), hidden = depth - 1;
   check_shapes(inputs, weights, biases, depth);
-  Tensors outputs(inputs.size()), saved(inputs.size() * hidden);
+  const c10::OptionalDeviceGuard guard(inputs[0].device());
+  Tensors outputs(inputs.size()), saved(with_saved ? inputs.size() * hidden : 0);
   for (const Group& group : groups_of(inputs, weights, depth)) {
     at::Tensor values = PerDecoder{inputs, 1}.gather(group, 0);
     for (size_t j = 0; j < depth; ++j) {
       values = linear(values, PerDecoder{weights, depth}.gather(group, j), PerDecoder{biases, depth}.gather(group, j));
-      scatter(values, group, j < hidden ? hidden : 1, j < hidden ? j : 0, j < hidden ? saved : outputs);
-      if (j < hidden) values = at::gelu(values);
+      if (j == hidden) break;
+      if (with_saved) scatter(values, group, hidden, j, saved);
+      values = at::gelu(values);
     }
+    scatter(values, group, 1, 0, outputs);
   }
   return {std::move(outputs), std::move(saved)};
 }
@@ -111,6 +139,7 @@ std::tuple<Tensors, Tensors, Tensors> decode_backward(at::TensorList grads, at::
   const size_t depth = depth_of(inputs, weights), hidden = depth - 1;
   TORCH_CHECK(grads.size() == inputs.size() && saved.size() == inputs.size() * hidden,
               "decode_backward: one gradient per output and the saved tensors of the forward are needed");
+  const c10::OptionalDeviceGuard guard(inputs[0].device());
   Tensors grad_inputs(needs_inputs ? inputs.size() : 0), grad_weights(weights.size()), grad_biases(weights.size());
   for (const Group& group : groups_of(inputs, weights, depth)) {
     at::Tensor grad = PerDecoder{grads, 1}.gather(group, 0);

@@ -1,5 +1,5 @@
-// torch.ops.r2f.factored_matching_loss and its backward, on CPU and CUDA, with matrix products by the library. The
-// schemas and their meaning are in r2f_ext/ops.
+// torch.ops.r2f.factored_matching_loss and its backward on the CPU, with matrix products by the library; on CUDA see
+// factored_matching_loss_cuda.cpp. The schemas and their meaning are in r2f_ext/ops.
 //
 // With G = delta^T x, D = delta delta^T and X = x x^T of a layer and trial, and G* the observed gradient:
 //   |G|^2 = sum D o X     <G, G*> = sum (delta G*) o x,   or sum (delta delta*^T) o (x x*^T) for G* = delta*^T x*
@@ -15,7 +15,7 @@
 #include <utility>
 
 #include "kernels/matching_loss.h"
-#include "torch/matching.h"
+#include "torch/factored.h"
 
 namespace r2f {
 namespace {
@@ -48,23 +48,10 @@ struct Call {
   Images images;
 };
 
-void check_layer(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& observed, const at::Tensor& first) {
-  TORCH_CHECK(x.dim() == 3 && delta.dim() == 3 && x.size(0) == first.size(0) && x.size(0) == delta.size(0) &&
-                  x.size(1) == delta.size(1),
-              "factored_matching_loss: x must be tensors [T, N, d_in] and delta [T, N, d_out]");
-  TORCH_CHECK(observed.dim() == 3 && (observed.size(0) == x.size(0) || observed.size(0) == 1),
-              "factored_matching_loss: observed must be tensors [T, ., .] or [1, ., .]");
-  for (const at::Tensor& t : {x, delta, observed})
-    TORCH_CHECK(t.scalar_type() == first.scalar_type() && t.device() == first.device(),
-                "factored_matching_loss: one dtype and one device");
-}
-
 Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at::TensorList observed_delta,
              at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, bool isotropic) {
+  check_factored(x, delta, observed, observed_delta, weights);
   const size_t count = x.size();
-  TORCH_CHECK(count > 0 && delta.size() == count && observed.size() == count && weights.size() == count &&
-                  (observed_delta.empty() || observed_delta.size() == count),
-              "factored_matching_loss: as many x as delta, observed and weights, and at least one");
   Call call;
   call.dtype = dtype_of("factored_matching_loss", x[0]);
   call.kind = matching_kind("factored_matching_loss", kind);
@@ -76,20 +63,9 @@ Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at
   const auto wide = [&](const at::Tensor& t) { return t.to(type).contiguous(); };
   const auto in_units = [&](const at::Tensor& t) { return call.unit == 1 ? wide(t) : wide(t).mul(call.unit); };
   for (size_t l = 0; l < count; ++l) {
-    check_layer(x[l], delta[l], observed[l], x[0]);
-    const int64_t d_in = x[l].size(2), d_out = delta[l].size(2);
     Layer layer;
     layer.x = wide(x[l]), layer.delta = in_units(delta[l]), layer.observed = wide(observed[l]);
-    if (call.dense) {
-      TORCH_CHECK(observed[l].size(1) == d_out && observed[l].size(2) == d_in,
-                  "factored_matching_loss: observed must be tensors [T, d_out, d_in] or [1, d_out, d_in]");
-    } else {
-      const at::Tensor &o = observed[l], &d = observed_delta[l];
-      TORCH_CHECK(d.dim() == 3 && d.size(0) == o.size(0) && d.size(1) == o.size(1) && d.size(2) == d_out &&
-                      o.size(2) == d_in && d.scalar_type() == o.scalar_type() && d.device() == o.device(),
-                  "factored_matching_loss: observed must be [T, M, d_in] and observed_delta [T, M, d_out], T or 1");
-      layer.observed_delta = in_units(d);
-    }
+    if (!call.dense) layer.observed_delta = in_units(observed_delta[l]);
     call.layers.push_back(std::move(layer));
   }
   call.images = prepare_images("factored_matching_loss", images, call.trials, x[0].device(), isotropic);
@@ -147,11 +123,6 @@ using Pairs = std::vector<std::pair<at::Tensor, at::Tensor>>;  // contiguous, [T
 at::Tensor inner_products(const Pairs& pairs) {
   const at::Tensor& first = pairs[0].first;
   const int64_t trials = first.size(0), count = static_cast<int64_t>(pairs.size());
-  if (!first.is_cpu()) {
-    Tensors products;
-    for (const auto& [a, b] : pairs) products.push_back(a.to(at::kDouble).mul(b).flatten(1).sum(1));
-    return at::stack(products);
-  }
   const DType dtype = dtype_of("factored_matching_loss", first);
   std::vector<MatchingLayer> layers;
   for (const auto& [a, b] : pairs) {
@@ -210,17 +181,6 @@ at::Tensor make_sums(Call& call, const at::Tensor& saved) {
 // Losses [T] from the sums and the images.
 at::Tensor losses_of(const Call& call, const at::Tensor& sums, at::ArrayRef<double> weights, double tv_weight) {
   const MatchingSums* data = static_cast<const MatchingSums*>(sums.const_data_ptr());
-#ifdef R2F_WITH_CUDA
-  if (sums.is_cuda()) {
-    const at::Tensor loss = at::empty({call.trials}, call.result), values = image_values_on_cuda(call.images);
-    const at::Tensor workspace = doubles_on(sums.device(), call.count);
-    const char* error =
-        matching_losses_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data, doubles(values),
-                             tv_weight, loss.mutable_data_ptr(), doubles(workspace), current_stream(sums.device()));
-    check_launch("factored_matching_loss", error);
-    return loss;
-  }
-#endif
   Doubles losses(static_cast<size_t>(call.trials)), planes(static_cast<size_t>(call.images.args.planes()));
   matching_losses(call.kind, weights.data(), call.count, call.trials, data, losses.data());
   at::parallel_for(0, call.images.args.planes(), 1, [&](int64_t first, int64_t last) {
@@ -237,25 +197,12 @@ at::Tensor coefficients_of(const Call& call, const at::Tensor& grad_loss, const 
       checked_sums("factored_matching_loss", sums, grad_loss, call.count, call.trials, call.result.device());
   const at::Tensor result = at::empty({call.count, call.trials, 2}, sums.options());
   MatchingCoefficients* coefficients = static_cast<MatchingCoefficients*>(result.mutable_data_ptr());
-#ifdef R2F_WITH_CUDA
-  if (sums.is_cuda()) {
-    const at::Tensor grads = grad_loss.to(call.result).contiguous(), workspace = doubles_on(sums.device(), call.count);
-    const char* error = matching_coefficients_cuda(call.dtype, call.kind, weights.data(), call.count, call.trials, data,
-                                                   grads.const_data_ptr(), coefficients, doubles(workspace),
-                                                   current_stream(sums.device()));
-    check_launch("factored_matching_loss", error);
-    return result;
-  }
-#endif
   const Doubles grads = to_doubles(grad_loss);
   matching_coefficients(call.kind, weights.data(), call.count, call.trials, data, grads.data(), coefficients);
   return result;
 }
 
 at::Tensor image_gradient(const Call& call, const at::Tensor& grad_loss, double tv_weight) {
-#ifdef R2F_WITH_CUDA
-  if (grad_loss.is_cuda()) return image_gradient_on_cuda(call.images, grad_loss, tv_weight);
-#endif
   const at::Tensor result = empty_gradient(call.images);
   const Doubles grads = to_doubles(grad_loss);
   at::parallel_for(0, call.images.args.planes(), 1, [&](int64_t first, int64_t last) {
@@ -269,7 +216,6 @@ Forward forward(at::TensorList x, at::TensorList delta, at::TensorList observed,
                 at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, double tv_weight,
                 bool isotropic) {
   TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
-  const c10::OptionalDeviceGuard guard(x[0].device());
   Call call = prepare(x, delta, observed, observed_delta, weights, kind, images, isotropic);
   at::Tensor saved = at::empty({saved_size(call)}, call.result);
   at::Tensor sums = make_sums(call, saved);
@@ -281,7 +227,6 @@ Backward backward(const at::Tensor& grad_loss, at::TensorList x, at::TensorList 
                   at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, double tv_weight,
                   bool isotropic) {
   TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
-  const c10::OptionalDeviceGuard guard(x[0].device());
   Call call = prepare(x, delta, observed, observed_delta, weights, kind, images, isotropic);
   TORCH_CHECK(saved.is_contiguous() && saved.sizes() == at::IntArrayRef({saved_size(call)}) &&
                   saved.dtype() == call.result.dtype() && saved.device() == call.result.device(),
@@ -315,13 +260,6 @@ TORCH_LIBRARY_IMPL(r2f, CPU, library) {
   library.impl("factored_matching_loss", &forward);
   library.impl("factored_matching_loss_backward", &backward);
 }
-
-#ifdef R2F_WITH_CUDA
-TORCH_LIBRARY_IMPL(r2f, CUDA, library) {
-  library.impl("factored_matching_loss", &forward);
-  library.impl("factored_matching_loss_backward", &backward);
-}
-#endif
 
 }  // namespace
 }  // namespace r2f

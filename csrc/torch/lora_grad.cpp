@@ -1,7 +1,8 @@
 // torch.ops.r2f.lora_grad and lora_grad_tangent. The schemas and the meaning are in r2f_ext/ops.
 //
 // Matrix products are library calls, layer by layer in C++. On CUDA, all layers that kernels/lora_grad.cu supports are
-// computed by its two launches.
+// computed by its two launches, and the library's products scale their results and write them where they belong:
+// another kernel for either takes as long as a small product. On the CPU, products that read long rows are faster.
 #include "kernels/lora_grad.h"
 
 #include <ATen/ops/add.h>
@@ -58,14 +59,14 @@ at::Tensor shared_or_per_group(const at::Tensor& A) {
   return A.dim() == 3 && A.size(0) > 0 && A.stride(0) == 0 ? A.select(0, 0) : A;
 }
 
-// scale x A^T [..., N, r]
-at::Tensor project(const at::Tensor& x, const at::Tensor& A, double scale) {
-  return (A.dim() == 2 ? at::linear(x, A) : at::matmul(x, A.mT())).mul_(scale);
+// x A^T [..., N, r]
+at::Tensor project(const at::Tensor& x, const at::Tensor& A) {
+  return A.dim() == 2 ? at::linear(x, A) : at::matmul(x, A.mT());
 }
 
 // (u^T delta)^T instead of delta^T u, so that the long rows of delta are read sequentially.
 at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale) {
-  const at::Tensor u = project(wide(x), wide(shared_or_per_group(A)), scale);
+  const at::Tensor u = project(wide(x), wide(shared_or_per_group(A))).mul_(scale);
   return at::bmm(u.mT(), wide(delta)).mT().contiguous();
 }
 
@@ -87,19 +88,23 @@ std::tuple<Tensors, Tensors> lora_grad_on_cpu(at::TensorList x, at::TensorList d
   return {grad_A_of(x, delta, B, scales), grad_B};
 }
 
-// d(delta^T u) = ddelta^T u + delta^T du, with u = scale x A^T
+// d(delta^T u) = ddelta^T u + delta^T du, with u = scale x A^T [P, N, r] and du = scale dx A^T [K, P, N, r]
 at::Tensor tangent_of(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& dx, const at::Tensor& ddelta,
                       const at::Tensor& any_A, double scale) {
   const at::Tensor A = wide(shared_or_per_group(any_A));
   const int64_t P = x.size(0), K = dx.size(0), N = x.size(1), d_out = delta.size(2), rank = A.size(-2);
-  const at::Tensor u = project(wide(x), A, scale), du = project(wide(dx), A, scale);  // [P, N, r] and [K, P, N, r]
-  const at::Tensor by_ddelta = at::matmul(u.mT(), wide(ddelta));                      // [K, P, r, d_out]
+  const at::Tensor u = project(wide(x), A).mul_(scale), du = project(wide(dx), A).mul_(scale);
+  const at::Tensor by_ddelta = at::matmul(u.mT(), wide(ddelta));  // [K, P, r, d_out]
   // All directions of a group multiply the same delta, so they form one product with K r rows.
   const at::Tensor rows = du.permute({1, 0, 3, 2}).reshape({P, K * rank, N});
   const at::Tensor by_du = at::bmm(rows, wide(delta)).view({P, K, rank, d_out}).transpose(0, 1);
   return at::add(by_ddelta, by_du).mT().contiguous();
 }
 
+using TangentOf = at::Tensor (*)(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 const at::Tensor&, double);
+
+template <TangentOf tangent_of>
 Tensors lora_grad_tangent(at::TensorList x, at::TensorList delta, at::TensorList dx, at::TensorList ddelta,
                           at::TensorList A, at::ArrayRef<double> scales) {
   const char* op = "lora_grad_tangent";
@@ -123,10 +128,58 @@ Tensors lora_grad_tangent(at::TensorList x, at::TensorList delta, at::TensorList
 
 TORCH_LIBRARY_IMPL(r2f, CPU, library) {
   library.impl("lora_grad", &lora_grad_on_cpu);
-  library.impl("lora_grad_tangent", &lora_grad_tangent);
+  library.impl("lora_grad_tangent", &lora_grad_tangent<tangent_of>);
 }
 
 #ifdef R2F_WITH_CUDA
+// result = scale a b + beta result
+void add_product(at::Tensor result, const at::Tensor& a, const at::Tensor& b, double scale, double beta) {
+  result.baddbmm_(a, b, beta, scale);
+}
+
+// scale a b for a [P, i, k] and b [P, k, j]
+at::Tensor scaled_product(const at::Tensor& a, const at::Tensor& b, double scale) {
+  at::Tensor result = at::empty({a.size(0), a.size(1), b.size(2)}, a.options());
+  add_product(result, a, b, scale, 0);
+  return result;
+}
+
+at::Tensor grad_B_on_cuda(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale) {
+  return scaled_product(wide(delta).mT(), project(wide(x), wide(A)), scale);
+}
+
+Tensors grad_A_on_cuda(at::TensorList x, at::TensorList delta, at::TensorList B, at::ArrayRef<double> scales) {
+  Tensors found;
+  for (size_t l = 0; l < B.size(); ++l)
+    found.push_back(scaled_product(at::matmul(wide(delta[l]), wide(B[l])).mT(), wide(x[l]), scales[l]));
+  return found;
+}
+
+// With one group, what all directions share is one matrix, which a batched product reads with stride 0. With several,
+// all directions of a group form one product with K r columns.
+at::Tensor tangent_on_cuda(const at::Tensor& x, const at::Tensor& any_delta, const at::Tensor& dx,
+                           const at::Tensor& ddelta, const at::Tensor& any_A, double scale) {
+  const at::Tensor A = wide(shared_or_per_group(any_A)), delta = wide(any_delta);
+  const int64_t P = x.size(0), K = dx.size(0), N = x.size(1), d_out = delta.size(2), rank = A.size(-2);
+  const at::Tensor u = project(wide(x), A), du = project(wide(dx), A);  // [P, N, r] and [K, P, N, r]
+  const at::Tensor all_u = u.expand({K, P, N, rank}).reshape({K * P, N, rank});
+  const at::Tensor result = scaled_product(wide(ddelta).reshape({K * P, N, d_out}).mT(), all_u, scale);
+  if (P == 1) {
+    add_product(result, delta.expand({K, N, d_out}).mT(), du.view({K, N, rank}), scale, 1);
+  } else {
+    const at::Tensor columns = du.permute({1, 2, 0, 3}).reshape({P, N, K * rank});
+    const at::Tensor by_du = at::bmm(delta.mT(), columns).view({P, d_out, K, rank}).permute({2, 0, 1, 3});
+    result.view({K, P, d_out, rank}).add_(by_du, scale);
+  }
+  return result.view({K, P, d_out, rank});
+}
+
+// One or two layers of a large rank keep the kernels' few warps waiting for memory, where the library's products do
+// not; for the layers of a whole model the library needs many launches (both measured on an H100).
+bool library_wins(DType dtype, size_t layers, int64_t rank) {
+  return layers <= 2 && dtype == DType::kFloat32 && rank > 8;
+}
+
 LoraGradLayer describe(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale) {
   LoraGradLayer layer;
   layer.groups = x.size(0), layer.tokens = x.size(1), layer.d_in = x.size(2), layer.d_out = delta.size(2);
@@ -146,8 +199,8 @@ std::tuple<Tensors, Tensors> lora_grad_on_cuda(at::TensorList x, at::TensorList 
     const at::Tensor x_l = x[l].contiguous(), delta_l = delta[l].contiguous();
     const at::Tensor A_l = shared_or_per_group(A[l]).contiguous();
     LoraGradLayer layer = describe(x_l, delta_l, A_l, scales[l]);
-    if (!lora_grad_cuda_takes(dtype, layer)) {
-      grad_B.push_back(grad_B_of(x_l, delta_l, A_l, scales[l]));
+    if (library_wins(dtype, x.size(), layer.rank) || !lora_grad_cuda_takes(dtype, layer)) {
+      grad_B.push_back(grad_B_on_cuda(x_l, delta_l, A_l, scales[l]));
       continue;
     }
     grad_B.push_back(at::empty({layer.groups, layer.d_out, layer.rank}, glue::result_options(x_l)));
@@ -162,12 +215,12 @@ std::tuple<Tensors, Tensors> lora_grad_on_cuda(at::TensorList x, at::TensorList 
     glue::check_launch("lora_grad", lora_grad_cuda(dtype, layers.data(), count, workspace.mutable_data_ptr<float>(),
                                                    glue::current_stream(x[0].device())));
   }
-  return {grad_A_of(x, delta, B, scales), grad_B};
+  return {grad_A_on_cuda(x, delta, B, scales), grad_B};
 }
 
 TORCH_LIBRARY_IMPL(r2f, CUDA, library) {
   library.impl("lora_grad", &lora_grad_on_cuda);
-  library.impl("lora_grad_tangent", &lora_grad_tangent);
+  library.impl("lora_grad_tangent", &lora_grad_tangent<tangent_on_cuda>);
 }
 #endif
 

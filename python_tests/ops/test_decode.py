@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from r2f_ext.ops import decode, decoder_reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 6e-2}  # see `gradients`
 RAGGED = [(7, 33, 5), (1, 1, 1), (64, 70, 16), (7, 33, 5), (300, 3, 9), (64, 70, 16)]  # n, hidden width, outputs
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -42,6 +43,25 @@ def by_modules(inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor]
     return results
 
 
+def gradients(
+    outputs: list[Tensor], variables: list[Tensor], factors: list[Tensor]
+) -> tuple[list[Tensor], list[float]]:
+    """The gradients of the outputs' products with the factors, and the norm of what each of them could be at most.
+
+    A gradient is a sum over samples, whose rounding errors are proportional to its terms and not to the sum: where the
+    terms cancel, as in decoders of a few numbers, the error in units of the sum has no bound. So the second value is
+    the norm of the sum of the terms' absolute values.
+    """
+    terms = []
+    for sample in range(len(factors[0])):
+        masked = [torch.zeros_like(factor) for factor in factors]
+        for mask, factor in zip(masked, factors, strict=True):
+            mask[sample] = factor[sample]
+        terms.append(torch.autograd.grad(outputs, variables, masked, retain_graph=True))
+    per_variable = [torch.stack(each) for each in zip(*terms, strict=True)]
+    return [t.sum(0).double() for t in per_variable], [float(t.double().abs().sum(0).norm()) for t in per_variable]
+
+
 def assert_close(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
     assert len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
@@ -67,15 +87,19 @@ def test_gradients_are_those_of_autograd_through_torch_nn(device, dtype, depth):
     variables = [t.requires_grad_() for each in lists for t in each]
     expected_outputs = by_modules(*lists)
     factors = [torch.randn_like(t) for t in expected_outputs]
-    expected = torch.autograd.grad(expected_outputs, variables, factors)
+    expected, sizes = gradients(expected_outputs, variables, factors)
     factors = [factor.to(dtype) for factor in factors]
-    assert_close(torch.autograd.grad(decode(*lists), variables, factors), [g.double() for g in expected], dtype)
-    raw = torch.ops.r2f.decode(*lists)[0]
-    assert_close(torch.autograd.grad(raw, variables, factors), [g.double() for g in expected], dtype)
     with torch.no_grad():
         saved = decoder_reference.decode(*lists)[1]
         by_reference = decoder_reference.decode_backward(factors, *lists[:2], saved, True)
-    assert_close([g for each in by_reference for g in each], [g.double() for g in expected], dtype)
+    for got in (
+        torch.autograd.grad(decode(*lists), variables, factors),
+        torch.autograd.grad(torch.ops.r2f.decode(*lists)[0], variables, factors),
+        [g for each in by_reference for g in each],
+    ):
+        for one, other, size in zip(got, expected, sizes, strict=True):
+            assert one.shape == other.shape and one.dtype == dtype
+            assert (one.double() - other).norm() <= GRADIENT_TOLERANCE[dtype] * max(size, 1e-30)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -128,6 +152,39 @@ def test_any_strides_and_deterministic(device):
     inputs, weights = ([t.mT.contiguous().mT for t in each] for each in lists[:2])
     for got, want in zip(decode(inputs, weights, lists[2]), outputs, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("strange", [None, "reversed", "one apart", "expanded"])
+def test_slices_of_stacked_tensors_give_what_separate_ones_give(device, strange):
+    """Slices are read where they lie; those out of order, at other distances or at none are not mistaken for it."""
+    lists = make(depth=2, shapes=[(64, 33, 16)] * 4, device=device)
+    stacks = [torch.stack(lists[0]), *(torch.stack(each[j::2]) for each in lists[1:] for j in (0, 1))]
+    slices = [list(stack.unbind()) for stack in stacks]
+    if strange == "reversed":
+        slices[1].reverse()
+    elif strange == "one apart":
+        slices[2][3] = slices[2][3].clone()
+    elif strange == "expanded":
+        slices[1] = list(slices[1][0].expand(4, 33, 64).unbind())
+    inputs, first, second, first_bias, second_bias = slices
+    weights = [w for pair in zip(first, second, strict=True) for w in pair]
+    biases = [b for pair in zip(first_bias, second_bias, strict=True) for b in pair]
+    variables = [t.requires_grad_() for t in (*inputs, *weights, *biases)] if strange is None else []
+    outputs, expected = decode(inputs, weights, biases), by_modules(inputs, weights, biases)
+    assert_close(outputs, expected, torch.float32)
+    if variables:
+        factors = [torch.randn_like(t) for t in expected]
+        got = torch.autograd.grad(outputs, variables, [f.float() for f in factors])
+        assert_close(got, [g.double() for g in torch.autograd.grad(expected, variables, factors)], torch.float32)
+
+
+def test_without_gradients_nothing_is_saved(device):
+    lists = make(device=device)
+    assert torch.ops.r2f.decode(*lists, False)[1] == decoder_reference.decode(*lists, False)[1] == []
+    lists[1][0].requires_grad_()
+    assert decode(*lists)[0].requires_grad and not decode(*lists)[1].is_leaf
+    with torch.no_grad():
+        assert not decode(*lists)[0].requires_grad
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -97,6 +97,17 @@ def test_many_layers_of_many_sizes(device, dtype, rank):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rank", [8, 16, 33])
+@pytest.mark.parametrize("A_per_group", [False, True])
+def test_one_layer(device, dtype, rank, A_per_group):
+    """On CUDA the library computes it from rank 9 on in float32."""
+    inputs = make([(4, 65, 128, 96)], rank, dtype, device, A_per_group)
+    (found,) = inputs.call().grad_B
+    assert found.is_contiguous()
+    assert_close(found, by_definition(inputs).grad_B[0], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_many_groups(device, dtype):
     """Enough for the CUDA kernels to divide the work by columns alone, not by tokens as well."""
     inputs = make([(700, 3, 8, 384)], 8, dtype, device)

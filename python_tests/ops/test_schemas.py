@@ -20,6 +20,7 @@ DERIVED = {
     ("signed_adam_step_", "beta1"): "betas",
     ("signed_adam_step_", "beta2"): "betas",
     ("matching_loss", "with_gradients"): "candidate",  # set if the candidate requires a gradient
+    ("decode", "with_saved"): "weights",  # set if one of the tensors requires a gradient
 }
 FORWARD = [name for name in SCHEMAS if not name.endswith("_backward")]
 

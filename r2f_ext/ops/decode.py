@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_decode
+from .graph import call, wants_graph
 from .schemas import NAMESPACE
 
 
@@ -27,14 +28,16 @@ def decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
 
     GELU is the exact one, by erf (Hendrycks and Gimpel 2016). All tensors share one dtype, float32, float64 or
     bfloat16, which the results have too; products are the library's. On CUDA, decoders of the same shapes take one
-    batched product per linear layer. Any strides. Differentiable once in all tensors.
+    batched product per linear layer; weights that are slices of one stacked tensor are read where they lie, others are
+    copied first. Any strides. Differentiable once in all tensors.
 
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, several devices.
         TypeError: dtypes that are not supported or differ from each other.
     """
     try:
-        outputs: list[Tensor] = torch.ops.r2f.decode(inputs, weights, biases)[0]
+        recorded = wants_graph(inputs, weights, biases)
+        outputs: list[Tensor] = call(torch.ops.r2f.decode.default, recorded, inputs, weights, biases, recorded)[0]
     except Exception:
         check_decode(inputs, weights, biases)  # raises an error that names the argument
         raise
@@ -42,12 +45,15 @@ def decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode")
-def _fake(inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _fake(
+    inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor], with_saved: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
     check_decode(inputs, weights, biases)
     depth = len(weights) // len(inputs)
     shapes = [(len(inputs[k // depth]), len(weight)) for k, weight in enumerate(weights)]
     results = [inputs[0].new_empty(shape) for shape in shapes]
-    return results[depth - 1 :: depth], [result for k, result in enumerate(results) if (k + 1) % depth]
+    hidden = [result for k, result in enumerate(results) if (k + 1) % depth]
+    return results[depth - 1 :: depth], hidden if with_saved else []
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode_backward")
@@ -58,8 +64,8 @@ def _fake_backward(
     return grad_inputs, [w.new_empty(w.shape) for w in weights], [w.new_empty(len(w)) for w in weights]
 
 
-def _setup_context(ctx: Any, inputs: tuple[list[Tensor], ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
-    z, weights, _ = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
+    z, weights, _, _ = inputs
     ctx.decoders, ctx.linear_layers = len(z), len(weights)
     ctx.mark_non_differentiable(*output[1])
     ctx.save_for_backward(*z, *weights, *output[1])
@@ -67,14 +73,14 @@ def _setup_context(ctx: Any, inputs: tuple[list[Tensor], ...], output: tuple[lis
 
 def _backward(
     ctx: Any, grads: list[Tensor], _: list[Tensor]
-) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor]]:
+) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor], None]:
     if torch.is_grad_enabled():
         raise RuntimeError("decode has no second derivative: call backward or grad without create_graph.")
     tensors, decoders, linear_layers = ctx.saved_tensors, ctx.decoders, ctx.linear_layers
     z, weights = list(tensors[:decoders]), list(tensors[decoders : decoders + linear_layers])
     saved, needs_inputs = list(tensors[decoders + linear_layers :]), any(ctx.needs_input_grad[0])
     to_z, to_weights, to_biases = torch.ops.r2f.decode_backward(grads, z, weights, saved, needs_inputs)
-    return to_z if needs_inputs else [None] * decoders, to_weights, to_biases
+    return to_z if needs_inputs else [None] * decoders, to_weights, to_biases, None
 
 
 torch.library.register_autograd(f"{NAMESPACE}::decode", _backward, setup_context=_setup_context)

@@ -13,7 +13,7 @@ from .schemas import NAMESPACE
 
 
 def decode(
-    inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], with_saved: bool = True
 ) -> tuple[list[Tensor], list[Tensor]]:
     """One decoder after another: linear layers with the exact GELU between them (Hendrycks and Gimpel 2016)."""
     check_decode(inputs, weights, biases)
@@ -26,7 +26,7 @@ def decode(
                 values = F.gelu(values)
             values = F.linear(values, weights[j], biases[j])
         outputs.append(values)
-    return outputs, saved
+    return outputs, saved if with_saved else []
 
 
 def decode_backward(

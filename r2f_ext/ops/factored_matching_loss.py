@@ -27,15 +27,18 @@ def factored_matching_loss(
     tv_weight: float = 0.0,
     isotropic: bool = False,
 ) -> Tensor:
-    """`matching_loss` of the gradients G_l = delta_l^T x_l [T, d_out, d_in], which are never formed: [T].
+    """`matching_loss` of the gradients G_l = delta_l^T x_l [T, d_out, d_in], which need not exist all at once: [T].
 
-    With G* the observed gradient of a layer, or its factors x*, delta*:
+    On CUDA the gradients are written out, at most 2^27 elements (512 MiB in float32) or one layer at a time, because
+    that is faster there. On the CPU they are never formed. With G* the observed gradient of a layer, or its factors
+    x*, delta*:
 
         <G, G*> = sum_n delta_n^T G* x_n,   or   sum (delta delta*^T) o (x x*^T)
         |G|^2   = sum (delta delta^T) o (x x^T), at least 0
 
-    Kinds, weights, images and total variation are those of `matching_loss`. `l2` computes |G - G*|^2 from these three
-    numbers: below about 1e-6 (|G|^2 + |G*|^2) in float32 (1e-14 in float64) the result is only rounding error.
+    Kinds, weights, images and total variation are those of `matching_loss`. On the CPU, `l2` computes |G - G*|^2 from
+    these three numbers: below about 1e-6 (|G|^2 + |G*|^2) in float32 (1e-14 in float64) the result is only rounding
+    error.
 
     Shapes (L layers, N tokens):
         x               L tensors [T, N, d_in]
@@ -46,8 +49,8 @@ def factored_matching_loss(
         weights         L numbers >= 0, not all zero; None: all equal
 
     All but images share one dtype: float32, float64 or bfloat16; images have any of these. Products are computed in
-    float32 (float64 for float64), with deltas scaled so that squares of 1e-28 to 1e9 are in range; sums over layers in
-    float64. The loss is float32 (float64 for float64). Any strides. Deterministic.
+    float32 (float64 for float64), scaled so that squares of deltas (on CUDA, of entries of G) from 1e-28 to 1e9 are in
+    range; sums over layers in float64. The loss is float32 (float64 for float64). Any strides. Deterministic.
 
     Differentiable in x, delta and images; observed is a constant. The second derivative goes through ordinary PyTorch
     operators.
@@ -124,8 +127,8 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_factored_matching_loss(x, delta, observed, observed_delta, images)
     trials, dtype = x[0].shape[0], accumulation_dtype(x[0].dtype)
-    size = 0
-    for t, o in zip(x, observed, strict=True):
+    size = 0  # of what the CPU's backward reads
+    for t, o in zip(x, observed, strict=True) if images.device.type == "cpu" else ():
         tokens = t.shape[1]
         size += trials * tokens * (2 * tokens + (2 * o.shape[1] if observed_delta else t.shape[2]))
     sums = x[0].new_empty((len(x), trials, 4), dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_lora_grad
+from .graph import call, wants_graph
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
@@ -55,7 +56,8 @@ def lora_grad(
     """
     x, delta, A, B = list(x), list(delta), list(A), list(B or [])
     try:
-        grad_A, grad_B = torch.ops.r2f.lora_grad.default(x, delta, A, B, list(scales))
+        recorded = wants_graph(x, delta, A, B)
+        grad_A, grad_B = call(torch.ops.r2f.lora_grad.default, recorded, x, delta, A, B, list(scales))
     except Exception:
         check_lora_grad(x, delta, A, B, scales)  # raises an error that names the argument
         raise

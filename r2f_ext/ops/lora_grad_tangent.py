@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_lora_grad_tangent
+from .graph import call, wants_graph
 from .reference import accumulation_dtype
 from .schemas import NAMESPACE
 
@@ -47,9 +48,11 @@ def lora_grad_tangent(
         ValueError: lists of different lengths; shapes that do not fit together; more than one device.
         TypeError: dtypes that are not supported or differ from each other.
     """
-    arguments = (*(list(each) for each in (x, delta, dx, ddelta, A)), list(scales))
+    lists = [list(each) for each in (x, delta, dx, ddelta, A)]
     try:
-        tangents: list[Tensor] = torch.ops.r2f.lora_grad_tangent.default(*arguments)
+        tangents: list[Tensor] = call(
+            torch.ops.r2f.lora_grad_tangent.default, wants_graph(*lists), *lists, list(scales)
+        )
     except Exception:
         check_lora_grad_tangent(x, delta, dx, ddelta, A, scales)  # raises an error that names the argument
         raise

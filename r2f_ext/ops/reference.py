@@ -182,13 +182,14 @@ def factored_matching_loss(
     tv_weight: float,
     isotropic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of gradients delta^T x that are never formed, the loss, and the products for the compiled backward."""
+    """The sums of gradients delta^T x, which are never formed, the loss, and what the CPU's compiled backward reads."""
     check_factored_matching_loss(x, delta, observed, observed_delta, images)
     dtype = accumulation_dtype(x[0].dtype)
     sums = factored_sums(x, delta, observed, observed_delta)
     loss = _with_variation(matching_value(sums, weights, kind), dtype, images, tv_weight, isotropic)
-    saved = []
-    for x_l, d, o, o_d in zip(x, delta, observed, _or_none(observed_delta, len(x)), strict=True):
+    saved = [loss.new_empty(0)]
+    layers = zip(x, delta, observed, _or_none(observed_delta, len(x)), strict=True)
+    for x_l, d, o, o_d in layers if loss.is_cpu else ():
         x_l, o, d = x_l.to(dtype), o.to(dtype), d.to(dtype) * DELTA_UNIT[dtype]
         saved += [d @ d.mT, x_l @ x_l.mT]
         saved += [d @ o] if o_d is None else [d @ (o_d.to(dtype) * DELTA_UNIT[dtype]).mT, x_l @ o.mT]

@@ -23,8 +23,11 @@ SCHEMAS: dict[str, str] = {
         "(Tensor[] x, Tensor[] delta, Tensor[] dx, Tensor[] ddelta, Tensor[] A, float[] scales) -> Tensor[]"
     ),
     # Multilayer perceptrons. weights and biases: of the first one's linear layers, then of the second one's, and so on.
-    # saved: the pre-activations of the hidden layers, in the same order.
-    "decode": "(Tensor[] inputs, Tensor[] weights, Tensor[] biases) -> (Tensor[] outputs, Tensor[] saved)",
+    # saved: the pre-activations of the hidden layers, in the same order; empty if only outputs are wanted.
+    "decode": (
+        "(Tensor[] inputs, Tensor[] weights, Tensor[] biases, bool with_saved=True)"
+        " -> (Tensor[] outputs, Tensor[] saved)"
+    ),
     # grad_inputs is empty unless needed.
     "decode_backward": (
         "(Tensor[] grads, Tensor[] inputs, Tensor[] weights, Tensor[] saved, bool needs_inputs)"
@@ -45,7 +48,8 @@ SCHEMAS: dict[str, str] = {
         " Tensor images, float tv_weight, bool isotropic) -> (Tensor[] grad_candidate, Tensor grad_images)"
     ),
     # The same for factored gradients G = delta^T x. observed_delta is [] if the observed gradients are dense.
-    # saved: Gram matrices and products of all layers, for the backward; its layout is the kernel's own.
+    # saved: on the CPU, Gram matrices and products of all layers, for the backward; its layout is the kernel's own.
+    # Elsewhere it is empty.
     "factored_matching_loss": (
         "(Tensor[] x, Tensor[] delta, Tensor[] observed, Tensor[] observed_delta, float[] weights, str kind,"
         " Tensor images, float tv_weight, bool isotropic) -> (Tensor loss, Tensor sums, Tensor saved)"
