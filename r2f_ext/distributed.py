@@ -41,10 +41,12 @@ def device_of(kind: str) -> str:
     """The device of this process: on GPUs, one each.
 
     Raises:
-        R2FError: there are more processes on this machine than GPUs.
+        R2FError: there are more processes on this machine than GPUs, or one GPU is named for all of them.
     """
-    if kind != "cuda" or not wanted():
+    if not kind.startswith("cuda") or not wanted():
         return kind
+    if kind != "cuda":
+        raise R2FError(f"--device {kind} is one GPU, and torchrun started several processes: use --device cuda.")
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= gpus:
         raise R2FError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -30,8 +31,22 @@ from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import BaseModel
 
 pytestmark = pytest.mark.benchmark(group="pairs")
-SEQUENTIAL, BATCHED, BATCH, STREAMED = 40, 400, 100, 500
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "tf32", "bfloat16")}
 LR = 0.1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Images of a row: one by one, in batches, in one batch of a rival, and in a stream; a GPU takes larger batches."""
+
+    sequential: int
+    batched: int
+    batch: int
+    streamed: int
+
+    @staticmethod
+    def of(device: str) -> Counts:
+        return Counts(8, 4096, 4096, 65536) if device == "cuda" else Counts(40, 400, 100, 500)
 
 
 def layer_name(parameter: str) -> str:
@@ -81,7 +96,9 @@ class SequentialPeft:
         return update, gradients
 
 
-def vmap_grad(base: BaseModel, a: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Callable[[], dict[str, Tensor]]:
+def vmap_grad(
+    base: BaseModel, a: dict[str, Tensor], inputs: Tensor, labels: Tensor, batch: int
+) -> Callable[[], dict[str, Tensor]]:
     """Per-sample gradients of B by torch.func, batch after batch; returns those of the last batch."""
     model = peft_model(base, a)
     fixed = {name: p.detach() for name, p in (*model.named_parameters(), *model.named_buffers())}
@@ -94,15 +111,15 @@ def vmap_grad(base: BaseModel, a: dict[str, Tensor], inputs: Tensor, labels: Ten
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
 
     def run() -> dict[str, Tensor]:
-        for first in range(0, len(labels), BATCH):
-            found = per_sample(factors, inputs[first : first + BATCH], labels[first : first + BATCH])
+        for first in range(0, len(labels), batch):
+            found = per_sample(factors, inputs[first : first + batch], labels[first : first + batch])
         return {layer_name(name): g for name, g in found.items()}
 
     return run
 
 
 def opacus_hooks(
-    base: BaseModel, a: dict[str, Tensor], inputs: Tensor, labels: Tensor
+    base: BaseModel, a: dict[str, Tensor], inputs: Tensor, labels: Tensor, batch: int
 ) -> Callable[[], dict[str, Tensor]]:
     """The same by Opacus' grad samplers, which record for every module with a trainable parameter: here B's."""
     from opacus import GradSampleModule
@@ -113,10 +130,10 @@ def opacus_hooks(
     wrapped = GradSampleModule(model, loss_reduction="sum", strict=False).train()  # it records in training only
 
     def run() -> dict[str, Tensor]:
-        for first in range(0, len(labels), BATCH):
+        for first in range(0, len(labels), batch):
             wrapped.zero_grad(set_to_none=True)
-            logits = wrapped(inputs[first : first + BATCH])
-            F.cross_entropy(logits, labels[first : first + BATCH], reduction="sum").backward()
+            logits = wrapped(inputs[first : first + batch])
+            F.cross_entropy(logits, labels[first : first + batch], reduction="sum").backward()
             found = {layer_name(n): p.grad_sample for n, p in model.named_parameters() if p.requires_grad}
         return found
 
@@ -124,16 +141,16 @@ def opacus_hooks(
 
 
 class Pairs:
-    """The embedded model, 400 of its images, and every way to make their pairs."""
+    """The embedded model, images, and every way to make their pairs."""
 
     def __init__(self, device: str) -> None:
-        self.base = load_base(device=device)
-        proxy = load_images("embedded", count=BATCHED)
+        self.base, self.counts = load_base(device=device), Counts.of(device)
+        proxy = load_images("embedded" if device == "cpu" else "procedural", count=self.counts.batched)
         self.images, self.labels = proxy.batch(slice(None)).to(device), proxy.labels.to(device)
         self.inputs = self.base.normalize(self.images)
         self.target = all_linear(self.base)
         self.a = initial_a(self.target)
-        self.pairs = {p: GeneratedPairs(self.target, self.a, proxy, precision=p) for p in ("float32", "bfloat16")}
+        self.pairs = {p: GeneratedPairs(self.target, self.a, proxy, precision=p) for p in PRECISIONS[device]}
 
     def ours(self, precision: str = "float32") -> Callable[[], None]:
         def run() -> None:
@@ -152,7 +169,7 @@ class Pairs:
         loop = SequentialPeft(self.base, self.a)
 
         def run() -> None:
-            for i in range(SEQUENTIAL):
+            for i in range(self.counts.sequential):
                 loop.pair(self.images[i], self.labels[i])
 
         return run
@@ -163,7 +180,9 @@ class Pairs:
         if importlib.util.find_spec("opacus") is not None:
             makers["opacus"] = opacus_hooks
         *_, last = self.pairs["float32"].batches()
-        rivals = {name: make(self.base, self.a, self.inputs, self.labels) for name, make in makers.items()}
+        rivals = {
+            name: make(self.base, self.a, self.inputs, self.labels, self.counts.batch) for name, make in makers.items()
+        }
         for name, rival in rivals.items():
             for layer, found in rival().items():
                 expected = last.updates[layer]
@@ -189,6 +208,10 @@ ROWS: dict[str, tuple[torch.dtype, Callable[[Pairs], Functions]]] = {
         lambda p: {"ours": p.ours(), "sequential PEFT": p.sequential(), **p.batched_rivals()},
     ),
     "pairs, dense G": (torch.float32, lambda p: {"ours": p.dense, "sequential PEFT": p.sequential()}),
+    "pairs, tf32": (
+        torch.float32,
+        lambda p: {"ours": p.ours("tf32"), "pairs in float32": p.ours()},
+    ),
     "pairs, bfloat16": (
         torch.bfloat16,
         lambda p: {"ours": p.ours("bfloat16"), "pairs in float32": p.ours(), "sequential PEFT": p.sequential()},
@@ -199,8 +222,11 @@ ROWS: dict[str, tuple[torch.dtype, Callable[[Pairs], Functions]]] = {
 @pytest.mark.parametrize("name", ROWS)
 def bench_pairs(versus: Callable[..., None], pairs: Pairs, name: str) -> None:
     dtype, functions = ROWS[name]
-    items = {"ours": BATCHED, "sequential PEFT": SEQUENTIAL}
-    items |= dict.fromkeys(("vmap(grad)", "opacus", "pairs in float32"), BATCHED)
+    if name == "pairs, tf32" and pairs.base.device.type != "cuda":
+        pytest.skip("tf32 is a precision of GPUs")
+    batched = pairs.counts.batched
+    items = {"ours": batched, "sequential PEFT": pairs.counts.sequential}
+    items |= dict.fromkeys(("vmap(grad)", "opacus", "pairs in float32"), batched)
     versus(
         name,
         [1, *pairs.base.input_shape],
@@ -213,17 +239,23 @@ def bench_pairs(versus: Callable[..., None], pairs: Pairs, name: str) -> None:
     )
 
 
-def bench_stream(versus: Callable[..., None], pairs: Pairs, device: str) -> None:
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def bench_stream(versus: Callable[..., None], pairs: Pairs, device: str, precision: str) -> None:
     """Procedural images are made while the stream runs; those of the bare model are at hand."""
-    base = pairs.base
-    stream = GeneratedPairs(pairs.target, pairs.a, ProceduralStream(STREAMED, base.input_shape, base.num_classes))
+    if precision not in PRECISIONS[device] or (device == "cpu" and precision != "float32"):
+        pytest.skip("measured on GPUs")
+    base, counts = pairs.base, pairs.counts
+    proxy = ProceduralStream(counts.streamed, base.input_shape, base.num_classes, device=device)
+    stream = GeneratedPairs(pairs.target, pairs.a, proxy, precision=precision)
 
     def make() -> Functions:
-        images = torch.rand(STREAMED, *base.input_shape, device=device)
-        labels = torch.zeros(STREAMED, dtype=torch.int64, device=device)
+        images = torch.rand(counts.streamed, *base.input_shape, device=device)
+        labels = torch.zeros(counts.streamed, dtype=torch.int64, device=device)
         return {
             "ours": lambda: [None for _ in stream.batches()],
-            "bare model": bare_model(base, images, labels, BATCH),
+            "bare model in float32": bare_model(base, images, labels, counts.batch),
         }
 
-    versus("stream of pairs", [STREAMED, *base.input_shape], make, items=STREAMED, tolerance=None, captured=False)
+    name = "stream of pairs" if precision == "float32" else f"stream of pairs, {precision}"
+    shape = [counts.streamed, *base.input_shape]
+    versus(name, shape, make, items=counts.streamed, tolerance=None, captured=False)

@@ -19,7 +19,8 @@ from cases import (
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import GeneratedPairs, generate
+from r2f_ext.models import load_base
+from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, generate
 
 LR = 0.1
 BLOCKS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -121,5 +122,28 @@ def test_bfloat16_pairs_are_the_float32_ones_to_four_digits(bound, proxy):
 
 
 def test_an_unknown_precision_is_refused(bound, proxy):
-    with pytest.raises(R2FError, match="unknown precision 'float16': choose float32 or bfloat16"):
+    with pytest.raises(R2FError, match="unknown precision 'float16': choose float32 or tf32 or bfloat16"):
         GeneratedPairs(bound[0], bound[1].a, proxy, precision="float16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_tf32_is_refused_on_a_cpu(bound, proxy):
+    with pytest.raises(R2FError, match="tf32 is a precision of GPUs, and the base is on 'cpu'"):
+        GeneratedPairs(bound[0], bound[1].a, proxy, precision="tf32")
+    with pytest.raises(R2FError, match="tf32 is a precision of GPUs"):
+        SimulatedPairs(bound[0], bound[1].a, proxy, Training(steps=2), precision="tf32")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("precision", "least"), [("tf32", 0.99999), ("bfloat16", 0.999)])
+def test_low_precisions_of_a_gpu_are_near_float32_and_leave_its_settings(precision, least):
+    base = load_base(device="cuda")
+    target = target_of(base, LINEAR)
+    a = {name: torch.randn(4, target.layer(name).d_in, device="cuda") for name in LINEAR}
+    proxy, before = proxy_set(64, base), torch.backends.cuda.matmul.allow_tf32
+    (exact,), (low,) = (GeneratedPairs(target, a, proxy, precision=p).batches() for p in ("float32", precision))
+    assert torch.backends.cuda.matmul.allow_tf32 is before
+    assert not any(getattr(m, "fused_attn", False) for m in base.model.modules())
+    for name in target.names:
+        found = torch.cosine_similarity(low.updates[name].flatten(1), exact.updates[name].flatten(1))
+        assert least < found.mean() < 1 - 1e-12

@@ -1,10 +1,12 @@
 """How many samples go through a base at once."""
 
+import pytest
 import torch
 from cases import LINEAR, proxy_set, target_of, tiny_base
 from torch import nn
 
-from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, memory
+from r2f_ext.models import load_base
+from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, generate, memory
 from r2f_ext.pairs.memory import sample_bytes
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
 
@@ -52,3 +54,26 @@ def test_dense_averages_do_not_grow_with_the_steps():
     long = Training(steps=10**6)
     assert SimulatedPairs(target, a, proxy, long).batch_groups == 1
     assert SimulatedPairs(target, a, proxy, long, dense=True).batch_groups == 100
+
+
+def test_a_file_holds_a_pass_but_no_more_gradients_than_fit(monkeypatch):
+    base = tiny_base(torch.float32)
+    target, proxy = target_of(base, LINEAR), proxy_set(400, base)
+    a = {name: torch.randn(4, target.layer(name).d_in) for name in LINEAR}
+    pairs = GeneratedPairs(target, a, proxy)
+    assert pairs.shard_groups == pairs.batch_groups == 100
+    stored = sample_bytes(target).factors // 2
+    monkeypatch.setattr(generate, "SHARD_BYTES", 7 * stored)
+    assert pairs.shard_groups == 7 and pairs.batch_groups == 100
+    assert SimulatedPairs(target, a, proxy, Training(steps=3)).shard_groups == 2
+    assert [len(batch.labels) for batch in pairs.batches(7, 14)] == [7]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_takes_thousands_of_samples_and_proxies_live_there():
+    base = load_base(device="cuda")
+    target = target_of(base, ["blocks.0.attn.qkv"])
+    a = {"blocks.0.attn.qkv": torch.randn(4, 128, device="cuda")}
+    pairs = GeneratedPairs(target, a, proxy_set(5000, base))
+    assert pairs.batch_groups >= 1000
+    assert all(batch.images.is_cuda for batch in pairs.batches(0, 2)) and pairs._samples.images.is_cuda

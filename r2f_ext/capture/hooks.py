@@ -6,7 +6,8 @@ group p is the sum over that group's tokens only. This is exact for models witho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -28,15 +29,17 @@ class Capture:
         target: base model and adapted layers.
         dtype: float32 runs the model as it is; bfloat16 runs it under autocast (products of matrices in bfloat16, sums,
             softmax, norms and loss in float32) and gives factors in bfloat16. That pays where the processor multiplies
-            bfloat16 matrices faster than float32 ones (GPUs, CPUs with AMX).
+            bfloat16 matrices faster than float32 ones (GPUs, CPUs with AMX). On a GPU it also runs timm's fused
+            attention, except where the graph is kept: it has no double backward. (In float32 it is slower there.)
+        tf32: on a GPU, multiply float32 numbers rounded to TF32's 11 bits.
 
     Example:
         with Capture(target) as capture:
             gradient = capture(images, labels)
     """
 
-    def __init__(self, target: Target, dtype: torch.dtype = torch.float32) -> None:
-        self.target, self.dtype = target, dtype
+    def __init__(self, target: Target, dtype: torch.dtype = torch.float32, tf32: bool = False) -> None:
+        self.target, self.dtype, self.tf32 = target, dtype, tf32
         modules = dict(target.base.model.named_modules())
         absent = [name for name in target.names if name not in modules]
         if absent:
@@ -82,7 +85,8 @@ class Capture:
         """
         groups, size = labels.shape
         low = self.dtype == torch.bfloat16
-        with torch.enable_grad():
+        fused = low and images.is_cuda and not create_graph
+        with torch.enable_grad(), _gpu_products(images.is_cuda, self.tf32), _fused(self.target, fused):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
                 logits = self.target.base.model(self.target.base.normalize(images.flatten(0, 1)))
             logits = logits.float() if low else logits  # its gradient is a difference of probabilities
@@ -113,6 +117,35 @@ class Capture:
                 "read from elsewhere), so that LoRA on it does nothing: train without it."
             )
         return self._seen[name][1]
+
+
+@contextmanager
+def _gpu_products(on_gpu: bool, tf32: bool) -> Iterator[None]:
+    """Products and convolutions of float32 in TF32, or all in float32: torch's default differs between the two."""
+    if not on_gpu:
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextmanager
+def _fused(target: Target, wanted: bool) -> Iterator[None]:
+    """timm's attention layers of this model run fused attention while this is entered, if it is wanted."""
+    layers = [m for m in target.base.model.modules() if hasattr(m, "fused_attn")] if wanted else []
+    before = [layer.fused_attn for layer in layers]
+    for layer in layers:
+        layer.fused_attn = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer.fused_attn = flag
 
 
 def as_tokens(module: nn.Module, x: Tensor) -> Tensor:

@@ -18,8 +18,11 @@ def chosen_device(options: argparse.Namespace) -> str:
     """
     if options.device == "auto":
         return distributed.device_of("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise R2FError("--device cuda: torch sees no CUDA device here; use --device cpu.")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise R2FError(f"--device {options.device}: torch sees no CUDA device here; use --device cpu.")
+    number = options.device.removeprefix("cuda:")
+    if number.isdecimal() and int(number) >= (gpus := torch.cuda.device_count()):
+        raise R2FError(f"--device {options.device}: GPUs are numbered from 0, and there are {gpus} here.")
     return distributed.device_of(options.device)
 
 

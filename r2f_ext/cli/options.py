@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from r2f_ext import __version__
@@ -140,7 +141,9 @@ def _command(
     command = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
     if base:
         command.add_argument("--base", default="embedded", metavar="MODEL", help=BASE_HELP)
-        command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default auto")
+        command.add_argument(
+            "--device", type=_device, default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="default auto"
+        )
         command.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
     if out is not None:
         command.add_argument("--out", required=out_required, metavar="DIR", help=out)
@@ -155,12 +158,19 @@ def _proxy(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _precision(command: argparse.ArgumentParser, of: str = "the model when pairs are made") -> None:
+def _device(text: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda|cuda:\d+", text) is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is none of auto, cpu, cuda and cuda:N")
+    return text
+
+
+def _precision(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--precision",
         default="float32",
-        choices=("float32", "bfloat16"),
-        help=f"of {of}; bfloat16 is faster where the processor multiplies it (default float32)",
+        choices=("float32", "tf32", "bfloat16"),
+        help="of the model when pairs are made; tf32 is a GPU's, bfloat16 is faster where the processor multiplies it "
+        "(default float32)",
     )
 
 
@@ -304,7 +314,13 @@ def _fit(commands: Commands) -> None:
         choices=KINDS,
         help=f"which decoders (default {' '.join(KINDS[:3])}; mlp, conv and unet train for minutes)",
     )
-    _precision(command, "mlp, conv and unet while they learn")
+    command.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of mlp, conv and unet while they learn; bfloat16 is faster where the processor multiplies it "
+        "(default float32)",
+    )
     command.add_argument(
         "--log-dir", metavar="DIR", help="folder of a TensorBoard log of the training of mlp, conv and unet"
     )

@@ -78,7 +78,7 @@ def _new_pairs(options: Options, target: Target, a: dict[str, Tensor]) -> Writab
 
 def _proxy_images(options: Options, base: BaseModel, count: int) -> ProxyImages:
     if options.proxy == "procedural" and count > 0:  # a product below 1 is refused by load_images
-        return ProceduralStream(count, base.input_shape, base.num_classes, options.seed)
+        return ProceduralStream(count, base.input_shape, base.num_classes, options.seed, base.device)
     return images_of(options.proxy, base, options, "proxy", count=count)
 
 

@@ -1,8 +1,9 @@
 """Images generated from a seed: no data, no licence, no download, in any number.
 
 Four families, mixed at random: 1/f noise, dead leaves (shapes that occlude one another), isolated objects on flat
-backgrounds, and smooth compositions of blobs. All functions work on whole batches. Random numbers come from CPU
-generators, one per chunk, so the first k images depend neither on `count` nor on the device. Another device or number
+backgrounds, and smooth compositions of blobs. All functions work on whole batches. Random numbers come from generators,
+one per chunk, so the first k images do not depend on `count`. Generators are the CPU's, except in a stream on a GPU
+(`ProceduralStream`), which draws other images, in larger chunks, and is not bound by the CPU. Another device or number
 of threads rounds differently: about one byte in a million is then off by one.
 """
 
@@ -26,19 +27,21 @@ MAX_PARTS = 6
 MAX_BLOBS = 10
 CHUNK = 512
 CHUNK_PIXELS = CHUNK * 32 * 32
+GPU_CHUNKS = 16  # chunks in one of a GPU
 LABEL_CHUNK = 1024
 _LABEL_STREAM = 1 << 40
 
 
 class _Draw:
-    """Random numbers for a batch of `n` images of `size` (h, w), from one CPU generator, moved to `device`."""
+    """Random numbers for a batch of `n` images of `size` (h, w), from one generator, moved to `device`."""
 
     def __init__(self, generator: torch.Generator, n: int, channels: int, size: tuple[int, int], device: torch.device):
         self.generator, self.n, self.channels, self.size, self.device = generator, n, channels, size, device
 
     def rand(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), [n, *shape]."""
-        return torch.rand(self.n, *shape, generator=self.generator).to(self.device)
+        source = self.generator.device
+        return torch.rand(self.n, *shape, generator=self.generator, device=source).to(self.device)
 
     def uniform(self, low: float, high: float, channels: int = 1) -> Tensor:
         """One number per image (and channel), [n, channels, 1, 1], which broadcasts over pixels."""
@@ -48,7 +51,8 @@ class _Draw:
         return self.uniform(math.log(low), math.log(high)).exp()
 
     def normal(self, channels: int = 1, height: int = 1, width: int = 1) -> Tensor:
-        return torch.randn(self.n, channels, height, width, generator=self.generator).to(self.device)
+        source = self.generator.device
+        return torch.randn(self.n, channels, height, width, generator=self.generator, device=source).to(self.device)
 
     def chance(self, probability: float) -> Tensor:
         """True with this probability for each image, bool [n, 1, 1, 1]."""
@@ -95,18 +99,23 @@ def procedural_images(
     out = torch.empty((count, *shape), dtype=torch.uint8, device=device)
     for index, start in enumerate(range(0, count, chunk)):
         part = out[start : start + chunk]
-        part.copy_(_chunk(index, chunk, shape, seed, part.device)[: len(part)])
+        part.copy_(_chunk(_generator(seed, index), chunk, shape, part.device)[: len(part)])
     return out
 
 
-def chunk_size(shape: tuple[int, int, int]) -> int:
-    """Number of images of one chunk; they share one random generator."""
-    return max(1, min(CHUNK, CHUNK_PIXELS // (shape[1] * shape[2])))
+def chunk_size(shape: tuple[int, int, int], on_gpu: bool = False) -> int:
+    """Number of images of one chunk; they share one random generator. A GPU's chunk is large enough to fill it."""
+    return max(1, min(CHUNK, CHUNK_PIXELS // (shape[1] * shape[2]))) * (GPU_CHUNKS if on_gpu else 1)
 
 
-def chunk_of(index: int, shape: tuple[int, int, int], seed: int, device: str | torch.device = "cpu") -> Tensor:
-    """Chunk `index` of `procedural_images`, from image `index * chunk_size(shape)`: uint8 [chunk_size, c, h, w]."""
-    return _chunk(index, chunk_size(shape), shape, seed, torch.device(device))
+def chunk_of(index: int, shape: tuple[int, int, int], seed: int, device: torch.device) -> Tensor:
+    """Chunk `index` of a stream on this device, from image `index * chunk_size(...)`: uint8 [chunk_size, c, h, w].
+
+    On a CPU it is that of `procedural_images`; on a GPU all random numbers are the GPU's own.
+    """
+    on_gpu = device.type == "cuda"
+    generator = _generator(seed, index, device if on_gpu else torch.device("cpu"))
+    return _chunk(generator, chunk_size(shape, on_gpu), shape, device)
 
 
 def procedural_labels(count: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -128,20 +137,20 @@ def procedural_families(count: int, shape: tuple[int, int, int] = (3, 32, 32), s
 def _families(n: int, generator: torch.Generator) -> Tensor:
     """Draw the family of each of `n` images, as a chunk's first random numbers say: int64 [n]."""
     ends = (NOISE_FRACTION, NOISE_FRACTION + LEAVES_FRACTION, NOISE_FRACTION + LEAVES_FRACTION + OBJECT_FRACTION)
-    return torch.bucketize(torch.rand(n, generator=generator), torch.tensor(ends))
+    drawn = torch.rand(n, generator=generator, device=generator.device)
+    return torch.bucketize(drawn, torch.tensor(ends, device=generator.device))
 
 
-def _generator(seed: int, stream: int) -> torch.Generator:
+def _generator(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
     # torch's CPU generator uses only 32 bits of a seed, so they are taken from a digest of both numbers.
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def _chunk(index: int, n: int, shape: tuple[int, int, int], seed: int, device: torch.device) -> Tensor:
-    """The `n` images of chunk `index`, uint8 [n, c, h, w]; each family makes its images, gray ones first."""
-    generator = _generator(seed, index)
+def _chunk(generator: torch.Generator, n: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """The `n` images of a chunk, uint8 [n, c, h, w]; each family makes its images, gray ones first."""
     family = _families(n, generator)
-    gray = torch.rand(n, generator=generator) < GRAY_FRACTION
+    gray = torch.rand(n, generator=generator, device=generator.device) < GRAY_FRACTION
     out = torch.empty((n, *shape), dtype=torch.uint8, device=device)
     for number, make in enumerate((_noise, _dead_leaves, _objects, _blobs)):
         for channels, chosen in ((1, gray), (shape[0], ~gray)):

@@ -41,13 +41,17 @@ class ProxyImages(Protocol):
 
 
 class ProceduralStream:
-    """The images and labels of `load_images("procedural", ...)` as a proxy, generated a chunk at a time.
+    """Procedural images and labels as a proxy, generated a chunk at a time.
+
+    On a CPU they are those of `load_images("procedural", ...)`. On a GPU they are made there, from its own random
+    numbers: other images of the same kind, the same for the same seed on the same kind of GPU.
 
     Args:
         count: number of images.
         shape: (c, h, w).
         num_classes: labels are uniform in [0, num_classes).
         seed: determines images and labels.
+        device: where the images are made, and where `batch` gives them.
 
     Raises:
         R2FError: the seed is negative, or the shape is not that of an image.
@@ -55,10 +59,18 @@ class ProceduralStream:
 
     name = "procedural"
 
-    def __init__(self, count: int, shape: tuple[int, int, int], num_classes: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        count: int,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         procedural_images(count=0, shape=shape, seed=seed)  # raises R2FError for a bad shape or seed
         self.count, self.shape, self.num_classes, self.seed = count, shape, num_classes, seed
-        self.labels = procedural_labels(count, num_classes, seed)
+        self.device = torch.device(device)
+        self.labels = procedural_labels(count, num_classes, seed).to(self.device)
         self._chunks: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -67,19 +79,24 @@ class ProceduralStream:
     @property
     def fingerprint(self) -> str:
         made = f"procedural/{self.shape}/{self.num_classes}/{self.seed}/{self.count}"
+        made += "/cuda" if self.device.type == "cuda" else ""  # other random numbers
         return hashlib.sha256(made.encode()).hexdigest()
 
     def batch(self, indices: Tensor) -> Tensor:
-        size = chunk_size(self.shape)
-        out = torch.empty(len(indices), *self.shape)
-        for index in torch.unique(indices // size).tolist():
+        size = chunk_size(self.shape, self.device.type == "cuda")
+        first, last = (0, -1) if len(indices) == 0 else (int(indices.min()) // size, int(indices.max()) // size)
+        if first == last:
+            return self._chunk(first)[indices % size].float().div_(255)
+        out = torch.empty(len(indices), *self.shape, device=self.device)
+        for index in range(first, last + 1):
             rows = torch.nonzero(indices // size == index).flatten()
-            out[rows] = self._chunk(index)[indices[rows] % size].float().div_(255)
+            if len(rows):
+                out[rows] = self._chunk(index)[indices[rows] % size].float().div_(255)
         return out
 
     def _chunk(self, index: int) -> Tensor:
         if index not in self._chunks:
             while len(self._chunks) >= CACHED_CHUNKS:
                 self._chunks.pop(next(iter(self._chunks)))
-            self._chunks[index] = chunk_of(index, self.shape, self.seed)
+            self._chunks[index] = chunk_of(index, self.shape, self.seed, self.device)
         return self._chunks[index]

@@ -7,6 +7,7 @@ descent direction s * G A^T = -B1 / lr: decoders normalise it anyway.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -15,14 +16,17 @@ from torch import Tensor
 
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
-from r2f_ext.data import ProxyImages
+from r2f_ext.data import ImageSet, ProxyImages
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs.memory import SampleBytes, budget, sample_bytes
 from r2f_ext.pairs.starts import random_a
 from r2f_ext.types import PairBatch, Target
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCH_GROUPS = 100  # of one pass at most: enough for the full speed of matrix products, few enough for the cache
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+BATCH_GROUPS = 100  # of one pass on a CPU: enough for the full speed of matrix products, few enough for the cache
+GPU_SAMPLES = 4096  # of one pass on a GPU, where its memory allows: below that, launches take longer than arithmetic
+RESIDENT = 0.1  # largest share of a GPU's memory that the proxy images take
+SHARD_BYTES = 1 << 30  # of the gradients in one file, which readers hold in memory
 
 
 class PairSource(Protocol):
@@ -67,12 +71,13 @@ class GeneratedPairs:
         a: name -> the adapter's own A [r, d_in].
         proxy: images and labels; pair i uses samples i * group_size to (i + 1) * group_size - 1.
         group_size: samples of one victim step (batch size b).
-        precision: "float32", or "bfloat16" to run the model under autocast (see `Capture`). Updates and factors are
-            float32 either way; their cosine to the float32 ones is then about 0.9999.
+        precision: "float32"; "tf32", for a GPU's faster products of rounded float32; or "bfloat16" to run the model
+            under autocast (see `Capture`). Updates and factors are float32 either way; with bfloat16 their cosine to
+            the float32 ones is about 0.9999.
         per_victim_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
 
     Raises:
-        R2FError: the proxy has too few images for two pairs, or the precision is neither.
+        R2FError: the proxy has too few images for two pairs, or the precision is none of these, or "tf32" on a CPU.
     """
 
     one_step = True
@@ -88,8 +93,7 @@ class GeneratedPairs:
         per_victim_a: int | None = None,
     ) -> None:
         need_images(proxy, group_size)
-        if precision not in PRECISIONS:
-            raise R2FError(f"unknown precision '{precision}': choose {' or '.join(PRECISIONS)}.")
+        check_precision(precision, target.base.device)
         self.target, self.a, self.proxy, self.group_size, self.precision = target, a, proxy, group_size, precision
         self.a_seed = per_victim_a
 
@@ -112,18 +116,29 @@ class GeneratedPairs:
     @property
     def batch_groups(self) -> int:
         """Groups of one pass, and so pairs of a batch."""
-        samples = budget(self.target.base.device) // self._sample.in_pass
-        return max(1, min(BATCH_GROUPS, samples // self.group_size))
+        device = self.target.base.device
+        samples = budget(device) // self._sample.in_pass
+        most = GPU_SAMPLES // self.group_size if device.type == "cuda" else BATCH_GROUPS
+        return max(1, min(most, samples // self.group_size))
+
+    @property
+    def shard_groups(self) -> int:
+        """Pairs of a file."""
+        return shard_groups(self.batch_groups, self._sample.stored * self.group_size)
+
+    @cached_property
+    def _samples(self) -> ProxyImages:
+        return resident(self.proxy, self.target.base.device)
 
     def factors_file(self, shard: int) -> None:
         """No file holds these pairs' gradients."""
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         stop, step = len(self) if stop is None else min(stop, len(self)), self.batch_groups
-        with Capture(self.target, PRECISIONS[self.precision]) as capture:
+        with Capture(self.target, PRECISIONS[self.precision], self.precision == "tf32") as capture:
             for first in range(start, stop, step):
                 groups = min(step, stop - first)
-                images, labels = samples_of(self.proxy, first, groups, self.group_size, self.target.base.device)
+                images, labels = samples_of(self._samples, first, groups, self.group_size, self.target.base.device)
                 gradient = capture(images, labels)
                 a0 = None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
                 updates = project(self.target, gradient, self.a if a0 is None else a0)
@@ -147,8 +162,41 @@ def recipe_of(proxy: ProxyImages, group_size: int, a_seed: int | None) -> dict[s
     return made if a_seed is None else {**made, "per_victim_a": a_seed}
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that is unknown, or not to be had on this device.
+
+    Raises:
+        R2FError: the sentence names it.
+    """
+    if precision not in PRECISIONS:
+        raise R2FError(f"unknown precision '{precision}': choose {' or '.join(PRECISIONS)}.")
+    if precision == "tf32" and device.type != "cuda":
+        raise R2FError(f"tf32 is a precision of GPUs, and the base is on '{device.type}': use float32 or bfloat16.")
+
+
+def shard_groups(batch_groups: int, stored: int) -> int:
+    """Pairs of a file, whose gradients take `stored` bytes each: those of a pass, but for files that are too large."""
+    return max(1, min(batch_groups, SHARD_BYTES // max(1, stored)))
+
+
+def resident(proxy: ProxyImages, device: torch.device) -> ProxyImages:
+    """The proxy with its bytes on the GPU where they take a small part of its memory; else as it is."""
+    if device.type != "cuda" or not isinstance(proxy, ImageSet):
+        return proxy
+    if proxy.images.nbytes > RESIDENT * torch.cuda.get_device_properties(device).total_memory:
+        return proxy
+    return replace(proxy, images=proxy.images.to(device), labels=proxy.labels.to(device))
+
+
 def samples_of(proxy: ProxyImages, first: int, groups: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images [groups, size, c, h, w] and labels [groups, size] of the victims from `first` on."""
-    index = torch.arange(first * size, (first + groups) * size)
-    images = proxy.batch(index).to(device).unflatten(0, (groups, size))
-    return images, proxy.labels[index].to(device).unflatten(0, (groups, size))
+    index = torch.arange(first * size, (first + groups) * size, device=proxy.labels.device)
+    images, labels = _moved(proxy.batch(index), device), _moved(proxy.labels[index], device)
+    return images.unflatten(0, (groups, size)), labels.unflatten(0, (groups, size))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; from the host through pinned memory, so that the host goes on while the GPU copies."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -16,15 +16,20 @@ from r2f_ext.capture import Capture
 from r2f_ext.types import Target
 
 CPU_BYTES = 1 << 30  # of one pass; the factors that victims of many steps save may take as much again
-GPU_FRACTION = 0.25  # of the GPU's total memory
+GPU_FRACTION = 0.5  # of the GPU's total memory
 
 
 @dataclass(frozen=True)
 class SampleBytes:
-    """Bytes per sample: `in_pass` during its forward and backward, `factors` for x and delta of all layers."""
+    """Bytes per sample: `in_pass` during its forward and backward, `factors` for x and delta of all layers, and
+    `stored` for these in bfloat16, as files have them."""
 
     in_pass: int
     factors: int
+
+    @property
+    def stored(self) -> int:
+        return self.factors // 2
 
 
 def sample_bytes(target: Target) -> SampleBytes:

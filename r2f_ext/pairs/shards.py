@@ -7,8 +7,9 @@ pairs-00000.safetensors    update/NAME float32, images uint8, labels; a0/NAME wh
 factors-00000.safetensors  x/NAME and delta/NAME bfloat16; or gradient/NAME bfloat16, where it was to be dense
 pairs-00000.json           only while a run is unfinished: the manifest entry of this shard
 
-Shard i holds the pairs from i * batch_groups on, whichever process makes it: several processes divide the work by
-shards, and an interrupted run makes only those that are missing. A finished folder is never made anew: the same recipe
+Shard i holds the pairs from i * batch_groups on (`shard_groups` of the source), whichever process makes it: several
+processes divide the work by shards, and an interrupted run makes only those that are missing. A thread writes each
+shard while the next one is made. A finished folder is never made anew: the same recipe
 finds it finished (damaged shards are made again), and another recipe is refused.
 """
 
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,8 +51,8 @@ class WritablePairs(PairSource, Protocol):
         ...
 
     @property
-    def batch_groups(self) -> int:
-        """Pairs of a batch; batches start at its multiples."""
+    def shard_groups(self) -> int:
+        """Pairs of a file, no more than of a batch; files start at its multiples."""
         ...
 
     @property
@@ -96,11 +98,17 @@ class PairsPlan:
             for path in _of_other_runs(self.folder, self.recipe):
                 path.unlink(missing_ok=True)
         distributed.barrier()
-        for shard in self.mine:
-            first, size = shard * pairs.batch_groups, _size_of(shard, self.recipe)
-            (batch,) = pairs.batches(first, first + size)
-            _write_shard(self, shard, batch, run)
-            advance(size)
+        with ThreadPoolExecutor(1) as thread:
+            writing: Future[None] | None = None
+            for shard in self.mine:
+                first = shard * pairs.shard_groups
+                (batch,) = pairs.batches(first, first + _size_of(shard, self.recipe))
+                files = _files_of(self, shard, batch)
+                if writing is not None:
+                    writing.result()
+                writing = thread.submit(_write_shard, self, shard, files, run, advance)
+            if writing is not None:
+                writing.result()
         distributed.barrier()
         if distributed.rank() == 0:
             _finish(self, run)
@@ -231,7 +239,7 @@ def _recipe(pairs: WritablePairs, count: int, dense: bool) -> dict[str, Any]:
         "start_sha256": sha256_of(pairs.a.values()),
         "dense": dense,
         **pairs.recipe,
-        "batch_groups": pairs.batch_groups,
+        "batch_groups": pairs.shard_groups,
         "count": count,
     }
 
@@ -279,20 +287,55 @@ def _of_other_runs(folder: Path, recipe: dict[str, Any]) -> list[Path]:
     return found
 
 
-def _write_shard(plan: PairsPlan, shard: int, batch: PairBatch, run: str) -> None:
-    first = shard * plan.pairs.batch_groups
+@dataclass(frozen=True)
+class _Files:
+    """The tensors of one shard's two files, on the host; no gradients where another file holds them already."""
+
+    updates: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def _files_of(plan: PairsPlan, shard: int, batch: PairBatch) -> _Files:
+    """Check a shard's tensors and copy them to the host.
+
+    Raises:
+        R2FError: a victim is not finite.
+    """
+    cached = plan.pairs.factors_file(shard)
+    files = _Files(_updates(batch), {} if cached is not None else _factors(batch, plan.recipe["dense"]))
+    for tensors in (files.updates, files.gradients):
+        _check_finite(tensors, shard * plan.pairs.shard_groups)
+    return _Files(_on_host(files.updates), _on_host(files.gradients))
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in pinned memory of tensors on a GPU: queued together, and waited for once."""
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return tensors
+    found = {name: torch.empty_like(tensor, device="cpu", pin_memory=True) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        found[name].copy_(tensor, non_blocking=True)
+    torch.cuda.synchronize()
+    return found
+
+
+def _write_shard(plan: PairsPlan, shard: int, files: _Files, run: str, advance: Advance) -> None:
+    """Write both files and the record, then say how many pairs they hold.
+
+    Raises:
+        R2FError: the disk is full.
+    """
     name, factors = (plan.folder / part for part in shard_names(shard))
-    updates, cached = _updates(batch), plan.pairs.factors_file(shard)
-    _check_finite(updates, first)
+    cached = plan.pairs.factors_file(shard)
     if cached is None:
-        gradients = _factors(batch, plan.recipe["dense"])
-        _check_finite(gradients, first)
-        write_tensors(factors, gradients)
+        write_tensors(factors, files.gradients)
     else:
         write_atomically(factors, lambda temporary: _link(cached, temporary))
-    write_tensors(name, updates)
-    record = {"name": name.name, "count": len(batch.labels), "sha256": sha256(name), "factors_sha256": sha256(factors)}
+    write_tensors(name, files.updates)
+    count = len(files.updates["labels"])
+    record = {"name": name.name, "count": count, "sha256": sha256(name), "factors_sha256": sha256(factors)}
     write_text(name.with_suffix(".json"), json.dumps({**record, "run": run}))
+    advance(count)
 
 
 def _finish(plan: PairsPlan, run: str) -> None:

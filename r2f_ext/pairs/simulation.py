@@ -23,12 +23,21 @@ from r2f_ext.data import ProxyImages
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256_of
 from r2f_ext.ops import lora_grad
-from r2f_ext.pairs.generate import PRECISIONS, need_images, recipe_of, samples_of
+from r2f_ext.pairs.generate import (
+    GPU_SAMPLES,
+    PRECISIONS,
+    check_precision,
+    need_images,
+    recipe_of,
+    resident,
+    samples_of,
+    shard_groups,
+)
 from r2f_ext.pairs.memory import SampleBytes, budget, sample_bytes
 from r2f_ext.pairs.starts import random_a
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
-MAX_BATCH_SAMPLES = 100  # of one forward and backward
+MAX_BATCH_SAMPLES = 100  # of one forward and backward on a CPU
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of the training done, in [0, 1) -> step size factor
     "constant": lambda done: 1.0,
@@ -125,8 +134,8 @@ class Victims:
 class AdaptedCapture(Capture):
     """Capture on a model whose layers carry one adapter a group; `b` is None while every B is still zero."""
 
-    def __init__(self, target: Target, a: dict[str, Tensor], dropout: float, dtype: torch.dtype) -> None:
-        super().__init__(target, dtype)
+    def __init__(self, target: Target, a: dict[str, Tensor], dropout: float, precision: str) -> None:
+        super().__init__(target, PRECISIONS[precision], precision == "tf32")
         self.a, self.dropout = a, dropout
         self.b: dict[str, Tensor] | None = None
         self.adapter_inputs: dict[str, Tensor] = {}  # name -> inputs of A after dropout [P, b * tokens, d_in]
@@ -176,8 +185,7 @@ def simulate(
         b: name -> B at the start, [d_out, r] for all or [P, d_out, r]; None is PEFT's start, B = 0.
         dense: write the average gradient out, [P, d_out, d_in] a layer: less memory than its factors where
             T * b * tokens > d_out d_in / (d_out + d_in).
-        precision: "float32" (the model's own), or "bfloat16" to run the model under autocast. The factors that train
-            stay in the images' dtype.
+        precision: of the model, see `GeneratedPairs`. The factors that train stay in the images' dtype.
     """
     victims, dtype = len(labels), images.dtype
 
@@ -191,7 +199,7 @@ def simulate(
     optimizer = training.optimizer_of([*(each for name, each in a.items() if name not in frozen), *b.values()])
     average = _Average(training.steps, dense)
     finite_steps = torch.full((victims,), training.steps, device=images.device)
-    with torch.random.fork_rng(), AdaptedCapture(target, a, training.dropout, PRECISIONS[precision]) as capture:
+    with torch.random.fork_rng(), AdaptedCapture(target, a, training.dropout, precision) as capture:
         torch.manual_seed(seed)
         capture.b = None if starts_at_zero else b
         for step, rate in enumerate(training.rates()):
@@ -305,6 +313,7 @@ class SimulatedPairs:
         precision: str = "float32",
     ) -> None:
         need_images(proxy, training.owned)
+        check_precision(precision, target.base.device)
         self.target, self.a, self.b, self.proxy, self.training, self.seed = target, a, b, proxy, training, seed
         self.a_seed, self.dense, self.precision = per_victim_a, dense, precision
         self.group_size = training.owned
@@ -340,8 +349,20 @@ class SimulatedPairs:
         if self.dense:
             size = next(self.target.base.model.parameters()).element_size()
             saved = size * sum(layer.d_out * layer.d_in for layer in self.target.layers)
-        samples = min(MAX_BATCH_SAMPLES, available // self._sample.in_pass)
+        most = GPU_SAMPLES if self.target.base.device.type == "cuda" else MAX_BATCH_SAMPLES
+        samples = min(most, available // self._sample.in_pass)
         return max(1, min(samples // batch, available // saved))
+
+    @property
+    def shard_groups(self) -> int:
+        """Pairs of a file."""
+        tokens = self.training.batch * self.training.steps
+        dense = 2 * sum(layer.d_out * layer.d_in for layer in self.target.layers)
+        return shard_groups(self.batch_groups, dense if self.dense else self._sample.stored * tokens)
+
+    @cached_property
+    def _samples(self) -> ProxyImages:
+        return resident(self.proxy, self.target.base.device)
 
     def factors_file(self, shard: int) -> None:
         """No file holds these pairs' gradients."""
@@ -351,7 +372,7 @@ class SimulatedPairs:
         rate = sum(self.training.rates())
         for first in range(start, stop, step):
             groups = min(step, stop - first)
-            images, labels = samples_of(self.proxy, first, groups, self.group_size, self.target.base.device)
+            images, labels = samples_of(self._samples, first, groups, self.group_size, self.target.base.device)
             a0 = None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
             victims = simulate(
                 self.target,

@@ -237,7 +237,7 @@ class ReprojectedPairs:
                 "trained along?): make new pairs."
             )
         self.stored, self.target, self.a, self.a_seed = stored.only(target.names), target, a, per_victim_a
-        self.batch_groups, self.group_size = stored.batch_groups, stored.group_size
+        self.shard_groups, self.group_size = stored.batch_groups, stored.group_size
 
     def __len__(self) -> int:
         return len(self.stored)
