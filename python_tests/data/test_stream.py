@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from r2f_ext.data import ProceduralStream, load_images
+from r2f_ext.data.procedural import chunk_size
 from r2f_ext.errors import R2FError
 
 
@@ -40,11 +41,12 @@ def test_what_cannot_be_made_is_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_stream_on_a_gpu_draws_its_own_images_the_same_for_a_seed_and_says_so():
-    one, same, other = (ProceduralStream(20000, (3, 32, 32), 10, seed, "cuda") for seed in (0, 0, 1))
-    rows = torch.tensor([0, 8191, 8192, 19999], device="cuda")
+    size = chunk_size((3, 32, 32), on_gpu=True)
+    one, same, other = (ProceduralStream(2 * size, (3, 32, 32), 10, seed, "cuda") for seed in (0, 0, 1))
+    rows = torch.tensor([0, size - 1, size, 2 * size - 1], device="cuda")
     assert torch.equal(one.batch(rows), same.batch(rows)) and not torch.equal(one.batch(rows), other.batch(rows))
     assert torch.equal(one.batch(rows)[1:2], one.batch(rows[1:2]))
-    assert one.fingerprint != ProceduralStream(20000, (3, 32, 32), 10, 0).fingerprint
+    assert one.fingerprint != ProceduralStream(2 * size, (3, 32, 32), 10, 0).fingerprint
     images = one.batch(torch.arange(2000, device="cuda"))
-    plain = load_images("procedural", (3, 32, 32), count=2000).batch(slice(None))
+    plain = load_images("procedural", count=2000).batch(slice(None))
     assert abs(float(images.mean()) - float(plain.mean())) < 0.02 and images.is_cuda

@@ -75,7 +75,7 @@ def assert_close(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) 
 @pytest.mark.parametrize("function", [torch.ops.r2f.decode, decoder_reference.decode], ids=["operator", "reference"])
 def test_values_are_those_of_torch_nn(device, dtype, b, depth, function):
     lists = make(b, depth, dtype=dtype, device=device)
-    outputs, saved = function(*lists)
+    outputs, saved = function(*lists, True)
     assert_close(outputs, by_modules(*lists), dtype)
     assert [t.shape for t in saved] == [(b, hidden + j) for _, hidden, _ in RAGGED for j in range(depth - 1)]
 
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_autograd_through_torch_nn(device, dtype, depth):
         by_reference = decoder_reference.decode_backward(factors, *lists[:2], saved, True)
     for got in (
         torch.autograd.grad(decode(*lists), variables, factors),
-        torch.autograd.grad(torch.ops.r2f.decode(*lists)[0], variables, factors),
+        torch.autograd.grad(torch.ops.r2f.decode(*lists, True)[0], variables, factors),
         [g for each in by_reference for g in each],
     ):
         for one, other, size in zip(got, expected, sizes, strict=True):
@@ -190,12 +190,12 @@ def test_without_gradients_nothing_is_saved(device):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_operator_rules(device, depth):
     lists = make(2, depth, device=device)
-    torch.library.opcheck(torch.ops.r2f.decode.default, lists)
+    torch.library.opcheck(torch.ops.r2f.decode.default, (*lists, True))
     learning = (lists[0], *([t.clone().requires_grad_() for t in each] for each in lists[1:]))
-    torch.library.opcheck(torch.ops.r2f.decode.default, learning)
+    torch.library.opcheck(torch.ops.r2f.decode.default, (*learning, True))
     everything = tuple([t.clone().requires_grad_() for t in each] for each in lists)
-    torch.library.opcheck(torch.ops.r2f.decode.default, everything)
-    outputs, saved = torch.ops.r2f.decode(*lists)
+    torch.library.opcheck(torch.ops.r2f.decode.default, (*everything, True))
+    outputs, saved = torch.ops.r2f.decode(*lists, True)
     for needs_inputs in (True, False):
         arguments = (outputs, *lists[:2], saved, needs_inputs)
         torch.library.opcheck(torch.ops.r2f.decode_backward.default, arguments)

@@ -27,7 +27,7 @@ MAX_PARTS = 6
 MAX_BLOBS = 10
 CHUNK = 512
 CHUNK_PIXELS = CHUNK * 32 * 32
-GPU_CHUNKS = 16  # chunks in one of a GPU
+GPU_CHUNKS = 64  # chunks in one of a GPU, whose launches take longer than its arithmetic below that
 LABEL_CHUNK = 1024
 _LABEL_STREAM = 1 << 40
 

@@ -46,7 +46,7 @@ def decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
 
 @torch.library.register_fake(f"{NAMESPACE}::decode")
 def _fake(
-    inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor], with_saved: bool = True
+    inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor], with_saved: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     check_decode(inputs, weights, biases)
     depth = len(weights) // len(inputs)

@@ -16,7 +16,7 @@ from r2f_ext.capture import Capture
 from r2f_ext.types import Target
 
 CPU_BYTES = 1 << 30  # of one pass; the factors that victims of many steps save may take as much again
-GPU_FRACTION = 0.5  # of the GPU's total memory
+GPU_FRACTION = 0.4  # of the GPU's total memory
 
 
 @dataclass(frozen=True)
