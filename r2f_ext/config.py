@@ -24,7 +24,7 @@ class AuditConfig:
         start_images: most public images of one label that the search's start is made from; None: as many as fit into
             memory.
         search_minutes: after which no pass of a victim's Gauss-Newton search begins; None: no limit.
-        precision: of the model when pairs are made, "float32" or "bfloat16" (see GeneratedPairs).
+        precision: of the model when pairs are made, "float32", "tf32" or "bfloat16" (see GeneratedPairs).
         seed: of proxies, random labels and the shuffled control.
     """
 

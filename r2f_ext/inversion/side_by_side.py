@@ -31,7 +31,7 @@ NEAR, FAR = 0.007, 0.1
 # less damping from the start, steps leave the valley.
 DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
 HANDED_OVER = 0.1  # share of NEAR at which a descent leaves the rest to Newton
-GPU_SHARE = 0.25  # of a GPU's memory, for the Jacobians and factors of the victims that are searched together
+GPU_SHARE = 0.4  # of a GPU's memory, for the Jacobians and factors of the victims that are searched together
 
 
 class Kind(Enum):
