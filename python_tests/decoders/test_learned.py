@@ -43,15 +43,16 @@ def test_the_same_seed_learns_the_same(pairs):
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: elsewhere nothing is captured")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [MLP, Conv, UNet])
-def test_steps_that_are_replayed_learn_what_calls_learn(kind, precision, device, monkeypatch):
-    """On a GPU, where they are captured: with a last batch of another size, and layers that stop before the others."""
+def test_steps_that_are_captured_learn_what_calls_learn(kind, precision, monkeypatch):
+    """With a last batch of another size, and layers that stop before the others."""
     monkeypatch.setattr(learned, "PATIENCE", 1)
     base = tiny_base(torch.float32)
-    base.model.to(device)
+    base.model.cuda()
     target = target_of(base, LINEAR)
-    a = {layer.name: torch.randn(layer.rank, layer.d_in).to(device) for layer in target.layers}
+    a = {layer.name: torch.randn(layer.rank, layer.d_in).cuda() for layer in target.layers}
     pairs, decoded = GeneratedPairs(target, a, proxy_set(150, base)), []
     for _ in range(2):
         decoder = kind(epochs=6)
