@@ -30,3 +30,14 @@ def test_a_shape_is_captured_once_and_a_call_overwrites_the_last_results():
     times = len(called)
     second = replayed(torch.ones(2, device="cuda"))
     assert len(called) == times and second.tolist() == [2, 2] and first.tolist() == [2, 2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_function_that_waits_for_the_device_is_called_as_it_is():
+    called = []
+    replayed = Replayed(lambda x: (called.append(1), x * float(x.sum()))[1])
+    for value in (1.0, 2.0, 3.0):
+        times = len(called)
+        found = replayed(torch.full((2,), value, device="cuda"))
+        assert found.tolist() == [2 * value**2] * 2 and len(called) > times
+    assert torch.cuda.get_sync_debug_mode() == 0

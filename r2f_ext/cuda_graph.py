@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,9 @@ WARM_UP = 3  # calls on a side stream before a capture, as PyTorch's notes on CU
 class Replayed:
     """A function that is captured once for each combination of shapes and dtypes, and replayed afterwards.
 
-    On other devices the function is called as it is. It must not wait for the device, and its results depend on its
-    arguments and on tensors that outlive this object alone. The results of a call are overwritten by the next call of
-    the same shapes: copy what must last.
+    On other devices the function is called as it is, and so is one that waits for the device, which cannot be captured
+    (the forward pass of some models). Its results depend on its arguments and on tensors that outlive this object
+    alone. The results of a call are overwritten by the next call of the same shapes: copy what must last.
 
     Args:
         function: tensors -> a tensor or a tuple of tensors.
@@ -24,7 +25,7 @@ class Replayed:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+        self._graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:
         if inputs[0].device.type != "cuda":
@@ -32,22 +33,44 @@ class Replayed:
         key = tuple((each.shape, each.dtype, each.device) for each in inputs)
         if key not in self._graphs:
             self._graphs[key] = self._capture(inputs)
-        graph, own, results = self._graphs[key]
+        captured = self._graphs[key]
+        if captured is None:
+            return self._function(*inputs)
+        graph, own, results = captured
         for mine, given in zip(own, inputs, strict=True):
             mine.copy_(given)
         graph.replay()
         return results
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
+    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None:
         own = [each.detach().clone() for each in inputs]
         side = torch.cuda.Stream(own[0].device)
         side.wait_stream(torch.cuda.current_stream(own[0].device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP - 1):
                 self._function(*own)
+            waits = self._waits(own)
         torch.cuda.current_stream(own[0].device).wait_stream(side)
         torch.cuda.synchronize(own[0].device)
+        if waits:
+            return None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             results = self._function(*own)
         return graph, own, results
+
+    def _waits(self, inputs: list[Tensor]) -> bool:
+        """Whether a call waits for the device. Found out before the capture, which cannot be taken back."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode may miss some operations
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._function(*inputs)
+        except RuntimeError as error:
+            if "called a synchronizing CUDA operation" not in str(error):
+                raise
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return False

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gains_over_projection
+from cases import LINEAR, gains_over_projection, proxy_set, target_of, tiny_base
 
-from r2f_ext.decoders import MLP, Conv, UNet
+from r2f_ext.decoders import MLP, Conv, UNet, learned
 from r2f_ext.decoders.learned import LOSSES, NORM_WEIGHT, PATIENCE, pair_losses
 from r2f_ext.errors import R2FError
+from r2f_ext.pairs import GeneratedPairs
 
 FIT, ALL = 120, 160
 
@@ -40,6 +41,27 @@ def test_the_same_seed_learns_the_same(pairs):
         decoder.fit(pairs, 40)
         found.append(decoder.decode(batch.updates).dense[pairs.target.names[0]])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: elsewhere nothing is captured")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [MLP, Conv, UNet])
+def test_steps_that_are_captured_learn_what_calls_learn(kind, precision, monkeypatch):
+    """With a last batch of another size, and layers that stop before the others."""
+    monkeypatch.setattr(learned, "PATIENCE", 1)
+    base = tiny_base(torch.float32)
+    base.model.cuda()
+    target = target_of(base, LINEAR)
+    a = {layer.name: torch.randn(layer.rank, layer.d_in).cuda() for layer in target.layers}
+    pairs, decoded = GeneratedPairs(target, a, proxy_set(150, base)), []
+    for _ in range(2):
+        decoder = kind(epochs=6)
+        decoder.precision = precision
+        decoder.fit(pairs, 150)
+        decoded.append(decoder.decode(next(iter(pairs.batches(0, 20))).updates).dense)
+        monkeypatch.setattr(learned, "Replayed", lambda function: function)
+    for name, expected in decoded[1].items():
+        assert (decoded[0][name] - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_training_stops_when_held_out_pairs_no_longer_gain(pairs, monkeypatch):

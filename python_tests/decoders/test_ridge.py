@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from cases import cosine, gains_over_projection, target_of, tiny_base
+from cases import cosine, gains_over_projection, proxy_set, target_of, tiny_base
 
 from r2f_ext.decoders import KINDS, Ridge, kernel, kernel_ridge, ridge
+from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import FactoredGradient, PairBatch
 
 LAYERS = ("blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2")
@@ -76,6 +77,24 @@ def test_many_pairs_are_decoded_without_saved_factors(monkeypatch):
     for name, expected in kept.weights(asked).items():
         found = made_anew.weights(asked)[name]
         assert (found - expected).norm() < 5e-3 * expected.norm()
+
+
+def test_a_gpu_saves_the_factors_of_many_pairs_where_they_fit(device, monkeypatch):
+    monkeypatch.setattr(ridge, "SAVED_PAIRS", 59)
+    base = tiny_base(torch.float32)
+    base.model.to(device)
+    target = target_of(base, LAYERS)
+    a = {layer.name: torch.randn(layer.rank, layer.d_in).to(device) for layer in target.layers}
+    pairs = GeneratedPairs(target, a, proxy_set(70, base))
+    asked = next(iter(pairs.batches(60, 70))).updates
+    kept = Ridge(1e-2, 0.7)
+    kept.fit(pairs, 60)
+    monkeypatch.setattr(ridge, "GPU_SHARE", 0)
+    made_anew = Ridge(1e-2, 0.7)
+    made_anew.fit(pairs, 60)
+    assert (len(kept.systems), len(made_anew.systems)) == (3 if device.type == "cuda" else 0, 0)
+    for name, expected in made_anew.weights(asked).items():
+        torch.testing.assert_close(kept.weights(asked)[name], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_settings_are_those_that_decode_held_out_pairs_best(pairs, monkeypatch):

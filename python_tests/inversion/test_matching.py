@@ -12,6 +12,7 @@ from vit_cases import psnr, smooth_images
 from r2f_ext.audit.assign import assign_groups
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion import matching
 from r2f_ext.inversion.matching import SCHEDULES, MatchingConfig, match
 from r2f_ext.inversion.objectives import Distance, GradientObjective, UpdateObjective
 from r2f_ext.inversion.phase0 import exact_gradients
@@ -209,6 +210,35 @@ def test_central_differences_equal_double_backward(kind, world):
     central = run(case, replace(config, second_order="central_differences"))
     torch.testing.assert_close(central.images, exact.images, atol=1e-5, rtol=0)
     assert (exact.details["central_differences"], central.details["central_differences"]) == (0, 1)
+
+
+@pytest.mark.parametrize("second_order", ["double_backward", "central_differences"])
+@pytest.mark.parametrize("optimizer", ["signed_adam", "lbfgs"])
+@pytest.mark.parametrize("kind", ["layers", "parameters", "update"])
+def test_evaluations_that_are_replayed_give_the_search_of_calls(kind, optimizer, second_order, device, monkeypatch):
+    """On a GPU, where they are captured; in float64, so that rounding does not turn a sign."""
+    base = conv_base() if kind == "parameters" else tiny_base()
+    base.model.to(device)
+    images, labels = (each.to(device) for each in samples(2, base))
+    if kind == "parameters":
+        names = [name for name, _ in base.model.named_parameters()]
+        taken = exact_gradients(base, images, labels, names)
+        model, objective = base, GradientObjective(Gradient({n: torch.stack([one[n] for one in taken]) for n in names}))
+    else:
+        model = target_of(base, LINEAR)
+        with Capture(model) as capture:
+            factors = capture(images[:, None], labels[:, None])
+        a = {layer.name: torch.randn(layer.rank, layer.d_in).to(images) for layer in model.layers}
+        updates = {n: factors.dense(n) @ a[n].mT for n in LINEAR}
+        objective = UpdateObjective(model, a, updates) if kind == "update" else GradientObjective(factors)
+    config = replace(CONFIG, optimizer=optimizer, second_order=second_order, restarts=2, steps=15, tv_weight=0.01)
+    start = torch.full_like(images, 0.5)
+    replayed = match(model, objective, start, labels, config, "", "")
+    monkeypatch.setattr(matching, "Replayed", lambda function: function)
+    called = match(model, objective, start, labels, config, "", "")
+    assert replayed.details["loss_end"] < replayed.details["loss_start"]
+    assert replayed.details == pytest.approx(called.details, rel=1e-6)
+    assert ((replayed.images - called.images).abs() < 1e-6).double().mean() > 0.99
 
 
 class FusedAttention(nn.Module):

@@ -18,11 +18,13 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from r2f_ext.cuda_graph import Replayed
 from r2f_ext.decoders.base import Decoder, Updates, layer_seed, unit_updates
 from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
@@ -140,27 +142,44 @@ class Learned(Decoder):
         seen = _Seen(*(_joined(each) for each in (self.inputs, self.cores, self.true_norms)))
         count = len(next(iter(seen.norms.values())))
         fitted = count - min(HELD_OUT, max(1, count // 10))
-        held_out = torch.arange(fitted, count).split(BATCH)
+        device = self.pairs.target.base.device  # indices on the host would be waited for whenever they are used
+        held_out = torch.arange(fitted, count, device=device).split(BATCH)
         generator = torch.Generator().manual_seed(self.seed)
-        weights = [p for network in self.networks.values() for p in network.parameters()]
-        optimizer = torch.optim.Adam(weights, lr=self.learning_rate, fused=True)
+        optimizer = torch.optim.Adam(self._weights(list(self.networks)), lr=self.learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * -(-fitted // BATCH))
         best = {name: _Best(deepcopy(network.state_dict())) for name, network in self.networks.items()}
+        learning: list[str] = []
         for epoch in range(self.epochs):
-            learning = [name for name, layer in best.items() if layer.worse < PATIENCE]
-            if not learning:
+            still = [name for name, layer in best.items() if layer.worse < PATIENCE]
+            if not still:
                 break
-            losses = []
-            for rows in torch.randperm(fitted, generator=generator).split(BATCH):
+            if still != learning:
+                learning, weights = still, self._weights(still)
                 optimizer.zero_grad()  # gradients of layers that have stopped stay None, which Adam skips
-                loss = self._losses(seen, learning, rows, self.loss, self.precision)
-                loss.sum().backward()
+                slopes = Replayed(partial(self._slopes, seen, learning))
+            losses = []
+            for rows in torch.randperm(fitted, generator=generator).to(device).split(BATCH):
+                loss, *gradients = slopes(rows)
+                for weight, gradient in zip(weights, gradients, strict=True):
+                    weight.grad = gradient
                 optimizer.step()
                 schedule.step()
-                losses.append((len(rows), loss.detach()))
+                losses.append((len(rows), loss.clone()))
             self._validate(seen, held_out, {name: best[name] for name in learning}, _mean(losses), epoch)
         for name, layer in best.items():
             self.networks[name].load_state_dict(layer.state)
+
+    def _weights(self, names: list[str]) -> list[nn.Parameter]:
+        return [p for name in names for p in self.networks[name].parameters()]
+
+    def _slopes(self, seen: _Seen, names: list[str], rows: Tensor) -> tuple[Tensor | None, ...]:
+        """The loss of each layer [len(names)] over the pairs `rows`, and its gradient (or None) at each weight."""
+        weights = self._weights(names)
+        for weight in weights:
+            weight.grad = None
+        loss = self._losses(seen, names, rows, self.loss, self.precision)
+        loss.sum().backward()
+        return loss.detach(), *(weight.grad for weight in weights)
 
     @torch.no_grad()
     def _validate(

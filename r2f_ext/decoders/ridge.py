@@ -25,7 +25,8 @@ from r2f_ext.types import Gradient, PairBatch
 RIDGE = 2e-3  # default lambda, if there are too few pairs to choose it on; the kernel has a unit diagonal
 OWNS, RIDGES = (0.2, 0.5, 0.8, 0.9, 0.97), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 CHOICE_PAIRS = 1500  # pairs to choose the settings on, which hardly depend on the count
-SAVED_PAIRS = 6000  # above it every `decode` factorises again: saved factors take 4 n^2 bytes per layer
+SAVED_PAIRS = 6000  # above it unit rows are stored in float16, and a CPU factorises again for every `decode`
+GPU_SHARE = 0.5  # of a GPU's free memory that saved factors and their kernels may take: 4 n^2 bytes a layer
 
 
 class Ridge(Decoder):
@@ -95,15 +96,16 @@ class Ridge(Decoder):
     def _factorise(self) -> None:
         # float32 suffices: lambda keeps the smallest eigenvalues well above the rounding errors.
         self.systems: dict[str, RidgeSystem] = {}
-        if self.count <= SAVED_PAIRS:
+        self.saved = _saves(self.count, len(self.units), self.pairs.target.base.device)
+        if self.saved:
             self.systems = {name: RidgeSystem.of(kernel, self.settings[name][1]) for name, kernel in self._kernels()}
 
     def _kernels(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, K_l [count, count]) for the layers of the target."""
         products: dict[str, Tensor] = {}
-        if self.count <= SAVED_PAIRS:
+        if self.saved:
             products = {name: self._gram(name) for name in self.units}
-        # Above SAVED_PAIRS, products are recomputed (three times as many), so that only three matrices exist at a time.
+        # Where no factors are saved, products are recomputed (three times as many): three matrices exist at a time.
         of_layer: Callable[[str], Tensor] = products.__getitem__ if products else self._gram
         for name, others in mixed_others(list(self.units), of_layer, self.pairs.target.names):
             own = self.settings[name][0]
@@ -154,6 +156,15 @@ class Ridge(Decoder):
         chosen = {name: state[f"settings/{name}"].tolist() for name in pairs.target.names}
         self.settings = {name: (own, ridge) for name, (own, ridge) in chosen.items()}
         self._factorise()
+
+
+def _saves(count: int, layers: int, device: torch.device) -> bool:
+    """Whether the factors of the kernels of all layers stay in memory after the fit to `count` pairs."""
+    if count <= SAVED_PAIRS or device.type != "cuda":
+        return count <= SAVED_PAIRS
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 4 * count**2 * (layers + 4) <= GPU_SHARE * free  # 4: the matrices that computing one of them needs
 
 
 def _plain(unit: Tensor) -> Tensor:

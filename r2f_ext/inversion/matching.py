@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from r2f_ext.cuda_graph import Replayed
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256_of, write_tensors
 from r2f_ext.inversion.candidates import Candidates, candidates_of
@@ -209,8 +210,10 @@ class _Search:
         steps = self.config.steps
         if self.config.second_order == "auto" and self.step == 0 and steps > 0:
             self.central = not self._double_backward_works()
+        # One capture serves all steps: it depends on the images alone, and the rest of the state is outside it.
+        evaluate = Replayed(self._by_central_differences if self.central else self._by_double_backward)
         while self.step < steps and not self._stalled():
-            loss, slope = self._evaluate()
+            loss, slope = evaluate(self.images, self.labels)
             if self.prior is not None:
                 slope = slope + self.prior(self.images.flatten(0, 1), self.step).view_as(slope)
             self._record(loss)
@@ -224,7 +227,7 @@ class _Search:
 
     def _record(self, loss: Tensor) -> None:
         if self.step == 0:
-            self.first_loss = loss
+            self.first_loss = loss.clone()
             if not torch.isfinite(loss).all():
                 raise R2FError("the matching loss is not finite at the start: is the start, or the model, not finite?")
         better = loss < self.best_loss
@@ -238,19 +241,22 @@ class _Search:
             self.mark, self.marked_at = self.best_loss.clone(), self.step
         return self.step - self.marked_at >= self.config.patience
 
-    def _evaluate(self) -> tuple[Tensor, Tensor]:
+    def _by_double_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [T] and its slope at the images."""
-        images = self.images.detach().requires_grad_()
-        if not self.central:
-            loss = self._loss(self.candidates(images, self.labels, create_graph=True), images)
-            (slope,) = torch.autograd.grad(loss.sum(), [images])
-            return loss.detach(), slope
-        dense = _dense(self.candidates(self.images, self.labels))
+        images = images.detach().requires_grad_()
+        loss = self._loss(self.candidates(images, labels, create_graph=True), images)
+        (slope,) = torch.autograd.grad(loss.sum(), [images])
+        return loss.detach(), slope
+
+    def _by_central_differences(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, where the model has no second derivative or one that leaves most of the slope out."""
+        dense = _dense(self.candidates(images, labels))
         leaves = [gradient.requires_grad_() for gradient in dense.dense.values()]
-        loss = self._loss(dense, images)
-        *direction, variation_slope = torch.autograd.grad(loss.sum(), [*leaves, images])
+        varied = images.detach().requires_grad_()
+        loss = self._loss(dense, varied)
+        *direction, variation_slope = torch.autograd.grad(loss.sum(), [*leaves, varied])
         along = dict(zip(dense.dense, direction, strict=True))
-        return loss.detach(), variation_slope + self.candidates.slope_along(self.images, self.labels, along)
+        return loss.detach(), variation_slope + self.candidates.slope_along(images, labels, along)
 
     def _loss(self, gradient: Candidate, images: Tensor) -> Tensor:
         return self.objective(gradient, images.flatten(1, 2), self.distance)
@@ -261,11 +267,9 @@ class _Search:
         The gradient of a network of ReLU and max-pooling is discontinuous. Second derivatives do not see the jumps,
         which may hold most of the slope (docs/inversion.md, Gradient matching).
         """
-        self.central = True
-        by_differences = self._evaluate()[1].flatten(1)
-        self.central = False
+        by_differences = self._by_central_differences(self.images, self.labels)[1].flatten(1)
         try:
-            exact = self._evaluate()[1].flatten(1)
+            exact = self._by_double_backward(self.images, self.labels)[1].flatten(1)
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
