@@ -26,7 +26,7 @@ RIDGE = 2e-3  # default lambda, if there are too few pairs to choose it on; the 
 OWNS, RIDGES = (0.2, 0.5, 0.8, 0.9, 0.97), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 CHOICE_PAIRS = 1500  # pairs to choose the settings on, which hardly depend on the count
 SAVED_PAIRS = 6000  # above it unit rows are stored in float16, and a CPU factorises again for every `decode`
-GPU_SHARE = 0.5  # of a GPU's free memory that saved factors and their kernels may take: 4 n^2 bytes a layer
+GPU_SHARE = 0.4  # of a GPU's memory that saved factors and their kernels may take: 4 n^2 bytes a layer
 
 
 class Ridge(Decoder):
@@ -162,9 +162,8 @@ def _saves(count: int, layers: int, device: torch.device) -> bool:
     """Whether the factors of the kernels of all layers stay in memory after the fit to `count` pairs."""
     if count <= SAVED_PAIRS or device.type != "cuda":
         return count <= SAVED_PAIRS
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return 4 * count**2 * (layers + 4) <= GPU_SHARE * free  # 4: the matrices that computing one of them needs
+    # 4: the matrices that computing one of them needs. Free memory would let other work on the GPU decide the rounding.
+    return 4 * count**2 * (layers + 4) <= GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def _plain(unit: Tensor) -> Tensor:
