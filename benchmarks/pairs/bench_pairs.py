@@ -37,7 +37,10 @@ LR = 0.1
 
 @dataclass(frozen=True)
 class Counts:
-    """Images of a row: one by one, in batches, in one batch of a rival, and in a stream; a GPU takes larger batches."""
+    """Images of a row: one by one, in batches, in one batch of a rival, and in a stream; a GPU takes larger batches.
+
+    A stream is longer than the chunks of images that it keeps, so that every call makes all of them.
+    """
 
     sequential: int
     batched: int
@@ -46,7 +49,7 @@ class Counts:
 
     @staticmethod
     def of(device: str) -> Counts:
-        return Counts(8, 4096, 4096, 65536) if device == "cuda" else Counts(40, 400, 100, 500)
+        return Counts(8, 4096, 4096, 131072) if device == "cuda" else Counts(40, 400, 100, 500)
 
 
 def layer_name(parameter: str) -> str:

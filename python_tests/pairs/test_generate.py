@@ -18,6 +18,7 @@ from cases import (
 
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
+from r2f_ext.data import ProceduralStream
 from r2f_ext.errors import R2FError
 from r2f_ext.models import load_base
 from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, generate
@@ -148,3 +149,24 @@ def test_low_precisions_of_a_gpu_are_near_float32_and_leave_its_settings(precisi
         assert not torch.equal(low.updates[name], exact.updates[name])
         found = cosine(low.updates[name].flatten(1).double(), exact.updates[name].flatten(1).double())
         assert least < found.mean() < 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_passes_of_a_gpu_do_not_wait_for_it_and_repeat_to_the_bit(precision, monkeypatch):
+    base = load_base(device="cuda")
+    target = target_of(base, LINEAR)
+    a = {name: torch.randn(4, target.layer(name).d_in, device="cuda") for name in LINEAR}
+    monkeypatch.setattr(generate, "GPU_SAMPLES", 128)
+    stream = ProceduralStream(400, base.input_shape, base.num_classes, device="cuda")
+    for proxy in (proxy_set(400, base), stream):
+        pairs = GeneratedPairs(target, a, proxy, precision=precision)
+        first = [batch.updates for batch in pairs.batches()]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = [batch.updates for batch in pairs.batches()]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert [len(updates[LINEAR[0]]) for updates in again] == [128, 128, 128, 16]
+        for one, other in zip(first, again, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in LINEAR)

@@ -1,5 +1,6 @@
 """Images: public proxies and private test images."""
 
+from r2f_ext.data.device import to_device
 from r2f_ext.data.image_set import ImageSet, content_hashes, drop_private, fit_images
 from r2f_ext.data.load import load_images
 from r2f_ext.data.procedural import FAMILIES, procedural_families, procedural_images, procedural_labels
@@ -17,4 +18,5 @@ __all__ = [
     "procedural_families",
     "procedural_images",
     "procedural_labels",
+    "to_device",
 ]

@@ -3,7 +3,7 @@
 Four families, mixed at random: 1/f noise, dead leaves (shapes that occlude one another), isolated objects on flat
 backgrounds, and smooth compositions of blobs. All functions work on whole batches. Random numbers come from generators,
 one per chunk, so the first k images do not depend on `count`. Generators are the CPU's, except in a stream on a GPU
-(`ProceduralStream`), which draws other images, in larger chunks, and is not bound by the CPU. Another device or number
+(`ProceduralStream`), which draws other images, in larger chunks, and never waits for the GPU. Another device or number
 of threads rounds differently: about one byte in a million is then off by one.
 """
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2f_ext.data.device import to_device
 from r2f_ext.errors import R2FError
 
 FAMILIES = ("noise", "leaves", "objects", "blobs")
@@ -33,10 +34,26 @@ _LABEL_STREAM = 1 << 40
 
 
 class _Draw:
-    """Random numbers for a batch of `n` images of `size` (h, w), from one generator, moved to `device`."""
+    """Random numbers for a batch of `n` images of `size` (h, w), moved to `device`.
 
-    def __init__(self, generator: torch.Generator, n: int, channels: int, size: tuple[int, int], device: torch.device):
-        self.generator, self.n, self.channels, self.size, self.device = generator, n, channels, size, device
+    generators: of the images' numbers, and of those that the host must know (the same one where that is a CPU's).
+    """
+
+    def __init__(
+        self,
+        generators: tuple[torch.Generator, torch.Generator],
+        n: int,
+        channels: int,
+        size: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.generator, self._host = generators
+        self.n, self.channels, self.size, self.device = n, channels, size, device
+
+    @property
+    def on_host(self) -> _Draw:
+        """The same, for numbers that the host must know."""
+        return _Draw((self._host, self._host), self.n, self.channels, self.size, torch.device("cpu"))
 
     def rand(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), [n, *shape]."""
@@ -99,7 +116,7 @@ def procedural_images(
     out = torch.empty((count, *shape), dtype=torch.uint8, device=device)
     for index, start in enumerate(range(0, count, chunk)):
         part = out[start : start + chunk]
-        part.copy_(_chunk(_generator(seed, index), chunk, shape, part.device)[: len(part)])
+        part.copy_(_chunk((_generator(seed, index),) * 2, chunk, shape, part.device)[: len(part)])
     return out
 
 
@@ -111,11 +128,12 @@ def chunk_size(shape: tuple[int, int, int], on_gpu: bool = False) -> int:
 def chunk_of(index: int, shape: tuple[int, int, int], seed: int, device: torch.device) -> Tensor:
     """Chunk `index` of a stream on this device, from image `index * chunk_size(...)`: uint8 [chunk_size, c, h, w].
 
-    On a CPU it is that of `procedural_images`; on a GPU all random numbers are the GPU's own.
+    On a CPU it is that of `procedural_images`; on a GPU the random numbers are its own, but for those that the host must
+    know: families and the number of leaves.
     """
-    on_gpu = device.type == "cuda"
-    generator = _generator(seed, index, device if on_gpu else torch.device("cpu"))
-    return _chunk(generator, chunk_size(shape, on_gpu), shape, device)
+    host, on_gpu = _generator(seed, index), device.type == "cuda"
+    generator = _generator(seed, index, device) if on_gpu else host
+    return _chunk((generator, host), chunk_size(shape, on_gpu), shape, device)
 
 
 def procedural_labels(count: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -137,8 +155,7 @@ def procedural_families(count: int, shape: tuple[int, int, int] = (3, 32, 32), s
 def _families(n: int, generator: torch.Generator) -> Tensor:
     """Draw the family of each of `n` images, as a chunk's first random numbers say: int64 [n]."""
     ends = (NOISE_FRACTION, NOISE_FRACTION + LEAVES_FRACTION, NOISE_FRACTION + LEAVES_FRACTION + OBJECT_FRACTION)
-    drawn = torch.rand(n, generator=generator, device=generator.device)
-    return torch.bucketize(drawn, torch.tensor(ends, device=generator.device))
+    return torch.bucketize(torch.rand(n, generator=generator), torch.tensor(ends))
 
 
 def _generator(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -147,18 +164,24 @@ def _generator(seed: int, stream: int, device: torch.device | str = "cpu") -> to
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def _chunk(generator: torch.Generator, n: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """The `n` images of a chunk, uint8 [n, c, h, w]; each family makes its images, gray ones first."""
-    family = _families(n, generator)
-    gray = torch.rand(n, generator=generator, device=generator.device) < GRAY_FRACTION
+def _chunk(
+    generators: tuple[torch.Generator, torch.Generator], n: int, shape: tuple[int, int, int], device: torch.device
+) -> Tensor:
+    """The `n` images of a chunk, uint8 [n, c, h, w]; each family makes its images, gray ones first.
+
+    Nothing here waits for a GPU, whose kernels take less time than their launches: passes that are queued hide these.
+    """
+    _, host = generators
+    family = _families(n, host)
+    gray = torch.rand(n, generator=host) < GRAY_FRACTION
     out = torch.empty((n, *shape), dtype=torch.uint8, device=device)
     for number, make in enumerate((_noise, _dead_leaves, _objects, _blobs)):
         for channels, chosen in ((1, gray), (shape[0], ~gray)):
             rows = torch.nonzero((family == number) & chosen).flatten()
             if len(rows):
-                draw = _Draw(generator, len(rows), channels, (shape[1], shape[2]), device)
+                draw = _Draw(generators, len(rows), channels, (shape[1], shape[2]), device)
                 images = make(draw).clamp(0, 1).mul(255).round().to(torch.uint8)
-                out[rows.to(device)] = images.expand(-1, shape[0], -1, -1)
+                out[to_device(rows, device)] = images.expand(-1, shape[0], -1, -1)
     return out
 
 
@@ -187,7 +210,7 @@ def _expose(draw: _Draw, images: Tensor) -> Tensor:
 
 def _soften(draw: _Draw, images: Tensor, probability: float) -> Tensor:
     """Blend some images with their 3x3 or 5x5 binomial blur; the others are unchanged."""
-    weights = torch.tensor([1.0, 2.0, 1.0], device=images.device)
+    weights = 2.0 - (torch.arange(3, device=images.device) - 1).abs()  # 1, 2, 1
     kernel = (weights[:, None] * weights / 16).expand(images.shape[1], 1, 3, 3)
 
     def blur(pixels: Tensor) -> Tensor:
@@ -245,7 +268,7 @@ def _shape(draw: _Draw, rows: int, x: Tensor, y: Tensor, radius: tuple[Tensor, T
 def _dead_leaves(draw: _Draw) -> Tensor:
     """Shapes of all sizes (density about 1/r^2) painted over one another, shaded inside."""
     y, x = draw.grid()
-    counts = draw.log_uniform(4, MAX_LEAVES).flatten().sort(descending=True).values
+    counts = draw.on_host.log_uniform(4, MAX_LEAVES).flatten().sort(descending=True).values
     canvas = draw.color() + draw.chance(0.5) * draw.uniform(0, 0.3) * _ramp(draw)
     canvas = canvas + draw.chance(0.3) * draw.uniform(0, 0.2) * _spectral(draw, 1.0, 2.0)
     canvas = canvas.expand(-1, draw.channels, -1, -1).contiguous()
@@ -291,7 +314,8 @@ def _objects(draw: _Draw) -> Tensor:
     inside = inside + draw.chance(0.8) * draw.uniform(0, 0.25) * _spectral(draw, 0.3, 1.5)
     inside = inside + draw.chance(0.3) * draw.uniform(0, 0.3) * _texture(draw)
     inside = inside + draw.color(-0.15, 0.15)
-    empty = torch.where(draw.chance(0.97), 0.0, torch.where(draw.chance(0.5), 1.0, draw.color()))
+    black, white = draw.chance(0.97), draw.chance(0.5)
+    empty = draw.color().masked_fill(white, 1.0).masked_fill(black, 0.0)
     return torch.where(mask > 0, empty + mask * (inside.clamp(0.02, 1) - empty), empty)
 
 

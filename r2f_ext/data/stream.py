@@ -35,8 +35,8 @@ class ProxyImages(Protocol):
         """n."""
         ...
 
-    def batch(self, indices: Tensor) -> Tensor:
-        """The images at `indices` as float32 [len(indices), c, h, w] in [0, 1]."""
+    def batch(self, indices: slice) -> Tensor:
+        """The images of a slice as float32 [n, c, h, w] in [0, 1]."""
         ...
 
 
@@ -79,20 +79,16 @@ class ProceduralStream:
     @property
     def fingerprint(self) -> str:
         made = f"procedural/{self.shape}/{self.num_classes}/{self.seed}/{self.count}"
-        made += "/cuda" if self.device.type == "cuda" else ""  # other random numbers
+        if self.device.type == "cuda":  # other random numbers, laid out by the kind of GPU
+            made += f"/{torch.cuda.get_device_name(self.device)}"
         return hashlib.sha256(made.encode()).hexdigest()
 
-    def batch(self, indices: Tensor) -> Tensor:
+    def batch(self, indices: slice) -> Tensor:
+        first, stop, step = indices.indices(self.count)
         size = chunk_size(self.shape, self.device.type == "cuda")
-        first, last = (0, -1) if len(indices) == 0 else (int(indices.min()) // size, int(indices.max()) // size)
-        if first == last:
-            return self._chunk(first)[indices % size].float().div_(255)
-        out = torch.empty(len(indices), *self.shape, device=self.device)
-        for index in range(first, last + 1):
-            rows = torch.nonzero(indices // size == index).flatten()
-            if len(rows):
-                out[rows] = self._chunk(index)[indices[rows] % size].float().div_(255)
-        return out
+        chunks = range(first // size, -(-stop // size))
+        parts = [self._chunk(i)[max(first - i * size, 0) : stop - i * size] for i in chunks]
+        return torch.cat(parts)[::step].float().div_(255)
 
     def _chunk(self, index: int) -> Tensor:
         if index not in self._chunks:

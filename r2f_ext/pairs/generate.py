@@ -16,7 +16,7 @@ from torch import Tensor
 
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
-from r2f_ext.data import ImageSet, ProxyImages
+from r2f_ext.data import ImageSet, ProxyImages, to_device
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs.memory import SampleBytes, budget, sample_bytes
 from r2f_ext.pairs.starts import random_a
@@ -190,13 +190,6 @@ def resident(proxy: ProxyImages, device: torch.device) -> ProxyImages:
 
 def samples_of(proxy: ProxyImages, first: int, groups: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images [groups, size, c, h, w] and labels [groups, size] of the victims from `first` on."""
-    index = torch.arange(first * size, (first + groups) * size, device=proxy.labels.device)
-    images, labels = _moved(proxy.batch(index), device), _moved(proxy.labels[index], device)
+    rows = slice(first * size, (first + groups) * size)
+    images, labels = to_device(proxy.batch(rows), device), to_device(proxy.labels[rows], device)
     return images.unflatten(0, (groups, size)), labels.unflatten(0, (groups, size))
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; from the host through pinned memory, so that the host goes on while the GPU copies."""
-    if device.type != "cuda" or tensor.device.type == "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
