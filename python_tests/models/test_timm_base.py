@@ -32,12 +32,12 @@ def saved(tmp_path_factory):
 
 
 def same_logits(folder, model, channels=3, size=32):
-    """Whether the folder's base is the model; fused and plain attention round differently."""
+    """Whether the folder's base is the model, up to rounding: weights at other addresses may be added up otherwise."""
     base, inputs = load_base(str(folder)), torch.randn(2, channels, size, size)
     own = copy.deepcopy(model).eval()
     unfuse_attention(own)
     with torch.no_grad():
-        return torch.equal(base.model(inputs), own(inputs))
+        return torch.allclose(base.model(inputs), own(inputs), rtol=1e-4, atol=1e-5)
 
 
 def edit_config(folder, change):

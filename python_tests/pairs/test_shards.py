@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -14,9 +15,12 @@ from cases import LINEAR, cosine, proxy_set
 
 import r2f_ext
 from r2f_ext import files
+from r2f_ext.data import load_images
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import GeneratedPairs, StoredPairs, generate, plan_pairs, write_pairs
+from r2f_ext.models import load_base
+from r2f_ext.pairs import GeneratedPairs, StoredPairs, generate, plan_pairs, shards, write_pairs
 from r2f_ext.pairs.shards import read_manifest
+from r2f_ext.types import AdaptedLayer, Target
 
 REPOSITORY = Path(r2f_ext.__file__).parent.parent
 Usage = namedtuple("Usage", "total used free")
@@ -183,6 +187,83 @@ def test_an_unreadable_manifest_is_one_sentence(made, copied):
     for read in (lambda: write_pairs(made, 25, copied, silent), lambda: read_manifest(copied / "manifest.json")):
         with pytest.raises(R2FError, match=r"manifest.json' cannot be read \(Is a directory\)"):
             read()
+
+
+def test_a_shard_is_written_while_the_next_one_is_made(made, written, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+    batches, write, second = made.batches, shards.write_tensors, threading.Event()
+
+    def watched(start=0, stop=None):
+        if start == 10:
+            second.set()
+        yield from batches(start, stop)
+
+    def waiting(path, tensors):
+        assert second.wait(60)
+        write(path, tensors)
+
+    monkeypatch.setattr(made, "batches", watched)
+    monkeypatch.setattr(shards, "write_tensors", waiting)
+    write_pairs(made, 25, tmp_path, silent)
+    assert contents(tmp_path) == contents(written)
+
+
+def test_an_error_of_the_writer_ends_the_run_and_the_same_call_goes_on(made, written, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+
+    def full(path, tensors):
+        if path.name == "factors-00001.safetensors":
+            raise R2FError("cannot write: free some space.")
+        files.write_tensors(path, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(R2FError, match="free some space"):
+        patch.setattr(shards, "write_tensors", full)
+        write_pairs(made, 25, tmp_path, silent)
+    assert not (tmp_path / "manifest.json").exists() and (tmp_path / "pairs-00000.json").exists()
+    write_pairs(made, 25, tmp_path, silent)
+    assert contents(tmp_path) == contents(written)
+
+
+def test_an_interrupt_leaves_the_shard_that_is_being_written_whole(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 10)
+    batches, write, interrupted = made.batches, shards.write_tensors, threading.Event()
+
+    def stopped(start=0, stop=None):
+        if start == 10:
+            interrupted.set()
+            raise KeyboardInterrupt
+        yield from batches(start, stop)
+
+    def slow(path, tensors):
+        assert interrupted.wait(60)
+        write(path, tensors)
+
+    monkeypatch.setattr(made, "batches", stopped)
+    monkeypatch.setattr(shards, "write_tensors", slow)
+    with pytest.raises(KeyboardInterrupt):
+        write_pairs(made, 25, tmp_path, silent)
+    assert sorted(contents(tmp_path)) == [
+        "factors-00000.safetensors",
+        "pairs-00000.json",
+        "pairs-00000.safetensors",
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_shards_of_a_gpu_are_smaller_than_its_passes(tmp_path, monkeypatch):
+    base = load_base(device="cuda")
+    target = Target(base, (AdaptedLayer("blocks.0.attn.qkv", 384, 128, 8, 2.0),))
+    pairs = GeneratedPairs(target, {target.names[0]: torch.randn(8, 128, device="cuda")}, load_images("embedded"))
+    monkeypatch.setattr(generate, "GPU_SHARD_BYTES", 4 << 20)
+    cut_off(pairs, 400, tmp_path / "two", after=100)
+    for folder in ("one", "two"):
+        write_pairs(pairs, 400, tmp_path / folder, silent)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    stored = StoredPairs(tmp_path / "one", base)
+    assert 10 < stored.batch_groups < 100 < pairs.batch_groups and len(stored) == 400
+    (whole,) = pairs.batches(0, 400)
+    updates = stored.updates(0, 400)[target.names[0]]
+    torch.testing.assert_close(updates, whole.updates[target.names[0]], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["update", "gradient"])

@@ -22,6 +22,7 @@ from r2f_ext.inversion.kept import KeptSearches
 from r2f_ext.inversion.route import Public, Verdict, adapter_problem
 from r2f_ext.inversion.routes import default_routes, needs, verdicts_of
 from r2f_ext.models import Evidence, InitialFactors
+from r2f_ext.pairs.generate import check_precision
 from r2f_ext.progress import Stages
 from r2f_ext.types import LoraUpdate, Target
 
@@ -69,7 +70,7 @@ def audit(
         private: the true training images to score against, as `proxy`, or `DATA:INDEX` for one of them.
         out: folder for report.json, report.html, reconstructions.png and the decoded gradients; None writes nothing.
         config: sizes and seeds; None takes the defaults of `AuditConfig`.
-        device: where the model runs, "cpu" or "cuda".
+        device: where the model runs, "cpu", "cuda" or "cuda:N".
         initial: folder of the adapter saved before training, for the route adapter_rowspace.
         a0_seed: torch's seed right before PEFT made the adapter; without both, common seeds are tried.
         stages: reports the progress of the long stages.
@@ -83,6 +84,7 @@ def audit(
     config, stages = config or AuditConfig(), stages or Stages()
     loaded = load_adapters(adapters, base, device)
     target, updates = loaded.target, loaded.updates
+    check_precision(config.precision, target.base.device)
     start = InitialFactors(target, updates[0], initial, a0_seed)
     problem = adapter_problem(target, updates, start, loaded.facts)
     evidence = problem.evidence

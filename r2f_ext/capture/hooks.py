@@ -7,16 +7,20 @@ group p is the sum over that group's tokens only. This is exact for models witho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from r2f_ext.errors import R2FError
 from r2f_ext.types import FactoredGradient, Target
+
+# FlashAttention's backward adds up blocks of 128 keys in any order: the sum of two is the same to the bit.
+FUSED_TOKENS = 256
 
 
 class Capture:
@@ -30,7 +34,8 @@ class Capture:
         dtype: float32 runs the model as it is; bfloat16 runs it under autocast (products of matrices in bfloat16, sums,
             softmax, norms and loss in float32) and gives factors in bfloat16. That pays where the processor multiplies
             bfloat16 matrices faster than float32 ones (GPUs, CPUs with AMX). On a GPU it also runs timm's fused
-            attention, except where the graph is kept: it has no double backward. (In float32 it is slower there.)
+            attention, except where the graph is kept (it has no double backward) and for more than FUSED_TOKENS tokens
+            (equal passes would not give equal bits). In float32 it is slower there.
         tf32: on a GPU, multiply float32 numbers rounded to TF32's 11 bits.
 
     Example:
@@ -136,16 +141,24 @@ def _gpu_products(on_gpu: bool, tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def _fused(target: Target, wanted: bool) -> Iterator[None]:
-    """timm's attention layers of this model run fused attention while this is entered, if it is wanted."""
+    """timm's attention layers of this model run FlashAttention while this is entered, if it is wanted.
+
+    Layers of more than FUSED_TOKENS tokens [n, tokens, d] do not.
+    """
+
+    def choose(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        module.fused_attn = args[0].ndim == 3 and args[0].shape[1] <= FUSED_TOKENS  # type: ignore[assignment]
+
     layers = [m for m in target.base.model.modules() if hasattr(m, "fused_attn")] if wanted else []
     before = [layer.fused_attn for layer in layers]
-    for layer in layers:
-        layer.fused_attn = True  # type: ignore[assignment]
+    handles = [layer.register_forward_pre_hook(choose) for layer in layers]
     try:
-        yield
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if wanted else nullcontext():
+            yield
     finally:
-        for layer, flag in zip(layers, before, strict=True):
+        for layer, flag, handle in zip(layers, before, handles, strict=True):
             layer.fused_attn = flag
+            handle.remove()
 
 
 def as_tokens(module: nn.Module, x: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from r2f_ext import distributed
 from r2f_ext.cli import commands, display
-from r2f_ext.cli.device import uses_cuda
+from r2f_ext.cli.device import chosen_device, uses_cuda
 from r2f_ext.cli.failures import INCOMPLETE
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_text
@@ -27,6 +29,8 @@ def execute(options: argparse.Namespace) -> int:
         output_folder(Path(options.json).resolve().parent)
     if distributed.wanted() and options.command not in commands.DISTRIBUTED:
         raise R2FError(f"only {' and '.join(commands.DISTRIBUTED)} run on several processes: leave torchrun out.")
+    if uses_cuda(options) and ":" in (device := chosen_device(options)):
+        torch.cuda.set_device(device)  # for what is made on "cuda" alone, and for the report's name of the GPU
     with distributed.processes(cuda=uses_cuda(options)):
         first = distributed.rank() == 0
         display.console.quiet = not first

@@ -128,8 +128,8 @@ def chunk_size(shape: tuple[int, int, int], on_gpu: bool = False) -> int:
 def chunk_of(index: int, shape: tuple[int, int, int], seed: int, device: torch.device) -> Tensor:
     """Chunk `index` of a stream on this device, from image `index * chunk_size(...)`: uint8 [chunk_size, c, h, w].
 
-    On a CPU it is that of `procedural_images`; on a GPU the random numbers are its own, but for those that the host must
-    know: families and the number of leaves.
+    On a CPU it is that of `procedural_images`; on a GPU the random numbers are its own, but for those that the host
+    must know: families and numbers of leaves.
     """
     host, on_gpu = _generator(seed, index), device.type == "cuda"
     generator = _generator(seed, index, device) if on_gpu else host

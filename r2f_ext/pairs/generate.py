@@ -27,6 +27,7 @@ BATCH_GROUPS = 100  # of one pass on a CPU: enough for the full speed of matrix 
 GPU_SAMPLES = 4096  # of one pass on a GPU, where its memory allows: below that, launches take longer than arithmetic
 RESIDENT = 0.1  # largest share of a GPU's memory that the proxy images take
 SHARD_BYTES = 1 << 30  # of the gradients in one file, which readers hold in memory
+GPU_SHARD_BYTES = 256 << 20  # the same for pairs of a GPU, of which several are written at once
 
 
 class PairSource(Protocol):
@@ -124,7 +125,7 @@ class GeneratedPairs:
     @property
     def shard_groups(self) -> int:
         """Pairs of a file."""
-        return shard_groups(self.batch_groups, self._sample.stored * self.group_size)
+        return shard_groups(self.batch_groups, self._sample.stored * self.group_size, self.target.base.device)
 
     @cached_property
     def _samples(self) -> ProxyImages:
@@ -174,9 +175,10 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise R2FError(f"tf32 is a precision of GPUs, and the base is on '{device.type}': use float32 or bfloat16.")
 
 
-def shard_groups(batch_groups: int, stored: int) -> int:
+def shard_groups(batch_groups: int, stored: int, device: torch.device) -> int:
     """Pairs of a file, whose gradients take `stored` bytes each: those of a pass, but for files that are too large."""
-    return max(1, min(batch_groups, SHARD_BYTES // max(1, stored)))
+    most = GPU_SHARD_BYTES if device.type == "cuda" else SHARD_BYTES
+    return max(1, min(batch_groups, most // max(1, stored)))
 
 
 def resident(proxy: ProxyImages, device: torch.device) -> ProxyImages:

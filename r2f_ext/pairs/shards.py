@@ -8,9 +8,9 @@ factors-00000.safetensors  x/NAME and delta/NAME bfloat16; or gradient/NAME bflo
 pairs-00000.json           only while a run is unfinished: the manifest entry of this shard
 
 Shard i holds the pairs from i * batch_groups on (`shard_groups` of the source), whichever process makes it: several
-processes divide the work by shards, and an interrupted run makes only those that are missing. A thread writes each
-shard while the next one is made. A finished folder is never made anew: the same recipe
-finds it finished (damaged shards are made again), and another recipe is refused.
+processes divide the work by shards, and an interrupted run makes only those that are missing. Threads write shards
+while the next ones are made. A finished folder is never made anew: the same recipe finds it finished (damaged shards
+are made again), and another recipe is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ SCHEMA = 3
 MANIFEST = "manifest.json"
 # bfloat16 keeps every exponent of float32 (deltas can be as small as 1e-8); its rounding moves G by a cosine of 1e-6.
 FACTOR_DTYPE = torch.bfloat16
+GPU_WRITERS = 4  # threads that write and hash: one is slower than a GPU makes pairs, and than a disk
 
 
 class WritablePairs(PairSource, Protocol):
@@ -98,17 +100,19 @@ class PairsPlan:
             for path in _of_other_runs(self.folder, self.recipe):
                 path.unlink(missing_ok=True)
         distributed.barrier()
-        with ThreadPoolExecutor(1) as thread:
-            writing: Future[None] | None = None
+        writers = GPU_WRITERS if pairs.target.base.device.type == "cuda" else 1
+        writing: deque[Future[int]] = deque()
+        # Whatever ends this context, it waits for the shards that are being written: none is left half-written.
+        with ThreadPoolExecutor(writers) as threads:
             for shard in self.mine:
                 first = shard * pairs.shard_groups
                 (batch,) = pairs.batches(first, first + _size_of(shard, self.recipe))
                 files = _files_of(self, shard, batch)
-                if writing is not None:
-                    writing.result()
-                writing = thread.submit(_write_shard, self, shard, files, run, advance)
-            if writing is not None:
-                writing.result()
+                if len(writing) == writers:
+                    advance(writing.popleft().result())
+                writing.append(threads.submit(_write_shard, self, shard, files, run))
+            while writing:
+                advance(writing.popleft().result())
         distributed.barrier()
         if distributed.rank() == 0:
             _finish(self, run)
@@ -319,8 +323,8 @@ def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _write_shard(plan: PairsPlan, shard: int, files: _Files, run: str, advance: Advance) -> None:
-    """Write both files and the record, then say how many pairs they hold.
+def _write_shard(plan: PairsPlan, shard: int, files: _Files, run: str) -> int:
+    """Write both files and the record; returns how many pairs they hold.
 
     Raises:
         R2FError: the disk is full.
@@ -335,7 +339,7 @@ def _write_shard(plan: PairsPlan, shard: int, files: _Files, run: str, advance: 
     count = len(files.updates["labels"])
     record = {"name": name.name, "count": count, "sha256": sha256(name), "factors_sha256": sha256(factors)}
     write_text(name.with_suffix(".json"), json.dumps({**record, "run": run}))
-    advance(count)
+    return count
 
 
 def _finish(plan: PairsPlan, run: str) -> None:

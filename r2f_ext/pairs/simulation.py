@@ -358,7 +358,8 @@ class SimulatedPairs:
         """Pairs of a file."""
         tokens = self.training.batch * self.training.steps
         dense = 2 * sum(layer.d_out * layer.d_in for layer in self.target.layers)
-        return shard_groups(self.batch_groups, dense if self.dense else self._sample.stored * tokens)
+        stored = dense if self.dense else self._sample.stored * tokens
+        return shard_groups(self.batch_groups, stored, self.target.base.device)
 
     @cached_property
     def _samples(self) -> ProxyImages:
