@@ -26,8 +26,7 @@ SCHEMAS: dict[str, str] = {
     # saved: the pre-activations of the hidden layers, in the same order; empty if only outputs are wanted.
     # (No default: torch 2.11 hides an argument that equals its default from the registered backward.)
     "decode": (
-        "(Tensor[] inputs, Tensor[] weights, Tensor[] biases, bool with_saved)"
-        " -> (Tensor[] outputs, Tensor[] saved)"
+        "(Tensor[] inputs, Tensor[] weights, Tensor[] biases, bool with_saved) -> (Tensor[] outputs, Tensor[] saved)"
     ),
     # grad_inputs is empty unless needed.
     "decode_backward": (
