@@ -10,6 +10,7 @@ from r2f_ext.audit import demo as module
 from r2f_ext.audit.demo import demo
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import content_hashes
+from r2f_ext.inversion.gauss_newton import FINISH
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.side_by_side import GaussNewtonConfig
 
@@ -56,7 +57,9 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     assert report["seconds"]["total"] == pytest.approx(max(report["seconds"].values()))
     secret = {h for part in done.sets for h in content_hashes((part.originals * 255).round().byte())}
     searched = report["reconstruction"]["fashion_mnist_searched"]["routes"]
-    assert set(searched) == {"gauss_newton"} and searched["gauss_newton"]["per_victim"]["passes"] == [1]
+    assert set(searched) == {"gauss_newton"}
+    (passes,) = searched["gauss_newton"]["per_victim"]["passes"]
+    assert 1 <= passes <= 1 + FINISH.passes  # one was asked for; float64 may have gone on
     assert len(secret) == 5 and not any(secret & set(content_hashes(proxy.images)) for proxy in proxies)
     assert load_file(tmp_path / "gradients_procedural.safetensors")["blocks.0.attn.qkv"].shape == (5, 384, 128)
     assert "<h1>" in (tmp_path / "report.html").read_text()
