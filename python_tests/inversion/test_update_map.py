@@ -1,11 +1,14 @@
 """The update as a function of the image: derivatives against differences and the definition."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from gauss_newton_cases import SHAPE, small_problem
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.update_map import LEASH, Subspace, UpdateMap, flat_units
+from r2f_ext.inversion.update_map import LEASH, Subspace, UpdateMap, few_sizes, flat_units
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +67,22 @@ def test_proxies_all_alike_are_refused():
 def test_large_images_are_refused():
     with pytest.raises(R2FError, match="150528 numbers"):
         Subspace.of(torch.rand(2, 3, 224, 224))
+
+
+def test_batches_are_filled_up_to_few_sizes_from_one_victim_on():
+    filled = [few_sizes(count) for count in range(1, 129)]
+    assert sorted(set(filled)) == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128]
+    assert all(count <= size < 1.25 * count + 1 for count, size in enumerate(filled, start=1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_slopes_of_a_few_victims_on_a_gpu_are_those_of_a_cpu(problem):
+    target, a, observed, images, labels, _ = problem
+    wanted, points = flat_units(observed), images.flip(0).flatten(1)
+    expected = UpdateMap(target, a, SHAPE, 64).slopes(points, labels, wanted)
+    moved = replace(target, base=replace(target.base, model=copy.deepcopy(target.base.model).cuda()))
+    updates = UpdateMap(moved, {name: each.cuda() for name, each in a.items()}, SHAPE, 64)
+    for count in (1, 2):
+        given = (each[:count].cuda() for each in (points, labels, wanted))
+        for found, other in zip(updates.slopes(*given), expected, strict=True):
+            torch.testing.assert_close(found.cpu(), other[:count], rtol=1e-6, atol=1e-9)

@@ -107,8 +107,8 @@ class UpdateMap:
             RuntimeError: a module of the model has no second derivative.
         """
         count = len(points)
-        if points.device.type == "cuda":  # rounded up to one of few sizes, because each is captured for itself
-            more = -count % max(1, 1 << (count.bit_length() - 3))
+        if points.device.type == "cuda":  # filled up to one of few sizes, because each is captured for itself
+            more = few_sizes(count) - count
             points, labels, observed = (
                 torch.cat([each, each[-1:].expand(more, *each.shape[1:])]) for each in (points, labels, observed)
             )
@@ -134,6 +134,11 @@ class UpdateMap:
         )
         found = zip(update.values(), tangents, strict=True)
         return torch.cat([unit_tangent(value.flatten(), tangent.flatten(1)) for value, tangent in found], dim=1)
+
+
+def few_sizes(count: int) -> int:
+    """The smallest of 1 to 8, 10, 12, 14, 16, 20, 24, ... that is not below the count: four between powers of two."""
+    return count + -count % (1 << max(0, count.bit_length() - 3))
 
 
 def flat_units(updates: dict[str, Tensor]) -> Tensor:
