@@ -89,7 +89,7 @@ def test_a_gpu_saves_the_factors_of_many_pairs_where_they_fit(device, monkeypatc
     asked = next(iter(pairs.batches(60, 70))).updates
     kept = Ridge(1e-2, 0.7)
     kept.fit(pairs, 60)
-    monkeypatch.setattr(ridge, "GPU_SHARE", 0)
+    monkeypatch.setattr(ridge, "budget", lambda device: 0)
     made_anew = Ridge(1e-2, 0.7)
     made_anew.fit(pairs, 60)
     assert (len(kept.systems), len(made_anew.systems)) == (3 if device.type == "cuda" else 0, 0)

@@ -20,13 +20,13 @@ from r2f_ext.decoders.sketch import Sketch, mean_cosine
 from r2f_ext.kernel_solver import RidgeSystem, best_ridge
 from r2f_ext.linalg import gram, solve_in_place
 from r2f_ext.pairs import PairSource
+from r2f_ext.pairs.memory import budget
 from r2f_ext.types import Gradient, PairBatch
 
 RIDGE = 2e-3  # default lambda, if there are too few pairs to choose it on; the kernel has a unit diagonal
 OWNS, RIDGES = (0.2, 0.5, 0.8, 0.9, 0.97), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 CHOICE_PAIRS = 1500  # pairs to choose the settings on, which hardly depend on the count
 SAVED_PAIRS = 6000  # above it unit rows are stored in float16, and a CPU factorises again for every `decode`
-GPU_SHARE = 0.4  # of a GPU's memory that saved factors and their kernels may take: 4 n^2 bytes a layer
 
 
 class Ridge(Decoder):
@@ -163,7 +163,7 @@ def _saves(count: int, layers: int, device: torch.device) -> bool:
     if count <= SAVED_PAIRS or device.type != "cuda":
         return count <= SAVED_PAIRS
     # 4: the matrices that computing one of them needs. Free memory would let other work on the GPU decide the rounding.
-    return 4 * count**2 * (layers + 4) <= GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return 4 * count**2 * (layers + 4) <= budget(device)
 
 
 def _plain(unit: Tensor) -> Tensor:

@@ -198,14 +198,13 @@ def gauss_newton(
     bound = UpdateBound(updates, observed)
     together = victims_together(targets.device, subspace.basis.shape[1], targets.shape[1])
 
-    def find(victims: Sequence[int], images: Tensor, labels: Tensor) -> Iterator[Search]:
-        for some in torch.tensor(victims, device=targets.device).split(together):
-            few = slice(len(some))
-            images, labels, mine, theirs = images[len(some) :], labels[len(some) :], images[few], labels[few]
-            task = _task_of(updates, targets[some], theirs, subspace, descends=True)
+    def find(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[Search]:
+        groups = (each.split(together) for each in (targets[list(victims)], points, labels))
+        for wanted, starts, theirs in zip(*groups, strict=True):
+            task = _task_of(updates, wanted, theirs, subspace, descends=True)
             axes = [Axes.of(subspace.basis, start.loo_errors.get(label)) for label in theirs.tolist()]
-            found = search_together(task, mine.flatten(1), config, axes)
-            precise = _task_of(bound.precise, targets[some].double(), theirs, subspace.double(), descends=False)
+            found = search_together(task, starts, config, axes)
+            precise = _task_of(bound.precise, wanted.double(), theirs, subspace.double(), descends=False)
             yield from finished(precise, found)
 
     files = files_of(kept, ROUTE, config, target, updates.a, by_victim(observed), start.labels)

@@ -89,7 +89,10 @@ def linearised_steps(
         (points, values, clouds): of each victim the estimate, or the nearest of some points on the way to it that
         lowers the misfit, or the point as it was; and its next cloud.
     """
-    shifts = [drawn(*each, points) for each in zip(axes, clouds, generators, strict=True)]
+    shifts = [
+        drawn(own, cloud.shape, int(cloud.samples * len(cloud.shape)) + 1, generator, points)
+        for own, cloud, generator in zip(axes, clouds, generators, strict=True)
+    ]
     probes = torch.stack([each[: min(PROBES, *map(len, shifts))] for each in shifts])
     misfits = (values - observed).norm(dim=1).tolist()
     sizes = [
@@ -112,11 +115,10 @@ def linearised_steps(
     return candidates[rows, best], reached[rows, best], after
 
 
-def drawn(axes: Axes, cloud: Cloud, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Shifts [n, p] of one cloud of size 1, in the dtype of `like`."""
-    count, directions = int(cloud.samples * len(cloud.shape)) + 1, len(cloud.shape)
-    draws = torch.randn(count, directions, generator=generator, dtype=torch.float64, device=generator.device)
-    root = torch.linalg.cholesky(cloud.shape)
+def drawn(axes: Axes, covariance: Tensor, count: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Random shifts [count, p] of this covariance [q, q] along the axes, in the dtype of `like`."""
+    draws = torch.randn(count, len(covariance), generator=generator, dtype=torch.float64, device=generator.device)
+    root = torch.linalg.cholesky(covariance)
     return (draws.to(root.device) @ root.T).to(like.dtype) @ axes.directions.T
 
 

@@ -85,9 +85,6 @@ class Steps(ABC):
     def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One pass from point [1, p] with update [1, R]; returns the next point and its update."""
 
-    def judge(self, before: float, residual: float) -> None:  # noqa: B027
-        """Called with the relative residuals before and after a pass; at the start the first is infinite."""
-
     def restart(self) -> bool:
         """Called when passes no longer improve; returns whether a restart can give another result."""
         return False
@@ -120,12 +117,10 @@ def run_search(
     point, value = beginning
     first = residual = lowest = misfit(value)
     best, least, count, since = point, residual, 0, 0
-    steps.judge(inf, first)
     stopped = False
     while least > SOLVED and count < passes:
         if stopped := time.perf_counter() - began >= seconds:
             break
-        before = residual
         point, value = steps.move(point, value)
         residual = misfit(value)
         count += 1
@@ -136,8 +131,8 @@ def run_search(
         if least < PRECISE and since == 2:
             break
         if since < patience:
-            steps.judge(before, residual)
-        elif steps.restart():
+            continue
+        if steps.restart():
             point, value = beginning
             residual = lowest = first
             since = 0

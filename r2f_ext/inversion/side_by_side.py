@@ -1,7 +1,8 @@
 """Gauss-Newton searches of several victims that take their passes together (docs/methods.md, 3f).
 
 A pass is one of three kinds, see `Kind`. All victims whose next pass is of one kind take it in one batch, so that a
-GPU is filled and waited for once; each search goes the way that it would go alone, but for rounding.
+GPU is filled and waited for once. Each search goes the way that it would go alone, but for rounding, and for descents:
+these go on as long as one victim of the batch gains.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from r2f_ext.inversion.newton import DAMPINGS, PRECISE, SOLVED, STALLED, Search
 from r2f_ext.inversion.preconditioned import preconditioned_descent
 from r2f_ext.inversion.update_map import Subspace
 from r2f_ext.linalg import largest_eigenvalues, precise_gram
+from r2f_ext.pairs.memory import budget
 
 # Relative residuals below which a derivative serves, and above which only descent from the start or a cloud does.
 # Between them, descent (a derivative where there is no slope to descend along) and clouds take turns whenever one
@@ -31,7 +33,6 @@ NEAR, FAR = 0.007, 0.1
 # less damping from the start, steps leave the valley.
 DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
 HANDED_OVER = 0.1  # share of NEAR at which a descent leaves the rest to Newton
-GPU_SHARE = 0.4  # of a GPU's memory, for the Jacobians and factors of the victims that are searched together
 
 
 class Kind(Enum):
@@ -236,7 +237,7 @@ def _choose(course: _Course, before: float, choose: Choice) -> None:
 
 def _nearby(start: Tensor, axes: Axes, spread: float, generator: torch.Generator) -> Tensor:
     """A draw [p] from round the start [p], in [0, 1]."""
-    (shift,) = drawn(axes, Cloud(axes.covariance, samples=0.0), generator, start)
+    (shift,) = drawn(axes, axes.covariance, 1, generator, start)
     return (start + spread * shift).clamp(0, 1)
 
 
@@ -366,4 +367,4 @@ def victims_together(device: torch.device, directions: int, numbers: int) -> int
     if device.type != "cuda":
         return 1
     each = 8 * directions * (numbers + (len(DAMPINGS) + 2) * directions)
-    return max(1, int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory) // each)
+    return max(1, budget(device) // each)
