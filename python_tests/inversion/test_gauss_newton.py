@@ -1,7 +1,5 @@
 """Gauss-Newton in LoRA space: on a small ViT in float64, against the images that the updates were made from."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from cases import target_of
@@ -107,8 +105,8 @@ def test_layers_that_did_not_move_are_left_out(problem):
 def test_per_victim_figures_are_tensors(problem):
     target, a, observed, images, labels, subspace = problem
     found = gauss_newton(target, a, observed, start_near(images, labels, subspace, 0.3), subspace)
-    figures = {"residual", "start_residual", "passes", "stopped", "exact", "bound_db", "free_directions", "misfit"}
-    assert set(found.per_victim) == figures
+    of_search = {"residual", "start_residual", "passes", "search_seconds", "stopped"}
+    assert set(found.per_victim) == of_search | {"exact", "bound_db", "free_directions", "misfit"}
     assert all(values.shape == (2,) for values in found.per_victim.values())
     assert found.per_victim["residual"].max() < 1e-4 and found.per_victim["exact"].tolist() == [1, 1]
 
@@ -116,56 +114,55 @@ def test_per_victim_figures_are_tensors(problem):
 def test_searches_side_by_side_end_where_each_ends_alone(problem, monkeypatch):
     target, a, observed, images, labels, subspace = problem
     start = start_near(images, labels, subspace, 0.3)
-    alone = gauss_newton(target, a, observed, start, subspace)
-    monkeypatch.setattr(module, "victims_together", lambda *_: 2)
     together = gauss_newton(target, a, observed, start, subspace)
+    monkeypatch.setattr(module, "victims_together", lambda *_: 1)
+    alone = gauss_newton(target, a, observed, start, subspace)
     torch.testing.assert_close(together.images, alone.images, rtol=0, atol=1e-7)
     for figure in ("passes", "exact", "start_residual"):
         torch.testing.assert_close(together.per_victim[figure], alone.per_victim[figure])
 
 
-def task_of(problem):
+def task_of(problem, victim):
+    """The search for one victim in float64."""
     target, a, observed, _, labels, subspace = problem
-    updates = UpdateMap(target, a, SHAPE, 32)
-    return _task_of(updates, flat_units(observed), labels, subspace, descends=False)
+    own = slice(victim, victim + 1)
+    return _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed)[own], labels[own], subspace, descends=False)
 
 
 def test_the_end_of_a_search_goes_on_in_float64(problem):
     """What float32 can store of the image is where the search stops; float64 goes on from there, and counts passes."""
     *_, images, labels, subspace = problem
-    task, both = task_of(problem), torch.arange(2)
     near = start_near(images, labels, subspace, 1e-3).images.flatten(1)
-    residuals = task.residuals(task.update_of(near, both), both)
-    found = [Search(image.float(), residual, 0.5, 9) for image, residual in zip(near, residuals, strict=True)]
-    for victim, refined in enumerate(finished(task, found)):
+    for victim in range(2):
+        task, point = task_of(problem, victim), near[victim]
+        (residual,) = task.residuals(task.update_of(point[None], torch.tensor([0])), torch.tensor([0]))
+        refined = finished(task, Search(point.float(), residual, 0.5, 9, seconds=1.0))
         assert refined.image.dtype == torch.float32 and 9 < refined.passes <= 9 + module.FINISH.passes
-        assert refined.residual < 1e-5 < residuals[victim] and refined.start_residual == 0.5
-        error, before = ((each - images[victim].flatten()).abs().max() for each in (refined.image, near[victim]))
+        assert refined.residual < 1e-5 < residual and refined.start_residual == 0.5 and refined.seconds > 1
+        error, before = ((each - images[victim].flatten()).abs().max() for each in (refined.image, point))
         assert error < 1e-5 < before
 
 
 def test_an_end_in_float64_that_is_no_better_changes_nothing(problem, monkeypatch):
-    task, images = task_of(problem), problem[3]
-    worse = Search(images[1].flatten(), 1.0, 0.5, 2)
-    monkeypatch.setattr(module, "search_together", lambda *_, **__: [worse])
-    found = Search(images[0].flatten().float(), 1e-4, 0.5, 9)
-    (kept,) = finished(task, [found])
-    assert torch.equal(kept.image, found.image) and kept.residual == found.residual and kept.passes == 11
+    images = problem[3]
+    worse = Search(images[1].flatten(), 1.0, 0.5, 2, seconds=1.0)
+    monkeypatch.setattr(module, "search_together", lambda *_, **__: iter([(0, worse)]))
+    found = Search(images[0].flatten().float(), 1e-4, 0.5, 9, seconds=2.0)
+    kept = finished(task_of(problem, 0), found)
+    assert torch.equal(kept.image, found.image) and kept.residual == found.residual
+    assert (kept.passes, kept.seconds) == (11, 3)
 
 
-def test_only_searches_that_end_near_the_image_go_on_in_float64(problem, monkeypatch):
-    task, image = task_of(problem), problem[3][0].flatten()
-    went_on = []
-
-    def together(some, starts, *_, **__):
-        went_on.append(some.observed)
-        return [Search(start, 0.0, 0.5, 1) for start in starts]
-
-    monkeypatch.setattr(module, "search_together", together)
-    solved, near, far = (Search(image, residual, 0.5, 1) for residual in (0.5 * SOLVED, 0.5 * NEAR, 2 * NEAR))
-    assert [each.passes for each in finished(task, [solved, near])] == [1, 2]
-    assert [each.passes for each in finished(task, [far, replace(near, stopped=True)])] == [1, 1]
-    assert len(went_on) == 1 and torch.equal(went_on[0], task.observed[1:])
+@pytest.mark.parametrize(
+    ("residual", "stopped", "goes_on"),
+    [(0.5 * SOLVED, False, False), (0.5 * NEAR, False, True), (2 * NEAR, False, False), (0.5 * NEAR, True, False)],
+)
+def test_only_searches_that_end_near_the_image_go_on_in_float64(problem, monkeypatch, residual, stopped, goes_on):
+    image = problem[3][0].flatten()
+    better = Search(image, 0.0, 0.5, 1)
+    monkeypatch.setattr(module, "search_together", lambda *_, **__: iter([(0, better)]))
+    ended = finished(task_of(problem, 0), Search(image, residual, 0.5, 1, stopped))
+    assert ended.passes == 1 + goes_on and ended.residual == (0.0 if goes_on else residual)
 
 
 def test_a_search_alone_counts_its_passes_and_stops_at_its_limit(problem):

@@ -36,7 +36,7 @@ class Script:
     def find(self, victim, start, label):
         self.searched.append(victim)
         assert int(label) == victim and torch.equal(start, torch.full((4,), 0.5))
-        return Search(torch.full((4,), 0.25 * victim), RESIDUALS[victim], 0.1, 5)
+        return Search(torch.full((4,), 0.25 * victim), RESIDUALS[victim], 0.1, 5, seconds=7.0)
 
     def bound(self, victim, image, label):
         self.judged.append(victim)
@@ -53,9 +53,9 @@ def test_every_search_is_told_with_its_residual_and_how_many_are_exact_so_far():
     script = Script()
     found = script.run()
     assert script.said == [
-        (1, "search 1 of 3: residual 2.0e-06, exact to 58 dB; 1 exact so far"),
-        (1, "search 2 of 3: residual 3.0e-06, not exact; 1 exact so far"),
-        (1, "search 3 of 3: residual 5.0e-02, not exact; 1 exact so far"),
+        (1, "search 1 of 3 (victim 1): residual 2.0e-06, exact to 58 dB; 1 exact so far"),
+        (1, "search 2 of 3 (victim 2): residual 3.0e-06, not exact; 1 exact so far"),
+        (1, "search 3 of 3 (victim 3): residual 5.0e-02, not exact; 1 exact so far"),
     ]
     assert found.per_victim["exact"].tolist() == [1, 0, 0] and script.judged == [0, 1]
     assert found.images.mean((1, 2, 3)).tolist() == [0, 0.25, 0.5]
@@ -67,11 +67,35 @@ def test_a_rerun_takes_what_had_ended_and_judges_it_anew(tmp_path):
     files.path(1).unlink()
     again = Script()
     found = again.run(files)
-    assert again.searched == [1] and again.judged == [0, 1]
+    assert again.searched == [1] and sorted(again.judged) == [0, 1]
     assert torch.equal(found.images, first.images) and found.details == first.details
-    assert [line.endswith("; it had ended in an earlier run") for _, line in again.said] == [True, False, True]
+    assert [line.endswith("; it had ended in an earlier run") for _, line in again.said] == [True, True, False]
+    assert [line.split(":")[0] for _, line in again.said] == [
+        "search 1 of 3 (victim 1)",
+        "search 2 of 3 (victim 3)",
+        "search 3 of 3 (victim 2)",
+    ]
     assert found.per_victim.keys() == first.per_victim.keys()
     assert found.per_victim["passes"].tolist() == [5, 5, 5]
+    assert found.per_victim["search_seconds"].tolist() == [7, 7, 7]
+
+
+def test_searches_may_end_in_any_order():
+    """Figures and images stand at their victims; lines tell them as they end."""
+    script = Script()
+
+    def backwards(victims, points, labels):
+        for victim in reversed(victims):
+            yield victim, script.find(victim, points[victim], labels[victim])
+
+    found = search_each("gauss_newton", START, backwards, script.bound, script.advance)
+    expected = Script().run()
+    assert torch.equal(found.images, expected.images)
+    for name, values in expected.per_victim.items():
+        torch.testing.assert_close(found.per_victim[name], values, equal_nan=True)
+    assert [line[:21] for _, line in script.said] == [f"search {n} of 3 (victim" for n in (1, 2, 3)]
+    assert [line[22] for _, line in script.said] == ["3", "2", "1"]
+    assert [line[-14:] for _, line in script.said] == ["0 exact so far", "0 exact so far", "1 exact so far"]
 
 
 def test_a_damaged_file_is_named_and_searched_anew(tmp_path):
@@ -131,7 +155,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         text=True,
         env={**os.environ, "PYTHONPATH": path},
     )
-    assert program.stdout is not None and program.stdout.readline().startswith("search 1 of 2: residual")
+    assert program.stdout is not None and program.stdout.readline().startswith("search 1 of 2 (victim 1): residual")
     program.send_signal(signal.SIGKILL)
     assert program.wait() == -signal.SIGKILL
     assert len(list(tmp_path.glob("search-gauss_newton-*.safetensors"))) >= 1
@@ -151,7 +175,10 @@ def test_a_search_that_its_time_limit_stopped_is_told(tmp_path):
     script.find = lambda victim, *rest: replace(found_by(victim, *rest), stopped=victim == 2)
     for _ in range(2):
         found = script.run(files)
-        assert "search 3 of 3: residual 5.0e-02, not exact, stopped by the time limit; 1 exact" in script.said[-1][1]
+        assert (
+            "search 3 of 3 (victim 3): residual 5.0e-02, not exact, stopped by the time limit; 1 exact"
+            in script.said[-1][1]
+        )
         assert "the time limit stopped 1 of 3 searches" in found.why
         assert exactness_of(found, 2).words == "not exact: the residual is 0.05 where the time limit stopped the search"
     assert script.searched == [0, 1, 2]

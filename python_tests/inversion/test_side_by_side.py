@@ -24,12 +24,13 @@ def task_of(problem, descends=True):
     return _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed), labels, subspace, descends)
 
 
-def found(problem, distance=1.0, task=None, **settings):
+def found(problem, distance=1.0, task=None, together=2, **settings):
     """Searches of both victims from starts at a distance."""
     *_, images, labels, subspace = problem
     starts = start_near(images, labels, subspace, distance).images.flatten(1)
     axes = [Axes.of(subspace.basis)] * 2
-    return search_together(task or task_of(problem), starts, GaussNewtonConfig(**settings), axes)
+    ended = dict(search_together(task or task_of(problem), starts, GaussNewtonConfig(**settings), axes, together))
+    return [ended[victim] for victim in range(2)]
 
 
 def kinds(descends, *residuals):
@@ -57,7 +58,7 @@ def test_without_descent_clouds_and_derivatives_take_turns():
 
 
 def test_descent_that_stalls_is_damped_more_before_a_cloud_takes_its_place():
-    course = module._Course(0.5, None, None, Kind.DESCENT)
+    course = module._Course(0.5, None, None, Kind.DESCENT, None)
     seen = []
     for before, residual in ((0.5, 0.3), (0.3, 0.2), (0.2, 0.19), (0.19, 0.18), (0.18, 0.17)):
         course.residual = residual
@@ -87,10 +88,48 @@ def test_searches_count_their_passes_and_stop_at_their_limits(problem):
     assert all(search.residual == search.start_residual for search in stopped)
 
 
+def test_where_a_search_ends_the_next_victim_takes_its_place(problem, monkeypatch):
+    """One of three solved at its start, and one that needs a pass less: who is in which pass, and who ends when."""
+    *_, images, labels, subspace = problem
+    passes, victims = [], torch.tensor([0, 0, 1])
+    target, a, observed, *_ = problem
+    task = _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed)[victims], labels[victims], subspace, True)
+    images = images.flatten(1)[victims]
+    starts = images.clone()
+    starts[1:] = starts[1:].flip(1)
+    lefts = {1: 2, 2: 1}  # passes that each needs
+
+    def move(kind, task, rows, points, values, config, axes, courses):
+        passes.append(rows.tolist())
+        for place, victim in enumerate(rows.tolist()):
+            lefts[victim] -= 1
+            if not lefts[victim]:
+                points[place], values[place] = images[victim], task.observed[victim]
+        return points, values
+
+    monkeypatch.setattr(module, "_moved", move)
+    axes = [Axes.of(subspace.basis)] * 3
+    for together, expected, order in ((1, [[1], [1], [2]], [0, 1, 2]), (2, [[1, 2], [1]], [0, 2, 1])):
+        passes.clear()
+        lefts.update({1: 2, 2: 1})
+        ended = search_together(task, starts, GaussNewtonConfig(), axes, together)
+        assert [victim for victim, _ in ended] == order and passes == expected
+
+
+def test_the_time_of_a_pass_is_divided_among_those_that_take_it(problem, monkeypatch):
+    clock = iter(range(0, 10000, 10))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(module, "_moved", lambda kind, task, rows, points, values, *_: (points, values))
+    assert [search.seconds for search in found(problem, passes=3)] == [15, 15]
+    assert [search.seconds for search in found(problem, passes=3, together=1)] == [30, 30]
+    stopped = found(problem, passes=3, minutes=0.1)
+    assert [(search.passes, search.seconds, search.stopped) for search in stopped] == [(2, 10, True)] * 2
+
+
 def test_a_search_that_begins_again_draws_another_start_and_the_next_clouds_size(problem, monkeypatch):
     passes = []
 
-    def stuck(kind, task, rows, points, values, config, axes, courses, generators):
+    def stuck(kind, task, rows, points, values, config, axes, courses):
         passes.append((courses[0].cloud.samples, points[0].clone()))
         return points, values
 
@@ -137,7 +176,8 @@ def test_the_factors_solve_the_damped_systems_and_say_where_there_is_none(proble
     assert solved[-1].isfinite().all() and Local.of(torch.full((2, 3), torch.nan)).factors.isnan().all()
 
 
-def test_a_cpu_searches_one_at_a_time_and_a_gpu_as_many_as_fit():
-    assert module.victims_together(torch.device("cpu"), 784, 28672) == 1
+def test_a_cpu_searches_few_side_by_side_and_a_gpu_as_many_as_fit():
+    assert module.victims_together(torch.device("cpu"), 784, 28672) == module.CPU_TOGETHER
+    assert 1 <= module.newtons_together(torch.device("cpu"), 784, 28672) < module.CPU_TOGETHER
     if torch.cuda.is_available():
         assert module.victims_together(torch.device("cuda"), 784, 28672) >= 8

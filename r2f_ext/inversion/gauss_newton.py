@@ -46,7 +46,8 @@ from r2f_ext.types import Reconstruction, Target
 
 ROUTE = "gauss_newton"
 FULL_BITS = 32  # of the dtype that PEFT draws A in
-FINISH = GaussNewtonConfig(passes=6, patience=2)  # in float64, of searches that float32 has ended early
+# In float64, of searches that float32 has ended early; where a pass of it gains little, precision was not what ended them.
+FINISH = GaussNewtonConfig(passes=6, patience=1)
 
 
 def search(
@@ -65,12 +66,11 @@ def search(
         loo_errors: [n, c * h * w], leave-one-out errors of the start's route on proxies: the first cloud's shape.
         precise: the map in float64, see `finished`.
     """
-    task = _task_of_one(updates, observed, label, subspace)
-    (found,) = search_together(task, start[None], config, [Axes.of(subspace.basis, loo_errors)])
+    task, axes = _task_of_one(updates, observed, label, subspace), [Axes.of(subspace.basis, loo_errors)]
+    ((_, found),) = search_together(task, start[None], config, axes, together=1)
     if precise is None:
         return found
-    in_doubles = _task_of_one(precise, observed.double(), label, subspace.double())
-    return finished(in_doubles, [found])[0]
+    return finished(_task_of_one(precise, observed.double(), label, subspace.double()), found)
 
 
 def _task_of_one(updates: DenseMap, observed: Tensor, label: Tensor, subspace: Subspace) -> Task:
@@ -83,37 +83,23 @@ def _task_of_one(updates: DenseMap, observed: Tensor, label: Tensor, subspace: S
     return Task(observed[None], len(updates.target.layers), subspace, update_of, jacobian_of)
 
 
-def finished(task: Task, found: Sequence[Search]) -> list[Search]:
-    """Searches of which those that ended near the image, but above what float32 can reach, have gone on in float64.
+def finished(task: Task, found: Search) -> Search:
+    """A search that has gone on in float64, if it ended near the image, but above what float32 can reach.
 
     Where J^T J is badly conditioned, float32's errors in J stop Newton's steps early. The better of both ends is kept.
 
     Args:
-        task: in float64, of all V searches.
+        task: of this victim alone, in float64.
     """
-    ended = list(found)
-    chosen = [v for v, each in enumerate(found) if not each.stopped and SOLVED < each.residual < NEAR]
-    if not chosen:
-        return ended
-    rows = torch.tensor(chosen, device=task.observed.device)
-    some = replace(
-        task,
-        observed=task.observed[rows],
-        update_of=lambda images, owners: task.update_of(images, rows[owners]),
-        jacobian_of=lambda victim, point: task.jacobian_of(chosen[victim], point),
-    )
-    starts = torch.stack([found[v].image.double() for v in chosen])
-    axes = [Axes.of(task.subspace.basis)] * len(chosen)
-    refined = search_together(some, starts, FINISH, axes, lambda *_: Kind.NEWTON, restarts=False)
-    for victim, better in zip(chosen, refined, strict=True):
-        before = found[victim]
-        passes = before.passes + better.passes
-        if better.residual < before.residual:
-            image = better.image.to(before.image.dtype)
-            ended[victim] = replace(before, image=image, residual=better.residual, passes=passes)
-        else:
-            ended[victim] = replace(before, passes=passes)
-    return ended
+    if found.stopped or not SOLVED < found.residual < NEAR:
+        return found
+    start, axes = found.image.double()[None], [Axes.of(task.subspace.basis)]
+    newton = lambda *_: Kind.NEWTON  # noqa: E731
+    ((_, better),) = search_together(task, start, FINISH, axes, together=1, choose=newton, restarts=False)
+    both = replace(found, passes=found.passes + better.passes, seconds=found.seconds + better.seconds)
+    if better.residual < found.residual:
+        return replace(both, image=better.image.to(found.image.dtype), residual=better.residual)
+    return both
 
 
 class UpdateBound:
@@ -198,14 +184,14 @@ def gauss_newton(
     bound = UpdateBound(updates, observed)
     together = victims_together(targets.device, subspace.basis.shape[1], targets.shape[1])
 
-    def find(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[Search]:
-        groups = (each.split(together) for each in (targets[list(victims)], points, labels))
-        for wanted, starts, theirs in zip(*groups, strict=True):
-            task = _task_of(updates, wanted, theirs, subspace, descends=True)
-            axes = [Axes.of(subspace.basis, start.loo_errors.get(label)) for label in theirs.tolist()]
-            found = search_together(task, starts, config, axes)
-            precise = _task_of(bound.precise, wanted.double(), theirs, subspace.double(), descends=False)
-            yield from finished(precise, found)
+    def find(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[tuple[int, Search]]:
+        wanted = targets[list(victims)]
+        task = _task_of(updates, wanted, labels, subspace, descends=True)
+        axes = [Axes.of(subspace.basis, start.loo_errors.get(label)) for label in labels.tolist()]
+        for place, found in search_together(task, points, config, axes, together):
+            own = slice(place, place + 1)
+            alone = _task_of(bound.precise, wanted[own].double(), labels[own], subspace.double(), descends=False)
+            yield victims[place], finished(alone, found)
 
     files = files_of(kept, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
     return search_each(ROUTE, start, find, bound, advance, doubt, files)

@@ -19,7 +19,7 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.newton import SOLVED, Search, Steps, descend, run_search
+from r2f_ext.inversion.newton import SOLVED, Search, descend, run_search
 from r2f_ext.inversion.update_map import Subspace, unit_tangent
 from r2f_ext.types import FactoredGradient, Target
 
@@ -224,7 +224,7 @@ def search_matrix_free(
     )
 
 
-class KrylovSteps(Steps):
+class KrylovSteps:
     """Damped steps within a Krylov space of every point."""
 
     def __init__(
@@ -238,7 +238,7 @@ class KrylovSteps(Steps):
         self.updates, self.observed, self.label = updates, observed, label
         self.coordinates, self.config = coordinates, config
 
-    def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         here = self.updates.at(point[0], self.label)
         local = KrylovLocal(here, self.coordinates, (value - self.observed)[0], self.config.krylov)
         solved = SOLVED * len(self.updates.target.layers) ** 0.5

@@ -10,10 +10,8 @@ thousand times as much as a step.
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from typing import Protocol
 
 import torch
@@ -31,6 +29,8 @@ IMPROVED = (
 STALLED = 0.8  # ratio to the lowest residual so far below which a pass counts as an improvement
 
 UpdateOf = Callable[[Tensor], Tensor]  # images [n, p] -> updates [n, R]
+# One pass: a point [1, p] and its update [1, R] -> the next point and its update.
+Move = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Search:
         start_residual: the same at the start.
         passes: number of passes taken.
         stopped: the time limit ended it.
+        seconds: time of its passes; that of a pass that several victims take together is divided among them.
     """
 
     image: Tensor
@@ -51,6 +52,7 @@ class Search:
     start_residual: float
     passes: int
     stopped: bool = False
+    seconds: float = 0.0
 
     @property
     def improved(self) -> bool:
@@ -78,67 +80,33 @@ class Local(Protocol):
         ...
 
 
-class Steps(ABC):
-    """The update rule of a search."""
-
-    @abstractmethod
-    def move(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass from point [1, p] with update [1, R]; returns the next point and its update."""
-
-    def restart(self) -> bool:
-        """Called when passes no longer improve; returns whether a restart can give another result."""
-        return False
-
-
 def run_search(
-    update_of: UpdateOf,
-    steps: Steps,
-    observed: Tensor,
-    start: Tensor,
-    layers: int,
-    passes: int,
-    patience: int,
-    seconds: float = inf,
+    update_of: UpdateOf, move: Move, observed: Tensor, start: Tensor, layers: int, passes: int, patience: int
 ) -> Search:
-    """Follow `steps` from start [p] in [0, 1] to the image whose update is observed [R]; the best point is returned.
+    """Take passes from start [p] in [0, 1] to the image whose update is observed [R]; the best point is returned.
 
     Args:
         layers: number of layers, whose updates of norm 1 are concatenated in `observed`.
         passes: maximum number of passes.
-        patience: passes without an improvement after which the search restarts or ends.
-        seconds: no pass begins later than this after the first one.
+        patience: passes without an improvement after which the search ends.
     """
     began = time.perf_counter()
 
     def misfit(value: Tensor) -> float:
         return float((value - observed).norm()) / layers**0.5
 
-    beginning = start[None], update_of(start[None])
-    point, value = beginning
+    point, value = start[None], update_of(start[None])
     first = residual = lowest = misfit(value)
     best, least, count, since = point, residual, 0, 0
-    stopped = False
-    while least > SOLVED and count < passes:
-        if stopped := time.perf_counter() - began >= seconds:
-            break
-        point, value = steps.move(point, value)
+    while least > SOLVED and count < passes and since < patience and not (least < PRECISE and since == 2):
+        point, value = move(point, value)
         residual = misfit(value)
         count += 1
         image = point.clamp(0, 1)
         if (reached := misfit(update_of(image))) < least:  # solutions outside the box are not the image
             best, least = image, reached
         lowest, since = (residual, 0) if residual < STALLED * lowest else (lowest, since + 1)
-        if least < PRECISE and since == 2:
-            break
-        if since < patience:
-            continue
-        if steps.restart():
-            point, value = beginning
-            residual = lowest = first
-            since = 0
-        else:
-            break
-    return Search(best[0], least, first, count, stopped)
+    return Search(best[0], least, first, count, seconds=time.perf_counter() - began)
 
 
 def descend(

@@ -4,13 +4,14 @@ The misfit has narrow and curved valleys: J^T J has eigenvalues over many orders
 Gauss-Newton leaves the valley. In coordinates in which J^T J, damped, is the identity, many short steps with exact
 gradients follow it. Such a step costs about a two-hundredth of a Jacobian.
 
-All victims take their steps together: each evaluation is one batch through the model, and few wait for the device.
+All victims take their steps together: each evaluation is one batch through the model, and few wait for the device. A
+victim whose misfit no longer falls leaves the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ DECREASE = 1e-4  # share of the expected decrease that an accepted step has (Arm
 SHORTEST, LONGEST = 0.1, 0.5  # factors between which a refused step is shortened
 STUCK = 1e-8  # step length below which the memory is dropped
 
-SlopesOf = Callable[[Tensor], tuple[Tensor, Tensor]]  # images [V, p] -> misfits [V], their slopes [V, p]
+# Images [n, p] and which of the victims they are of, int64 [n] -> misfits [n], their slopes [n, p].
+SlopesOf = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def preconditioned_descent(
@@ -56,12 +58,7 @@ def preconditioned_descent(
     # Rows of L^-1 basis^T: moves u of the image along them have J^T J + damping = identity.
     directions = torch.linalg.solve_triangular(lower, basis.double().T, upper=False).to(basis.dtype)
 
-    def evaluate(moves: Tensor) -> tuple[Tensor, Tensor]:
-        losses, slopes = slopes_of(points + torch.bmm(moves[:, None].to(basis.dtype), directions)[:, 0])
-        return losses.double(), torch.bmm(directions, slopes[:, :, None])[:, :, 0].double()
-
-    moves = _minimised(evaluate, basis.new_zeros(len(points), basis.shape[1], dtype=torch.float64), enough, evaluations)
-    found = points + torch.bmm(moves[:, None].to(basis.dtype), directions)[:, 0]
+    found = _minimised(slopes_of, points, directions, enough, evaluations)
     return torch.where((usable & found.isfinite().all(1))[:, None], found, points)
 
 
@@ -100,36 +97,101 @@ class _Memory:
         return -found[:, :, 0]
 
 
-def _minimised(evaluate: SlopesOf, point: Tensor, enough: float, evaluations: int) -> Tensor:
-    """L-BFGS from point [V, q] float64, with step lengths by backtracking; each evaluation is one trial of all.
+@dataclass(frozen=True)
+class _State:
+    """Where the descents of n victims stand.
 
-    It ends early where no victim gains much any more, or needs to.
+    Attributes:
+        victim: int64 [n]; start: images [n, p]; directions: [n, q, p], along which they move.
+        move: [n, q] float64; loss [n] and slope [n, q] there, and the loss at the last look.
+        direction, length: of the next trial, [n, q] and [n].
     """
-    loss, slope = evaluate(point)
-    mark = loss
-    empty = point.new_zeros(len(point), MEMORY, point.shape[1])
-    memory, direction, length = _Memory(empty, empty), -slope, _first_length(slope)
+
+    victim: Tensor
+    start: Tensor
+    directions: Tensor
+    move: Tensor
+    loss: Tensor
+    slope: Tensor
+    mark: Tensor
+    memory: _Memory
+    direction: Tensor
+    length: Tensor
+
+    @staticmethod
+    def at(slopes_of: SlopesOf, start: Tensor, directions: Tensor) -> _State:
+        """Before the first step, with no memory."""
+        victim = torch.arange(len(start), device=start.device)
+        move = start.new_zeros(directions.shape[:2], dtype=torch.float64)
+        loss, slope = _evaluated(slopes_of, victim, start, directions, move)
+        empty = move.new_zeros(len(start), MEMORY, move.shape[1])
+        memory, length = _Memory(empty, empty), _first_length(slope)
+        return _State(victim, start, directions, move, loss, slope, loss, memory, -slope, length)
+
+    def of(self, rows: Tensor) -> _State:
+        """The state of these rows alone, bool [n]."""
+        memory = _Memory(self.memory.steps[rows], self.memory.changes[rows])
+        parts = {name: part[rows] for name, part in vars(self).items() if name != "memory"}
+        return _State(**parts, memory=memory)
+
+    def images(self) -> Tensor:
+        """[n, p]."""
+        return _moved(self.start, self.directions, self.move)
+
+
+def _moved(start: Tensor, directions: Tensor, move: Tensor) -> Tensor:
+    return start + torch.bmm(move[:, None].to(start.dtype), directions)[:, 0]
+
+
+def _evaluated(
+    slopes_of: SlopesOf, victim: Tensor, start: Tensor, directions: Tensor, move: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Losses [n] at moves [n, q] from images [n, p] along directions [n, q, p], and their slopes [n, q]; float64."""
+    losses, slopes = slopes_of(_moved(start, directions, move), victim)
+    return losses.double(), torch.bmm(directions, slopes[:, :, None])[:, :, 0].double()
+
+
+def _minimised(slopes_of: SlopesOf, points: Tensor, directions: Tensor, enough: float, evaluations: int) -> Tensor:
+    """L-BFGS from images [V, p] along directions [V, q, p], with step lengths by backtracking; the images [V, p].
+
+    Each evaluation is one trial of all. A victim that does not gain much any more, or does not need to, takes no
+    further steps.
+    """
+    found, state = points.clone(), _State.at(slopes_of, points, directions)
     for number in range(1, evaluations + 1):
-        trial = point + length[:, None] * direction
-        trial_loss, trial_slope = evaluate(trial)
-        expected = length * (slope * direction).sum(1)
-        accepted = trial_loss <= loss + DECREASE * expected  # also where it is NaN: no
-        step, change = trial - point, trial_slope - slope
-        curvature = (step * change).sum(1)
-        memory = memory.with_pairs(step, change, accepted & (curvature > 1e-10 * change.square().sum(1)))
-        shorter = -expected / (2 * (trial_loss - loss - expected)).clamp_min(1e-300)  # of the parabola
-        shorter = length * shorter.nan_to_num(nan=SHORTEST).clamp(SHORTEST, LONGEST)
-        stuck = ~accepted & (shorter < STUCK)
-        memory = memory.without(stuck)
-        point, slope = (torch.where(accepted[:, None], new, old) for new, old in ((trial, point), (trial_slope, slope)))
-        loss = torch.where(accepted, trial_loss, loss)
-        direction = torch.where((accepted | stuck)[:, None], memory.direction(slope), direction)
-        length = torch.where(accepted, 1.0, torch.where(stuck, _first_length(slope), shorter))
+        state = _tried(slopes_of, state)
         if number % CHECK_EVERY == 0:
-            if bool(((loss <= enough) | ~(loss < GAIN * mark)).all()):
-                break
-            mark = loss
-    return point
+            going = (state.loss > enough) & (state.loss < GAIN * state.mark)
+            if not bool(going.all()):
+                found[state.victim] = state.images()
+                state = state.of(going)
+            if len(state.victim) == 0:
+                return found
+            state = replace(state, mark=state.loss)
+    found[state.victim] = state.images()
+    return found
+
+
+def _tried(slopes_of: SlopesOf, state: _State) -> _State:
+    """One trial of each victim: the step is taken where the loss falls enough, else the next one is shorter."""
+    loss, slope = state.loss, state.slope
+    trial = state.move + state.length[:, None] * state.direction
+    trial_loss, trial_slope = _evaluated(slopes_of, state.victim, state.start, state.directions, trial)
+    expected = state.length * (slope * state.direction).sum(1)
+    accepted = trial_loss <= loss + DECREASE * expected  # also where it is NaN: no
+    step, change = trial - state.move, trial_slope - slope
+    curvature = (step * change).sum(1)
+    memory = state.memory.with_pairs(step, change, accepted & (curvature > 1e-10 * change.square().sum(1)))
+    shorter = -expected / (2 * (trial_loss - loss - expected)).clamp_min(1e-300)  # of the parabola
+    shorter = state.length * shorter.nan_to_num(nan=SHORTEST).clamp(SHORTEST, LONGEST)
+    stuck = ~accepted & (shorter < STUCK)
+    memory = memory.without(stuck)
+    taken = accepted[:, None]
+    move, slope = torch.where(taken, trial, state.move), torch.where(taken, trial_slope, slope)
+    direction = torch.where((accepted | stuck)[:, None], memory.direction(slope), state.direction)
+    length = torch.where(accepted, 1.0, torch.where(stuck, _first_length(slope), shorter))
+    loss = torch.where(accepted, trial_loss, loss)
+    return replace(state, move=move, loss=loss, slope=slope, memory=memory, direction=direction, length=length)
 
 
 def _first_length(slope: Tensor) -> Tensor:

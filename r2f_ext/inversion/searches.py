@@ -1,4 +1,4 @@
-"""One search after another: V victims from one start, with a line on each as it ends."""
+"""The searches of V victims from one start, with a line on each as it ends."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from r2f_ext.inversion.newton import Search
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
-# Victims, their start points [n, c * h * w] and labels [n] -> their searches, in this order.
-Find = Callable[[Sequence[int], Tensor, Tensor], Iterator[Search]]
+# Victims, their start points [n, c * h * w] and labels [n] -> each victim and its search, as they end.
+Find = Callable[[Sequence[int], Tensor, Tensor], Iterator[tuple[int, Search]]]
 
 
 def one_by_one(find: Callable[[int, Tensor, Tensor], Search]) -> Find:
     """Searches that are made alone: find of a victim, its start point [c * h * w] and label [1]."""
 
-    def each(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[Search]:
+    def each(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[tuple[int, Search]]:
         for victim, point, label in zip(victims, points, labels, strict=True):
-            yield find(victim, point, label[None])
+            yield victim, find(victim, point, label[None])
 
     return each
 
@@ -51,8 +51,8 @@ def search_each(
         files: where each search is kept once it has ended, and taken from if it is there; None: nowhere.
 
     Returns:
-        `per_victim` holds `residual`, `start_residual`, `passes`, `stopped` and `exact` (1 or 0), `bound_db`,
-        `free_directions` and `misfit` (see `Bound`; NaN where not computed); `details` how many are exact.
+        `per_victim` holds `residual`, `start_residual`, `passes`, `search_seconds`, `stopped` and `exact` (1 or 0),
+        `bound_db`, `free_directions` and `misfit` (see `Bound`; NaN where not computed); `details` how many are exact.
 
     Raises:
         R2FError: the start has no labels.
@@ -64,38 +64,29 @@ def search_each(
         which, verb = ("search", "is") if strangers == 1 else ("searches", "are")
         others = f"{strangers} kept {which} {verb} of other adapters, images, settings or versions"
         advance(0, f"{others} and {verb} not used")
-    points = start.images.flatten(1)
-    kept = [_read(victim, point, files) for victim, point in enumerate(points)]
-    missing = [victim for victim, (search, _) in enumerate(kept) if search is None]
-    made = find(missing, points[missing], start.labels[missing])
-    images, figures = [], []
-    for victim, (image, label) in enumerate(zip(start.images, start.labels, strict=True)):
-        search, remark = kept[victim]
-        found = search or next(made)
-        if search is None:
-            remark += _write(victim, found, files)
+    figures: list[dict[str, float]] = [{} for _ in start.images]
+    images = start.images.clone()
+    for count, (victim, found, remark) in enumerate(_in_turn(start.images.flatten(1), start.labels, find, files), 1):
         judged = found.improved and doubt is None
-        known = bound(victim, found.image, label[None]) if judged else Bound()
-        figures.append(
-            {
-                "residual": found.residual,
-                "start_residual": found.start_residual,
-                "passes": found.passes,
-                "stopped": found.stopped,
-                "exact": known.exact,
-                "bound_db": known.db,
-                "free_directions": known.free,
-                "misfit": known.misfit,
-            }
-        )
-        images.append(found.image.view_as(image) if found.improved else image)
+        known = bound(victim, found.image, start.labels[victim, None]) if judged else Bound()
+        figures[victim] = {
+            "residual": found.residual,
+            "start_residual": found.start_residual,
+            "passes": found.passes,
+            "search_seconds": found.seconds,
+            "stopped": found.stopped,
+            "exact": known.exact,
+            "bound_db": known.db,
+            "free_directions": known.free,
+            "misfit": known.misfit,
+        }
+        if found.improved:
+            images[victim] = found.image.view_as(images[victim])
         words = f"exact to {floor(known.db)} dB" if known.exact else "not exact"
         words += ", stopped by the time limit" if found.stopped else ""
-        so_far = sum(bool(each["exact"]) for each in figures)
-        line = (
-            f"search {victim + 1} of {len(start.images)}: residual {found.residual:.1e}, {words}; {so_far} exact so far"
-        )
-        advance(1, line + remark)
+        so_far = sum(bool(each.get("exact")) for each in figures)
+        of = f"search {count} of {len(images)} (victim {victim + 1})"
+        advance(1, f"{of}: residual {found.residual:.1e}, {words}; {so_far} exact so far{remark}")
     per_victim = {key: torch.tensor([float(each[key]) for each in figures], dtype=torch.float64) for key in figures[0]}
     exact = int(per_victim["exact"].sum())
     why = f"Gauss-Newton on the update itself: {exact} of {len(images)} images are exact"
@@ -104,9 +95,20 @@ def search_each(
     if stopped := int(per_victim["stopped"].sum()):
         why += f"; the time limit stopped {stopped} of {len(images)} searches"
     seconds, details = time.perf_counter() - began, {"exact": float(exact)}
-    return Reconstruction(
-        route, torch.stack(images), start.labels, why, seconds, details, per_victim=per_victim, doubt=doubt
-    )
+    return Reconstruction(route, images, start.labels, why, seconds, details, per_victim=per_victim, doubt=doubt)
+
+
+def _in_turn(
+    points: Tensor, labels: Tensor, find: Find, files: SearchFiles | None
+) -> Iterator[tuple[int, Search, str]]:
+    """Each victim, its search and a remark on its file: first those that are kept, then the others as they end."""
+    kept = [_read(victim, point, files) for victim, point in enumerate(points)]
+    for victim, (search, remark) in enumerate(kept):
+        if search is not None:
+            yield victim, search, remark
+    missing = [victim for victim, (search, _) in enumerate(kept) if search is None]
+    for victim, search in find(missing, points[missing], labels[missing]):
+        yield victim, search, kept[victim][1] + _write(victim, search, files)
 
 
 def _read(victim: int, start: Tensor, files: SearchFiles | None) -> tuple[Search | None, str]:

@@ -1,14 +1,15 @@
 """Gauss-Newton searches of several victims that take their passes together (docs/methods.md, 3f).
 
-A pass is one of three kinds, see `Kind`. All victims whose next pass is of one kind take it in one batch, so that a
-GPU is filled and waited for once. Each search goes the way that it would go alone, but for rounding, and for descents:
-these go on as long as one victim of the batch gains.
+A pass is one of three kinds, see `Kind`. All victims whose next pass is of one kind take it in one batch: a GPU is
+filled and waited for once, and on a CPU the model's overhead, most of the time of a single small image, is shared.
+Where a search ends, the next victim takes its place. Each search goes the way that it would go alone, but for rounding.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -33,6 +34,7 @@ NEAR, FAR = 0.007, 0.1
 # less damping from the start, steps leave the valley.
 DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
 HANDED_OVER = 0.1  # share of NEAR at which a descent leaves the rest to Newton
+CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for each
 
 
 class Kind(Enum):
@@ -52,8 +54,8 @@ class GaussNewtonConfig:
             same, a pass of descent about three times that.
         patience: passes without a reduction of the residual by a fifth after which the search begins again near its
             start.
-        minutes: after which no pass of a victim begins; None: no limit. A search that it cuts short depends on the
-            machine's speed; the others do not.
+        minutes: after which no pass of a victim begins, see `Search.seconds`; None: no limit. A search that it cuts
+            short depends on the machine's speed; the others do not.
         samples: images per direction in the clouds of the first search, of the second, ...; then from the first again.
         spread: how far a repeated search begins from the start, in standard deviations of the start's expected error.
         steps: maximum number of steps with one Jacobian.
@@ -129,11 +131,13 @@ class _Course:
     samples: cycle[float]
     cloud: Cloud
     kind: Kind
+    generator: torch.Generator
     residual: float = field(init=False)
     lowest: float = field(init=False)
     least: float = field(init=False)
     count: int = 0
     since: int = 0
+    seconds: float = 0.0
     damping: float = DAMPING
     ended: bool = False
     stopped: bool = False
@@ -141,71 +145,122 @@ class _Course:
     def __post_init__(self) -> None:
         self.residual = self.lowest = self.least = self.first
 
+    def found(self, image: Tensor) -> Search:
+        return Search(image, self.least, self.first, self.count, self.stopped, self.seconds)
+
 
 def search_together(
     task: Task,
     starts: Tensor,
     config: GaussNewtonConfig,
     axes: Sequence[Axes],
+    together: int,
     choose: Choice | None = None,
     restarts: bool = True,
-) -> list[Search]:
-    """Follow V searches from starts [V, p] in [0, 1] to the images whose updates are observed; the best points.
+) -> Iterator[tuple[int, Search]]:
+    """Follow V searches from starts [V, p] in [0, 1] to the images whose updates are observed.
 
     Args:
         axes: of each victim's clouds.
+        together: how many victims take their passes together.
         choose: the kind of the next pass; None: `next_kind`.
         restarts: begin again near the start, with new clouds, where passes no longer improve.
+
+    Yields:
+        (victim, its best point and figures), in the order in which the searches end.
     """
-    began, everyone = time.perf_counter(), torch.arange(len(starts), device=starts.device)
-    limit = inf if config.minutes is None else 60 * config.minutes
-    descends = task.slopes_of is not None
-    choose = choose or partial(next_kind, descends=descends)
-    points, values = starts.clone(), task.update_of(starts, everyone)
-    best = starts.clone()
-    courses = _begin(task.residuals(values, everyone), config, axes, choose)
-    generators = [torch.Generator(starts.device).manual_seed(config.seed) for _ in axes]
-    while active := [victim for victim, course in enumerate(courses) if not course.ended]:
-        if time.perf_counter() - began >= limit:
-            for victim in active:
-                courses[victim].stopped = True
-            break
-        for kind in Kind:
-            if chosen := [victim for victim in active if courses[victim].kind is kind]:
-                rows = torch.tensor(chosen, device=starts.device)
-                points[rows], values[rows] = _moved(
-                    kind, task, rows, points[rows], values[rows], config, axes, courses, generators
-                )
-        rows = torch.tensor(active, device=starts.device)
-        images = points[rows].clamp(0, 1)  # solutions outside the box are not the image
-        reached = task.residuals(task.update_of(images, rows), rows)
-        for place, (victim, residual) in enumerate(zip(active, task.residuals(values[rows], rows), strict=True)):
-            course = courses[victim]
+    choose = choose or partial(next_kind, descends=task.slopes_of is not None)
+    searches = _Searches(task, starts, config, axes, choose, restarts)
+    waiting, active = deque(range(len(starts))), list[int]()
+    while waiting or active:
+        entering = [waiting.popleft() for _ in range(min(together - len(active), len(waiting)))]
+        if entering:
+            searches.enter(entering)
+        active += entering
+        courses = searches.courses
+        yield from ((victim, searches.found(victim)) for victim in active if courses[victim].ended)
+        active = [victim for victim in active if not courses[victim].ended]
+        if waiting and len(active) < together:
+            continue
+        groups = [(kind, [victim for victim in active if courses[victim].kind is kind]) for kind in Kind]
+        for kind, victims in groups:
+            if victims:
+                searches.take_pass(kind, victims)
+
+
+class _Searches:
+    """The points [V, p] and values [V, R] of V searches, their best images [V, p], and where each stands."""
+
+    def __init__(
+        self,
+        task: Task,
+        starts: Tensor,
+        config: GaussNewtonConfig,
+        axes: Sequence[Axes],
+        choose: Choice,
+        restarts: bool,
+    ) -> None:
+        self.task, self.starts, self.config, self.axes = task, starts, config, axes
+        self.choose, self.restarts = choose, restarts
+        self.points, self.best, self.values = starts.clone(), starts.clone(), torch.empty_like(task.observed)
+        self.courses: dict[int, _Course] = {}
+
+    def enter(self, victims: Sequence[int]) -> None:
+        """Begin the searches of these victims."""
+        rows = self._rows(victims)
+        self.values[rows] = self.task.update_of(self.starts[rows], rows)
+        for victim, residual in zip(victims, self.task.residuals(self.values[rows], rows), strict=True):
+            samples, generator = cycle(self.config.samples), torch.Generator(self.starts.device)
+            cloud = Cloud(self.axes[victim].covariance, samples=next(samples))
+            kind = self.choose(None, inf, residual)
+            course = _Course(residual, samples, cloud, kind, generator.manual_seed(self.config.seed))
+            course.ended = not residual > SOLVED or self.config.passes < 1
+            self.courses[victim] = course
+            self._stop_where_time_is_up(course)
+
+    def take_pass(self, kind: Kind, victims: Sequence[int]) -> None:
+        """One pass of these victims, all of one kind; its time is divided among them."""
+        began, rows, config = time.perf_counter(), self._rows(victims), self.config
+        courses, axes = [self.courses[victim] for victim in victims], [self.axes[victim] for victim in victims]
+        points, values = _moved(kind, self.task, rows, self.points[rows], self.values[rows], config, axes, courses)
+        self.points[rows], self.values[rows] = points, values
+        images = points.clamp(0, 1)  # solutions outside the box are not the image
+        reached = self.task.residuals(self.task.update_of(images, rows), rows)
+        residuals = self.task.residuals(values, rows)
+        for place, (victim, course) in enumerate(zip(victims, courses, strict=True)):
             if reached[place] < course.least:
-                course.least, best[victim] = reached[place], images[place]
-            if _judged(course, residual, config, choose, restarts):
-                spread = config.spread if descends else 0.0  # clouds alone lead elsewhere from the same start
-                points[victim] = _nearby(starts[victim], axes[victim], spread, generators[victim])
-                values[victim] = task.update_of(points[victim, None], everyone[victim, None])[0]
-                (again,) = task.residuals(values[victim, None], everyone[victim, None])
-                _restart(course, again, axes[victim], choose)
-    return [
-        Search(image, course.least, course.first, course.count, course.stopped)
-        for image, course in zip(best, courses, strict=True)
-    ]
+                course.least, self.best[victim] = reached[place], images[place]
+            if _judged(course, residuals[place], config, self.choose, self.restarts):
+                self._begin_again(victim)
+        seconds = (time.perf_counter() - began) / len(victims)
+        for course in courses:
+            course.seconds += seconds
+            self._stop_where_time_is_up(course)
 
+    def found(self, victim: int) -> Search:
+        """What a victim's search has found so far."""
+        return self.courses[victim].found(self.best[victim].clone())
 
-def _begin(
-    residuals: Sequence[float], config: GaussNewtonConfig, axes: Sequence[Axes], choose: Choice
-) -> list[_Course]:
-    courses = []
-    for residual, own in zip(residuals, axes, strict=True):
-        samples = cycle(config.samples)
-        cloud = Cloud(own.covariance, samples=next(samples))
-        course = _Course(residual, samples, cloud, choose(None, inf, residual))
-        course.ended = not residual > SOLVED or config.passes < 1
-        courses.append(course)
-    return courses
+    def _rows(self, victims: Sequence[int]) -> Tensor:
+        return torch.tensor(victims, device=self.starts.device)
+
+    def _begin_again(self, victim: int) -> None:
+        course, rows, axes = self.courses[victim], self._rows([victim]), self.axes[victim]
+        spread = self.config.spread if self.task.slopes_of else 0.0  # clouds alone lead elsewhere from the same start
+        self.points[victim] = _nearby(self.starts[victim], axes, spread, course.generator)
+        self.values[rows] = self.task.update_of(self.points[rows], rows)
+        (residual,) = self.task.residuals(self.values[rows], rows)
+        course.residual = course.lowest = residual
+        course.since, course.damping = 0, DAMPING
+        course.cloud, course.kind = (
+            Cloud(axes.covariance, samples=next(course.samples)),
+            self.choose(None, inf, residual),
+        )
+
+    def _stop_where_time_is_up(self, course: _Course) -> None:
+        limit = inf if self.config.minutes is None else 60 * self.config.minutes
+        if not course.ended and course.seconds >= limit:
+            course.ended = course.stopped = True
 
 
 def _judged(course: _Course, residual: float, config: GaussNewtonConfig, choose: Choice, restarts: bool) -> bool:
@@ -241,12 +296,6 @@ def _nearby(start: Tensor, axes: Axes, spread: float, generator: torch.Generator
     return (start + spread * shift).clamp(0, 1)
 
 
-def _restart(course: _Course, residual: float, axes: Axes, choose: Choice) -> None:
-    course.residual = course.lowest = residual
-    course.since, course.damping = 0, DAMPING
-    course.cloud, course.kind = Cloud(axes.covariance, samples=next(course.samples)), choose(None, inf, residual)
-
-
 def _moved(
     kind: Kind,
     task: Task,
@@ -256,26 +305,27 @@ def _moved(
     config: GaussNewtonConfig,
     axes: Sequence[Axes],
     courses: Sequence[_Course],
-    generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor]:
-    """One pass of the victims `rows`: their next points [n, p] and values [n, R]."""
+    """One pass of the victims `rows`, whose axes and courses these are: their next points [n, p] and values [n, R]."""
     if kind is Kind.NEWTON:
-        return newton_steps(task, rows, points, values, config)
+        n = newtons_together(points.device, task.subspace.basis.shape[1], values.shape[1])
+        parts = zip(rows.split(n), points.split(n), values.split(n), strict=True)
+        moved = [newton_steps(task, *part, config) for part in parts]
+        return torch.cat([point for point, _ in moved]), torch.cat([value for _, value in moved])
     if kind is Kind.DESCENT:
-        dampings = points.new_tensor([courses[victim].damping for victim in rows.tolist()], dtype=torch.float64)
+        dampings = points.new_tensor([course.damping for course in courses], dtype=torch.float64)
         return _descended(task, rows, points, dampings)
-    chosen = rows.tolist()
     points, values, clouds = linearised_steps(
         lambda images, owners: task.update_of(images, rows[owners]),
         task.observed[rows],
         points,
         values,
-        [axes[victim] for victim in chosen],
-        [courses[victim].cloud for victim in chosen],
-        [generators[victim] for victim in chosen],
+        axes,
+        [course.cloud for course in courses],
+        [course.generator for course in courses],
     )
-    for victim, cloud in zip(chosen, clouds, strict=True):
-        courses[victim].cloud = cloud
+    for course, cloud in zip(courses, clouds, strict=True):
+        course.cloud = cloud
     return points, values
 
 
@@ -288,7 +338,7 @@ def _descended(task: Task, rows: Tensor, points: Tensor, dampings: Tensor) -> tu
     )
     enough = task.layers * (HANDED_OVER * NEAR) ** 2 / 2
     reached = preconditioned_descent(
-        lambda images: slopes_of(images, rows), points, grams, task.subspace.basis, dampings, enough
+        lambda images, places: slopes_of(images, rows[places]), points, grams, task.subspace.basis, dampings, enough
     )
     return reached, task.update_of(reached, rows)
 
@@ -359,12 +409,15 @@ def newton_steps(
 
 
 def victims_together(device: torch.device, directions: int, numbers: int) -> int:
-    """How many searches go side by side: one on a CPU, where a batch gains nothing; on a GPU as many as fit.
+    """How many searches go side by side: a few on a CPU, on a GPU as many as fit.
 
     Args:
         directions: q of the subspace; numbers: R of an update.
     """
-    if device.type != "cuda":
-        return 1
+    return newtons_together(device, directions, numbers) if device.type == "cuda" else CPU_TOGETHER
+
+
+def newtons_together(device: torch.device, directions: int, numbers: int) -> int:
+    """Of how many victims Jacobians and factors fit into memory; arguments as of `victims_together`."""
     each = 8 * directions * (numbers + (len(DAMPINGS) + 2) * directions)
     return max(1, budget(device) // each)
