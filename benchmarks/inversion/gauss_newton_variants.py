@@ -2,13 +2,14 @@
 
     python benchmarks/inversion/gauss_newton_variants.py --list
     python benchmarks/inversion/gauss_newton_variants.py --only "T = 2" "b = 2" --json FILE
-    python benchmarks/inversion/gauss_newton_variants.py --json benchmarks/results/0.1.0/gauss_newton_variants.json
+    python benchmarks/inversion/gauss_newton_variants.py --starts amortised --victims 20 --device cuda --json FILE
 
 Victims are trained by `simulate`, which equals PEFT. The attacker knows A before the first step and, where one plain
 step does not cancel it, the recipe. Each victim is searched for from two starts: `amortised`, the attacker's own, where
-that route exists; and `oracle`, the original plus smooth noise at --oracle-db and its true label, which separates the
-reach of the search from the quality of the start. An oracle is not an attack. No case begins another search after
---minutes; rows are written as they come, and those that are in the file already are not computed again.
+a victim owns one image, from pairs that are trained by its recipe; and `oracle`, the original plus smooth noise at
+--oracle-db and its true label, which separates the reach of the search from the quality of the start. An oracle is not
+an attack. Searches of one plain step go side by side, and descend; the others go one by one, and do not. Rows are
+written as they come, and those that are in the file already are not computed again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,23 +35,37 @@ from r2f_ext.capture import Capture
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.exactness import REPRODUCED
-from r2f_ext.inversion.gauss_newton import search
+from r2f_ext.inversion.gauss_newton import gauss_newton, search
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
 from r2f_ext.inversion.newton import Search
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.side_by_side import CPU_TOGETHER, GaussNewtonConfig
+from r2f_ext.inversion.start import onto_span
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
-from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, UpdateMap, flat_units
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
 from r2f_ext.models import load_base
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, Victims, simulate
-from r2f_ext.types import AdaptedLayer, BaseModel, Target
+from r2f_ext.types import AdaptedLayer, BaseModel, Reconstruction, Target
 
 LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 DIRECTIONS = 64
 ONE_STEP = Training()
 
 
-Find = Callable[[int, Tensor, Tensor, Tensor | None], Search]
+Find = Callable[[int, Tensor, Tensor, Tensor | None], Search]  # victim, start, labels, the start's errors on proxies
+
+
+def embedded(device: str) -> BaseModel:
+    return load_base(device=device)
+
+
+def vit_b16_at_32(device: str) -> BaseModel:
+    """ViT-B/16 for 32x32 images and 10 classes, random weights."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224", img_size=32, num_classes=10, pretrained=False).eval().to(device)
+    unfuse_attention(model)
+    half = (0.5, 0.5, 0.5)
+    return BaseModel(model.requires_grad_(False), "timm:vit_base_patch16_224", (3, 32, 32), half, half, 10)
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class Case:
     storage: torch.dtype = torch.float32
     private: str = "embedded"
     proxy: str | None = None
-    base: Callable[[], BaseModel] = load_base
+    base: Callable[[str], BaseModel] = embedded
     exact_gradients: bool = False
 
     @property
@@ -73,17 +88,8 @@ class Case:
 
     @property
     def has_amortised(self) -> bool:
-        """Whether the amortised route applies: one image, and an update close to that of a plain SGD step."""
-        return self.training.owned == 1 and self.training.optimizer == "sgd" and not self.exact_gradients
-
-
-def vit_b16_at_32() -> BaseModel:
-    """ViT-B/16 for 32x32 images and 10 classes, random weights."""
-    torch.manual_seed(0)
-    model = timm.create_model("vit_base_patch16_224", img_size=32, num_classes=10, pretrained=False).eval()
-    unfuse_attention(model)
-    half = (0.5, 0.5, 0.5)
-    return BaseModel(model.requires_grad_(False), "timm:vit_base_patch16_224", (3, 32, 32), half, half, 10)
+        """Whether the amortised route applies: one image, and an adapter."""
+        return self.training.owned == 1 and not self.exact_gradients
 
 
 CASES = {
@@ -118,16 +124,15 @@ class Start:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched for, and how.
+    """What is searched for, and how: several victims from a start, each of which comes as its search ends.
 
     Attributes:
         originals: [V, owned, c, h, w]; starts: name -> Start.
-        find: (victim, start point, labels, what the start gets wrong on proxies) -> Search.
     """
 
     originals: Tensor
     starts: dict[str, Start]
-    find: Find
+    search: Callable[[list[int], Start], Iterator[tuple[int, Search]]]
 
 
 def main() -> None:
@@ -139,7 +144,9 @@ def main() -> None:
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--oracle-db", type=float, default=26.0)
     parser.add_argument("--passes", type=int, default=20, help="of one search, at most")
-    parser.add_argument("--minutes", type=float, default=15.0, help="after which a case begins no other search")
+    parser.add_argument("--minutes", type=float, help="after which a search of one plain step begins no other pass")
+    parser.add_argument("--start-images", type=int, help="most public images of a label that a start is made from")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     if options.list:
         print("\n".join(CASES))
@@ -150,7 +157,6 @@ def main() -> None:
     path = Path(options.json) if options.json else None
     record = json.loads(path.read_text()) if path and path.exists() else {"rows": []}
     for name in options.only:
-        print(f"{name}: at most {options.minutes:g} minutes and the search that is then under way", flush=True)
         for row in rows_of(name, record["rows"], options):
             print(row, flush=True)
             record["rows"].append(row)
@@ -161,27 +167,22 @@ def main() -> None:
         print(line)
 
 
-def rows_of(name: str, known: list[dict[str, Any]], options: argparse.Namespace) -> Any:
-    """The rows of a case that are not known yet, victim by victim, as long as there is time."""
-    began, case = time.perf_counter(), CASES[name]
+def rows_of(name: str, known: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of a case that are not known yet, as they come."""
+    case = CASES[name]
     wanted = [s for s in options.starts if s == "oracle" or case.has_amortised]
     done = {(row["start"], row["victim"]) for row in known if row["case"] == name}
-    missing = [(s, v) for v in range(options.victims) for s in wanted if (s, v) not in done]
-    if not missing:
+    missing = {s: [v for v in range(options.victims) if (s, v) not in done] for s in wanted}
+    if not any(missing.values()):
         return
-    problem = posed(case, options, wanted)
-    for start, victim in missing:
-        if time.perf_counter() - began > 60 * options.minutes:
-            print(f"{name}: out of time", flush=True)
-            return
-        yield {"case": name, "start": start, "victim": victim, **one(problem, problem.starts[start], victim)}
+    problem = posed(case, options, [s for s in wanted if missing[s]])
+    for start, victims in missing.items():
+        for victim, found in problem.search(victims, problem.starts[start]) if victims else ():
+            yield {"case": name, "start": start, "victim": victim, **row_of(problem, start, victim, found)}
 
 
-def one(problem: Problem, start: Start, victim: int) -> dict[str, Any]:
-    original, image, labels = problem.originals[victim], start.images[victim], start.labels[victim]
-    began = time.perf_counter()
-    found = problem.find(victim, image.flatten(), labels, start.loo_errors.get(int(labels[0])))
-    seconds = time.perf_counter() - began
+def row_of(problem: Problem, start: str, victim: int, found: Search) -> dict[str, Any]:
+    original, image = problem.originals[victim], problem.starts[start].images[victim]
     return {
         "start_psnr_db": float(psnr_db(image, original).mean()),
         "psnr_db": float(psnr_db(found.image.view_as(original), original).mean()),
@@ -189,31 +190,35 @@ def one(problem: Problem, start: Start, victim: int) -> dict[str, Any]:
         "residual": found.residual,
         "said_exact": found.residual < REPRODUCED,
         "passes": found.passes,
-        "seconds": seconds,
+        "seconds": found.seconds,
     }
 
 
 def posed(case: Case, options: argparse.Namespace, starts: list[str]) -> Problem:
     """Victims, what they show, and the starts."""
-    base, owned = case.base(), case.training.owned
+    base, owned = case.base(options.device), case.training.owned
     proxy = case.proxy or options.proxy
     private = load_images(case.private, role="private", count=options.victims * owned)
     # Of the procedural proxy each image serves every label.
     public = drop_private(load_images(proxy, count=6000 if proxy == "procedural" else None), private)
-    some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public))))
-    subspace = Subspace.of(some.batch(slice(None)))
-    images = private.batch(slice(None)).unflatten(0, (-1, owned))
-    labels = private.labels.unflatten(0, (-1, owned))
+    some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public)))).batch(slice(None), base.device)
+    subspace = Subspace.of(some)
+    images = private.batch(slice(None), base.device).unflatten(0, (-1, owned))
+    labels = private.labels.to(base.device).unflatten(0, (-1, owned))
     target = target_of(base, case)
     made = {"oracle": lambda: Start(near(images, subspace, options.oracle_db), labels)}
+    config = GaussNewtonConfig(passes=options.passes, minutes=options.minutes)
     if case.exact_gradients:
-        find = from_gradients(target, images, labels, subspace, options.passes)
+        search = one_by_one(from_gradients(target, images, labels, subspace, options.passes))
     else:
         a0 = initial_a(target)
         victims = stored(simulate(target, a0, images, labels, case.training), case.storage)
-        find = from_adapters(case, target, a0, victims, subspace, options.passes)
-        made["amortised"] = lambda: amortised(target, victims, public)
-    return Problem(images, {name: made[name]() for name in starts}, find)
+        if case.training == ONE_STEP:
+            search = side_by_side_search(target, victims, subspace, config)
+        else:
+            search = one_by_one(from_training(case, target, a0, victims, subspace, config))
+        made["amortised"] = lambda: amortised(case, target, a0, victims, public, some, subspace, options.start_images)
+    return Problem(images, {name: made[name]() for name in starts}, search)
 
 
 def target_of(base: BaseModel, case: Case) -> Target:
@@ -227,7 +232,9 @@ def initial_a(target: Target) -> dict[str, Tensor]:
     """As PEFT draws it: uniform to 1 / sqrt(d_in)."""
     generator = torch.Generator().manual_seed(0)
     return {
-        layer.name: (2 * torch.rand(layer.rank, layer.d_in, generator=generator) - 1) / layer.d_in**0.5
+        layer.name: ((2 * torch.rand(layer.rank, layer.d_in, generator=generator) - 1) / layer.d_in**0.5).to(
+            target.base.device
+        )
         for layer in target.layers
     }
 
@@ -238,21 +245,53 @@ def stored(victims: Victims, dtype: torch.dtype) -> Victims:
     return replace(victims, a=a, b=b)
 
 
-def from_adapters(
-    case: Case, target: Target, a0: dict[str, Tensor], victims: Victims, subspace: Subspace, passes: int
+def one_by_one(find: Find) -> Callable[[list[int], Start], Iterator[tuple[int, Search]]]:
+    def search_each(victims: list[int], start: Start) -> Iterator[tuple[int, Search]]:
+        for victim in victims:
+            label, began = start.labels[victim], time.perf_counter()
+            found = find(victim, start.images[victim].flatten(), label, start.loo_errors.get(int(label[0])))
+            yield victim, replace(found, seconds=time.perf_counter() - began)
+
+    return search_each
+
+
+def side_by_side_search(
+    target: Target, victims: Victims, subspace: Subspace, config: GaussNewtonConfig
+) -> Callable[[list[int], Start], Iterator[tuple[int, Search]]]:
+    """By the route itself; a search whose image does not replace the start comes back with the start."""
+    a = {name: each[0] for name, each in victims.a.items()}
+
+    def search_all(chosen: list[int], start: Start) -> Iterator[tuple[int, Search]]:
+        together = len(chosen) if target.base.device.type == "cuda" else CPU_TOGETHER
+        for some in (chosen[first : first + together] for first in range(0, len(chosen), together)):
+            rows = torch.tensor(some, device=target.base.device)
+            begin = Reconstruction(
+                *("given", start.images[rows, 0], start.labels[rows, 0], "", 0.0), loo_errors=start.loo_errors
+            )
+            observed = {name: -each[rows] for name, each in victims.b.items()}
+            found = gauss_newton(target, a, observed, begin, subspace, config)
+            names = "residual", "start_residual", "passes", "stopped", "search_seconds"
+            figures = zip(*(found.per_victim[name].tolist() for name in names), strict=True)
+            for victim, image, (left, first, passes, stopped, seconds) in zip(some, found.images, figures, strict=True):
+                yield victim, Search(image, left, first, int(passes), bool(stopped), seconds)
+
+    return search_all
+
+
+def from_training(
+    case: Case,
+    target: Target,
+    a0: dict[str, Tensor],
+    victims: Victims,
+    subspace: Subspace,
+    config: GaussNewtonConfig,
 ) -> Find:
-    shape, config = target.base.input_shape, GaussNewtonConfig(passes=passes)
     subspace = side_by_side(subspace, case.training.owned)
-    if case.training == ONE_STEP:
-        plain = UpdateMap(target, {name: each[0] for name, each in victims.a.items()}, torch.Size(shape), DIRECTIONS)
-    else:
-        unrolled = UnrolledMap(target, a0, shape, ONE_STEP if case.reads_adamw else case.training, DIRECTIONS)
+    training = ONE_STEP if case.reads_adamw else case.training
+    unrolled = UnrolledMap(target, a0, target.base.input_shape, training, DIRECTIONS)
 
     def find(victim: int, start: Tensor, labels: Tensor, errors: Tensor | None) -> Search:
         a, b = ({name: each[victim] for name, each in factors.items()} for factors in (victims.a, victims.b))
-        if case.training == ONE_STEP:
-            observed = flat_units({name: -each[None] for name, each in b.items()})[0]
-            return search(plain, observed, start, labels, subspace, config, errors)
         if case.reads_adamw:
             read = first_adamw_step(b, case.training)
             b, weighed = {name: -each for name, each in read.gradient.items()}, unrolled.weighing(read.weights)
@@ -285,20 +324,33 @@ def from_gradients(target: Target, images: Tensor, labels: Tensor, subspace: Sub
     return find
 
 
-def amortised(target: Target, victims: Victims, public: ImageSet) -> Start:
+def amortised(
+    case: Case,
+    target: Target,
+    a0: dict[str, Tensor],
+    victims: Victims,
+    public: ImageSet,
+    some: Tensor,
+    subspace: Subspace,
+    most: int | None,
+) -> Start:
+    """From pairs of the victims' recipe, moved into the span of the subspace."""
     began = time.perf_counter()
-    observed = {name: -b for name, b in victims.b.items()}
-    found = invert_by_label(target, {name: a.mean(0) for name, a in victims.a.items()}, public, observed).reconstruction
-    print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
+    observed, training = {name: -b for name, b in victims.b.items()}, case.training
+    found = invert_by_label(
+        target, a0, public, observed, most=most, training=None if training == ONE_STEP else training
+    ).reconstruction
     assert found.labels is not None
-    return Start(found.images[:, None], found.labels[:, None], found.loo_errors)
+    images = onto_span(found.images.flatten(1), some.flatten(1).mean(0), subspace.basis).clamp(0, 1)
+    print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
+    return Start(images.view_as(found.images)[:, None], found.labels[:, None], found.loo_errors)
 
 
 def near(images: Tensor, subspace: Subspace, decibels: float) -> Tensor:
     """The originals, with noise like the differences between proxies at that PSNR (a little better where clamped)."""
     generator = torch.Generator().manual_seed(0)
     flat = images.flatten(2)
-    noise = torch.randn(*flat.shape[:2], subspace.basis.shape[1], generator=generator) @ subspace.basis.T
+    noise = torch.randn(*flat.shape[:2], subspace.basis.shape[1], generator=generator).to(images) @ subspace.basis.T
     noise *= 10 ** (-decibels / 20) / noise.square().mean(-1, keepdim=True).sqrt()
     return (flat + noise).clamp(0, 1).view_as(images)
 

@@ -9,7 +9,7 @@ from r2f_ext.data import load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import amortised
 from r2f_ext.inversion.amortised import AmortisedInverter, invert_by_label, proxy_of_label
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, Training, simulate
 
 
 @pytest.fixture
@@ -126,6 +126,24 @@ def test_pairs_made_for_each_label_give_what_one_inverter_gives(bound, proxy):
     assert found.reconstruction.labels.tolist() == [3, 3] and sum(made) == 300
     assert not found.far_from_proxy.any()
     torch.testing.assert_close(found.reconstruction.images, expected.images, rtol=1e-3, atol=1e-3)
+
+
+def test_pairs_are_trained_by_the_victims_recipe(bound):
+    """One plain step gives the same pairs by either way; AdamW's signs are another map from images to updates."""
+    target, adapter = bound
+    public, private = load_images("embedded", count=300), load_images("embedded", role="private", count=8)
+    public, private = public.relabelled(3), private.relabelled(3)
+    images, labels = private.batch(slice(None))[:, None], private.labels[:, None]
+
+    def estimates(recipe, training):
+        victims = simulate(target, adapter.a, images, labels, recipe)
+        observed = {name: -b for name, b in victims.b.items()}
+        return invert_by_label(target, adapter.a, public, observed, training=training).reconstruction.images
+
+    plain, adamw = Training(), Training(optimizer="adamw", lr=1e-3)
+    torch.testing.assert_close(estimates(plain, plain), estimates(plain, None), rtol=1e-3, atol=1e-3)
+    wrong, right = ((estimates(adamw, each) - images[:, 0]).square().mean() for each in (None, adamw))
+    assert right < 0.9 * wrong
 
 
 def test_images_with_random_labels_serve_every_label():

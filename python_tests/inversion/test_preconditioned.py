@@ -2,7 +2,14 @@
 
 import torch
 
-from r2f_ext.inversion.preconditioned import CHECK_EVERY, _Memory, preconditioned_descent
+from r2f_ext.inversion.preconditioned import (
+    CHECK_EVERY,
+    STAGES,
+    Expected,
+    _Memory,
+    annealed_descent,
+    preconditioned_descent,
+)
 from r2f_ext.inversion.side_by_side import DAMPING
 from r2f_ext.linalg import precise_gram
 
@@ -137,3 +144,83 @@ def test_a_victim_that_does_not_gain_or_need_to_leaves_the_descent():
     taken.clear()
     preconditioned_descent(slopes_of, torch.zeros_like(wanted), grams, basis, dampings, enough=1e6)
     assert taken == [[0, 1]] * (1 + CHECK_EVERY)
+
+
+def expected_at(centres, covariances):
+    return Expected(centres, torch.eye(centres.shape[1], dtype=torch.float64), torch.linalg.inv(covariances))
+
+
+def test_distances_are_those_of_mahalanobis_and_their_slopes_those_of_autograd():
+    torch.manual_seed(0)
+    directions, _ = torch.linalg.qr(torch.randn(6, 4, dtype=torch.float64))
+    roots = torch.randn(2, 4, 4, dtype=torch.float64)
+    covariances, centres = roots @ roots.mT + torch.eye(4), torch.rand(2, 6, dtype=torch.float64)
+    expected = Expected(centres, directions, torch.linalg.inv(covariances))
+    points = torch.rand(2, 6, dtype=torch.float64, requires_grad=True)
+    normal = [torch.distributions.MultivariateNormal(torch.zeros(4).double(), each) for each in covariances]
+    zero = torch.zeros(4, dtype=torch.float64)
+    logs = [
+        n.log_prob(zero) - n.log_prob((p - c) @ directions) for n, p, c in zip(normal, points, centres, strict=True)
+    ]
+    distances, slopes = expected.distances(points.detach())
+    torch.testing.assert_close(distances, torch.stack(logs).detach())
+    torch.testing.assert_close(slopes, torch.autograd.grad(sum(logs), points)[0])
+    basis, moves = directions * torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.randn(2, 4, dtype=torch.float64)
+    moved = expected.distances(centres + moves @ basis.T)[0]
+    along = expected.along(basis)
+    torch.testing.assert_close(torch.einsum("vi,vij,vj->v", moves, along, moves) / 2, moved)
+
+
+def test_a_pulled_descent_ends_where_the_misfit_does_and_the_image_is_expected():
+    """One equation w x = 1 for three numbers: of all solutions the one of the smallest distance, C w / (w C w)."""
+    w = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
+    covariance, start = torch.diag(torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64)), torch.zeros(1, 3).double()
+    basis = torch.eye(3, dtype=torch.float64)
+
+    def slopes_of(points, _):
+        errors = points @ w - 1
+        return errors.square() / 2, errors[:, None] * w
+
+    given = start, torch.outer(w, w)[None], basis, torch.tensor([DAMPING], dtype=torch.float64)
+    found = annealed_descent(slopes_of, expected_at(start, covariance[None]), *given)[0]
+    torch.testing.assert_close(found, covariance @ w / (w @ covariance @ w), rtol=0, atol=2e-3)
+    alone = preconditioned_descent(slopes_of, *given)[0]
+    torch.testing.assert_close(alone, torch.full((3,), 1 / 3, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_a_pulled_descent_comes_to_the_image_wherever_it_is_expected():
+    """The pull fades with the misfit: in a bent valley, from a start whose errors are expected to be too small."""
+    torch.manual_seed(0)
+    image, basis = torch.rand(10, dtype=torch.float64), torch.eye(10, dtype=torch.float64)
+    wanted, start = valley(image), torch.zeros(1, 10, dtype=torch.float64)
+
+    def slopes_of(points, _):
+        points = points.clone().requires_grad_()
+        losses = (valley(points) - wanted).square().sum(1) / 2
+        return losses.detach(), torch.autograd.grad(losses.sum(), points)[0]
+
+    gram = precise_gram(torch.autograd.functional.jacobian(valley, start[0]).T)[None]
+    expected = expected_at(start, 0.1 * basis[None])
+    found = annealed_descent(slopes_of, expected, start, gram, basis, torch.tensor([DAMPING], dtype=torch.float64))
+    assert (found[0] - image).abs().max() < 1e-2 < (start[0] - image).abs().max()
+
+
+def test_victims_of_a_small_misfit_are_left_where_they_are():
+    basis, taken = torch.eye(2, dtype=torch.float64), []
+    points = torch.tensor([[0.1, 0.0], [3.0, 4.0]], dtype=torch.float64)
+
+    def slopes_of(points, rows):
+        taken.append(rows.tolist())
+        return points.square().sum(1) / 2, points
+
+    found = annealed_descent(
+        slopes_of,
+        expected_at(points, basis.expand(2, 2, 2)),
+        points,
+        basis.expand(2, 2, 2),
+        basis,
+        torch.full((2,), DAMPING, dtype=torch.float64),
+        enough=0.01,
+    )
+    assert torch.equal(found[0], points[0]) and found[1].norm() < 1 and taken[0] == [0, 1] and taken[1] == [1]
+    assert len(taken) <= STAGES * (2 + 2 * CHECK_EVERY)

@@ -20,7 +20,7 @@ from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
 from r2f_ext.kernel_solver import RidgeSystem, best_ridge
 from r2f_ext.linalg import gram, sum_in_place
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training
 from r2f_ext.progress import Advance, unheard
 from r2f_ext.types import Reconstruction, Target
 
@@ -226,6 +226,7 @@ def invert_by_label(
     precision: str = "float32",
     labels: Tensor | None = None,
     most: int | None = None,
+    training: Training | None = None,
 ) -> Amortised:
     """The amortised route at any proxy size: pairs are made label by label, only for the victims' labels.
 
@@ -238,6 +239,7 @@ def invert_by_label(
         labels: int64 [V], the victims'; None: found from up to LABEL_PAIRS further pairs.
         most: images of one label that are used; None: all. Their updates and kernel are in memory, those of one label
             at a time.
+        training: of the victims, one image each, by which pairs are trained too; None: one plain step.
 
     Raises:
         R2FError: fewer than 20 images in the proxy, or `most` is less.
@@ -247,7 +249,7 @@ def invert_by_label(
         raise R2FError(f"pairs of only {most} images of a label fit into memory: use a machine with more.")
     if labels is None:
         first = proxy.take(torch.arange(min(LABEL_PAIRS, len(proxy))))
-        labels = _inverter(target, a, first, advance, precision).find_labels(observed)
+        labels = _inverter(target, a, first, advance, precision, training).find_labels(observed)
     images = labels.new_empty(len(labels), *target.base.input_shape, dtype=torch.float32)
     far = torch.zeros_like(labels, dtype=torch.bool)
     pairs = held_out = 0.0
@@ -255,7 +257,7 @@ def invert_by_label(
     for label in labels.unique().tolist():
         victims = labels == label
         own = proxy_of_label(proxy, label, most)
-        inverter = _inverter(target, a, own, advance, precision)
+        inverter = _inverter(target, a, own, advance, precision, training)
         part = {name: update[victims] for name, update in observed.items()}
         found = inverter.invert(part, labels[victims])
         images[victims], far[victims] = found.images, inverter.far_from_proxy(part, labels[victims])
@@ -300,10 +302,18 @@ def _rows_of_label(proxy: ImageSet, label: int, most: int | None) -> Tensor:
 
 
 def _inverter(
-    target: Target, a: dict[str, Tensor], proxy: ImageSet, advance: Advance, precision: str
+    target: Target,
+    a: dict[str, Tensor],
+    proxy: ImageSet,
+    advance: Advance,
+    precision: str,
+    training: Training | None,
 ) -> AmortisedInverter:
+    pairs: GeneratedPairs | SimulatedPairs = GeneratedPairs(target, a, proxy, precision=precision)
+    if training is not None:
+        pairs = SimulatedPairs(target, a, proxy, training, precision=precision)
     parts: dict[str, list[Tensor]] = {name: [] for name in target.names}
-    for batch in GeneratedPairs(target, a, proxy, precision=precision).batches():
+    for batch in pairs.batches():
         for name, update in batch.updates.items():
             parts[name].append(update.flatten(1))
         advance(len(batch.labels))

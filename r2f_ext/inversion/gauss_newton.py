@@ -6,8 +6,8 @@ image is the root of z(x) = z*. Each update is divided by its norm: the victim's
 Besides the damping described in `newton`, convergence from a start of about 20 dB depends on three choices:
 * Coordinates have unit variance over the proxies, and directions without variance are excluded (`Subspace`).
 * Far from the image, where a derivative is a poor model, many short steps with exact gradients follow the valley of
-  the misfit (`preconditioned`); where they stall, a regression over a cloud of images takes their place
-  (`linearisation`).
+  the misfit, at first held near the start (`preconditioned`); where they stall, a regression over a cloud of images
+  takes their place (`linearisation`).
 * Pixels may leave [0, 1] during the search, because clamped steps stop at points that are not solutions.
 
 The passes of a search, and of several at once, are in `side_by_side`; the map z is in `update_map`.
@@ -46,7 +46,7 @@ from r2f_ext.types import Reconstruction, Target
 
 ROUTE = "gauss_newton"
 FULL_BITS = 32  # of the dtype that PEFT draws A in
-# In float64, of searches that float32 has ended early; where a pass of it gains little, precision was not what ended them.
+# In float64, of searches that float32 has ended early; where a pass gains little, it was not precision that ended them.
 FINISH = GaussNewtonConfig(passes=6, patience=1)
 
 

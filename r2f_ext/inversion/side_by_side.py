@@ -21,7 +21,7 @@ from torch import Tensor
 
 from r2f_ext.inversion.linearisation import Axes, Cloud, drawn, linearised_steps
 from r2f_ext.inversion.newton import DAMPINGS, PRECISE, SOLVED, STALLED, Search
-from r2f_ext.inversion.preconditioned import preconditioned_descent
+from r2f_ext.inversion.preconditioned import Expected, annealed_descent
 from r2f_ext.inversion.update_map import Subspace
 from r2f_ext.linalg import largest_eigenvalues, precise_gram
 from r2f_ext.pairs.memory import budget
@@ -125,8 +125,10 @@ def next_kind(last: Kind | None, before: float, residual: float, descends: bool)
 
 @dataclass
 class _Course:
-    """Where one search stands: residuals at its start, now, the lowest of this search, and the least of any image."""
+    """Where one search stands: its start [p], the residual there, now, the lowest of this search, and the least of any
+    image."""
 
+    start: Tensor
     first: float
     samples: cycle[float]
     cloud: Cloud
@@ -213,7 +215,9 @@ class _Searches:
             samples, generator = cycle(self.config.samples), torch.Generator(self.starts.device)
             cloud = Cloud(self.axes[victim].covariance, samples=next(samples))
             kind = self.choose(None, inf, residual)
-            course = _Course(residual, samples, cloud, kind, generator.manual_seed(self.config.seed))
+            course = _Course(
+                self.starts[victim], residual, samples, cloud, kind, generator.manual_seed(self.config.seed)
+            )
             course.ended = not residual > SOLVED or self.config.passes < 1
             self.courses[victim] = course
             self._stop_where_time_is_up(course)
@@ -313,8 +317,7 @@ def _moved(
         moved = [newton_steps(task, *part, config) for part in parts]
         return torch.cat([point for point, _ in moved]), torch.cat([value for _, value in moved])
     if kind is Kind.DESCENT:
-        dampings = points.new_tensor([course.damping for course in courses], dtype=torch.float64)
-        return _descended(task, rows, points, dampings)
+        return _descended(task, rows, points, axes, courses)
     points, values, clouds = linearised_steps(
         lambda images, owners: task.update_of(images, rows[owners]),
         task.observed[rows],
@@ -329,16 +332,27 @@ def _moved(
     return points, values
 
 
-def _descended(task: Task, rows: Tensor, points: Tensor, dampings: Tensor) -> tuple[Tensor, Tensor]:
-    """Preconditioned descent from points [n, p]; pixels may leave [0, 1]."""
+def _descended(
+    task: Task, rows: Tensor, points: Tensor, axes: Sequence[Axes], courses: Sequence[_Course]
+) -> tuple[Tensor, Tensor]:
+    """Descent from points [n, p], pulled towards the searches' starts; pixels may leave [0, 1]."""
     slopes_of = task.slopes_of
     assert slopes_of is not None
     grams = torch.stack(
         [precise_gram(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
     )
-    enough = task.layers * (HANDED_OVER * NEAR) ** 2 / 2
-    reached = preconditioned_descent(
-        lambda images, places: slopes_of(images, rows[places]), points, grams, task.subspace.basis, dampings, enough
+    reached = annealed_descent(
+        lambda images, places: slopes_of(images, rows[places]),
+        Expected(
+            torch.stack([course.start for course in courses]),
+            axes[0].directions,
+            torch.linalg.inv(torch.stack([own.covariance for own in axes])),
+        ),
+        points,
+        grams,
+        task.subspace.basis,
+        points.new_tensor([course.damping for course in courses], dtype=torch.float64),
+        enough=task.layers * (HANDED_OVER * NEAR) ** 2 / 2,
     )
     return reached, task.update_of(reached, rows)
 
