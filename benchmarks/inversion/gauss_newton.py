@@ -70,7 +70,7 @@ def main() -> None:
     base, path = load_base(device=options.device), Path(options.json)
     config = GaussNewtonConfig(minutes=options.minutes)
     record = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
-    done = {row["victim"] for row in record["rows"]}
+    done = {row["victim"] - options.first for row in record["rows"]}
     if len(done) < options.victims:
         with tempfile.TemporaryDirectory() as folder:
             file = options.problem or Path(folder) / "problem.pt"
@@ -80,7 +80,7 @@ def main() -> None:
             missing = [v for v in range(options.victims) if v not in done]
             rows = side_by_side(file, missing, config) if options.device == "cuda" else run(file, missing, options)
             for row in rows:
-                record["rows"].append({"case": "peft", **row})
+                record["rows"].append({"case": "peft", **row, "victim": row["victim"] + options.first})
                 record["summary"]["peft"] = summary(record["rows"])
                 write_json(path, record)
     record["summary"]["peft"] = summary(record["rows"])
