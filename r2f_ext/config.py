@@ -23,7 +23,8 @@ class AuditConfig:
         gauss_newton: also search for the exact images; a few minutes an adapter of the embedded model on 2 cores.
         start_images: most public images of one label that the search's start is made from; None: as many as fit into
             memory.
-        search_minutes: after which no pass of a victim's Gauss-Newton search begins; None: no limit.
+        search_minutes: after which no pass of a victim's Gauss-Newton search begins, see `Search.seconds`; None: no
+            limit.
         precision: of the model when pairs are made, "float32", "tf32" or "bfloat16" (see GeneratedPairs).
         seed: of proxies, random labels and the shuffled control.
     """

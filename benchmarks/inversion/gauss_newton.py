@@ -71,13 +71,13 @@ def main() -> None:
     config = GaussNewtonConfig(minutes=options.minutes)
     record = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
     done = {row["victim"] - options.first for row in record["rows"]}
-    if len(done) < options.victims:
+    missing = [v for v in range(options.victims) if v not in done]
+    if missing:
         with tempfile.TemporaryDirectory() as folder:
             file = options.problem or Path(folder) / "problem.pt"
             if not file.exists():
                 private = some_private(options.private, options.first, options.victims)
                 torch.save(of_peft(base, options.proxy, private), file)
-            missing = [v for v in range(options.victims) if v not in done]
             rows = side_by_side(file, missing, config) if options.device == "cuda" else run(file, missing, options)
             for row in rows:
                 record["rows"].append({"case": "peft", **row, "victim": row["victim"] + options.first})
@@ -121,7 +121,7 @@ def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], pr
 PROBLEM: Problem | None = None  # of a worker
 
 
-LIMITS = (30, 60, 120, 180, 240, 360, 480)
+LIMITS = (30, 60, 120, 180, 240, 360, 480)  # seconds, of the curve in the summary
 CHUNK = 12  # victims of one process before their rows are written
 
 

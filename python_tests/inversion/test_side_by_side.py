@@ -58,7 +58,8 @@ def test_without_descent_clouds_and_derivatives_take_turns():
 
 
 def test_descent_that_stalls_is_damped_more_before_a_cloud_takes_its_place():
-    course = module._Course(None, 0.5, None, None, Kind.DESCENT, None)
+    course = module._Course(None, 0.5, None, None)
+    course.kind = Kind.DESCENT
     seen = []
     for before, residual in ((0.5, 0.3), (0.3, 0.2), (0.2, 0.19), (0.19, 0.18), (0.18, 0.17)):
         course.residual = residual

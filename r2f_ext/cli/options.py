@@ -191,7 +191,10 @@ def _gauss_newton(command: argparse.ArgumentParser, start: str) -> None:
         f"{start}. Interrupted, the same command goes on after the last search that ended",
     )
     command.add_argument(
-        "--budget", type=float, metavar="MINUTES", help="of a Gauss-Newton search: no pass begins later (default: none)"
+        "--budget",
+        type=float,
+        metavar="MINUTES",
+        help="of a Gauss-Newton search; a shared pass counts in equal parts (default: no limit)",
     )
 
 

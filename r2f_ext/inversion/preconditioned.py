@@ -4,8 +4,8 @@ The misfit has narrow and curved valleys: J^T J has eigenvalues over many orders
 Gauss-Newton leaves the valley. In coordinates in which J^T J, damped, is the identity, many short steps with exact
 gradients follow it. Such a step costs about a two-hundredth of a Jacobian.
 
-The lowest point within reach of a start of 18 dB is often not the image, and lies much farther from the start than the
-image does, measured by the errors that the start is expected to have. So a descent minimises the misfit plus a share of
+The lowest point within reach of a start of 18 dB is often not the image, and lies farther from the start than the image
+does, measured by the errors that the start is expected to have. So a descent minimises the misfit plus a share of
 that distance, which is reduced as the misfit falls (the iteratively regularised Gauss-Newton method: Bakushinskii,
 Comput. Math. Math. Phys. 32, 1992).
 
@@ -97,9 +97,14 @@ def annealed_descent(
 def _pulled(slopes_of: SlopesOf, expected: Expected, rows: Tensor, weights: Tensor) -> SlopesOf:
     """Misfits of the victims `rows` [n] plus their distances times `weights` [n]."""
 
+    own = expected
+
     def with_distances(points: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal own
+        if len(places) < len(own.centres):  # victims only ever leave a descent; copies of precisions are large
+            own = expected.of(places)
         losses, slopes = slopes_of(points, rows[places])
-        distances, pulls = expected.of(places).distances(points)
+        distances, pulls = own.distances(points)
         weight = weights[places]
         return losses.double() + weight * distances, slopes + weight[:, None].to(slopes.dtype) * pulls
 

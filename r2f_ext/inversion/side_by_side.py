@@ -131,9 +131,9 @@ class _Course:
     start: Tensor
     first: float
     samples: cycle[float]
-    cloud: Cloud
-    kind: Kind
     generator: torch.Generator
+    cloud: Cloud = field(init=False)
+    kind: Kind = field(init=False)
     residual: float = field(init=False)
     lowest: float = field(init=False)
     least: float = field(init=False)
@@ -145,7 +145,13 @@ class _Course:
     stopped: bool = False
 
     def __post_init__(self) -> None:
-        self.residual = self.lowest = self.least = self.first
+        self.least = self.first
+
+    def begin(self, residual: float, axes: Axes, choose: Choice) -> None:
+        """Begin a search, the first or a further one, at a point of this residual."""
+        self.residual = self.lowest = residual
+        self.since, self.damping = 0, DAMPING
+        self.cloud, self.kind = Cloud(axes.covariance, samples=next(self.samples)), choose(None, inf, residual)
 
     def found(self, image: Tensor) -> Search:
         return Search(image, self.least, self.first, self.count, self.stopped, self.seconds)
@@ -209,15 +215,10 @@ class _Searches:
 
     def enter(self, victims: Sequence[int]) -> None:
         """Begin the searches of these victims."""
-        rows = self._rows(victims)
-        self.values[rows] = self.task.update_of(self.starts[rows], rows)
-        for victim, residual in zip(victims, self.task.residuals(self.values[rows], rows), strict=True):
-            samples, generator = cycle(self.config.samples), torch.Generator(self.starts.device)
-            cloud = Cloud(self.axes[victim].covariance, samples=next(samples))
-            kind = self.choose(None, inf, residual)
-            course = _Course(
-                self.starts[victim], residual, samples, cloud, kind, generator.manual_seed(self.config.seed)
-            )
+        for victim, residual in zip(victims, self._evaluated(victims), strict=True):
+            generator = torch.Generator(self.starts.device).manual_seed(self.config.seed)
+            course = _Course(self.starts[victim], residual, cycle(self.config.samples), generator)
+            course.begin(residual, self.axes[victim], self.choose)
             course.ended = not residual > SOLVED or self.config.passes < 1
             self.courses[victim] = course
             self._stop_where_time_is_up(course)
@@ -248,18 +249,18 @@ class _Searches:
     def _rows(self, victims: Sequence[int]) -> Tensor:
         return torch.tensor(victims, device=self.starts.device)
 
-    def _begin_again(self, victim: int) -> None:
-        course, rows, axes = self.courses[victim], self._rows([victim]), self.axes[victim]
-        spread = self.config.spread if self.task.slopes_of else 0.0  # clouds alone lead elsewhere from the same start
-        self.points[victim] = _nearby(self.starts[victim], axes, spread, course.generator)
+    def _evaluated(self, victims: Sequence[int]) -> list[float]:
+        """Map these victims' points, and return their residuals."""
+        rows = self._rows(victims)
         self.values[rows] = self.task.update_of(self.points[rows], rows)
-        (residual,) = self.task.residuals(self.values[rows], rows)
-        course.residual = course.lowest = residual
-        course.since, course.damping = 0, DAMPING
-        course.cloud, course.kind = (
-            Cloud(axes.covariance, samples=next(course.samples)),
-            self.choose(None, inf, residual),
-        )
+        return self.task.residuals(self.values[rows], rows)
+
+    def _begin_again(self, victim: int) -> None:
+        course, axes = self.courses[victim], self.axes[victim]
+        spread = self.config.spread if self.task.slopes_of else 0.0  # clouds alone lead elsewhere from the same start
+        self.points[victim] = _nearby(course.start, axes, spread, course.generator)
+        (residual,) = self._evaluated([victim])
+        course.begin(residual, axes, self.choose)
 
     def _stop_where_time_is_up(self, course: _Course) -> None:
         limit = inf if self.config.minutes is None else 60 * self.config.minutes
