@@ -84,7 +84,7 @@ template <typename Acc, int Bytes, typename Term>
 R2F_INLINE double sum_of(int64_t from, int64_t size, const Term& term) {
   typename Lanes<Acc, Bytes>::V sum{};
   double short_sum = 0;
-  for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t done) __attribute__((always_inline)) {
+  for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t done) R2F_INLINE_LAMBDA {
     const auto values = term.template operator()<B>(j);
     const auto fresh = done == 0 ? values : Lanes<Acc, B>::without_first(values, done);
     if constexpr (B == Bytes)
@@ -97,7 +97,7 @@ R2F_INLINE double sum_of(int64_t from, int64_t size, const Term& term) {
 
 template <typename Acc, int Bytes>
 R2F_INLINE double sum_of_differences(const Acc* a, const Acc* b, int64_t size) {
-  return sum_of<Acc, Bytes>(0, size, [&]<int B>(int64_t i) __attribute__((always_inline)) {
+  return sum_of<Acc, Bytes>(0, size, [&]<int B>(int64_t i) R2F_INLINE_LAMBDA {
     using V = typename Lanes<Acc, B>::V;
     const V difference = simd::load<V>(a + i) - simd::load<V>(b + i);
     return Lanes<Acc, B>::magnitude(difference);
@@ -120,7 +120,7 @@ struct Slope {
 
 template <typename Acc, int Bytes>
 R2F_INLINE double sum_of_lengths(const Acc* row, const Acc* right, const Acc* below, int64_t from, int64_t size) {
-  return sum_of<Acc, Bytes>(from, size, [&]<int B>(int64_t j) __attribute__((always_inline)) {
+  return sum_of<Acc, Bytes>(from, size, [&]<int B>(int64_t j) R2F_INLINE_LAMBDA {
     return Slope<Acc, B>(row + j, right + j, below + j).length;
   });
 }
@@ -155,7 +155,7 @@ struct Neighbors {
 template <typename Acc, int Bytes>
 R2F_INLINE void gather_signs(const Neighbors<Acc>& at, Acc row_factor, Acc column_factor, int64_t from, int64_t size,
                              Acc* grad) {
-  for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t) __attribute__((always_inline)) {
+  for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t) R2F_INLINE_LAMBDA {
     using L = Lanes<Acc, B>;
     using V = typename L::V;
     const V x = simd::load<V>(at.row + j);
@@ -187,7 +187,7 @@ R2F_INLINE void anisotropic_gradient(const TotalVariationArgs& args, const Acc* 
 template <typename Acc, int Bytes>
 R2F_INLINE void directions(const Acc* row, const Acc* right, const Acc* below, int64_t from, int64_t size, Acc* u,
                            Acc* v) {
-  for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t) __attribute__((always_inline)) {
+  for_vectors<Acc, Bytes>(from, size, [&]<int B>(int64_t j, int64_t) R2F_INLINE_LAMBDA {
     using V = typename Lanes<Acc, B>::V;
     const Slope<Acc, B> at(row + j, right + j, below + j);
     const V du = at.dx / at.length, dv = at.dy / at.length;
@@ -207,7 +207,7 @@ R2F_INLINE void isotropic_gradient(const TotalVariationArgs& args, const Acc* pi
     const Acc* below = i + 1 < h ? row + w : row;
     directions<Acc, Bytes>(row, row + 1, below, 0, w - 1, u, v);
     directions<Acc, sizeof(Acc)>(row, row, below, w - 1, w, u, v);
-    for_vectors<Acc, Bytes>(0, w, [&]<int B>(int64_t k, int64_t) __attribute__((always_inline)) {
+    for_vectors<Acc, Bytes>(0, w, [&]<int B>(int64_t k, int64_t) R2F_INLINE_LAMBDA {
       using V = typename Lanes<Acc, B>::V;
       const V across = simd::load<V>(u + k - 1) - simd::load<V>(u + k);
       const V down = simd::load<V>(v_above + k) - simd::load<V>(v + k);

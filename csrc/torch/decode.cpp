@@ -1,9 +1,9 @@
 // torch.ops.r2f.decode and its backward in ATen operators. Schemas and formulas are in r2f_ext/ops.
 //
-// On CUDA, decoders of the same shapes form a group, which takes one batched product per linear layer: for small layers
-// a kernel launch costs more than the arithmetic. Their tensors are read where they lie if they are equally spaced in
-// one storage, as slices of a stacked tensor are; others are copied into one. On the CPU each decoder is a group of its
-// own, because copying the weights costs more than it saves.
+// Decoders of the same shapes form a group, which takes one batched product per linear layer. Their tensors are read
+// where they lie if they are equally spaced in one storage, as slices of a stacked tensor are. On CUDA others are
+// copied into one, because for small layers a kernel launch costs more than the arithmetic. On the CPU decoders whose
+// weights are not so spaced are groups of their own, because copying the weights costs more than it saves.
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/empty.h>
@@ -24,7 +24,6 @@
 namespace r2f {
 namespace {
 
-using Tensors = std::vector<at::Tensor>;
 using Group = std::vector<size_t>;  // the indices of its decoders
 
 // A list that holds `per_decoder` tensors for each decoder, decoder by decoder.
@@ -102,11 +101,21 @@ std::vector<Group> groups_of(at::TensorList inputs, at::TensorList weights, size
   for (size_t l = 0; l < inputs.size(); ++l) {
     std::vector<int64_t> key = inputs[l].sizes().vec();
     for (size_t j = 0; j < depth; ++j) key.push_back(weights[l * depth + j].size(0));
-    if (inputs[l].is_cpu()) key.push_back(static_cast<int64_t>(l));
     by_shape[key].push_back(l);
   }
+  const auto copied = [&](const Group& group) {
+    for (size_t j = 0; j < depth; ++j)
+      if (!PerDecoder{weights, depth}.equally_spaced(group, j)) return true;
+    return false;
+  };
   std::vector<Group> groups;
-  for (auto& [key, group] : by_shape) groups.push_back(std::move(group));
+  for (const auto& [key, group] : by_shape) {
+    if (group.size() > 1 && inputs[0].is_cpu() && copied(group)) {
+      for (const size_t decoder : group) groups.push_back({decoder});
+    } else {
+      groups.push_back(group);
+    }
+  }
   return groups;
 }
 

@@ -5,9 +5,15 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <vector>
+
 #include "r2f/dtype.h"
 
-namespace r2f::glue {
+namespace r2f {
+
+using Tensors = std::vector<at::Tensor>;
+
+namespace glue {
 
 inline DType dtype_of(const char* op, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -38,4 +44,5 @@ inline void* data_or_null(const at::Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr();
 }
 
-}  // namespace r2f::glue
+}  // namespace glue
+}  // namespace r2f

@@ -1,17 +1,17 @@
 // torch.ops.r2f.lora_grad and lora_grad_tangent. The schemas and the meaning are in r2f_ext/ops.
 //
 // Matrix products are library calls, layer by layer in C++. On CUDA, all layers that kernels/lora_grad.cu supports are
-// computed by its two launches, and the library's products scale their results and write them where they belong:
-// another kernel for either takes as long as a small product. On the CPU, products that read long rows are faster.
+// computed by its two launches. The library's products scale their results and write them where they belong: another
+// pass for either takes as long as a small product. On the CPU, products that read and write long rows are faster.
 #include "kernels/lora_grad.h"
 
-#include <ATen/ops/add.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -19,8 +19,6 @@
 
 namespace r2f {
 namespace {
-
-using Tensors = std::vector<at::Tensor>;
 
 void check_layer(const char* op, const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A) {
   TORCH_CHECK(x.dim() == 3 && delta.dim() == 3 && x.sizes().slice(0, 2) == delta.sizes().slice(0, 2), op,
@@ -64,18 +62,53 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& A) {
   return A.dim() == 2 ? at::linear(x, A) : at::matmul(x, A.mT());
 }
 
-// (u^T delta)^T instead of delta^T u, so that the long rows of delta are read sequentially.
-at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale) {
-  const at::Tensor u = project(wide(x), wide(shared_or_per_group(A))).mul_(scale);
-  return at::bmm(u.mT(), wide(delta)).mT().contiguous();
+// result = scale a b + beta result
+void add_product(at::Tensor result, const at::Tensor& a, const at::Tensor& b, double scale, double beta) {
+  result.baddbmm_(a, b, beta, scale);
+}
+
+// scale a b for a [P, i, k] and b [P, k, j]
+at::Tensor scaled_product(const at::Tensor& a, const at::Tensor& b, double scale) {
+  at::Tensor result = at::empty({a.size(0), a.size(1), b.size(2)}, a.options());
+  add_product(result, a, b, scale, 0);
+  return result;
+}
+
+// u^T = A x^T [P, r, N], group by group, which is faster than one product of all groups' tokens. For A [r, d_in] or
+// [P, r, d_in]. Around rank 8, PEFT's default, and for long rows the product that writes u^T is faster than the one
+// that writes u, by up to a third; elsewhere it is slower.
+at::Tensor projected_rows(const at::Tensor& x, const at::Tensor& any_A) {
+  const at::Tensor A = any_A.dim() == 2 ? any_A.expand({x.size(0), any_A.size(0), any_A.size(1)}) : any_A;
+  const int64_t rank = A.size(1), d_in = A.size(2);
+  return rank >= 8 && rank < 16 && d_in >= 256 ? at::bmm(A, x.mT()) : at::bmm(x, A.mT()).mT();
+}
+
+// (u^T delta)^T instead of delta^T u, so that the long rows of delta are read sequentially; a transposed view, because
+// its copy takes up to a third of the time and most callers copy the result anyway.
+at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& any_A, double scale) {
+  const at::Tensor A = wide(shared_or_per_group(any_A));
+  if (x.scalar_type() == A.scalar_type()) {
+    at::Tensor u = projected_rows(x, A);
+    if (scale != 1) u.mul_(scale);
+    return at::bmm(u, delta).mT();
+  }
+  // What must be converted is converted in chunks of groups, which stay in the L2 cache.
+  constexpr int64_t chunk_bytes = 1 << 20;
+  const int64_t P = x.size(0), group_bytes = 4 * x.size(1) * (x.size(2) + delta.size(2));
+  const int64_t chunk = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(1, group_bytes));
+  const at::Tensor rows = at::empty({P, A.size(-2), delta.size(2)}, A.options());
+  for (int64_t first = 0; first < P; first += chunk) {
+    const auto part = [&](const at::Tensor& t) { return t.narrow(0, first, std::min(chunk, P - first)); };
+    const at::Tensor u = projected_rows(wide(part(x)), A.dim() == 2 ? A : part(A));
+    add_product(part(rows), u, wide(part(delta)), scale, 0);
+  }
+  return rows.mT();
 }
 
 Tensors grad_A_of(at::TensorList x, at::TensorList delta, at::TensorList B, at::ArrayRef<double> scales) {
   Tensors found;
-  for (size_t l = 0; l < B.size(); ++l) {
-    const at::Tensor v = at::matmul(wide(delta[l]), wide(B[l])).mul_(scales[l]);  // [P, N, r]
-    found.push_back(at::bmm(v.mT(), wide(x[l])));
-  }
+  for (size_t l = 0; l < B.size(); ++l)
+    found.push_back(scaled_product(at::matmul(wide(delta[l]), wide(B[l])).mT(), wide(x[l]), scales[l]));
   return found;
 }
 
@@ -88,17 +121,19 @@ std::tuple<Tensors, Tensors> lora_grad_on_cpu(at::TensorList x, at::TensorList d
   return {grad_A_of(x, delta, B, scales), grad_B};
 }
 
-// d(delta^T u) = ddelta^T u + delta^T du, with u = scale x A^T [P, N, r] and du = scale dx A^T [K, P, N, r]
+// d(delta^T u) = ddelta^T u + delta^T du, with u = x A^T [P, N, r] and du = dx A^T [K, P, N, r]; a transposed view
 at::Tensor tangent_of(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& dx, const at::Tensor& ddelta,
                       const at::Tensor& any_A, double scale) {
   const at::Tensor A = wide(shared_or_per_group(any_A));
   const int64_t P = x.size(0), K = dx.size(0), N = x.size(1), d_out = delta.size(2), rank = A.size(-2);
-  const at::Tensor u = project(wide(x), A).mul_(scale), du = project(wide(dx), A).mul_(scale);
-  const at::Tensor by_ddelta = at::matmul(u.mT(), wide(ddelta));  // [K, P, r, d_out]
+  const at::Tensor u = project(wide(x), A), du = project(wide(dx), A);
   // All directions of a group multiply the same delta, so they form one product with K r rows.
   const at::Tensor rows = du.permute({1, 0, 3, 2}).reshape({P, K * rank, N});
-  const at::Tensor by_du = at::bmm(rows, wide(delta)).view({P, K, rank, d_out}).transpose(0, 1);
-  return at::add(by_ddelta, by_du).mT().contiguous();
+  at::Tensor result = scaled_product(rows, wide(delta), scale).view({P, K, rank, d_out}).transpose(0, 1);
+  result = result.reshape({K * P, rank, d_out});  // copies if there are several groups
+  const at::Tensor all_u = u.mT().expand({K, P, rank, N}).reshape({K * P, rank, N});
+  add_product(result, all_u, wide(ddelta).reshape({K * P, N, d_out}), scale, 1);
+  return result.view({K, P, rank, d_out}).mT();
 }
 
 using TangentOf = at::Tensor (*)(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
@@ -132,27 +167,8 @@ TORCH_LIBRARY_IMPL(r2f, CPU, library) {
 }
 
 #ifdef R2F_WITH_CUDA
-// result = scale a b + beta result
-void add_product(at::Tensor result, const at::Tensor& a, const at::Tensor& b, double scale, double beta) {
-  result.baddbmm_(a, b, beta, scale);
-}
-
-// scale a b for a [P, i, k] and b [P, k, j]
-at::Tensor scaled_product(const at::Tensor& a, const at::Tensor& b, double scale) {
-  at::Tensor result = at::empty({a.size(0), a.size(1), b.size(2)}, a.options());
-  add_product(result, a, b, scale, 0);
-  return result;
-}
-
 at::Tensor grad_B_on_cuda(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale) {
   return scaled_product(wide(delta).mT(), project(wide(x), wide(A)), scale);
-}
-
-Tensors grad_A_on_cuda(at::TensorList x, at::TensorList delta, at::TensorList B, at::ArrayRef<double> scales) {
-  Tensors found;
-  for (size_t l = 0; l < B.size(); ++l)
-    found.push_back(scaled_product(at::matmul(wide(delta[l]), wide(B[l])).mT(), wide(x[l]), scales[l]));
-  return found;
 }
 
 // With one group, what all directions share is one matrix, which a batched product reads with stride 0. With several,
@@ -215,7 +231,7 @@ std::tuple<Tensors, Tensors> lora_grad_on_cuda(at::TensorList x, at::TensorList 
     glue::check_launch("lora_grad", lora_grad_cuda(dtype, layers.data(), count, workspace.mutable_data_ptr<float>(),
                                                    glue::current_stream(x[0].device())));
   }
-  return {grad_A_on_cuda(x, delta, B, scales), grad_B};
+  return {grad_A_of(x, delta, B, scales), grad_B};
 }
 
 TORCH_LIBRARY_IMPL(r2f, CUDA, library) {

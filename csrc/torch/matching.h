@@ -16,7 +16,6 @@
 
 namespace r2f::glue {
 
-using Tensors = std::vector<at::Tensor>;
 using Doubles = std::vector<double>;
 
 inline MatchingKind matching_kind(const char* op, std::string_view name) {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import check_lora_grad
 from .graph import call, wants_graph
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, from_rows
 from .schemas import NAMESPACE
 
 
@@ -46,9 +46,9 @@ def lora_grad(
         scales: alpha / r, or what rsLoRA makes of it.
 
     All tensors share one dtype: float32, float64 or bfloat16. Sums are taken and results returned in float32 (float64
-    for float64). Any strides and any rank are accepted; empty tensors give zeros of the right shape. Differentiable
-    twice in x, delta, A and B. The bfloat16 CUDA kernel may give NaN where
-    the exact result is infinite.
+    for float64). Any strides and any rank are accepted; empty tensors give zeros of the right shape. On a CPU `grad_B`
+    is the transposed view of a tensor [P, r, d_out], elsewhere it is contiguous. Differentiable twice in x, delta, A
+    and B. The bfloat16 CUDA kernel may give NaN where the exact result is infinite.
 
     Raises:
         ValueError: lists of different lengths; shapes that do not fit together; more than one device.
@@ -73,7 +73,7 @@ def _fake(
     for x_l, delta_l, A_l in zip(x, delta, A, strict=True):
         (groups, _, d_in), d_out, rank = x_l.shape, delta_l.shape[2], A_l.shape[-2]
         dtype = accumulation_dtype(x_l.dtype)
-        grad_B.append(x_l.new_empty((groups, d_out, rank), dtype=dtype))
+        grad_B.append(from_rows(x_l.new_empty((groups, rank, d_out), dtype=dtype)))
         if B:
             grad_A.append(x_l.new_empty((groups, rank, d_in), dtype=dtype))
     return grad_A, grad_B

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import check_lora_grad_tangent
 from .graph import call, wants_graph
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, from_rows
 from .schemas import NAMESPACE
 
 
@@ -38,7 +38,7 @@ def lora_grad_tangent(
         scales: as for `lora_grad`.
 
     Returns:
-        [K, P, d_out, r] for each layer.
+        [K, P, d_out, r] for each layer; on a CPU the transposed view of a tensor [K, P, r, d_out].
 
     All tensors share one dtype: float32, float64 or bfloat16. Sums are taken and results returned in float32 (float64
     for float64). Any strides and any rank are accepted; empty tensors give zeros of the right shape. Differentiable in
@@ -70,7 +70,7 @@ def _fake(
 ) -> list[Tensor]:
     check_lora_grad_tangent(x, delta, dx, ddelta, A, scales)
     return [
-        d.new_empty((*d.shape[:2], d.shape[3], A_l.shape[-2]), dtype=accumulation_dtype(d.dtype))
+        from_rows(d.new_empty((*d.shape[:2], A_l.shape[-2], d.shape[3]), dtype=accumulation_dtype(d.dtype)))
         for d, A_l in zip(ddelta, A, strict=True)
     ]
 

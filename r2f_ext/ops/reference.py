@@ -28,6 +28,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def from_rows(rows: Tensor) -> Tensor:
+    """[..., r, d_out] -> [..., d_out, r] in the operators' layout: contiguous on CUDA, a transposed view elsewhere."""
+    return rows.mT.contiguous() if rows.is_cuda else rows.mT
+
+
 def lora_grad(
     x: Sequence[Tensor], delta: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scales: Sequence[float]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -38,7 +43,7 @@ def lora_grad(
     for x_l, delta_l, A_l, scale in zip(x, delta, A, scales, strict=True):
         u = x_l.to(dtype) @ A_l.to(dtype).mT  # [P, N, r]
         # (u^T delta)^T rather than delta^T u: the same numbers, faster in batched products on the CPU.
-        grad_B.append((u.mT @ delta_l.to(dtype)).mT.contiguous().mul_(scale))
+        grad_B.append(from_rows((u.mT @ delta_l.to(dtype)).mul_(scale)))
     for x_l, delta_l, B_l, scale in zip(x, delta, B, scales, strict=True) if B else ():
         v = delta_l.to(dtype) @ B_l.to(dtype)  # [P, N, r]
         grad_A.append((v.mT @ x_l.to(dtype)).mul_(scale))
@@ -63,7 +68,7 @@ def lora_grad_tangent(
     for layer in zip(x, delta, dx, ddelta, A, strict=True):
         x_l, delta_l, dx_l, ddelta_l, A_l = (tensor.to(dtype) for tensor in layer)
         tangents.append((x_l @ A_l.mT).mT @ ddelta_l + (dx_l @ A_l.mT).mT @ delta_l)  # [K, P, r, d_out]
-    return [tangent.mT.contiguous().mul_(scale) for tangent, scale in zip(tangents, scales, strict=True)]
+    return [from_rows(tangent.mul_(scale)) for tangent, scale in zip(tangents, scales, strict=True)]
 
 
 torch.library.impl(f"{NAMESPACE}::lora_grad_tangent", "default", lora_grad_tangent)

@@ -218,7 +218,7 @@ def simulate(
             # At B = 0 the gradient of A is zero, but weight decay and momentum still act on A.
             grad_A = found.grad_A or [torch.zeros_like(a[name]) for name in target.names]
             for name, of_a, of_b in zip(target.names, grad_A, found.grad_B, strict=True):
-                a[name].grad, b[name].grad = of_a, of_b
+                a[name].grad, b[name].grad = of_a, of_b.contiguous()  # the layout of b, for fused optimizer steps
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
