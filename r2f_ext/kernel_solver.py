@@ -1,7 +1,7 @@
 """Kernel ridge regression: solve (K + lambda I) w = y, leave-one-out errors, and the choice of lambda.
 
-The one solver of the decoders (`decoders/ridge.py`, `decoders/kernel_ridge.py`) and of the regressions from updates to
-images (`inversion/amortised.py`, `inversion/linearisation.py`). The kernels themselves belong to those modules.
+Used by the decoders (`decoders/ridge.py`, `decoders/kernel_ridge.py`) and by the regressions from updates to images
+(`inversion/amortised.py`, `inversion/linearisation.py`). The kernels themselves belong to those modules.
 """
 
 from __future__ import annotations

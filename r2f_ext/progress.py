@@ -16,8 +16,8 @@ class Advance(Protocol):
         ...
 
 
-def unheard(units: int, line: str = "", /) -> None:
-    """An `Advance` that tells nobody."""
+def no_progress(units: int, line: str = "", /) -> None:
+    """Discard a progress report."""
 
 
 class Progress(Protocol):
@@ -36,7 +36,7 @@ class Silent:
     """Ignores all progress."""
 
     def start(self, stage: str, total: int) -> Advance:
-        return unheard
+        return no_progress
 
     def finish(self, stage: str, completed: bool) -> None:
         pass

@@ -69,14 +69,15 @@ def test_reports_name_folders_by_their_last_part(place):
 
 def test_the_recorded_command_is_read_back_as_the_same_audit():
     given = inputs(adapters=("../a b", "./c"), private="embedded:3,4", initial="../start", proxy="../x+embedded")
-    config = AuditConfig(pairs=300, routes=("amortised", "matching"), gauss_newton=True, precision="bfloat16", seed=4)
+    routes = ("amortised", "matching")
+    config = AuditConfig(pairs=300, routes=routes, gauss_newton=True, search_minutes=1.5, precision="bfloat16", seed=4)
     program, *words = shlex.split(command_of(given, config))
     options = parse(words)
     assert program == "r2f" and options.command == "audit" and options.out == "."
     assert tuple(options.adapter) == given.adapters and options.a0_seed == 3
     for name in ("base", "proxy", "private", "initial", "device"):
         assert getattr(options, name) == getattr(given, name)
-    assert (options.count, options.routes, options.seed) == (300, ("amortised", "matching"), 4)
+    assert (options.count, options.routes, options.seed, options.budget) == (300, routes, 4, 1.5)
     assert options.gauss_newton and options.precision == "bfloat16"
     plain = parse(shlex.split(command_of(inputs(), AuditConfig()))[1:])
-    assert plain.routes is None and not plain.gauss_newton and plain.private is None
+    assert plain.routes is None and not plain.gauss_newton and plain.private is None and plain.budget is None

@@ -55,6 +55,15 @@ def test_pairs_of_victims_that_train_for_steps(stages, tmp_path, capsys):
     assert refused(capsys, *words, "--momentum", -1, "--out", out).startswith("r2f pairs: the victims' training")
 
 
+def test_what_stands_in_for_the_start_of_a_is_said(stages, embedded, private, tmp_path, capsys):
+    trained = victim(embedded, tmp_path / "trained", private.batch([1]), private.labels[1:2], steps=10)
+    for adapter, told in ((stages.adapter, 0), (trained, 1)):
+        capsys.readouterr()
+        assert run("pairs", adapter, "--count", 2, "--proxy", "embedded", "--out", tmp_path / f"told-{told}") == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("A before training is not known: its final A stands in for it, in the proxies too.") == told
+
+
 def test_pairs_of_a_second_adapter_from_the_first_ones(stages, embedded, private, tmp_path, capsys):
     other = victim(embedded, tmp_path / "other", private.batch([1]), private.labels[1:2], r=4)
     cached = ("pairs", other, "--count", 10, "--cache", stages.pairs, "--out", tmp_path / "cached")

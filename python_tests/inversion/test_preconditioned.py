@@ -1,5 +1,8 @@
 """Preconditioned descent, on a curved and badly conditioned valley."""
 
+import subprocess
+import sys
+
 import torch
 
 from r2f_ext.inversion.preconditioned import (
@@ -147,7 +150,7 @@ def test_a_victim_that_does_not_gain_or_need_to_leaves_the_descent():
 
 
 def expected_at(centres, covariances):
-    return Expected(centres, torch.eye(centres.shape[1], dtype=torch.float64), torch.linalg.inv(covariances))
+    return Expected.of_covariances(centres, torch.eye(centres.shape[1], dtype=torch.float64), covariances)
 
 
 def test_distances_are_those_of_mahalanobis_and_their_slopes_those_of_autograd():
@@ -155,7 +158,7 @@ def test_distances_are_those_of_mahalanobis_and_their_slopes_those_of_autograd()
     directions, _ = torch.linalg.qr(torch.randn(6, 4, dtype=torch.float64))
     roots = torch.randn(2, 4, 4, dtype=torch.float64)
     covariances, centres = roots @ roots.mT + torch.eye(4), torch.rand(2, 6, dtype=torch.float64)
-    expected = Expected(centres, directions, torch.linalg.inv(covariances))
+    expected = Expected.of_covariances(centres, directions, covariances)
     points = torch.rand(2, 6, dtype=torch.float64, requires_grad=True)
     normal = [torch.distributions.MultivariateNormal(torch.zeros(4).double(), each) for each in covariances]
     zero = torch.zeros(4, dtype=torch.float64)
@@ -224,3 +227,19 @@ def test_victims_of_a_small_misfit_are_left_where_they_are():
     )
     assert torch.equal(found[0], points[0]) and found[1].norm() < 1 and taken[0] == [0, 1] and taken[1] == [1]
     assert len(taken) <= STAGES * (2 + 2 * CHECK_EVERY)
+
+
+ON_TWO_THREADS = """
+import torch
+from r2f_ext.inversion.preconditioned import Expected
+torch.manual_seed(0)
+torch.set_num_threads(2)
+factors = torch.randn(8, 600, 600, dtype=torch.float64)
+covariances = factors @ factors.mT / 600 + 1e-3 * torch.eye(600)
+found = Expected.of_covariances(torch.zeros(8, 600), torch.eye(600), covariances).precisions
+assert (found @ covariances - torch.eye(600)).abs().max() < 1e-8
+"""
+
+
+def test_precisions_are_found_after_a_caller_has_set_the_number_of_threads():
+    subprocess.run([sys.executable, "-c", ON_TWO_THREADS], check=True, timeout=120)

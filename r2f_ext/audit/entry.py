@@ -132,7 +132,7 @@ def audit(
 
 
 def _unexpected(route: str, why: str, verdicts: dict[str, Verdict], config: AuditConfig) -> bool:
-    """Whether it is news that a route did not run: not where nobody named it and its count says why."""
+    """Whether to report that a route did not run: not for a default route that its count refuses."""
     named = config.routes is not None or route not in default_routes()
     return named or why != verdicts[route].why
 

@@ -27,13 +27,14 @@ from r2f_ext.inversion.routes import (
     verdicts_of,
 )
 from r2f_ext.linalg import first_not_finite
+from r2f_ext.models.evidence import start_notes
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
 from r2f_ext.types import Gradient, PairBatch, Reconstruction
 
 LATER = ("proxies", "decoded")  # fields of a problem that the stages fill in before the routes run
 MIN_PAIRS = 40  # with fewer there are too few pairs to hold out
-MAX_LABELS = 20  # strangers are simulated for the labels of all private images up to so many, else for those found
+MAX_LABELS = 20  # with more private labels than this, strangers are simulated only for the labels that a route found
 # What failed -> what is missing for it, as a sentence that the reason follows.
 CONSEQUENCES = {
     "pairs": "No proxy pairs could be made, so nothing that needs them was done",
@@ -219,7 +220,7 @@ def _updates_and_decoders(
         with stages.stage("pairs", count) as advance:
             updates = generate(pairs, count, learners, fitted, advance, failed)
     except Exception as error:
-        failed.clear()  # of the decoders, which nobody misses now
+        failed.clear()  # without pairs it does not matter which decoders failed
         failed["pairs"] = expected(error)
         return None, Scored()
     with stages.stage("decoders"):
@@ -280,13 +281,9 @@ def chosen_routes(config: AuditConfig) -> tuple[str, ...]:
 
 
 def _notes(problem: Problem) -> tuple[str, ...]:
-    adapters = problem.adapters or []
-    said = () if problem.evidence is None else problem.evidence.sentences
-    factors = any(one.without_saved().a for one in adapters)  # none are trained where only a saved head is
-    if problem.steps == 1 or not factors or all(one.a0 is not None for one in adapters):
-        return said
-    which = "their mean A stands" if len(adapters) > 1 else "its final A stands"
-    return (*said, f"A before training is not known: {which} in for it, in the proxies too.")
+    if problem.evidence is None:
+        return ()
+    return (*problem.evidence.sentences, *start_notes(problem.adapters or [], problem.steps))
 
 
 def generate(

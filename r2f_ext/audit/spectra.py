@@ -38,7 +38,9 @@ def spectra_of(target: Target, adapters: list[LoraUpdate]) -> dict[str, Spectrum
         rest = values.square().flip(1).cumsum(1)
         directions = (rest > (1 - ENERGY) * rest[:, -1:]).sum(1)
         found[layer.name] = Spectrum(
-            float(largest.median()), relative.median(0).values.tolist(), int(directions.median())
+            float(largest.quantile(0.5)),
+            relative.quantile(0.5, dim=0).tolist(),
+            int(directions.double().quantile(0.5)),
         )
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 
 from r2f_ext.cli.display import console, table
-from r2f_ext.cli.inputs import Options, check_same_a, read_adapters
+from r2f_ext.cli.inputs import Options, check_same_a, read_adapter
 from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updates, with_saved
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
@@ -16,7 +16,8 @@ from r2f_ext.pairs import StoredPairs
 
 
 def run_decode(options: Options) -> dict[str, Any]:
-    target, adapters = read_adapters([options.adapter], options)
+    loaded = read_adapter(options)
+    target, adapters = loaded.target, loaded.updates
     folder, decoders = output_folder(options.out), Path(options.decoders)
     pairs, updates = StoredPairs(options.pairs, target.base), stack_updates(adapters)
     if pairs.per_victim_a:

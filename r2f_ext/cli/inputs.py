@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 
-from r2f_ext.audit.inputs import load_adapters
+from r2f_ext.audit.inputs import LoadedAdapters, load_adapters
 from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import print_notes
 from r2f_ext.data import ImageSet, load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.models import differing_layer
 from r2f_ext.pairs import StoredPairs
-from r2f_ext.types import BaseModel, LoraUpdate, Target
+from r2f_ext.types import BaseModel, LoraUpdate
 
 Options = argparse.Namespace
 
 
-def read_adapters(folders: list[str], options: Options) -> tuple[Target, list[LoraUpdate]]:
-    """The adapters in `folders`, attached to --base on --device."""
-    loaded = load_adapters(folders, options.base, chosen_device(options))
+def read_adapter(options: Options) -> LoadedAdapters:
+    """The adapter that is named, attached to --base on --device."""
+    loaded = load_adapters([options.adapter], options.base, chosen_device(options))
     print_notes(loaded.target.base.notes)
-    return loaded.target, loaded.updates
+    return loaded
 
 
 def images_of(spec: str, base: BaseModel, options: Options, role: str, count: int | None) -> ImageSet:

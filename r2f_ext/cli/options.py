@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from r2f_ext import __version__
@@ -19,31 +21,15 @@ PRIVATE_IMAGES = {  # how many there are to score against
     "photos": 100,
     "procedural": 100,
 }
-ROUTES = (
-    "adapter_rowspace",
-    "amortised",
-    "amortised_by_label",
-    "amortised_refined",
-    "attention_rowspace",
-    "gauss_newton",
-    "gauss_newton_matrix_free",
-    "gauss_newton_unrolled",
-    "matching",
-    "patch_position",
-)
-STUDIES = (
-    "batch",
-    "cosine",
-    "decoder",
-    "defence",
-    "layers",
-    "phase0",
-    "prior",
-    "proxy",
-    "rank",
-    "steps",
-    "transfer",
-)
+
+
+def _modules_in(*folders: str) -> tuple[str, ...]:
+    """The names of a package's modules, without importing it."""
+    return tuple(sorted(module.name for module in iter_modules([str(Path(__file__).parents[1].joinpath(*folders))])))
+
+
+# A module holds the route, or the study, of its name.
+ROUTES, STUDIES = _modules_in("inversion", "routes"), _modules_in("studies", "questions")
 BASES = "'embedded', 'timm:NAME', 'timm-random:NAME', 'transformers:OWNER/NAME', or a folder that exists"
 BASE_PREFIXES = ("timm:", "timm-random:", "transformers:")
 

@@ -9,11 +9,12 @@ from typing import Any
 from rich.markup import escape
 from torch import Tensor
 
-from r2f_ext.cli.display import console, drawn_stages
-from r2f_ext.cli.inputs import Options, images_of, read_adapters
+from r2f_ext.cli.display import console, drawn_stages, print_notes
+from r2f_ext.cli.inputs import Options, images_of, read_adapter
 from r2f_ext.data import ProceduralStream, ProxyImages
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
+from r2f_ext.models.evidence import evidence_of, start_notes
 from r2f_ext.pairs import (
     GeneratedPairs,
     PairsPlan,
@@ -28,8 +29,10 @@ from r2f_ext.types import BaseModel, Target
 
 
 def run_pairs(options: Options) -> dict[str, Any]:
-    target, (adapter,) = read_adapters([options.adapter], options)
+    loaded = read_adapter(options)
+    target, (adapter,) = loaded.target, loaded.updates
     folder = output_folder(options.out)
+    print_notes(start_notes([adapter], evidence_of([adapter.without_saved()], loaded.facts).steps))
     a = {name: a.float() for name, a in adapter.start.items()}
     pairs = _new_pairs(options, target, a)
     plan = plan_pairs(pairs, min(options.count, len(pairs)), folder, options.dense)

@@ -10,14 +10,14 @@ from r2f_ext.decoders.base import Decoder, Log, no_log
 from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.decoders.kinds import DEFAULT_KINDS, KINDS
 from r2f_ext.pairs import PairSource
-from r2f_ext.progress import Advance, unheard
+from r2f_ext.progress import Advance, no_progress
 
 
 def fit_decoders(
     pairs: PairSource,
     count: int,
     kinds: Sequence[str] | None = None,
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
     checkpoint: Checkpoint | None = None,
     log: Log = no_log,
     precision: torch.dtype = torch.float32,

@@ -21,7 +21,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.kernel_solver import RidgeSystem, best_ridge
 from r2f_ext.linalg import gram, sum_in_place
 from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training
-from r2f_ext.progress import Advance, unheard
+from r2f_ext.progress import Advance, no_progress
 from r2f_ext.types import Reconstruction, Target
 
 GAMMAS = (0.25, 0.5, 1.0, 2.0)
@@ -41,7 +41,7 @@ class Choice:
     held_out_psnr_db: float
 
 
-class KernelRidge:
+class ImageRegression:
     """Kernel ridge on N pairs, gamma and ridge chosen by PSNR on held-out ones.
 
     Args:
@@ -101,8 +101,8 @@ class AmortisedInverter:
         self.shape = images.shape[1:]
         self.images, self.labels, self.num_classes = images.flatten(1), labels, num_classes
         self.units = {name: unit_rows(update) for name, update in updates.items()}
-        self.fits: dict[int | None, KernelRidge] = {}
-        self.labeller: KernelRidge | None = None
+        self.fits: dict[int | None, ImageRegression] = {}
+        self.labeller: ImageRegression | None = None
 
     @property
     def choice(self) -> Choice:
@@ -119,7 +119,7 @@ class AmortisedInverter:
         rows = slice(0, LABEL_PAIRS)
         if self.labeller is None:
             one_hot = F.one_hot(self.labels[rows], self.num_classes).to(self.images.dtype)
-            self.labeller = KernelRidge(self._gram(rows), one_hot, self.num_classes)
+            self.labeller = ImageRegression(self._gram(rows), one_hot, self.num_classes)
         return self.labeller(self._cosine(updates, rows)).argmax(1)
 
     def invert(self, updates: dict[str, Tensor], known_labels: Tensor | None = None) -> Reconstruction:
@@ -191,12 +191,12 @@ class AmortisedInverter:
         own = torch.nonzero(self.labels == label).flatten()
         return own if len(own) >= OWN_PAIRS else slice(None)
 
-    def _fit(self, label: int | None) -> KernelRidge:
+    def _fit(self, label: int | None) -> ImageRegression:
         """The kernel ridge for a label: of its own pairs, or of all where they are too few."""
         rows = self._rows(label)
         key = None if isinstance(rows, slice) else label
         if key not in self.fits:
-            self.fits[key] = KernelRidge(self._gram(rows), self.images[rows], self.images.shape[1])
+            self.fits[key] = ImageRegression(self._gram(rows), self.images[rows], self.images.shape[1])
         return self.fits[key]
 
     def _gram(self, rows: slice | Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def invert_by_label(
     a: dict[str, Tensor],
     proxy: ImageSet,
     observed: dict[str, Tensor],
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
     precision: str = "float32",
     labels: Tensor | None = None,
     most: int | None = None,

@@ -35,13 +35,14 @@ from r2f_ext.inversion.exactness import (
     rounded,
     storage_precision,
 )
+from r2f_ext.inversion.exchange import Patches
 from r2f_ext.inversion.kept import KeptSearches, by_victim, files_of
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.newton import SOLVED, Search
 from r2f_ext.inversion.searches import search_each
 from r2f_ext.inversion.side_by_side import NEAR, GaussNewtonConfig, Kind, Task, search_together, victims_together
 from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
-from r2f_ext.progress import Advance, unheard
+from r2f_ext.progress import Advance, no_progress
 from r2f_ext.types import Reconstruction, Target
 
 ROUTE = "gauss_newton"
@@ -152,7 +153,7 @@ def gauss_newton(
     start: Reconstruction,
     subspace: Subspace,
     config: GaussNewtonConfig | None = None,
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
     doubt: str | None = None,
     kept: KeptSearches | None = None,
 ) -> Reconstruction:
@@ -207,8 +208,11 @@ def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Sub
     def slopes_of(points: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
         return updates.slopes(points, labels[owners], observed[owners])
 
-    slopes = slopes_of if descends else None
-    return Task(observed, len(updates.target.layers), subspace, update_of, jacobian_of, slopes)
+    layers = len(updates.target.layers)
+    if not descends:
+        return Task(observed, layers, subspace, update_of, jacobian_of)
+    patches = Patches.of(updates.target.base, updates.shape, subspace.basis)
+    return Task(observed, layers, subspace, update_of, jacobian_of, slopes_of, patches)
 
 
 def moved_layers(target: Target, observed: dict[str, Tensor]) -> Target:

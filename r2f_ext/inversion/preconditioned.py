@@ -49,6 +49,15 @@ class Expected:
     directions: Tensor
     precisions: Tensor
 
+    @staticmethod
+    def of_covariances(centres: Tensor, directions: Tensor, covariances: Tensor) -> Expected:
+        """The same from the covariances [V, q, q] float64 themselves.
+
+        By Cholesky factors: after `torch.set_num_threads` with more than one thread, MKL's batched LU (torch 2.14's
+        `linalg.inv`) reports wrong arguments and does not return.
+        """
+        return Expected(centres, directions, torch.cholesky_inverse(torch.linalg.cholesky(covariances)))
+
     def of(self, rows: Tensor) -> Expected:
         """Of these victims alone."""
         return Expected(self.centres[rows], self.directions, self.precisions[rows])

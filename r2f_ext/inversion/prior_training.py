@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
-from r2f_ext.progress import Advance, unheard
+from r2f_ext.progress import Advance, no_progress
 
 AVERAGE, RATE = 0.995, 1e-3  # decay of the averaged weights; largest step size
 CHANNELS = (32, 48, 64)  # at the full, half and quarter size
@@ -53,7 +53,7 @@ def train_prior(
     steps: int,
     prediction: str = "v_prediction",
     seed: int = 0,
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
     batch: int = 64,
     channels: tuple[int, int, int] = CHANNELS,
 ) -> tuple[Any, Any, list[float]]:

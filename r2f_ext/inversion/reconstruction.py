@@ -8,12 +8,12 @@ from math import log10
 import torch
 
 from r2f_ext.inversion.exactness import CEILING_DB, EXACT_DB, SAFETY
-from r2f_ext.progress import Advance, unheard
+from r2f_ext.progress import Advance, no_progress
 from r2f_ext.types import Reconstruction
 
 
 def stack_victims(
-    parts: Iterable[Reconstruction], advance: Advance = unheard, doubt: str | None = None
+    parts: Iterable[Reconstruction], advance: Advance = no_progress, doubt: str | None = None
 ) -> Reconstruction:
     """Combine V closed-form reconstructions of one victim each.
 

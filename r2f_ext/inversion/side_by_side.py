@@ -1,8 +1,8 @@
 """Gauss-Newton searches of several victims that take their passes together (docs/methods.md, 3f).
 
-A pass is one of three kinds, see `Kind`. All victims whose next pass is of one kind take it in one batch: a GPU is
+A pass is one of four kinds, see `Kind`. All victims whose next pass is of one kind take it in one batch: a GPU is
 filled and waited for once, and on a CPU the model's overhead, most of the time of a single small image, is shared.
-Where a search ends, the next victim takes its place. Each search goes the way that it would go alone, but for rounding.
+Where a search ends, the next victim takes its place. Up to rounding, each search takes the steps that it would alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from r2f_ext.inversion.exchange import Patches, exchanged_descent
 from r2f_ext.inversion.linearisation import Axes, Cloud, drawn, linearised_steps
 from r2f_ext.inversion.newton import DAMPINGS, PRECISE, SOLVED, STALLED, Search
 from r2f_ext.inversion.preconditioned import Expected, annealed_descent
@@ -26,9 +27,8 @@ from r2f_ext.inversion.update_map import Subspace
 from r2f_ext.linalg import largest_eigenvalues, precise_gram
 from r2f_ext.pairs.memory import budget
 
-# Relative residuals below which a derivative serves, and above which only descent from the start or a cloud does.
-# Between them, descent (a derivative where there is no slope to descend along) and clouds take turns whenever one
-# stalls.
+# Relative residuals: below NEAR, passes are Newton's; above FAR, only descent and clouds. In between, descent (without
+# a slope, Newton) and clouds alternate whenever one stalls.
 NEAR, FAR = 0.007, 0.1
 # Of J^T J's largest eigenvalue: the damping of the first descent and the least one, and the factor between two. With
 # less damping from the start, steps leave the valley.
@@ -38,9 +38,11 @@ CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for eac
 
 
 class Kind(Enum):
-    """How a pass moves: descent along the misfit, a regression over a cloud of images, or steps with a derivative."""
+    """How a pass moves: descent along the misfit, descents from images with two patches exchanged, a regression over a
+    cloud of images, or steps with a derivative."""
 
     DESCENT = "descent"
+    EXCHANGE = "exchange"
     CLOUD = "cloud"
     NEWTON = "newton"
 
@@ -84,6 +86,7 @@ class Task:
         update_of: images [n, p] and the victim of each int64 [n] -> updates [n, R].
         jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
         slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p]; None: there is no descent.
+        patches: of the images, if the model reads patches; None: there are no exchanges. They need slopes.
     """
 
     observed: Tensor
@@ -92,6 +95,12 @@ class Task:
     update_of: Callable[[Tensor, Tensor], Tensor]
     jacobian_of: Callable[[int, Tensor], Tensor]
     slopes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    patches: Patches | None = None
+
+    @property
+    def handed_over(self) -> float:
+        """The misfit at which a descent leaves the rest to Newton."""
+        return self.layers * (HANDED_OVER * NEAR) ** 2 / 2
 
     def residuals(self, values: Tensor, rows: Tensor) -> list[float]:
         """|z - z*| over the square root of the number of layers, of the victims `rows`, whose values are [n, R]."""
@@ -102,24 +111,31 @@ class Task:
 Choice = Callable[[Kind | None, float, float], Kind]  # last kind, residuals before and after it -> the next kind
 
 
-def next_kind(last: Kind | None, before: float, residual: float, descends: bool) -> Kind:
+def next_kind(last: Kind | None, before: float, residual: float, descends: bool, exchanges: bool = False) -> Kind:
     """Newton below NEAR; farther away descent until it stalls, then clouds. Without descent, clouds from the start.
+
+    Where descent and Newton stall below FAR, patches are exchanged, if they can be.
 
     Args:
         last: None at the start of the first search.
         before: infinite at the start of a search.
+        exchanges: whether patches can be exchanged; only with descent.
     """
     stalled = not residual <= STALLED * before  # also where it is NaN
     if residual < NEAR:
-        return Kind.DESCENT if descends and last is Kind.NEWTON and stalled else Kind.NEWTON
+        if not (descends and last is Kind.NEWTON and stalled):
+            return Kind.NEWTON
+        return Kind.EXCHANGE if exchanges else Kind.DESCENT
     if last is None:
         return Kind.DESCENT if descends else Kind.CLOUD
     if residual > FAR:
         return Kind.DESCENT if last is Kind.DESCENT and not stalled else Kind.CLOUD
     if not stalled:
-        return last
+        return Kind.DESCENT if last is Kind.EXCHANGE else last
+    if exchanges and last is Kind.DESCENT:
+        return Kind.EXCHANGE
     if descends:
-        return Kind.CLOUD if last is Kind.DESCENT else Kind.DESCENT
+        return Kind.DESCENT if last is Kind.CLOUD else Kind.CLOUD
     return Kind.CLOUD if last is Kind.NEWTON else Kind.NEWTON
 
 
@@ -177,7 +193,7 @@ def search_together(
     Yields:
         (victim, its best point and figures), in the order in which the searches end.
     """
-    choose = choose or partial(next_kind, descends=task.slopes_of is not None)
+    choose = choose or partial(next_kind, descends=task.slopes_of is not None, exchanges=task.patches is not None)
     searches = _Searches(task, starts, config, axes, choose, restarts)
     waiting, active = deque(range(len(starts))), list[int]()
     while waiting or active:
@@ -319,6 +335,9 @@ def _moved(
         return torch.cat([point for point, _ in moved]), torch.cat([value for _, value in moved])
     if kind is Kind.DESCENT:
         return _descended(task, rows, points, axes, courses)
+    if kind is Kind.EXCHANGE:
+        reached = torch.stack([_exchanged(task, row, point) for row, point in zip(rows, points, strict=True)])
+        return reached, task.update_of(reached, rows)
     points, values, clouds = linearised_steps(
         lambda images, owners: task.update_of(images, rows[owners]),
         task.observed[rows],
@@ -344,18 +363,38 @@ def _descended(
     )
     reached = annealed_descent(
         lambda images, places: slopes_of(images, rows[places]),
-        Expected(
+        Expected.of_covariances(
             torch.stack([course.start for course in courses]),
             axes[0].directions,
-            torch.linalg.inv(torch.stack([own.covariance for own in axes])),
+            torch.stack([own.covariance for own in axes]),
         ),
         points,
         grams,
         task.subspace.basis,
         points.new_tensor([course.damping for course in courses], dtype=torch.float64),
-        enough=task.layers * (HANDED_OVER * NEAR) ** 2 / 2,
+        enough=task.handed_over,
     )
     return reached, task.update_of(reached, rows)
+
+
+def _exchanged(task: Task, row: Tensor, point: Tensor) -> Tensor:
+    """The best image [p] that is reached from the point [p] of victim `row` [] with two patches exchanged."""
+    slopes_of, patches, basis = task.slopes_of, task.patches, task.subspace.basis
+    assert slopes_of is not None and patches is not None
+
+    def misfits_of(images: Tensor) -> Tensor:
+        errors = task.update_of(images, row.expand(len(images))) - task.observed[row]
+        return errors.square().sum(1)
+
+    return exchanged_descent(
+        patches,
+        lambda images, _: slopes_of(images, row.expand(len(images))),
+        misfits_of,
+        point,
+        precise_gram(task.jacobian_of(int(row), point)),
+        basis,
+        task.handed_over,
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
-from r2f_ext.progress import Advance, unheard
+from r2f_ext.progress import Advance, no_progress
 from r2f_ext.types import Reconstruction
 
 FITTED_ROWS = 2000  # pairs that the whitening is fitted to
@@ -113,7 +113,9 @@ class UNetInverter:
         R2FError: the image height or width is not a multiple of 4.
     """
 
-    def __init__(self, ridge: AmortisedInverter, config: UNetConfig | None = None, advance: Advance = unheard) -> None:
+    def __init__(
+        self, ridge: AmortisedInverter, config: UNetConfig | None = None, advance: Advance = no_progress
+    ) -> None:
         channels, height, width = ridge.shape
         if height % 4 or width % 4:
             raise R2FError(f"the U-Net needs sides that are multiples of 4, got {height}x{width}: use kernel ridge.")

@@ -119,6 +119,15 @@ def evidence_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts] = (
     return Evidence(1 if one_step else None, start, bool(signs), (*sentences, NO_BATCH))
 
 
+def start_notes(updates: Sequence[LoraUpdate], steps: int | None) -> tuple[str, ...]:
+    """What stands in for A before training, as a sentence; none where that is known or one step left A as it was."""
+    factors = any(one.without_saved().a for one in updates)  # none are trained where only a saved head is
+    if steps == 1 or not factors or all(one.a0 is not None for one in updates):
+        return ()
+    which = "their mean A stands" if len(updates) > 1 else "its final A stands"
+    return (f"A before training is not known: {which} in for it, in the proxies too.",)
+
+
 def _start_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts]) -> str:
     if all(one.a0 is not None for one in updates):
         return KNOWN

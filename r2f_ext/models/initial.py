@@ -42,7 +42,7 @@ class InitialA:
 
 @dataclass(frozen=True)
 class InitialFactors:
-    """Where to look for A_0 of an adapter; looked for when it is first asked for, and once.
+    """Where to look for A_0 of an adapter. The search runs on first access, and its result is kept.
 
     Attributes:
         target: base and adapted layers; update: the adapter's factors.

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from r2f_ext.models.embedded import PIXEL_MEAN, PIXEL_STD, build_embedded_vit
-from r2f_ext.progress import Advance, unheard
+from r2f_ext.progress import Advance, no_progress
 
 WARMUP = 200  # steps of rising learning rate, at most a quarter of all
 WEIGHT_DECAY = 0.05
@@ -38,7 +38,7 @@ class Pretraining:
         return min(1.0, step / warmup) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-def pretrain(images: Tensor, labels: Tensor, recipe: Pretraining, advance: Advance = unheard) -> VisionTransformer:
+def pretrain(images: Tensor, labels: Tensor, recipe: Pretraining, advance: Advance = no_progress) -> VisionTransformer:
     """Train the embedded architecture from random weights on the CPU, in as many epochs as the steps fill.
 
     Args:

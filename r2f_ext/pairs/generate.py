@@ -33,8 +33,8 @@ GPU_SHARD_BYTES = 256 << 20  # the same for pairs of a GPU, of which several are
 class PairSource(Protocol):
     """Pairs that can be walked through more than once, always in the same order.
 
-    Batches hold gradients of the target's layers, and updates of these at least (a source that serves some layers of an
-    adapter still gives the updates of all: one sample shaped them all).
+    A batch holds gradients of the target's layers. Its updates may be of more layers: a source that serves some layers
+    of an adapter gives the updates of all, because one sample determines them together.
     """
 
     target: Target

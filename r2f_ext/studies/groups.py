@@ -12,7 +12,7 @@ from torch import Tensor
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Updates
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.amortised import Choice, KernelRidge, kernel_, system_, unit_rows
+from r2f_ext.inversion.amortised import Choice, ImageRegression, kernel_, system_, unit_rows
 
 HELD_OUT = 6  # one group in so many chooses the settings
 
@@ -95,7 +95,7 @@ class GroupRidge:
         cosine = torch.stack([unit @ unit.mT for unit in self.units.values()]).mean(0)
         if choice is None:
             first = self._images(0)
-            choice = KernelRidge(cosine.clone(), first, first.shape[1]).choice
+            choice = ImageRegression(cosine.clone(), first, first.shape[1]).choice
         self.choice = choice
         self.system = system_(cosine, choice)
 

@@ -14,7 +14,7 @@ from r2f_ext.inversion.route import Certainty, Public, adapter_problem
 from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.inversion.routes.amortised_by_label import AmortisedByLabel
 from r2f_ext.pairs import GeneratedPairs
-from r2f_ext.progress import unheard
+from r2f_ext.progress import no_progress
 from r2f_ext.types import LoraUpdate, Reconstruction
 
 LABELS = torch.tensor([3, 1, 3])
@@ -48,14 +48,14 @@ def test_no_more_pairs_are_held_than_fit(problem, monkeypatch) -> None:
     made = amortised.AmortisedInverter
     monkeypatch.setattr(amortised, "AmortisedInverter", lambda *args: held.append(len(args[1])) or made(*args))
     cut = replace(problem, public=replace(problem.public, most=120))
-    found = AmortisedByLabel().run(cut, unheard)
+    found = AmortisedByLabel().run(cut, no_progress)
     assert held == [120, 120] and AmortisedByLabel().units(cut) == 240
     assert found.why.endswith("of its images no more than 120 were used, as many as fit into memory")
 
 
 def test_labels_drawn_at_random_serve_every_label(problem) -> None:
     public = load_images("procedural", input_shape=(3, 16, 16), num_classes=5, count=150)
-    found = AmortisedByLabel().run(replace(problem, public=Public(public)), unheard)
+    found = AmortisedByLabel().run(replace(problem, public=Public(public)), no_progress)
     assert round(found.details["pairs_a_victim"]) == 150 and found.labels.tolist() == [3, 1, 3]
 
 
@@ -70,4 +70,4 @@ def test_without_images_beyond_the_pairs_it_says_so(problem) -> None:
 def test_memory_for_hardly_any_pair_fails_with_a_sentence(problem) -> None:
     cut = replace(problem, public=replace(problem.public, most=5))
     with pytest.raises(R2FError, match="pairs of only 5 images of a label fit into memory"):
-        AmortisedByLabel().run(cut, unheard)
+        AmortisedByLabel().run(cut, no_progress)

@@ -10,7 +10,7 @@ from r2f_ext.inversion.route import Certainty
 from r2f_ext.inversion.routes import gauss_newton_matrix_free as module
 from r2f_ext.inversion.routes.gauss_newton_matrix_free import GaussNewtonMatrixFree
 from r2f_ext.inversion.update_map import Subspace
-from r2f_ext.progress import unheard
+from r2f_ext.progress import no_progress
 from r2f_ext.types import Reconstruction
 
 
@@ -22,7 +22,7 @@ def test_finds_the_images_from_a_near_start() -> None:
     shift = 0.2 * torch.randn(2, basis.shape[1], dtype=torch.float64) @ basis.T
     near = Reconstruction("amortised", (images + shift.view_as(images)).clamp(0, 1), torch.tensor([2, 2]), "", 0.0)
     config = MatrixFreeConfig(krylov=12, points=8)
-    found = GaussNewtonMatrixFree().run(replace(problem, found={"amortised": near}, matrix_free=config), unheard)
+    found = GaussNewtonMatrixFree().run(replace(problem, found={"amortised": near}, matrix_free=config), no_progress)
     assert found.route == "gauss_newton_matrix_free" and found.per_victim["free_directions"].min() >= 384
     assert worst_psnr(found.images, images) > 60
 

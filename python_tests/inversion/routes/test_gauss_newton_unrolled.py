@@ -12,7 +12,7 @@ from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.inversion.routes.gauss_newton_unrolled import GaussNewtonUnrolled
 from r2f_ext.inversion.side_by_side import GaussNewtonConfig
 from r2f_ext.pairs import Training
-from r2f_ext.progress import unheard
+from r2f_ext.progress import no_progress
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_finds_the_images_from_the_amortised_start(training: Training) -> None:
     if training.optimizer == "adamw":  # its signs make a poor start: this one is near
         start = run_routes(posed()[0], verdicts_of(problem), ["amortised"]).reconstructions[0]
         problem = replace(problem, found={"amortised": start})
-        found = GaussNewtonUnrolled().run(problem, unheard)
+        found = GaussNewtonUnrolled().run(problem, no_progress)
     else:
         found = run_routes(problem, verdicts_of(problem), ["gauss_newton_unrolled"]).reconstructions[-1]
     assert found.route == "gauss_newton_unrolled" and found.per_victim["exact"].tolist() == [0, 0]

@@ -115,7 +115,7 @@ def clients_of(world: World, seed: int, defence: Defence) -> Clients:
     ]
     norm = torch.stack([each.flatten(1).square().sum(1) for each in changes[0].values()]).sum(0).sqrt()
     return Clients(
-        changes[0], changes[1], changes[2], Gradient(victims.dense), written, class_mean, float(norm.median())
+        changes[0], changes[1], changes[2], Gradient(victims.dense), written, class_mean, float(norm.quantile(0.5))
     )
 
 

@@ -18,7 +18,7 @@ from r2f_ext.decoders.kernel import block_of
 from r2f_ext.inversion.route import Problem, Proxies
 from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.pairs import GeneratedPairs
-from r2f_ext.progress import unheard
+from r2f_ext.progress import no_progress
 from r2f_ext.studies.kept import KeptPairs
 from r2f_ext.studies.scene import (
     ClassMean,
@@ -199,7 +199,7 @@ def refine(scene: Scene, target: Target, updates: Updates, start: Reconstruction
         found={"amortised": replace(start, labels=labels).take(rows)},
         refinement=AuditConfig().refinement,
     )
-    return AmortisedRefined().run(problem, unheard)
+    return AmortisedRefined().run(problem, no_progress)
 
 
 def speed_of(target: Target, a: dict[str, Tensor], public: ImageSet) -> float:

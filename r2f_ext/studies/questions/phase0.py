@@ -29,7 +29,7 @@ from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table
 from r2f_ext.types import BaseModel
 
-# Random weights: no download. B/16 is the brief's model; L/16 the smallest of timm's at 224 where the row space of
+# Random weights: no download. B/16 is the most common ViT; L/16 the smallest of timm's at 224 where the row space of
 # attention determines the image (`r2f identifiability`).
 LARGE: Mapping[str, int] = {"timm-random:vit_base_patch16_224": 2, "timm-random:vit_large_patch16_224": 1}
 IMAGES, QUICK_IMAGES, PUBLIC, MATCHED = 8, 2, 100, 2

@@ -1,0 +1,107 @@
+"""Exchanges of two patches, from points where the search for a ViT's image stalls (docs/methods.md, 3f).
+
+A ViT tells its patches apart by their position embeddings only, so an image in which patches have changed places has
+nearly the same update. Most points where a search stalls are such images: some patches hold each other's contents, each
+shifted by what makes up for the difference of the positions, and everything else is right. Descent cannot leave them,
+because the misfit is larger on the whole way between. Here all pairs of patches are exchanged, and descents from the
+best of the results decide which is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.geometry import base_geometry
+from r2f_ext.inversion.patches import fold_patches, unfold_patches
+from r2f_ext.inversion.preconditioned import SlopesOf, preconditioned_descent
+from r2f_ext.types import BaseModel
+
+APART = 0.04  # root mean square difference of two patches below which their exchange changes nothing
+CANDIDATES = 32  # images that descents begin from: the point itself, and the exchanges of least misfit
+# Evaluations of the misfit, the damping relative to the largest eigenvalue of J^T J, and how many images go on.
+ROUNDS = ((30, 1e-4, 8), (100, 1e-5, 2), (200, 1e-5, 1))
+
+Misfits = Callable[[Tensor], Tensor]  # images [n, p] -> [n]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The patches of a ViT's images.
+
+    Attributes:
+        shape: (c, h, w) of an image; size: (height, width) of a patch; grid: (rows, columns) of N patches.
+        shifts: [N, N, c * height * width], what the content of patch i gains when it moves to place j, so that the
+            model's token for it stays as close to what it was as images allow.
+    """
+
+    shape: torch.Size
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    shifts: Tensor
+
+    @staticmethod
+    def of(base: BaseModel, shape: torch.Size, basis: Tensor) -> Patches | None:
+        """The patches of images (c, h, w) that vary along the columns of basis [c * h * w, q]; None: not a timm ViT
+        whose patches tile the image."""
+        try:
+            geometry = base_geometry(base)
+        except R2FError:
+            return None
+        count = geometry.patch_tokens
+        weight = base.model.patch_embed.proj.weight.flatten(1).to(basis)  # type: ignore[operator, union-attr]
+        deviation = torch.as_tensor(base.std).to(basis).repeat_interleave(weight.shape[1] // len(base.std))
+        shifts = basis.new_zeros(count, count, weight.shape[1])
+        if geometry.has_pos_embed and geometry.position_grid == geometry.grid:
+            # Directions along which any patch varies: of gray images the channels move together.
+            varied = unfold_patches(basis.T.unflatten(1, shape), geometry.patch).flatten(0, 1)
+            _, lengths, rows = torch.linalg.svd(varied, full_matrices=False)
+            along = rows[lengths > 1e-6 * lengths[0]].T
+            positions = base.model.pos_embed[0, -count:].to(basis)  # type: ignore[index]
+            differences = positions[:, None] - positions
+            shifts = differences @ torch.linalg.pinv((weight / deviation) @ along).T @ along.T
+        return Patches(shape, geometry.patch, geometry.grid, shifts)
+
+    def exchanged(self, image: Tensor) -> Tensor:
+        """Every image [n, p] that an exchange of two patches, which differ, makes of image [p]; n <= N (N - 1) / 2."""
+        patches = unfold_patches(image.view(1, *self.shape), self.size)[0]
+        one, other = torch.triu_indices(len(patches), len(patches), 1, device=image.device)
+        differ = (patches[one] - patches[other]).square().mean(1).sqrt() > APART
+        one, other = one[differ], other[differ]
+        moved, rows = patches.expand(len(one), *patches.shape).clone(), torch.arange(len(one), device=image.device)
+        moved[rows, other] = patches[one] + self.shifts[one, other]
+        moved[rows, one] = patches[other] + self.shifts[other, one]
+        return fold_patches(moved, self.size, self.grid).flatten(1)
+
+
+def exchanged_descent(
+    patches: Patches,
+    slopes_of: SlopesOf,
+    misfits_of: Misfits,
+    point: Tensor,
+    gram: Tensor,
+    basis: Tensor,
+    enough: float,
+) -> Tensor:
+    """The best image [p] of descents from image [p] and from its exchanges, in the span of basis [p, q] round it.
+
+    Args:
+        slopes_of: as of `preconditioned_descent`, for images of this one victim.
+        misfits_of: images [n, p] -> their misfits [n].
+        gram: [q, q] float64, J^T J at the point, J = dz along the columns of `basis`.
+        enough: misfit below which a descent has done its part.
+    """
+    directions = basis / basis.norm(dim=0)
+    images = point + (patches.exchanged(point) - point) @ directions @ directions.T
+    images = images.clamp(0, 1)
+    images = torch.cat([point[None], images[misfits_of(images).argsort()[: CANDIDATES - 1]]])
+    for evaluations, damping, left in ROUNDS:
+        dampings = gram.new_full((len(images),), damping)
+        grams = gram.expand(len(images), *gram.shape)
+        images = preconditioned_descent(slopes_of, images, grams, basis, dampings, enough, evaluations)
+        images = images[misfits_of(images).nan_to_num(nan=torch.inf).argsort()[:left]]
+    return images[0]
