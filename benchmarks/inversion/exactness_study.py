@@ -32,7 +32,7 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import load_images
 from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.inversion.gauss_newton import gauss_newton
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.update_map import Subspace
 from r2f_ext.models import load_base
 from r2f_ext.models.timm_base import unfuse_attention

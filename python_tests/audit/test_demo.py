@@ -12,7 +12,7 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import content_hashes
 from r2f_ext.inversion.gauss_newton import FINISH
 from r2f_ext.inversion.matching import MatchingConfig
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 
 pytestmark = pytest.mark.usefixtures("few_controls")
 

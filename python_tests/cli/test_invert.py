@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from r2f_ext.cli import invert
 from r2f_ext.inversion.routes import registry
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.models.draws import Trace
 from r2f_ext.models.evidence import NO_BATCH, SHOWN
 

@@ -13,7 +13,8 @@ from r2f_ext.inversion.exchange import APART, Patches
 from r2f_ext.inversion.gauss_newton import _task_of
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.patches import fold_patches, unfold_patches
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig, Kind, next_kind, search_together
+from r2f_ext.inversion.side_by_side import Kind, next_kind, search_together
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.types import BaseModel

@@ -12,7 +12,7 @@ from r2f_ext.inversion import gauss_newton as module
 from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.inversion.gauss_newton import UpdateBound, _task_of, finished, gauss_newton, search
 from r2f_ext.inversion.newton import SOLVED, Search
-from r2f_ext.inversion.side_by_side import NEAR, GaussNewtonConfig
+from r2f_ext.inversion.task import NEAR, GaussNewtonConfig
 from r2f_ext.inversion.update_map import UpdateMap, flat_units
 from r2f_ext.types import Reconstruction
 

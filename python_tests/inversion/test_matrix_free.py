@@ -17,7 +17,7 @@ from r2f_ext.inversion.matrix_free import (
     krylov,
     search_matrix_free,
 )
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 
 NAMES = tuple(f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))

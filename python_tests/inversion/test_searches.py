@@ -16,7 +16,7 @@ from r2f_ext.inversion.kept import KeptSearches, SearchFiles
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.inversion.searches import one_by_one, search_each
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.progress import Stages
 from r2f_ext.types import Reconstruction
 

@@ -1,4 +1,4 @@
-"""Searches that take their passes together: which pass comes next, when they end and begin again, Newton's steps."""
+"""Searches that take their passes together: which pass comes next, when they end and begin again."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from r2f_ext.inversion import side_by_side as module
 from r2f_ext.inversion.exactness import REPRODUCED
 from r2f_ext.inversion.gauss_newton import _task_of
 from r2f_ext.inversion.linearisation import Axes
-from r2f_ext.inversion.side_by_side import FAR, NEAR, GaussNewtonConfig, Kind, Local, next_kind, search_together
+from r2f_ext.inversion.side_by_side import FAR, Kind, next_kind, search_together
+from r2f_ext.inversion.task import NEAR, GaussNewtonConfig
 from r2f_ext.inversion.update_map import UpdateMap, flat_units
 
 BETWEEN = (NEAR * FAR) ** 0.5
@@ -147,34 +148,6 @@ def test_a_solution_outside_the_box_is_not_taken(problem, monkeypatch):
     monkeypatch.setattr(module, "_moved", lambda kind, task, rows, *_: (outside[rows], task.observed[rows]))
     for search in found(problem, task=task, passes=3):
         assert search.residual > REPRODUCED and search.image.min() >= 0 and search.image.max() <= 1
-
-
-def test_newton_steps_move_each_victim_as_its_own_do(problem):
-    task, config = task_of(problem), GaussNewtonConfig()
-    *_, images, labels, subspace = problem
-    points, both = start_near(images, labels, subspace, 0.02).images.flatten(1), torch.arange(2)
-    values = task.update_of(points, both)
-    together, updates = module.newton_steps(task, both, points, values, config)
-    torch.testing.assert_close(updates, task.update_of(together, both))
-    assert max(task.residuals(updates, both)) < 1e-3 * min(task.residuals(values, both))
-    for victim in range(2):
-        rows = both[victim : victim + 1]
-        alone, _ = module.newton_steps(task, rows, points[rows], values[rows], config)
-        torch.testing.assert_close(alone[0], together[victim], rtol=0, atol=1e-9)
-
-
-def test_the_factors_solve_the_damped_systems_and_say_where_there_is_none(problem):
-    torch.manual_seed(0)
-    jacobian = torch.randn(6, 20, dtype=torch.float64)
-    local, gram = Local.of(jacobian), jacobian @ jacobian.T
-    pulls = local.pulls(torch.randn(1, 20, dtype=torch.float64))
-    largest = torch.linalg.eigvalsh(gram)[-1]
-    for share, correction in zip(reversed(module.DAMPINGS), local.corrections(pulls), strict=True):
-        expected = torch.linalg.solve(gram + share * largest * torch.eye(6), pulls[0])
-        torch.testing.assert_close(correction, expected, rtol=1e-2 * share + 1e-9, atol=1e-9)
-    twice = Local.of(torch.cat([jacobian, 3e4 * jacobian]).float())  # singular: little damping has no factor
-    solved = twice.corrections(twice.pulls(torch.randn(1, 20)))
-    assert solved[-1].isfinite().all() and Local.of(torch.full((2, 3), torch.nan)).factors.isnan().all()
 
 
 def test_a_cpu_searches_few_side_by_side_and_a_gpu_as_many_as_fit():

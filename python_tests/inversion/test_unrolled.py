@@ -7,7 +7,7 @@ from cases import peft_start, samples, tiny_base
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exactness import REPRODUCED
 from r2f_ext.inversion.gauss_newton import search
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
 from r2f_ext.inversion.update_map import Subspace, flat_units
 from r2f_ext.pairs import Training, simulate

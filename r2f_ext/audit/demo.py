@@ -21,7 +21,7 @@ from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.inversion.route import Public, adapter_problem
 from r2f_ext.inversion.routes.amortised_by_label import AmortisedByLabel
 from r2f_ext.inversion.routes.gauss_newton import GaussNewton
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.models import load_base
 from r2f_ext.progress import Stages
 from r2f_ext.types import BaseModel, LoraUpdate

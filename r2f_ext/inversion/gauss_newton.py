@@ -40,7 +40,8 @@ from r2f_ext.inversion.kept import KeptSearches, by_victim, files_of
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.newton import SOLVED, Search
 from r2f_ext.inversion.searches import search_each
-from r2f_ext.inversion.side_by_side import NEAR, GaussNewtonConfig, Kind, Task, search_together, victims_together
+from r2f_ext.inversion.side_by_side import Kind, search_together, victims_together
+from r2f_ext.inversion.task import NEAR, GaussNewtonConfig, Task
 from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.progress import Advance, no_progress
 from r2f_ext.types import Reconstruction, Target

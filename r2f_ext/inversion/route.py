@@ -19,7 +19,7 @@ from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, measured_tokens,
 from r2f_ext.inversion.kept import KeptSearches
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unet import UNetConfig
 from r2f_ext.models import AdapterFacts, Evidence, InitialFactors, common_a, evidence_of
 from r2f_ext.pairs import Training

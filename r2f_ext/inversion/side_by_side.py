@@ -19,21 +19,20 @@ from math import inf
 import torch
 from torch import Tensor
 
-from r2f_ext.inversion.exchange import Patches, exchanged_descent
+from r2f_ext.inversion.dense_newton import newton_steps, newtons_together
+from r2f_ext.inversion.exchange import exchanged_descent
 from r2f_ext.inversion.linearisation import Axes, Cloud, drawn, linearised_steps
-from r2f_ext.inversion.newton import DAMPINGS, PRECISE, SOLVED, STALLED, Search
+from r2f_ext.inversion.newton import PRECISE, SOLVED, STALLED, Search
 from r2f_ext.inversion.preconditioned import Expected, annealed_descent
-from r2f_ext.inversion.update_map import Subspace
-from r2f_ext.linalg import largest_eigenvalues, precise_gram
-from r2f_ext.pairs.memory import budget
+from r2f_ext.inversion.task import NEAR, GaussNewtonConfig, Task
+from r2f_ext.linalg import precise_gram
 
-# Relative residuals: below NEAR, passes are Newton's; above FAR, only descent and clouds. In between, descent (without
-# a slope, Newton) and clouds alternate whenever one stalls.
-NEAR, FAR = 0.007, 0.1
+# Relative residual above which passes are descents and clouds only. Between NEAR and FAR, descent (without a slope,
+# Newton) and clouds alternate whenever one stalls.
+FAR = 0.1
 # Of J^T J's largest eigenvalue: the damping of the first descent and the least one, and the factor between two. With
 # less damping from the start, steps leave the valley.
 DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
-HANDED_OVER = 0.1  # share of NEAR at which a descent leaves the rest to Newton
 CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for each
 
 
@@ -45,67 +44,6 @@ class Kind(Enum):
     EXCHANGE = "exchange"
     CLOUD = "cloud"
     NEWTON = "newton"
-
-
-@dataclass(frozen=True)
-class GaussNewtonConfig:
-    """Stopping criteria and step control.
-
-    Attributes:
-        passes: maximum per victim, of all its searches; a cloud of images and a Jacobian cost about the
-            same, a pass of descent about three times that.
-        patience: passes without a reduction of the residual by a fifth after which the search begins again near its
-            start.
-        minutes: after which no pass of a victim begins, see `Search.seconds`; None: no limit. A search that it cuts
-            short depends on the machine's speed; the others do not.
-        samples: images per direction in the clouds of the first search, of the second, ...; then from the first again.
-        spread: how far a repeated search begins from the start, in standard deviations of the start's expected error.
-        steps: maximum number of steps with one Jacobian.
-        contraction: largest accepted ratio of the norm of the next correction to that of the present one.
-        directions: batch size of tangents, or of images, in one pass of the model on a CPU.
-        seed: seed of the clouds.
-    """
-
-    passes: int = 40
-    patience: int = 6
-    minutes: float | None = None
-    samples: tuple[float, ...] = (1.5, 3.0)
-    spread: float = 0.5
-    steps: int = 8
-    contraction: float = 0.75
-    directions: int = 64
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Task:
-    """What V searches look for, and the map that they look with.
-
-    Attributes:
-        observed: [V, R]; layers: whose updates of norm 1 are concatenated in it.
-        update_of: images [n, p] and the victim of each int64 [n] -> updates [n, R].
-        jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
-        slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p]; None: there is no descent.
-        patches: of the images, if the model reads patches; None: there are no exchanges. They need slopes.
-    """
-
-    observed: Tensor
-    layers: int
-    subspace: Subspace
-    update_of: Callable[[Tensor, Tensor], Tensor]
-    jacobian_of: Callable[[int, Tensor], Tensor]
-    slopes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    patches: Patches | None = None
-
-    @property
-    def handed_over(self) -> float:
-        """The misfit at which a descent leaves the rest to Newton."""
-        return self.layers * (HANDED_OVER * NEAR) ** 2 / 2
-
-    def residuals(self, values: Tensor, rows: Tensor) -> list[float]:
-        """|z - z*| over the square root of the number of layers, of the victims `rows`, whose values are [n, R]."""
-        lengths: list[float] = ((values - self.observed[rows]).norm(dim=1) / self.layers**0.5).tolist()
-        return lengths
 
 
 Choice = Callable[[Kind | None, float, float], Kind]  # last kind, residuals before and after it -> the next kind
@@ -380,6 +318,7 @@ def _descended(
 def _exchanged(task: Task, row: Tensor, point: Tensor) -> Tensor:
     """The best image [p] that is reached from the point [p] of victim `row` [] with two patches exchanged."""
     slopes_of, patches, basis = task.slopes_of, task.patches, task.subspace.basis
+    point = point.clamp(0, 1)  # Newton's steps may have left the box far behind
     assert slopes_of is not None and patches is not None
 
     def misfits_of(images: Tensor) -> Tensor:
@@ -397,71 +336,6 @@ def _exchanged(task: Task, row: Tensor, point: Tensor) -> Tensor:
     )
 
 
-@dataclass(frozen=True)
-class Local:
-    """The Jacobian at one point [q, R], and the Cholesky factors of J^T J + damping for all DAMPINGS [k, q, q],
-    float64, the least damped first; NaN where one does not exist to working precision."""
-
-    jacobian: Tensor
-    factors: Tensor
-
-    @staticmethod
-    def of(jacobian: Tensor) -> Local:
-        gram = precise_gram(jacobian)
-        if not bool(gram.isfinite().all()):
-            gram = torch.full_like(gram, torch.nan)
-        shares = gram.new_tensor(DAMPINGS).flip(0) * largest_eigenvalues(gram[None])
-        damped = gram + shares[:, None, None] * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        factors, failed = torch.linalg.cholesky_ex(damped)
-        return Local(jacobian, torch.where((failed > 0)[:, None, None], torch.nan, factors))
-
-    def pulls(self, errors: Tensor) -> Tensor:
-        """J^T r of errors [n, R]: [n, q] float64."""
-        return (errors @ self.jacobian.T).double()
-
-    def corrections(self, pulls: Tensor) -> Tensor:
-        """(J^T J + damping)^-1 J^T r of each damping [k, q], for pulls [k, q], or [1, q] for all."""
-        return torch.cholesky_solve(pulls.expand(len(self.factors), -1)[:, :, None], self.factors)[:, :, 0]
-
-
-def newton_steps(
-    task: Task, rows: Tensor, points: Tensor, values: Tensor, config: GaussNewtonConfig
-) -> tuple[Tensor, Tensor]:
-    """Damped steps with one Jacobian for each victim, from points [n, p] with values [n, R]; the last of both.
-
-    Each step uses the smallest damping whose next correction is shorter than `contraction` times the present one (the
-    natural monotonicity test, see `newton`). If there is none, the first step uses the damping with the smallest ratio,
-    and a later step ends the steps of that victim. Points are not clamped to [0, 1], because clamped steps stop at
-    points that are not solutions.
-    """
-    basis, observed = task.subspace.basis, task.observed[rows]
-    locals_ = [Local.of(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
-    pulls = torch.stack([own.pulls((v - o)[None])[0] for own, v, o in zip(locals_, values, observed, strict=True)])
-    going = torch.ones(len(rows), dtype=torch.bool, device=points.device)
-    every = torch.arange(len(rows), device=points.device)
-    solved = SOLVED * task.layers**0.5
-    for step in range(config.steps):
-        now = torch.stack([own.corrections(pull[None]) for own, pull in zip(locals_, pulls, strict=True)])  # [n, k, q]
-        trials = points[:, None] - now.to(basis.dtype) @ basis.T
-        tried = task.update_of(trials.flatten(0, 1), rows.repeat_interleave(trials.shape[1])).unflatten(
-            0, now.shape[:2]
-        )
-        pulled = torch.stack([own.pulls(v - o) for own, v, o in zip(locals_, tried, observed, strict=True)])
-        after = torch.stack([own.corrections(each) for own, each in zip(locals_, pulled, strict=True)])
-        ratios = (after.norm(dim=2) / now.norm(dim=2)).nan_to_num(nan=torch.inf)
-        good = ratios < config.contraction
-        chosen = torch.where(good.any(1), good.int().argmax(1), ratios.argmin(1))
-        going = going & (good.any(1) | ((step == 0) & ratios.isfinite().any(1)))
-        mine = going[:, None]
-        points = torch.where(mine, trials[every, chosen], points)
-        values = torch.where(mine, tried[every, chosen], values)
-        pulls = torch.where(mine, pulled[every, chosen], pulls)
-        going = going & ((values - observed).norm(dim=1) >= solved)
-        if not bool(going.any()):
-            break
-    return points, values
-
-
 def victims_together(device: torch.device, directions: int, numbers: int) -> int:
     """How many searches go side by side: a few on a CPU, on a GPU as many as fit.
 
@@ -469,9 +343,3 @@ def victims_together(device: torch.device, directions: int, numbers: int) -> int
         directions: q of the subspace; numbers: R of an update.
     """
     return newtons_together(device, directions, numbers) if device.type == "cuda" else CPU_TOGETHER
-
-
-def newtons_together(device: torch.device, directions: int, numbers: int) -> int:
-    """Of how many victims Jacobians and factors fit into memory; arguments as of `victims_together`."""
-    each = 8 * directions * (numbers + (len(DAMPINGS) + 2) * directions)
-    return max(1, budget(device) // each)

@@ -10,7 +10,7 @@ from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.inversion.route import Certainty
 from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.inversion.routes.gauss_newton_unrolled import GaussNewtonUnrolled
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.pairs import Training
 from r2f_ext.progress import no_progress
 

@@ -18,7 +18,7 @@ from r2f_ext.inversion.gauss_newton import search
 from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT
 from r2f_ext.inversion.matching import MatchingConfig, match
 from r2f_ext.inversion.objectives import GradientObjective
-from r2f_ext.inversion.side_by_side import GaussNewtonConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.studies.scene import (

@@ -1,0 +1,75 @@
+"""What a Gauss-Newton search looks for, the map that it looks with, and its settings (docs/methods.md, 3f)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from r2f_ext.inversion.exchange import Patches
+from r2f_ext.inversion.update_map import Subspace
+
+NEAR = 0.007  # relative residual below which a derivative at the point serves
+HANDED_OVER = 0.1  # share of NEAR at which a descent leaves the rest to Newton
+
+
+@dataclass(frozen=True)
+class GaussNewtonConfig:
+    """Stopping criteria and step control.
+
+    Attributes:
+        passes: maximum per victim, of all its searches; a cloud of images and a Jacobian cost about the
+            same, a pass of descent about three times that, and one of exchanges about three times that again.
+        patience: passes without a reduction of the residual by a fifth after which the search begins again near its
+            start.
+        minutes: after which no pass of a victim begins, see `Search.seconds`; None: no limit. A search that it cuts
+            short depends on the machine's speed; the others do not.
+        samples: images per direction in the clouds of the first search, of the second, ...; then from the first again.
+        spread: how far a repeated search begins from the start, in standard deviations of the start's expected error.
+        steps: maximum number of steps with one Jacobian.
+        contraction: largest accepted ratio of the norm of the next correction to that of the present one.
+        directions: batch size of tangents, or of images, in one pass of the model on a CPU.
+        seed: seed of the clouds.
+    """
+
+    passes: int = 40
+    patience: int = 6
+    minutes: float | None = None
+    samples: tuple[float, ...] = (1.5, 3.0)
+    spread: float = 0.5
+    steps: int = 8
+    contraction: float = 0.75
+    directions: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What V searches look for, and the map that they look with.
+
+    Attributes:
+        observed: [V, R]; layers: whose updates of norm 1 are concatenated in it.
+        update_of: images [n, p] and the victim of each int64 [n] -> updates [n, R].
+        jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
+        slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p]; None: there is no descent.
+        patches: of the images, if the model reads patches; None: there are no exchanges. They need slopes.
+    """
+
+    observed: Tensor
+    layers: int
+    subspace: Subspace
+    update_of: Callable[[Tensor, Tensor], Tensor]
+    jacobian_of: Callable[[int, Tensor], Tensor]
+    slopes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    patches: Patches | None = None
+
+    @property
+    def handed_over(self) -> float:
+        """The misfit at which a descent leaves the rest to Newton."""
+        return self.layers * (HANDED_OVER * NEAR) ** 2 / 2
+
+    def residuals(self, values: Tensor, rows: Tensor) -> list[float]:
+        """|z - z*| over the square root of the number of layers, of the victims `rows`, whose values are [n, R]."""
+        lengths: list[float] = ((values - self.observed[rows]).norm(dim=1) / self.layers**0.5).tolist()
+        return lengths
