@@ -9,7 +9,8 @@ from vit_cases import small_vit, smooth_images
 
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
-from r2f_ext.inversion.exchange import APART, Patches
+from r2f_ext.inversion import exchange as module
+from r2f_ext.inversion.exchange import APART, Patches, exchanged_descent
 from r2f_ext.inversion.gauss_newton import _task_of
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.patches import fold_patches, unfold_patches
@@ -65,6 +66,30 @@ def test_patches_that_are_alike_are_not_exchanged():
     patches[7] += 0.5 * APART
     found = Patches.of(small_vit(), SHAPE, every_direction()).exchanged(image_of(patches))
     assert len(found) == 15  # of patch 3 with any other
+    assert len(Patches.of(small_vit(), SHAPE, every_direction()).exchanged(torch.full((768,), 0.5).double())) == 0
+
+
+def test_of_many_exchanges_some_from_the_whole_list_are_tried(monkeypatch):
+    patches, image = Patches.of(small_vit(), SHAPE, every_direction()), smooth_images(1, 16).double().flatten()
+    every = patches.exchanged(image)
+    monkeypatch.setattr(module, "MOST", 7)
+    some = patches.exchanged(image)
+    assert len(every) == 120 and len(some) == 7
+    assert torch.equal(some[0], every[0]) and torch.equal(some[-1], every[-1])
+
+
+def test_an_image_of_one_tone_goes_on_without_exchanges():
+    gray, seen = torch.full((768,), 0.5, dtype=torch.float64), []
+
+    def slopes_of(images, _):
+        seen.append(len(images))
+        return (images - 0.6).square().sum(1) / 2, images - 0.6
+
+    basis = every_direction()
+    patches = Patches.of(small_vit(), SHAPE, basis)
+    misfits_of = lambda images: (images - 0.6).square().sum(1)  # noqa: E731
+    found = exchanged_descent(patches, slopes_of, misfits_of, gray, 0.04 * torch.eye(768).double(), basis, 0.0)
+    assert set(seen) == {1} and (found - 0.6).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("model", [nn.Flatten(), nn.Conv2d(3, 8, 3)])

@@ -22,6 +22,7 @@ from r2f_ext.inversion.preconditioned import SlopesOf, preconditioned_descent
 from r2f_ext.types import BaseModel
 
 APART = 0.04  # root mean square difference of two patches below which their exchange changes nothing
+MOST = 4096  # exchanges that are tried; of more, as many at equal distances in their list
 CANDIDATES = 32  # images that descents begin from: the point itself, and the exchanges of least misfit
 # Evaluations of the misfit, the damping relative to the largest eigenvalue of J^T J, and how many images go on.
 ROUNDS = ((30, 1e-4, 8), (100, 1e-5, 2), (200, 1e-5, 1))
@@ -67,11 +68,14 @@ class Patches:
         return Patches(shape, geometry.patch, geometry.grid, shifts)
 
     def exchanged(self, image: Tensor) -> Tensor:
-        """Every image [n, p] that an exchange of two patches, which differ, makes of image [p]; n <= N (N - 1) / 2."""
+        """Images [n, p] that exchanges of two patches which differ make of image [p]; n <= min(N (N - 1) / 2, MOST)."""
         patches = unfold_patches(image.view(1, *self.shape), self.size)[0]
         one, other = torch.triu_indices(len(patches), len(patches), 1, device=image.device)
         differ = (patches[one] - patches[other]).square().mean(1).sqrt() > APART
-        one, other = one[differ], other[differ]
+        chosen = differ.nonzero()[:, 0]
+        if len(chosen) > MOST:
+            chosen = chosen[torch.linspace(0, len(chosen) - 1, MOST, dtype=torch.float64).long()]
+        one, other = one[chosen], other[chosen]
         moved, rows = patches.expand(len(one), *patches.shape).clone(), torch.arange(len(one), device=image.device)
         moved[rows, other] = patches[one] + self.shifts[one, other]
         moved[rows, one] = patches[other] + self.shifts[other, one]
@@ -96,9 +100,11 @@ def exchanged_descent(
         enough: misfit below which a descent has done its part.
     """
     directions = basis / basis.norm(dim=0)
-    images = point + (patches.exchanged(point) - point) @ directions @ directions.T
-    images = images.clamp(0, 1)
-    images = torch.cat([point[None], images[misfits_of(images).argsort()[: CANDIDATES - 1]]])
+    exchanges = patches.exchanged(point)
+    images = point[None]
+    if len(exchanges) > 0:
+        exchanges = (point + (exchanges - point) @ directions @ directions.T).clamp(0, 1)
+        images = torch.cat([images, exchanges[misfits_of(exchanges).argsort()[: CANDIDATES - 1]]])
     for evaluations, damping, left in ROUNDS:
         dampings = gram.new_full((len(images),), damping)
         grams = gram.expand(len(images), *gram.shape)
