@@ -73,6 +73,8 @@ class Patches:
         one, other = torch.triu_indices(len(patches), len(patches), 1, device=image.device)
         differ = (patches[one] - patches[other]).square().mean(1).sqrt() > APART
         chosen = differ.nonzero()[:, 0]
+        if len(chosen) == 0:
+            return image.new_empty(0, len(image))
         if len(chosen) > MOST:
             chosen = chosen[torch.linspace(0, len(chosen) - 1, MOST, dtype=torch.float64).long()]
         one, other = one[chosen], other[chosen]
