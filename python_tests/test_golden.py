@@ -25,7 +25,7 @@ from r2f_ext.models import load_base
 RECORD = Path(__file__).parent / "golden.json"
 DECIBELS, COSINE, RELATIVE = 0.05, 1e-4, 1e-4
 ROUNDING = 3.0  # decibels, of closed forms that reach the rounding of float32 (80 dB and more)
-SIGNS = 0.3  # decibels, of a search by signs of the gradient: another order of sums moved it by 0.12
+SIGNS = 0.3  # decibels, of searches by signs of the gradient: another order of sums moved them by -0.09 and +0.12
 LAYERS = ["attn.qkv", "mlp.fc2"]
 
 
@@ -80,7 +80,7 @@ def test_figures_are_those_recorded_before_the_rebuild(tmp_path: Path) -> None:
     recorded, now = json.loads(RECORD.read_text()), figures(tmp_path)
     assert all(set(each) <= set(now[name]) for name, each in recorded.items())
     for name, value in recorded["decibels"].items():
-        tolerance = ROUNDING if value > 80 else SIGNS if name.endswith("refined") else DECIBELS
+        tolerance = ROUNDING if value > 80 else SIGNS if name.endswith(("matching", "refined")) else DECIBELS
         assert now["decibels"][name] == pytest.approx(value, abs=tolerance), name
     assert {name: now["cosines"][name] for name in recorded["cosines"]} == pytest.approx(
         recorded["cosines"], abs=COSINE
