@@ -108,8 +108,7 @@ def exchanged_descent(
         exchanges = (point + (exchanges - point) @ directions @ directions.T).clamp(0, 1)
         images = torch.cat([images, exchanges[misfits_of(exchanges).argsort()[: CANDIDATES - 1]]])
     for evaluations, damping, left in ROUNDS:
-        dampings = gram.new_full((len(images),), damping)
-        grams = gram.expand(len(images), *gram.shape)
-        images = preconditioned_descent(slopes_of, images, grams, basis, dampings, enough, evaluations)
+        dampings = gram.new_tensor([damping])
+        images = preconditioned_descent(slopes_of, images, gram[None], basis, dampings, enough, evaluations)
         images = images[misfits_of(images).nan_to_num(nan=torch.inf).argsort()[:left]]
     return images[0]

@@ -135,8 +135,8 @@ def preconditioned_descent(
     finite, or if its descent ends at numbers that are not finite.
 
     Args:
-        grams: [V, q, q] float64, J^T J of each, J = dz along the columns of `basis`.
-        dampings: [V] float64, added to J^T J, relative to its largest eigenvalue.
+        grams: [V, q, q] float64, or [1, q, q] for all: J^T J, J = dz along the columns of `basis`.
+        dampings: [V] float64, or [1] for all: added to J^T J, relative to its largest eigenvalue.
         enough: misfit below which a descent has done its part.
         evaluations: of the misfit, at most.
     """
@@ -149,7 +149,7 @@ def preconditioned_descent(
     # Rows of L^-1 basis^T: moves u of the image along them have J^T J + damping = identity.
     directions = torch.linalg.solve_triangular(lower, basis.double().T, upper=False).to(basis.dtype)
 
-    found = _minimised(slopes_of, points, directions, enough, evaluations)
+    found = _minimised(slopes_of, points, directions.expand(len(points), -1, -1), enough, evaluations)
     return torch.where((usable & found.isfinite().all(1))[:, None], found, points)
 
 
