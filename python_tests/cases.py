@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Decoder, Projection
-from r2f_ext.inversion.phase0 import exact_gradients
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import AdaptedLayer, BaseModel, Target

@@ -9,8 +9,19 @@ import r2f_ext
 
 PACKAGE = Path(r2f_ext.__file__).parent
 LAYERS = (
-    ("errors",),
-    ("types", "files", "json_file", "linalg", "malloc", "progress", "distributed", "cuda_graph", "ops"),
+    ("errors", "discovery"),
+    (
+        "types",
+        "files",
+        "json_file",
+        "linalg",
+        "malloc",
+        "progress",
+        "distributed",
+        "cuda_graph",
+        "graph_optimizer",
+        "ops",
+    ),
     ("env", "kernel_solver"),
     ("models", "data"),
     ("capture",),

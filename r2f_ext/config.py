@@ -7,6 +7,7 @@ from typing import Any
 
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,7 @@ class AuditConfig:
         gauss_newton: also search for the exact images; a few minutes an adapter of the embedded model on 2 cores.
         start_images: most public images of one label that the search's start is made from; None: as many as fit into
             memory.
-        search_minutes: after which no pass of a victim's Gauss-Newton search begins, see `Search.seconds`; None: no
-            limit.
+        search: settings of the Gauss-Newton search, among them the limit of its time.
         precision: of the model when pairs are made, "float32", "tf32" or "bfloat16" (see GeneratedPairs).
         seed: of proxies, random labels and the shuffled control.
     """
@@ -39,7 +39,7 @@ class AuditConfig:
     routes: tuple[str, ...] | None = None
     gauss_newton: bool = False
     start_images: int | None = None
-    search_minutes: float | None = None
+    search: GaussNewtonConfig = field(default_factory=GaussNewtonConfig)
     precision: str = "float32"
     seed: int = 0
 
@@ -50,10 +50,17 @@ class AuditConfig:
         Raises:
             R2FError: fields that this version does not have.
         """
-        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
         try:
-            for name in ("matching", "refinement"):
-                fields[name] = MatchingConfig(**data[name])
-            return cls(**fields)
+            parts = {
+                "matching": MatchingConfig(**data["matching"]),
+                "refinement": MatchingConfig(**data["refinement"]),
+                "search": GaussNewtonConfig(**_with_tuples(data["search"])),
+            }
+            return cls(**{**_with_tuples(data), **parts})
         except (KeyError, TypeError) as error:
             raise R2FError(f"the config is not one that this version writes ({error}): audit anew.") from error
+
+
+def _with_tuples(data: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples: lists stand for them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -30,9 +30,9 @@ from r2f_ext.audit.assign import assign
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import load_images
 from r2f_ext.inversion.attention_rowspace import invert_attention_rowspace, solve_from_rows
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.geometry import QKV_WEIGHT, base_geometry
 from r2f_ext.inversion.patch_position import invert_patch_position
-from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.inversion.route import Certainty, adapter_problem
 from r2f_ext.inversion.routes.adapter_rowspace import AdapterRowspace
 from r2f_ext.models import attach, load_base, read_adapter

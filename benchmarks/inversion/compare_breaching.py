@@ -36,11 +36,13 @@ from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import load_images
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.matching import MatchingConfig, match
 from r2f_ext.inversion.objectives import GradientObjective
-from r2f_ext.inversion.phase0 import exact_gradients, phase0
+from r2f_ext.inversion.route import Problem
+from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.models import load_base
-from r2f_ext.types import BaseModel, Gradient
+from r2f_ext.types import BaseModel, Gradient, Reconstruction
 
 warnings.filterwarnings("ignore")
 CIFAR_MEAN, CIFAR_STD = (0.4915, 0.4823, 0.4468), (0.2470, 0.2435, 0.2616)
@@ -228,7 +230,7 @@ def compare_vit(steps: int, count: int, say: Callable[[str], None]) -> dict[str,
     images, labels = images_of(base, count)
     gradients = exact_gradients(base, images, labels, [name for name, _ in base.model.named_parameters()])
     outcome: dict[str, Any] = {}
-    for found in phase0(base, images, labels).reconstructions:
+    for found in closed_forms(base, gradients):
         outcome[found.route] = result(found.images, images, found.seconds, [])
     config = replace(VIT, steps=steps)
     outcome["match"] = matching_on_all(base, config, gradients, labels, images)
@@ -247,6 +249,11 @@ def compare_vit(steps: int, count: int, say: Callable[[str], None]) -> dict[str,
     return outcome
 
 
+def closed_forms(base: BaseModel, gradients: list[dict[str, Tensor]]) -> list[Reconstruction]:
+    problem = Problem(base, gradients=gradients)
+    return run_routes(problem, verdicts_of(problem), ["attention_rowspace", "patch_position"]).found()
+
+
 def compare_april(count: int, say: Callable[[str], None]) -> dict[str, Any]:
     """The embedded ViT with its first block replaced by breaching's ModifiedBlock, which april_analytic asks for."""
     from breaching.cases.models.model_preparation import ModifiedBlock
@@ -258,7 +265,7 @@ def compare_april(count: int, say: Callable[[str], None]) -> dict[str, Any]:
     gradients = exact_gradients(base, images, labels, [name for name, _ in base.model.named_parameters()])
     theirs = breaching_on_all(base, "april_analytic", [], gradients, labels, images)
     outcome = {"breaching april_analytic": theirs}
-    for found in phase0(base, images, labels).reconstructions:
+    for found in closed_forms(base, gradients):
         outcome[found.route] = result(found.images, images, found.seconds, [])
     for name, one in outcome.items():
         say(f"ViT with ModifiedBlock, {name}: {one['psnr_db']} dB in {one['seconds']} s")

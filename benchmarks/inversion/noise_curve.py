@@ -21,8 +21,8 @@ from measure import json_parser, write_json
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import load_images
 from r2f_ext.inversion.attention_rowspace import invert_attention_rowspace
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.geometry import QKV_WEIGHT
-from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.models import load_base
 
 NOISE = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

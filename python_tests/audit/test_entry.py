@@ -56,7 +56,7 @@ def test_what_is_loaded_is_shown_before_the_long_stages(adapter_folder, monkeypa
 def test_the_sizes_that_ran_are_recorded(adapter_folder, monkeypatch):
     monkeypatch.setattr(module.run, "fit_to_memory", lambda target, victims, count, config: replace(config, held_out=5))
     report = audit([adapter_folder], proxy="embedded", config=CONFIG)
-    assert report.config.held_out == 5 and report.to_json()["config"]["held_out"] == 5
+    assert report.first.config.held_out == 5 and report.to_json()["config"]["held_out"] == 5
 
 
 def test_no_absolute_path_is_in_the_report(embedded, private, tmp_path):
@@ -91,10 +91,10 @@ def test_a_search_starts_from_every_public_image_and_the_pairs_stay_as_they_are(
     torch.testing.assert_close(start.images, plain.sets[0].reconstructions[0].images)
     public = load_images("embedded")
     assert round(found.details["pairs_a_victim"]) == (public.labels == start.labels[0]).sum() > 900
-    assert report.config.start_images == len(public) and plain.config.start_images is None
+    assert report.first.config.start_images == len(public) and plain.first.config.start_images is None
     assert report.seconds["amortised_by_label"] > 0
     data = report.to_json()
-    assert AuditConfig.from_json(data["config"]) == report.config
+    assert AuditConfig.from_json(data["config"]) == report.first.config
     assert "amortised_by_label" in data["reconstruction"]["one"]["routes"]
 
 
@@ -183,7 +183,7 @@ def test_a_start_that_is_not_the_adapters_is_refused_before_images_are_read(name
 
 def test_the_recorded_sizes_are_those_that_ran(adapter_folder):
     report = audit([adapter_folder], proxy="embedded", config=replace(CONFIG, decoder_pairs=6000, held_out=100))
-    assert (report.config.pairs, report.config.decoder_pairs, report.config.held_out) == (60, 45, 15)
+    assert (report.first.config.pairs, report.first.config.decoder_pairs, report.first.config.held_out) == (60, 45, 15)
 
 
 @pytest.fixture

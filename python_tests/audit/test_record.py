@@ -8,6 +8,7 @@ import pytest
 from r2f_ext.audit.record import Inputs, command_of, public_name
 from r2f_ext.cli.options import parse
 from r2f_ext.config import AuditConfig
+from r2f_ext.inversion.task import GaussNewtonConfig
 
 
 @pytest.fixture
@@ -70,7 +71,9 @@ def test_reports_name_folders_by_their_last_part(place):
 def test_the_recorded_command_is_read_back_as_the_same_audit():
     given = inputs(adapters=("../a b", "./c"), private="embedded:3,4", initial="../start", proxy="../x+embedded")
     routes = ("amortised", "matching")
-    config = AuditConfig(pairs=300, routes=routes, gauss_newton=True, search_minutes=1.5, precision="bfloat16", seed=4)
+    config = AuditConfig(
+        pairs=300, routes=routes, gauss_newton=True, search=GaussNewtonConfig(minutes=1.5), precision="bfloat16", seed=4
+    )
     program, *words = shlex.split(command_of(given, config))
     options = parse(words)
     assert program == "r2f" and options.command == "audit" and options.out == "."

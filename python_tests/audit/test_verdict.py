@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from r2f_ext.audit import verdict
+from r2f_ext.audit import metrics
+from r2f_ext.audit.metrics import CONFIDENCE
 from r2f_ext.audit.verdict import (
-    CONFIDENCE,
     NO_PROOF,
     ExactImage,
     LeakVerdict,
@@ -53,7 +53,7 @@ def test_several_victims_are_ranked_by_their_mean_and_paired():
 
 def test_the_test_keeps_its_level_when_the_victim_is_one_of_the_noise_adapters(monkeypatch):
     """By exchangeability at most 5 % of adapters that are drawn like their controls have p <= 5 %."""
-    monkeypatch.setattr(verdict, "RESAMPLES", 2)
+    monkeypatch.setattr(metrics, "RESAMPLES", 2)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(2000, 200, generator=generator, dtype=torch.float64)
     called = [compare(one[:1], one[None, 1:], 0).p_value <= 1 - CONFIDENCE for one in drawn]

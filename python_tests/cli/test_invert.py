@@ -8,7 +8,6 @@ import torch
 from cli_cases import FIRST, files_under, refused, run
 from safetensors.torch import load_file, save_file
 
-from r2f_ext.cli import invert
 from r2f_ext.inversion.routes import registry
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.models.draws import Trace
@@ -52,7 +51,7 @@ def test_what_the_factors_show_is_said(inverted):
 
 
 def test_a_start_that_is_not_the_adapters_is_refused_before_pairs_are_read(stages, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(invert, "StoredPairs", lambda *args: pytest.fail("pairs were read first"))
+    monkeypatch.setattr("r2f_ext.audit.invert.StoredPairs", lambda *args: pytest.fail("pairs were read first"))
     words = ("invert", stages.adapter, "--pairs", stages.pairs, "--out", tmp_path / "o")
     assert "--a0-seed 7 does not draw the A" in refused(capsys, *words, "--a0-seed", 7)
     assert "has no adapter_model" in refused(capsys, *words, "--initial", tmp_path)
@@ -81,7 +80,7 @@ def test_invert(stages, tmp_path, gradients, inverter):
 
 @pytest.mark.parametrize("damage", ["missing", "NaN", "two adapters", "text", "other layers"])
 def test_bad_gradients(damage, stages, tmp_path, out, capsys, monkeypatch):
-    monkeypatch.setattr(invert, "run_routes", lambda *args: pytest.fail("time was spent first"))
+    monkeypatch.setattr("r2f_ext.audit.invert.run_routes", lambda *args: pytest.fail("time was spent first"))
     path = tmp_path / "g.safetensors"
     gradients = load_file(stages.gradients)
     if damage == "NaN":

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from r2f_ext.capture.graph_optimizer import Traced
+from r2f_ext.graph_optimizer import Traced
 
 
 @pytest.fixture(scope="module", autouse=True)

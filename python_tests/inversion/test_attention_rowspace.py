@@ -13,9 +13,9 @@ from r2f_ext.inversion.attention_rowspace import (
     token_map,
     weighted_directions,
 )
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.geometry import QKV_WEIGHT, base_geometry
 from r2f_ext.inversion.patches import unfold_patches
-from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.models.base import load_base
 from r2f_ext.types import BaseModel
 

@@ -13,9 +13,9 @@ from r2f_ext.audit.assign import assign_groups
 from r2f_ext.capture import Capture
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import matching
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.matching import SCHEDULES, MatchingConfig, match
 from r2f_ext.inversion.objectives import Distance, GradientObjective, UpdateObjective
-from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.pairs.simulation import Training, simulate
 from r2f_ext.types import BaseModel, FactoredGradient, Gradient, Reconstruction
 

@@ -5,8 +5,8 @@ import torch
 from vit_cases import psnr, small_vit, smooth_images
 
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.patch_position import invert_patch_position
-from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.models.base import load_base
 from r2f_ext.types import BaseModel
 

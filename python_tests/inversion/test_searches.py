@@ -12,9 +12,9 @@ import torch
 from route_cases import posed
 
 from r2f_ext.inversion.exactness import Bound, exactness_of
-from r2f_ext.inversion.kept import KeptSearches, SearchFiles
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.routes import run_routes, verdicts_of
+from r2f_ext.inversion.saved_searches import SavedSearches, SearchFiles
 from r2f_ext.inversion.searches import one_by_one, search_each
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.progress import Stages
@@ -142,7 +142,7 @@ class Heard:
 def searched(folder, say):
     """Two victims by the route gauss_newton, two passes each, their searches kept in a folder."""
     problem, _ = posed()
-    problem = replace(problem, kept=KeptSearches(folder, "test"), gauss_newton=GaussNewtonConfig(passes=2))
+    problem = replace(problem, saved=SavedSearches(folder, "test"), gauss_newton=GaussNewtonConfig(passes=2))
     return run_routes(problem, verdicts_of(problem), ["gauss_newton"], Stages(Heard(say))).reconstructions[-1]
 
 

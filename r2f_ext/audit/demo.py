@@ -10,7 +10,7 @@ import torch
 
 from r2f_ext.audit import run
 from r2f_ext.audit.inputs import LoadedAdapters, load_adapters
-from r2f_ext.audit.phase0 import run_phase0
+from r2f_ext.audit.phase0 import phase0
 from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.run import AuditResult
 from r2f_ext.audit.sets import SetReport, set_report
@@ -42,7 +42,7 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
     Raises:
         R2FError: a file cannot be written, or memory does not suffice.
     """
-    stages = stages or Stages()
+    stages, config = stages or Stages(), replace(config, search=SEARCH)
     began = time.perf_counter()
     base = load_base("embedded", device)
     private = {
@@ -58,7 +58,7 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
     target = loaded.target
     with replacing_report(folder):
         with stages.stage("phase 0"):
-            ceiling, _ = run_phase0(base, private["fashion_mnist"])
+            ceiling, _ = phase0(base, private["fashion_mnist"])
         results: dict[str, AuditResult] = {}
         sets: list[SetReport] = []
         for name, parts in PROXIES.items():
@@ -79,11 +79,8 @@ def demo(folder: Path, config: AuditConfig, device: str = "cpu", stages: Stages 
             "total": time.perf_counter() - began,
         }
         report = AuditReport(
-            target=target,
-            verdicts=results["embedded"].verdicts,
             results=results,
             sets=sets,
-            config=results["embedded"].config,
             notes=tuple(dict.fromkeys(note for result in results.values() for note in result.notes)),
             seconds=seconds,
             phase0=ceiling,
@@ -128,7 +125,7 @@ def _searched(
         adapter_problem(target, adapters[first]),
         public=Public(proxy),
         found={"amortised": amortised[0]},
-        gauss_newton=SEARCH,
+        gauss_newton=result.config.search,
     )
     for route in (AmortisedByLabel(), GaussNewton()):
         with stages.stage(route.name, route.units(problem)) as advance:

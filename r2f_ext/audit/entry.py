@@ -18,9 +18,9 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
-from r2f_ext.inversion.kept import KeptSearches
 from r2f_ext.inversion.route import Public, Verdict, adapter_problem
 from r2f_ext.inversion.routes import default_routes, needs, verdicts_of
+from r2f_ext.inversion.saved_searches import SavedSearches
 from r2f_ext.models import Evidence, InitialFactors
 from r2f_ext.pairs.generate import check_precision
 from r2f_ext.progress import Stages
@@ -96,7 +96,7 @@ def audit(
         problem = replace(problem, public=public)
     if folder is not None:
         used = (images.fingerprint, problem.public and problem.public.images.fingerprint, config.precision, config.seed)
-        problem = replace(problem, kept=KeptSearches(folder, repr(used)))
+        problem = replace(problem, saved=SavedSearches(folder, repr(used)))
     on_ready(Prepared(target, updates, images, originals, verdicts, evidence))
     labels = originals.labels if originals is not None and originals.labels_known else None
     given = Inputs(tuple(map(str, adapters)), base, proxy, private, initial, a0_seed, target.base.device.type)
@@ -104,11 +104,8 @@ def audit(
     with nullcontext() if folder is None else replacing_report(folder):
         result = run.run_audit_stages(problem, images, config, stages, verdicts, labels)
         report = AuditReport(
-            target=target,
-            verdicts=result.verdicts,
             results={images.name: result},
             sets=[set_report(Path(adapters[0]).resolve().name, result, images, originals)],
-            config=result.config,
             seconds={**result.seconds, "total": time.perf_counter() - began},
             inputs=recorded,
             command=command_of(recorded, result.config),
@@ -126,8 +123,8 @@ def audit(
         )
         if folder is not None:
             write_report(folder, report)
-            if problem.kept is not None:
-                problem.kept.clear()
+            if problem.saved is not None:
+                problem.saved.clear()
     return report
 
 

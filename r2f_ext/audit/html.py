@@ -65,15 +65,21 @@ def write_html(
     write_text(path, page)
 
 
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=True,
+def templates_of(*folders: Path, autoescape: bool = True) -> jinja2.Environment:
+    """The templates in these folders and in this package's; a name that a template does not know is an error."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, ASSETS]),
+        autoescape=autoescape,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = templates_of()
     environment.filters |= {"row_name": row_name, "inline": _inline, "counted": counted, "percent": _percent}
     return environment
 

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 from skimage.metrics import structural_similarity
 from torch import Tensor
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+def mean_interval(sample: Sequence[float] | np.ndarray, seed: int) -> tuple[float, float] | None:
+    """The percentile bootstrap interval of the mean of a sample [n] at CONFIDENCE; None for n = 1."""
+    if len(sample) < 2:
+        return None
+    found = bootstrap(
+        (np.asarray(sample, dtype=np.float64),),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def psnr_db(images: Tensor, originals: Tensor) -> Tensor:

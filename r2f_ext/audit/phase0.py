@@ -1,4 +1,4 @@
-"""Phase 0 in an audit: inversion of the private images' exact gradients, the upper bound for all other routes."""
+"""Phase 0: inversion of the private images' exact gradients, the upper bound for all other routes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import ImageSet
-from r2f_ext.inversion.phase0 import phase0
-from r2f_ext.inversion.route import Verdict
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.exact_gradients import exact_gradients
+from r2f_ext.inversion.route import Certainty, Problem, Verdict
+from r2f_ext.inversion.routes import registry, run_routes, verdicts_of
 from r2f_ext.types import BaseModel
 
 
@@ -29,19 +31,29 @@ class Phase0Report:
         return {name: value for name, value in vars(self).items() if name != "images"}
 
 
-def run_phase0(base: BaseModel, private: ImageSet) -> tuple[list[Phase0Report], dict[str, Verdict]]:
-    """Invert each image's exact gradient by every closed form that the count allows, and score the result.
+def phase0(base: BaseModel, private: ImageSet) -> tuple[list[Phase0Report], dict[str, Verdict]]:
+    """Run the routes that read exact gradients on each image's own, where the count allows it, and score the results.
 
     Returns:
-        (one report per route that ran, every route's verdict).
+        (one report per route that ran, every route's verdict). Of a base that no closed form fits (B/16 for the row
+        space, any ResNet) fewer reports, or none.
+
+    Raises:
+        R2FError: there is no image, the images do not fit the base, or a gradient is zero or not finite.
     """
-    originals, labels = private.batch(slice(None)), private.labels
-    outcome = phase0(base, originals.to(base.device), labels.to(base.device))
+    if len(private) == 0:
+        raise R2FError("phase 0 needs at least one image.")
+    names = [name for name, route in registry().items() if route.reads == ("gradients",)]
+    verdicts = verdicts_of(Problem(base))
+    if all(verdicts[name].certainty is Certainty.REFUSED for name in names):
+        return [], verdicts
+    originals = private.batch(slice(None))
+    problem = Problem(base, gradients=exact_gradients(base, originals.to(base.device), private.labels.to(base.device)))
     reports = []
-    for found in outcome.reconstructions:
+    for found in run_routes(problem, verdicts, names).found():
         images = found.images.cpu()
         psnr = psnr_db(images, originals)
         reports.append(
             Phase0Report(found.route, float(psnr.mean()), float(psnr.min()), found.seconds, found.why, images)
         )
-    return reports, outcome.verdicts
+    return reports, verdicts

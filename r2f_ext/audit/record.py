@@ -78,7 +78,7 @@ def command_of(inputs: Inputs, config: AuditConfig) -> str:
         "--count": config.pairs,
         "--routes": None if config.routes is None else ",".join(config.routes),
         "--precision": None if config.precision == plain.precision else config.precision,
-        "--budget": config.search_minutes,
+        "--budget": config.search.minutes,
         "--seed": config.seed,
         "--device": inputs.device,
     }

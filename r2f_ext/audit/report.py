@@ -20,7 +20,6 @@ from r2f_ext.audit.sets import SetReport
 from r2f_ext.audit.spectra import spectra_of
 from r2f_ext.audit.verdict import JUDGED_ROUTE, LeakVerdict, conclude
 from r2f_ext.capture.tokens import tokens_of
-from r2f_ext.config import AuditConfig
 from r2f_ext.env import environment
 from r2f_ext.inversion.route import Verdict
 from r2f_ext.inversion.routes import refusals, registry
@@ -38,11 +37,8 @@ class AuditReport:
     """The results of an audit and the inputs needed to repeat it.
 
     Attributes:
-        target: base and adapted layers.
-        verdicts: route -> whether the equations suffice, and why.
         results: proxy name -> audit with that proxy; the figures of the first one stand at the top level of the JSON.
         sets: the victims, set by set.
-        config: sizes and seeds that ran, after they were fitted to memory.
         seconds: stage -> wall time, and "total".
         inputs: what was audited, with paths relative to the report's folder; None where it is not to be replayed.
         notes: sentences on routes that were refused and on the proxy.
@@ -52,11 +48,8 @@ class AuditReport:
         command: the command line that repeats it, with paths as in `inputs`; None where there is none.
     """
 
-    target: Target
-    verdicts: dict[str, Verdict]
     results: dict[str, AuditResult]
     sets: list[SetReport]
-    config: AuditConfig
     seconds: dict[str, float]
     inputs: Inputs | None = None
     notes: tuple[str, ...] = ()
@@ -64,6 +57,11 @@ class AuditReport:
     facts: tuple[AdapterFacts, ...] = ()
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     command: str | None = None
+
+    @property
+    def first(self) -> AuditResult:
+        """The audit with the first proxy."""
+        return next(iter(self.results.values()))
 
     @property
     def tried(self) -> list[str]:
@@ -112,10 +110,11 @@ class AuditReport:
 
     def to_json(self) -> dict[str, Any]:
         """The data of report.json: plain dicts, lists, numbers and strings."""
-        first = next(iter(self.results.values()))
-        adapters = first.problem.adapters
+        first = self.first
+        target, adapters = first.problem.target, first.problem.adapters
+        assert target is not None and adapters is not None
         information = environment()
-        device = self.target.base.device.type
+        device = target.base.device.type
         return {
             "schema": SCHEMA,
             "date": self.date,
@@ -125,7 +124,7 @@ class AuditReport:
             "incomplete": self.incomplete,
             "versions": information["versions"],
             "backend": {op: information["backends"][op][device] for op in SCHEMAS},
-            "target": target_to_json(self.target, self.verdicts),
+            "target": target_to_json(target, first.verdicts),
             "phase0": [figures.to_json() for figures in self.phase0],
             "decoders": self._decoders_to_json(next(iter(self.results))),
             "reconstruction": {part.name: part.to_json() for part in self.sets},
@@ -139,10 +138,8 @@ class AuditReport:
                 }
                 for name, result in self.results.items()
             },
-            "spectra": {layer: asdict(one) for layer, one in spectra_of(self.target.without_saved(), adapters).items()}
-            if adapters
-            else {},
-            "config": asdict(self.config),
+            "spectra": {layer: asdict(one) for layer, one in spectra_of(target.without_saved(), adapters).items()},
+            "config": asdict(first.config),
             "inputs": None if self.inputs is None else asdict(self.inputs),
             "base_check": first.base_check.to_json(),
             "notes": list(self.notes),

@@ -164,14 +164,7 @@ def run_audit_stages(
         device = target.base.device
         images, proxy_labels = proxy.batch(slice(0, count), device), proxy.labels[:count].to(device)
         proxies = Proxies(updates, images, proxy_labels, target.base.num_classes)
-    posed = replace(
-        problem,
-        proxies=proxies,
-        decoded=scored.decoded,
-        matching=config.matching,
-        refinement=config.refinement,
-        gauss_newton=replace(problem.gauss_newton, minutes=config.search_minutes),
-    )
+    posed = with_settings(replace(problem, proxies=proxies, decoded=scored.decoded), config)
     outcome = run_routes(posed, verdicts, names, stages)
     found, not_run = outcome.reconstructions, outcome.not_run
     del outcome  # its error holds the tensors of a route that failed
@@ -272,6 +265,11 @@ def _reasons(not_run: Mapping[str, str], problem: Problem, failed: Mapping[str, 
         if culprits and not_run[name].startswith(LACKING):
             reasons[name] = f"Not run: {culprits[0][0].lower()}{culprits[0][1:]}"
     return reasons
+
+
+def with_settings(problem: Problem, config: AuditConfig) -> Problem:
+    """The problem with the settings that `config` has for its routes."""
+    return replace(problem, matching=config.matching, refinement=config.refinement, gauss_newton=config.search)
 
 
 def chosen_routes(config: AuditConfig) -> tuple[str, ...]:

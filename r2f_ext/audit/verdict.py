@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-from scipy.stats import bootstrap
 from torch import Tensor
 
+from r2f_ext.audit.metrics import CONFIDENCE, mean_interval
+
 JUDGED_ROUTE = "amortised"
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 SIMULATED_CONTROLS = ("noise_adapter", "same_label_stranger")
 DECISIVE = (*SIMULATED_CONTROLS, "class_mean", "mean_image")  # nearest_proxy is made from the reconstruction itself
 CONTROL_WORDS = {
@@ -96,22 +94,8 @@ def compare(scores: Tensor, control: Tensor, seed: int) -> Comparison:
     if simulated > 1:
         p_value = (1 + int((control.mean(0) >= scores.mean()).sum())) / (simulated + 1)
     sample = differences.mean(1) if len(scores) > 1 else differences[0]
-    return Comparison(float(differences.mean()), _interval(sample, seed), p_value, simulated if simulated > 1 else None)
-
-
-def _interval(sample: Tensor, seed: int) -> tuple[float, float] | None:
-    """The percentile bootstrap interval of the mean of a sample [n]; None for n = 1."""
-    if len(sample) < 2:
-        return None
-    found = bootstrap(
-        (sample.double().numpy(),),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    interval = mean_interval(sample.numpy(), seed)
+    return Comparison(float(differences.mean()), interval, p_value, simulated if simulated > 1 else None)
 
 
 def judge(

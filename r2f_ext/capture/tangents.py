@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
-from r2f_ext.capture.graph_optimizer import Traced
 from r2f_ext.capture.hooks import _output_as_tokens, as_tokens
+from r2f_ext.graph_optimizer import Traced
 from r2f_ext.types import FactoredGradient, Target
 
 Factors = tuple[dict[str, Tensor], dict[str, Tensor]]  # x, delta

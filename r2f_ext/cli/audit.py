@@ -17,6 +17,7 @@ from r2f_ext.cli.display import console, drawn_stages, print_report, print_targe
 from r2f_ext.cli.inputs import Options
 from r2f_ext.config import AuditConfig
 from r2f_ext.files import output_folder
+from r2f_ext.inversion.task import GaussNewtonConfig
 
 
 def run_audit(options: Options) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def run_audit(options: Options) -> dict[str, Any]:
         pairs=options.count,
         routes=options.routes,
         gauss_newton=options.gauss_newton,
-        search_minutes=options.budget,
+        search=GaussNewtonConfig(minutes=options.budget),
         precision=options.precision,
         seed=options.seed,
     )

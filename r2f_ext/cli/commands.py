@@ -11,7 +11,7 @@ COMMANDS = {
     "audit": "audit:run_audit",
     "demo": "audit:run_demo",
     "study": "study:run_study_command",
-    "phase0": "phase0:run_phase0_command",
+    "phase0": "phase0:run_phase0",
     "identifiability": "phase0:run_identifiability",
     "pairs": "pairs:run_pairs",
     "fit": "fit:run_fit",

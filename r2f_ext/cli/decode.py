@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 
 from r2f_ext.cli.display import console, table
-from r2f_ext.cli.inputs import Options, check_same_a, read_adapter
+from r2f_ext.cli.inputs import Options, read_adapter
 from r2f_ext.decoders import AgnosticPairs, load_core, load_decoder, stack_updates, with_saved
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_tensors
@@ -27,7 +27,7 @@ def run_decode(options: Options) -> dict[str, Any]:
         updates = projected.view(updates, adapters[0].start)
         decoder = load_decoder(decoders, options.kind, pairs, projected)
     else:
-        check_same_a(pairs, adapters[0])
+        pairs.check_same_a(adapters[0])
         decoder = load_decoder(decoders, options.kind, pairs)
     decoded = with_saved(target, stack_updates(adapters), decoder.decode(updates))
     path = folder / "gradients.safetensors"

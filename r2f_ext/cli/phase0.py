@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from r2f_ext.audit.figures import write_images
-from r2f_ext.audit.phase0 import run_phase0
+from r2f_ext.audit.phase0 import phase0
 from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import console, print_notes, print_phase0, print_verdicts, table
 from r2f_ext.cli.inputs import images_of
@@ -19,13 +19,13 @@ from r2f_ext.inversion.timm_table import COLUMNS, TIMM_MODELS, ClosedForms, clos
 from r2f_ext.models import load_base, shape_of
 
 
-def run_phase0_command(options: argparse.Namespace) -> dict[str, Any]:
+def run_phase0(options: argparse.Namespace) -> dict[str, Any]:
     """Invert the exact gradient of every image in closed form; returns what --json writes."""
     base = load_base(options.base, chosen_device(options))
     print_notes(base.notes)
     folder = output_folder(options.out)
     images = images_of(options.images, base, options, "private", count=options.count)
-    ceiling, verdicts = run_phase0(base, images)
+    ceiling, verdicts = phase0(base, images)
     print_verdicts([(v.route, v.identifiable, v.why) for v in verdicts.values()])
     write_images(
         folder / "phase0.png", [("original", images.batch(slice(None))), *((one.route, one.images) for one in ceiling)]

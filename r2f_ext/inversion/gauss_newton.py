@@ -36,9 +36,9 @@ from r2f_ext.inversion.exactness import (
     storage_precision,
 )
 from r2f_ext.inversion.exchange import Patches
-from r2f_ext.inversion.kept import KeptSearches, by_victim, files_of
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.newton import SOLVED, Search
+from r2f_ext.inversion.saved_searches import SavedSearches, by_victim, files_of
 from r2f_ext.inversion.searches import search_each
 from r2f_ext.inversion.side_by_side import Kind, search_together, victims_together
 from r2f_ext.inversion.task import NEAR, GaussNewtonConfig, Task
@@ -156,7 +156,7 @@ def gauss_newton(
     config: GaussNewtonConfig | None = None,
     advance: Advance = no_progress,
     doubt: str | None = None,
-    kept: KeptSearches | None = None,
+    saved: SavedSearches | None = None,
 ) -> Reconstruction:
     """Route `gauss_newton`: images of V one-step, one-image adapters from their updates.
 
@@ -171,7 +171,7 @@ def gauss_newton(
         subspace: search space, computed from proxies.
         advance: called with 1 and a line after each victim.
         doubt: why no image can be called exact, as a clause.
-        kept: where searches that have ended are kept; None: nowhere.
+        saved: where searches that have ended are kept; None: nowhere.
 
     Returns:
         images [V, c, h, w]: the search's if its residual is small or far below the start's, else the start.
@@ -195,7 +195,7 @@ def gauss_newton(
             alone = _task_of(bound.precise, wanted[own].double(), labels[own], subspace.double(), descends=False)
             yield victims[place], finished(alone, found)
 
-    files = files_of(kept, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
+    files = files_of(saved, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
     return search_each(ROUTE, start, find, bound, advance, doubt, files)
 
 

@@ -16,9 +16,9 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, measured_tokens, structural_tokens
-from r2f_ext.inversion.kept import KeptSearches
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig
+from r2f_ext.inversion.saved_searches import SavedSearches
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unet import UNetConfig
 from r2f_ext.models import AdapterFacts, Evidence, InitialFactors, common_a, evidence_of
@@ -130,7 +130,7 @@ class Problem:
         prior: (images, step) -> gradient [n, c, h, w] of a learned prior, added while matching.
         facts: what the adapters' folders say beside their factors, one per adapter.
         evidence: what the adapters' factors show of the training; None without adapters.
-        kept: where searches that have ended are kept until all have; None: nowhere.
+        saved: where searches that have ended are kept until all have; None: nowhere.
     """
 
     base: BaseModel
@@ -157,7 +157,7 @@ class Problem:
     prior: PriorGradient | None = None
     facts: tuple[AdapterFacts, ...] = ()
     evidence: Evidence | None = None
-    kept: KeptSearches | None = None
+    saved: SavedSearches | None = None
 
     @cached_property
     def effective_tokens(self) -> dict[str, int]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exactness import Bound
-from r2f_ext.inversion.kept import SearchFiles
 from r2f_ext.inversion.newton import Search
+from r2f_ext.inversion.saved_searches import SearchFiles
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
-from r2f_ext.capture.graph_optimizer import Traced
 from r2f_ext.capture.hooks import as_tokens
 from r2f_ext.capture.tangents import ReplacedOutputs
 from r2f_ext.errors import R2FError
+from r2f_ext.graph_optimizer import Traced
 from r2f_ext.inversion.newton import dense_jacobian
 from r2f_ext.inversion.update_map import Subspace, unit_tangent
 from r2f_ext.pairs import Training, simulate

@@ -16,10 +16,11 @@ from torch import Tensor
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256, sha256_of
+from r2f_ext.models import differing_layer
 from r2f_ext.pairs.shards import MANIFEST, SCHEMA, read_manifest, shard_names
 from r2f_ext.pairs.simulation import Training
 from r2f_ext.pairs.starts import random_a
-from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, PairBatch, Target
+from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, LoraUpdate, PairBatch, Target
 
 
 class StoredPairs:
@@ -87,6 +88,20 @@ class StoredPairs:
     def per_victim_a(self) -> bool:
         """Whether each victim started from an A of its own."""
         return "per_victim_a" in self.manifest
+
+    def check_same_a(self, adapter: LoraUpdate) -> None:
+        """Refuse pairs that were not made with this adapter's A.
+
+        Raises:
+            R2FError: the sentence names a layer that differs.
+        """
+        if self.per_victim_a:
+            raise R2FError(f"each victim of '{self.folder}' has its own A: make pairs without --per-victim-a.")
+        name = differing_layer(self.a, adapter.start)
+        if name is not None:
+            raise R2FError(
+                f"the pairs in '{self.folder}' were made for another adapter (A of {name} differs): make new ones."
+            )
 
     def only(self, names: tuple[str, ...]) -> StoredPairs:
         """The same pairs with the gradients of the layers `names` only, and the updates of all layers."""

@@ -8,19 +8,16 @@ import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup, escape
 
-from r2f_ext.audit.html import ASSETS as AUDIT_ASSETS
+from r2f_ext.audit.html import templates_of
 from r2f_ext.audit.names import counted
 from r2f_ext.audit.record import public_name
 from r2f_ext.files import write_text
+from r2f_ext.studies.result import StudyResult
 from r2f_ext.studies.table import Row, Table
-
-if TYPE_CHECKING:
-    from r2f_ext.studies.runner import StudyResult
 
 ASSETS = Path(__file__).parent / "assets"
 MARKDOWN, HTML = "page.md.j2", "studies.html.j2"
@@ -117,13 +114,6 @@ def _plain(text: str) -> str:
 
 @cache
 def _environment(template: str) -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([ASSETS, AUDIT_ASSETS]),
-        autoescape=template == HTML,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates_of(ASSETS, autoescape=template == HTML)
     environment.filters |= {"plain": _plain, "wrapped": _wrapped, "item": _item, "code": _code}
     return environment

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
+
+from r2f_ext.audit.metrics import mean_interval
 
 Value = str | int | float | bool
-CONFIDENCE, RESAMPLES = 0.95, 2000
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,7 @@ def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
         return None, None
     if min(values) == max(values):
         return float(values[0]), float(values[0])
-    found = bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    return mean_interval(values, seed=0) or (None, None)
 
 
 def _fixed(value: float, digits: int) -> str:

@@ -3,7 +3,7 @@
 import torch
 from vit_cases import psnr, small_vit, smooth_images
 
-from r2f_ext.inversion.phase0 import exact_gradients
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.route import Certainty, Problem
 from r2f_ext.inversion.routes.attention_rowspace import AttentionRowspace
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from r2f_ext.audit.metrics import psnr_db
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.identifiability import identifiability
 from r2f_ext.inversion.patch_position import invert_patch_position
-from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.studies import CLOTHES, Row, Table, World
 from r2f_ext.studies.questions.phase0 import LARGE, Phase0, matched
 from r2f_ext.studies.scene import base_of, private_images

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from r2f_ext.discovery import classes_in
 from r2f_ext.errors import R2FError, expected
 from r2f_ext.inversion.route import Certainty, Problem, Route, Verdict
 from r2f_ext.progress import Stages
@@ -49,14 +48,7 @@ class Outcome:
 
 def registry() -> dict[str, Route]:
     """Name -> route, sorted by name, but each route after those in its `after`."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    classes = [
-        each
-        for module in modules
-        for each in vars(module).values()
-        if isinstance(each, type) and issubclass(each, Route) and each.__module__ == module.__name__
-    ]
-    return _in_order({each.name: each() for each in classes})
+    return _in_order({each.name: each() for each in classes_in(__name__, Route)})  # type: ignore[type-abstract]
 
 
 def default_routes() -> tuple[str, ...]:

@@ -46,5 +46,5 @@ class GaussNewton(Route):
             problem.gauss_newton,
             advance,
             doubt(problem),
-            problem.kept,
+            problem.saved,
         )

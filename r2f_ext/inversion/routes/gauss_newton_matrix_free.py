@@ -11,7 +11,6 @@ from torch import Tensor
 from r2f_ext.inversion.counting import doubt, search_verdict, several_steps
 from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.gauss_newton import UpdateBound, moved_layers
-from r2f_ext.inversion.kept import by_victim, files_of
 from r2f_ext.inversion.matrix_free import (
     Coordinates,
     GradientMap,
@@ -21,6 +20,7 @@ from r2f_ext.inversion.matrix_free import (
 )
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
+from r2f_ext.inversion.saved_searches import by_victim, files_of
 from r2f_ext.inversion.searches import one_by_one, search_each
 from r2f_ext.inversion.start import best_estimate, search_start
 from r2f_ext.inversion.update_map import MAX_PIXELS, UpdateMap
@@ -60,7 +60,7 @@ class GaussNewtonMatrixFree(Route):
             wanted = updates.observation([observed[name][victim] for name in target.names])
             return search_matrix_free(updates, wanted, image, label, coordinates, config)
 
-        files = files_of(problem.kept, self.name, config, target, problem.a, by_victim(observed), start.labels)
+        files = files_of(problem.saved, self.name, config, target, problem.a, by_victim(observed), start.labels)
         return search_each(self.name, start, one_by_one(find), bound, advance, doubt(problem), files)
 
 

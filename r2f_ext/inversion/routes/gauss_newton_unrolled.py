@@ -10,9 +10,9 @@ from torch import Tensor
 from r2f_ext.inversion.counting import doubt, search_verdict
 from r2f_ext.inversion.exactness import DRAWS, Bound, arithmetic_errors, bound_error, in_float64, rounded
 from r2f_ext.inversion.gauss_newton import search
-from r2f_ext.inversion.kept import files_of
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
+from r2f_ext.inversion.saved_searches import files_of
 from r2f_ext.inversion.searches import one_by_one, search_each
 from r2f_ext.inversion.start import search_start
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights
@@ -61,7 +61,7 @@ class GaussNewtonUnrolled(Route):
 
         factors = [{f"{name}.{side}": t for side in "ab" for name, t in getattr(one, side).items()} for one in adapters]
         settings = config, training
-        files = files_of(problem.kept, self.name, settings, problem.target, a0, factors, start.labels)
+        files = files_of(problem.saved, self.name, settings, problem.target, a0, factors, start.labels)
         return search_each(self.name, start, one_by_one(find), bound, advance, _doubt(problem, training), files)
 
 

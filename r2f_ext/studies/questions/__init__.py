@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
+from r2f_ext.discovery import classes_in
 from r2f_ext.errors import R2FError
 from r2f_ext.studies.study import Study
 
 
 def registry() -> dict[str, Study]:
     """Name -> study, sorted by name."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    found = [
-        each()
-        for module in modules
-        for each in vars(module).values()
-        if isinstance(each, type) and issubclass(each, Study) and each.__module__ == module.__name__
-    ]
+    found = [each() for each in classes_in(__name__, Study)]  # type: ignore[type-abstract]
     return {study.name: study for study in sorted(found, key=lambda study: study.name)}
 
 

@@ -20,7 +20,7 @@ from r2f_ext.inversion.matching import match
 from r2f_ext.inversion.objectives import GradientObjective, Objective, UpdateObjective
 from r2f_ext.pairs import GeneratedPairs, Training
 from r2f_ext.studies.groups import GroupRidge, draw_groups, fitting_groups, group_mean
-from r2f_ext.studies.kept import KeptPairs
+from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import (
     ClassMean,
     Observed,
@@ -83,7 +83,7 @@ def scene_of(world: World, seed: int) -> Scene:
     target = target_of(base)
     a = start_of(target, seed)
     decoders, class_mean = (Ridge(), RowLMMSE(), Projection()), ClassMean()
-    kept = KeptPairs.of(GeneratedPairs(target, a, proxy), sizes.decoder_pairs)
+    kept = PairsInMemory.of(GeneratedPairs(target, a, proxy), sizes.decoder_pairs)
     fit_together(kept, sizes.decoder_pairs, [*decoders, class_mean])
     private = private_images(base, data, seed, sizes.images)
     single, of_strangers = (single_updates(target, a, images) for images in (proxy, strangers))

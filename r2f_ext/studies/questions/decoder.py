@@ -24,7 +24,7 @@ from r2f_ext.decoders.core import SAMPLE, Core
 from r2f_ext.decoders.learned import Learned
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs
-from r2f_ext.studies.kept import KeptPairs
+from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import (
     ClassMean,
     Observed,
@@ -126,7 +126,7 @@ class DecoderStudy(Study):
         scene = _scene(world, data, seed)
         kept = _kept(world, data, seed, setting["starts"] == EACH)
         rows, victims = slice(len(kept.pairs) - scene.held_out, len(kept.pairs)), scene.victims
-        source: KeptPairs | AgnosticPairs = kept.pairs
+        source: PairsInMemory | AgnosticPairs = kept.pairs
         asked = victims.updates
         if kept.core is not None and setting["decoder"] != CLASS_MEAN:
             source = FORMS[str(setting["inputs"])](kept.pairs, kept.core)
@@ -224,7 +224,7 @@ class Scene:
 class Kept:
     """Pairs in memory, the seconds that making them took, and the core of all layers where A differs."""
 
-    pairs: KeptPairs
+    pairs: PairsInMemory
     seconds: float
     core: Core | None
 
@@ -251,7 +251,7 @@ def _kept(world: World, data: Data, seed: int, each: bool) -> Kept:
         pairs = GeneratedPairs(scene.target, scene.a, scene.pairs.proxy, per_victim_a=seed + 1)
         count = QUICK_TRAINED if world.quick else TRAINED_PAIRS
     began = time.perf_counter()
-    kept = KeptPairs.of(pairs, count + scene.held_out, scene.decoded)
+    kept = PairsInMemory.of(pairs, count + scene.held_out, scene.decoded)
     seconds = time.perf_counter() - began
     return Kept(kept, seconds, Core.of(pairs, min(SAMPLE, count), SIZE) if each else None)
 

@@ -19,7 +19,7 @@ from r2f_ext.inversion.route import Problem, Proxies
 from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.progress import no_progress
-from r2f_ext.studies.kept import KeptPairs
+from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import (
     ClassMean,
     Estimates,
@@ -52,7 +52,7 @@ class Scene:
     victims: Observed
     strangers: Observed
     public: ImageSet
-    kept: KeptPairs
+    kept: PairsInMemory
 
 
 @lru_cache(maxsize=1)
@@ -64,7 +64,7 @@ def scene_of(world: World, seed: int) -> Scene:
     a = start_of(target, seed)
     private, strangers, fitted = images_of_seed(base, data, seed, count, pairs_count)
     victims, others = (victims_of(target, a, images) for images in (private, strangers))
-    return Scene(target, a, victims, others, fitted, KeptPairs.of_images(target, fitted))
+    return Scene(target, a, victims, others, fitted, PairsInMemory.of_images(target, fitted))
 
 
 def blocks_of(target: Target) -> dict[str, list[str]]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from r2f_ext.audit.metrics import psnr_db
+from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.matching import MatchingConfig, match
 from r2f_ext.inversion.objectives import GradientObjective
-from r2f_ext.inversion.phase0 import exact_gradients
 from r2f_ext.inversion.route import Problem
 from r2f_ext.inversion.routes import registry, run_routes, verdicts_of
 from r2f_ext.inversion.update_map import MAX_PIXELS

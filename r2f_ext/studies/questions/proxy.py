@@ -14,7 +14,7 @@ from r2f_ext.decoders.kernel import OWN
 from r2f_ext.decoders.ridge import RIDGE
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.studies import scene
-from r2f_ext.studies.kept import KeptPairs
+from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import Observed
 from r2f_ext.studies.shift import (
     GENERATED,
@@ -125,7 +125,7 @@ def _attacked(world: World, seed: int) -> list[Attacked]:
     found = []
     for data in world.data[: 1 if world.quick else None]:
         split = split_of(base, data, seed, _victims(world))
-        others = KeptPairs.of(GeneratedPairs(target, a, split.others))
+        others = PairsInMemory.of(GeneratedPairs(target, a, split.others))
         observed = scene.victims_of(target, a, split.victims)
         found.append(Attacked(data.name, target, a, observed, split.others, others.updates(0, len(others))))
     return found

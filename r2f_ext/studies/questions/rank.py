@@ -17,7 +17,7 @@ from r2f_ext.inversion.attention_rowspace import count_attention_rowspace, inver
 from r2f_ext.inversion.exactness import in_float64
 from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT
 from r2f_ext.pairs import Training, Victims, simulate
-from r2f_ext.studies.kept import KeptPairs
+from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import (
     ClassMean,
     Estimates,
@@ -53,7 +53,7 @@ class Scene:
     private: ImageSet
     strangers: ImageSet
     public: ImageSet
-    captured: KeptPairs
+    captured: PairsInMemory
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +62,7 @@ def scene_of(world: World, seed: int) -> Scene:
     base, data = base_of(world.base, world.device), world.data[0]
     count, pairs_count = (QUICK_IMAGES, QUICK_PAIRS) if world.quick else (IMAGES, PAIRS)
     private, strangers, fitted = images_of_seed(base, data, seed, count, pairs_count)
-    return Scene(private, strangers, fitted, KeptPairs.of_images(target_of(base), fitted))
+    return Scene(private, strangers, fitted, PairsInMemory.of_images(target_of(base), fitted))
 
 
 def by_movement(target: Target, a0: dict[str, Tensor], victims: Victims, training: Training) -> Gradient:

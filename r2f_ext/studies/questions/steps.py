@@ -13,7 +13,7 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Projection, Ridge
 from r2f_ext.inversion.adapter_rowspace import count_adapter_rowspace, invert_adapter_rowspace
 from r2f_ext.pairs import GeneratedPairs, PairSource, SimulatedPairs, Training, simulate
-from r2f_ext.studies.kept import KeptPairs
+from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import (
     ClassMean,
     Estimates,
@@ -88,7 +88,7 @@ def scene_of(world: World, seed: int) -> Scene:
     target = target_of(base)
     a = start_of(target, seed)
     ridge, projection, class_mean, estimates = Ridge(), Projection(), ClassMean(), Estimates()
-    kept = KeptPairs.of(GeneratedPairs(target, a, proxy), sizes.decoder_pairs)
+    kept = PairsInMemory.of(GeneratedPairs(target, a, proxy), sizes.decoder_pairs)
     fit_together(kept, sizes.decoder_pairs, [ridge, projection, class_mean])
     fit_together(GeneratedPairs(target, a, proxy), sizes.pairs, [estimates])
     private, mean = private_images(base, data, seed, sizes.victims), proxy.batch(slice(None)).mean(0)

@@ -17,7 +17,7 @@ from r2f_ext.decoders.ridge import RIDGE
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.studies import scene
 from r2f_ext.studies.bases import BASES
-from r2f_ext.studies.kept import KeptPairs
+from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import Observed
 from r2f_ext.studies.shift import (
     GENERATED,
@@ -89,7 +89,7 @@ class Attacked:
 
     observed: Observed
     others: ImageSet
-    pairs: KeptPairs
+    pairs: PairsInMemory
 
 
 @lru_cache(maxsize=2)
@@ -103,7 +103,7 @@ def _measured(world: World, moved: str, source: str, to: tuple[str, ...], seed: 
     public = public_of(world, target.base, kind, seed, count + held_out + OTHERS, victims)
     parts = torch.arange(len(public)).split([count, held_out, len(public) - count - held_out])
     fitted, held_back, rest = (public.take(rows) for rows in parts)
-    pairs, held = KeptPairs.of(GeneratedPairs(target, a, fitted)), scene.victims_of(target, a, held_back)
+    pairs, held = PairsInMemory.of(GeneratedPairs(target, a, fitted)), scene.victims_of(target, a, held_back)
     decoders = [Projection(), *_bounded()]
     classes, estimates = scene.ClassMean(), scene.Estimates()
     scene.fit_together(pairs, count, [*decoders, classes, estimates])
@@ -137,7 +137,7 @@ def _attacked(
         target = scene.target_of(scene.base_of(world.base, world.device, world.quick))
         split = split_of(target.base, world.named(name), seed, victims)
         images, others = split.victims, split.others
-    return Attacked(scene.victims_of(target, a, images), others, KeptPairs.of(GeneratedPairs(target, a, others)))
+    return Attacked(scene.victims_of(target, a, images), others, PairsInMemory.of(GeneratedPairs(target, a, others)))
 
 
 def _bounded() -> list[Decoder]:
@@ -145,7 +145,7 @@ def _bounded() -> list[Decoder]:
     return [RowLMMSE(), Ridge(RIDGE, OWN)]
 
 
-def _joint(pairs: KeptPairs, others: KeptPairs) -> list[Decoder]:
+def _joint(pairs: PairsInMemory, others: PairsInMemory) -> list[Decoder]:
     """The same decoders, fitted on the pairs of both distributions."""
     both, joint = pairs + others, _bounded()
     scene.fit_together(both, len(both), joint)

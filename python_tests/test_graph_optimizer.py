@@ -4,7 +4,7 @@ import torch
 from torch.func import functionalize, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from r2f_ext.capture.graph_optimizer import Traced, simplify
+from r2f_ext.graph_optimizer import Traced, simplify
 
 WEIGHT = torch.randn(4, 3, dtype=torch.float64)
 

@@ -1,9 +1,8 @@
-"""Phase 0: closed-form inversion of exact batch-1 gradients, the upper bound of an audit."""
+"""Exact batch-1 gradients of images: what the closed forms read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,25 +10,10 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, QKV_WEIGHT
-from r2f_ext.inversion.route import Certainty, Problem, Verdict
-from r2f_ext.inversion.routes import registry, run_routes, verdicts_of
 from r2f_ext.models.base import check_classifier
-from r2f_ext.types import BaseModel, Reconstruction
+from r2f_ext.types import BaseModel
 
 NEEDED = (PATCH_WEIGHT, POSITIONS, QKV_WEIGHT)
-
-
-@dataclass(frozen=True)
-class Phase0:
-    """What exact gradients reveal.
-
-    Attributes:
-        reconstructions: one per route that the count allows; images [n, c, h, w].
-        verdicts: route -> verdict, of every route in the registry.
-    """
-
-    reconstructions: list[Reconstruction]
-    verdicts: dict[str, Verdict]
 
 
 def exact_gradients(
@@ -81,26 +65,3 @@ def _one_gradient(
     with torch.enable_grad():
         loss = F.cross_entropy(base.model(base.normalize(image[None])), label[None])
         return torch.autograd.grad(loss, parameters)
-
-
-def phase0(base: BaseModel, images: Tensor, labels: Tensor) -> Phase0:
-    """Run the routes that read exact gradients on each image's own, where the count allows it.
-
-    Args:
-        images: [n, c, h, w] in [0, 1], n >= 1; labels: [n] int64.
-
-    Returns:
-        See `Phase0`; with a base that no closed form fits (B/16 for the row space, any ResNet), fewer or no
-        reconstructions.
-
-    Raises:
-        R2FError: the images do not fit the base, or a gradient is zero or not finite.
-    """
-    if len(images) == 0:
-        raise R2FError("phase 0 needs at least one image.")
-    names = [name for name, route in registry().items() if route.reads == ("gradients",)]
-    verdicts = verdicts_of(Problem(base))
-    if all(verdicts[name].certainty is Certainty.REFUSED for name in names):
-        return Phase0([], verdicts)
-    problem = Problem(base, gradients=exact_gradients(base, images, labels))
-    return Phase0(run_routes(problem, verdicts, names).found(), verdicts)

@@ -26,7 +26,7 @@ NAME = re.compile(r"search-\w+-[0-9a-f]{64}\.safetensors")
 
 
 @dataclass(frozen=True)
-class KeptSearches:
+class SavedSearches:
     """A folder to keep searches in.
 
     Attributes:
@@ -101,7 +101,7 @@ class SearchFiles:
 
 
 def files_of(
-    kept: KeptSearches | None,
+    saved: SavedSearches | None,
     route: str,
     settings: object,
     target: Target,
@@ -117,18 +117,18 @@ def files_of(
         victims: the tensors that were observed of each.
         labels: int64 [V] that the searches assume.
     """
-    if kept is None or labels is None:
+    if saved is None or labels is None:
         return None
     base = target.base
     shared = (
-        *(__version__, kept.decided_by, route, repr(settings), repr(target.layers)),
+        *(__version__, saved.decided_by, route, repr(settings), repr(target.layers)),
         *(base.device.type, repr((base.mean, base.std)), sha256_of(base.model.state_dict().values()), _hashed(common)),
     )
     keys = (
         hashlib.sha256(json.dumps([*shared, label, _hashed(victim)]).encode()).hexdigest()
         for victim, label in zip(victims, labels.tolist(), strict=True)
     )
-    return SearchFiles(kept.folder, route, tuple(keys))
+    return SearchFiles(saved.folder, route, tuple(keys))
 
 
 def by_victim(observed: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -15,62 +15,62 @@ from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
-MOST_BYTES = 3 << 30  # of what one `KeptPairs` holds
+MOST_BYTES = 3 << 30  # of what one `PairsInMemory` holds
 
 
 @dataclass
-class KeptPairs:
+class PairsInMemory:
     """Pairs in memory, to walk through them without running the model again: a `PairSource`.
 
     A pair of the embedded base with all its layers takes 1.7 MB at r = 8.
 
     Attributes:
-        target: the layers whose gradients are kept; updates may be those of further layers.
+        target: the layers whose gradients are held; updates may be those of further layers.
         a: name -> the A that all victims start from [r, d_in].
-        kept: the batches, in order.
+        parts: the batches, in order.
         one_step, per_victim_a, group_size: see `PairSource`.
     """
 
     target: Target
     a: dict[str, Tensor]
-    kept: tuple[PairBatch, ...]
+    parts: tuple[PairBatch, ...]
     one_step: bool = True
     per_victim_a: bool = False
     group_size: int = 1
 
     @classmethod
-    def of(cls, pairs: PairSource, count: int | None = None, layers: Sequence[str] | None = None) -> KeptPairs:
+    def of(cls, pairs: PairSource, count: int | None = None, layers: Sequence[str] | None = None) -> PairsInMemory:
         """The first `count` pairs of a source.
 
         Args:
-            layers: keep the gradients of these layers only; None: of all. The updates of all layers are kept.
+            layers: hold the gradients of these layers only; None: of all. The updates of all layers are held.
 
         Raises:
             R2FError: they take more than MOST_BYTES.
         """
         names = pairs.target.names if layers is None else tuple(layers)
         target = replace(pairs.target, layers=tuple(each for each in pairs.target.layers if each.name in names))
-        kept: list[PairBatch] = []
+        parts: list[PairBatch] = []
         size = 0
         for batch in pairs.batches(0, count):
             x, delta = ({n: of[n] for n in target.names} for of in (batch.gradients.x, batch.gradients.delta))
-            kept.append(replace(batch, gradients=FactoredGradient(x, delta)))
-            size += _bytes_of(kept[-1])
+            parts.append(replace(batch, gradients=FactoredGradient(x, delta)))
+            size += _bytes_of(parts[-1])
             if size > MOST_BYTES:
                 raise R2FError(
                     f"the pairs of base '{target.base.spec}' take more than {MOST_BYTES / 2**30:.0f} GiB: run this "
                     "study on a smaller base."
                 )
-        return cls(target, pairs.a, tuple(kept), pairs.one_step, pairs.per_victim_a, pairs.group_size)
+        return cls(target, pairs.a, tuple(parts), pairs.one_step, pairs.per_victim_a, pairs.group_size)
 
     @classmethod
-    def of_images(cls, target: Target, images: ImageSet, group_size: int = 1) -> KeptPairs:
+    def of_images(cls, target: Target, images: ImageSet, group_size: int = 1) -> PairsInMemory:
         """Gradients at the start, without an A; `seen_by` adds the updates of an adapter. Raises as `of` does."""
         blank = {layer.name: torch.zeros(1, layer.d_in, device=target.base.device) for layer in target.layers}
         found = cls.of(GeneratedPairs(target, blank, images, group_size))
-        return replace(found, a={}, kept=tuple(replace(batch, updates={}) for batch in found.kept))
+        return replace(found, a={}, parts=tuple(replace(batch, updates={}) for batch in found.parts))
 
-    def seen_by(self, target: Target, a: dict[str, Tensor]) -> KeptPairs:
+    def seen_by(self, target: Target, a: dict[str, Tensor]) -> PairsInMemory:
         """The pairs of an adapter of any of these layers and of any rank, whose A at the start is `a`.
 
         At B = 0 gradients do not depend on A, so that one capture serves every adapter of the base.
@@ -78,24 +78,24 @@ class KeptPairs:
         Args:
             a: name -> [r, d_in]; further layers are ignored.
         """
-        own, kept = {name: a[name] for name in target.names}, []
-        for batch in self.kept:
+        own, parts = {name: a[name] for name in target.names}, []
+        for batch in self.parts:
             x, delta = ({n: of[n] for n in target.names} for of in (batch.gradients.x, batch.gradients.delta))
             gradient = FactoredGradient(x, delta)
-            kept.append(replace(batch, updates=project(target, gradient, own), gradients=gradient))
-        return replace(self, target=target, a=own, kept=tuple(kept))
+            parts.append(replace(batch, updates=project(target, gradient, own), gradients=gradient))
+        return replace(self, target=target, a=own, parts=tuple(parts))
 
     def __len__(self) -> int:
-        return sum(len(batch.labels) for batch in self.kept)
+        return sum(len(batch.labels) for batch in self.parts)
 
-    def __add__(self, other: KeptPairs) -> KeptPairs:
+    def __add__(self, other: PairsInMemory) -> PairsInMemory:
         """Both one after another, also of different bases of one architecture: `target` is the first's."""
-        return replace(self, kept=self.kept + other.kept)
+        return replace(self, parts=self.parts + other.parts)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         """The pairs `start` to `stop`, in the batches that they were made in."""
         first, stop = 0, len(self) if stop is None else stop
-        for batch in self.kept:
+        for batch in self.parts:
             rows = slice(max(start - first, 0), max(stop - first, 0))
             first += len(batch.labels)
             if len(batch.labels[rows]):

@@ -7,8 +7,8 @@ import torch
 from cases import target_of, tiny_base
 from safetensors.torch import load_file, save_file
 
-from r2f_ext.inversion.kept import KeptSearches, SearchFiles, by_victim, files_of
 from r2f_ext.inversion.newton import Search
+from r2f_ext.inversion.saved_searches import SavedSearches, SearchFiles, by_victim, files_of
 
 START = torch.full((5,), 0.5)
 FOUND = Search(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), 2e-6, 0.1, 9)
@@ -63,11 +63,11 @@ def test_everything_that_decides_a_search_is_in_its_name(tmp_path):
     base = tiny_base()
     target, other = target_of(base, ("blocks.0.attn.qkv",)), target_of(base, ("blocks.0.attn.qkv",), scale=1.0)
     a, seen, labels = {"l": torch.ones(4, 24)}, {"l": torch.rand(2, 72, 4)}, torch.tensor([1, 2])
-    kept = KeptSearches(tmp_path, "proxy")
+    kept = SavedSearches(tmp_path, "proxy")
     plain = files_of(kept, "gauss_newton", "settings", target, a, by_victim(seen), labels).keys
     assert plain == files_of(kept, "gauss_newton", "settings", target, a, by_victim(seen), labels).keys
     variants = [
-        files_of(KeptSearches(tmp_path, "other"), "gauss_newton", "settings", target, a, by_victim(seen), labels),
+        files_of(SavedSearches(tmp_path, "other"), "gauss_newton", "settings", target, a, by_victim(seen), labels),
         files_of(kept, "gauss_newton_unrolled", "settings", target, a, by_victim(seen), labels),
         files_of(kept, "gauss_newton", "others", target, a, by_victim(seen), labels),
         files_of(kept, "gauss_newton", "settings", other, a, by_victim(seen), labels),
@@ -92,5 +92,5 @@ def test_searches_of_others_are_counted_and_all_are_cleared(tmp_path):
     for name in ("search-mine.safetensors", "report.json"):
         (tmp_path / name).write_text("")
     assert files(tmp_path).strangers() == 1
-    KeptSearches(tmp_path, "").clear()
+    SavedSearches(tmp_path, "").clear()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "search-mine.safetensors"]

@@ -6,8 +6,8 @@ import torch
 from r2f_ext.data import load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs
-from r2f_ext.studies import kept as module
-from r2f_ext.studies.kept import KeptPairs
+from r2f_ext.studies import pairs_in_memory as module
+from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import start_of, target_of
 
 
@@ -16,7 +16,7 @@ def made(embedded):
     target = target_of(embedded, layers=["blocks.0.attn.qkv", "blocks.3.mlp.fc2"])
     images = load_images("embedded", count=7)
     a = start_of(target, 0)
-    return KeptPairs.of(GeneratedPairs(target, a, images)), GeneratedPairs(target, a, images)
+    return PairsInMemory.of(GeneratedPairs(target, a, images)), GeneratedPairs(target, a, images)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, None), (2, 5), (6, 7), (0, 0)])
@@ -44,7 +44,7 @@ def test_a_sum_walks_through_both(made):
 def test_some_layers_are_kept_with_the_updates_of_all(made):
     _, source = made
     name = source.target.names[1]
-    part = KeptPairs.of(source, 5, [name])
+    part = PairsInMemory.of(source, 5, [name])
     assert part.target.names == (name,) and len(part) == 5 and part.one_step and not part.per_victim_a
     (batch,) = part.batches()
     assert set(batch.gradients.x) == {name} and set(batch.updates) == set(source.target.names)
@@ -53,7 +53,7 @@ def test_some_layers_are_kept_with_the_updates_of_all(made):
 
 def test_pairs_of_some_layers_at_another_rank_are_those_that_the_model_makes(embedded):
     images = load_images("embedded", count=130)
-    whole = KeptPairs.of_images(target_of(embedded, layers=["blocks.0.mlp.fc2", "blocks.1.mlp.fc1"]), images)
+    whole = PairsInMemory.of_images(target_of(embedded, layers=["blocks.0.mlp.fc2", "blocks.1.mlp.fc1"]), images)
     target = target_of(embedded, 3, ["blocks.0.mlp.fc2"])
     a = start_of(target, 1)
     found, wanted = whole.seen_by(target, a), GeneratedPairs(target, a, images)
@@ -69,7 +69,7 @@ def test_pairs_of_some_layers_at_another_rank_are_those_that_the_model_makes(emb
 def test_the_a_of_each_victim_is_kept(embedded):
     target = target_of(embedded, layers=["blocks.0.attn.qkv"])
     own = GeneratedPairs(target, start_of(target, 0), load_images("embedded", count=20), per_victim_a=4)
-    (batch,) = KeptPairs.of(own).batches(3, 8)
+    (batch,) = PairsInMemory.of(own).batches(3, 8)
     (wanted,) = own.batches(3, 8)
     assert torch.equal(batch.a0["blocks.0.attn.qkv"], wanted.a0["blocks.0.attn.qkv"])
 
@@ -77,4 +77,4 @@ def test_the_a_of_each_victim_is_kept(embedded):
 def test_pairs_that_do_not_fit_into_memory_are_refused(made, monkeypatch):
     monkeypatch.setattr(module, "MOST_BYTES", 1000)
     with pytest.raises(R2FError, match="smaller base"):
-        KeptPairs.of(made[1])
+        PairsInMemory.of(made[1])
