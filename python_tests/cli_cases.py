@@ -22,6 +22,7 @@ def few_steps(patch: pytest.MonkeyPatch) -> None:
     sizes = partial(AuditConfig, decoder_pairs=40, held_out=10, matching=steps, refinement=steps)
     for module in (audit, invert):
         patch.setattr(module, "AuditConfig", sizes)
+    patch.setattr(audit, "DEMO", sizes())
 
 
 def run(*words: object) -> int:

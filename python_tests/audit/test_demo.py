@@ -28,9 +28,9 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.run, "run_audit_stages", seen)
     monkeypatch.setattr(module, "SEARCHED", 1)
-    monkeypatch.setattr(module, "SEARCH", GaussNewtonConfig(passes=1))
     steps = MatchingConfig(steps=2)
-    config = AuditConfig(pairs=80, decoder_pairs=60, held_out=12, matching=steps, refinement=steps)
+    search = GaussNewtonConfig(passes=1)
+    config = AuditConfig(pairs=80, decoder_pairs=60, held_out=12, matching=steps, refinement=steps, search=search)
     done = demo(tmp_path, config)
 
     report = json.loads((tmp_path / "report.json").read_text())
@@ -48,6 +48,7 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
         "embedded",
     ]
     assert set(report["proxies"]) == {"embedded", "procedural"}
+    assert AuditConfig.from_json(report["config"]) == config
     assert report["decoders"] == report["proxies"]["embedded"]["decoders"]
     assert len(report["target"]["layers"]) == 16
     assert not report["target"]["identifiable"]["patch_position"]  # adapters show no exact gradient

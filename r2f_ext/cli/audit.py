@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from r2f_ext.audit.demo import demo
+from r2f_ext.audit.demo import DEMO, demo
 from r2f_ext.audit.entry import Prepared, audit
 from r2f_ext.audit.replay import largest_change_db, read_report, replay
 from r2f_ext.audit.report import AuditReport, target_to_json
@@ -51,7 +52,7 @@ def run_audit(options: Options) -> dict[str, Any]:
 def run_demo(options: Options) -> dict[str, Any]:
     folder = output_folder(options.out)
     with drawn_stages() as stages:
-        report = demo(folder, AuditConfig(seed=options.seed), chosen_device(options), stages)
+        report = demo(folder, replace(DEMO, seed=options.seed), chosen_device(options), stages)
     return _print_finished(report, options.out)
 
 
