@@ -8,8 +8,10 @@ space are left to the next point.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -19,9 +21,12 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.newton import SOLVED, Search, descend, run_search
+from r2f_ext.inversion.newton import DAMPINGS, PRECISE, SOLVED, STALLED, Search
 from r2f_ext.inversion.update_map import Subspace, unit_tangent
 from r2f_ext.types import FactoredGradient, Target
+
+# One pass: a point [1, p] and its update [1, R] -> the next point and its update.
+Move = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -200,6 +205,41 @@ def krylov(product: Callable[[Tensor], Tensor], start: Tensor, dimension: int) -
     return values.clamp_min(0), space.T @ vectors
 
 
+def run_search(
+    update_of: Callable[[Tensor], Tensor],
+    move: Move,
+    observed: Tensor,
+    start: Tensor,
+    layers: int,
+    passes: int,
+    patience: int,
+) -> Search:
+    """Take passes from start [p] in [0, 1] to the image whose update is observed [R]; the best point is returned.
+
+    Args:
+        layers: number of layers, whose updates of norm 1 are concatenated in `observed`.
+        passes: maximum number of passes.
+        patience: passes without an improvement after which the search ends.
+    """
+    began = time.perf_counter()
+
+    def misfit(value: Tensor) -> float:
+        return float((value - observed).norm()) / layers**0.5
+
+    point, value = start[None], update_of(start[None])
+    first = residual = lowest = misfit(value)
+    best, least, count, since = point, residual, 0, 0
+    while least > SOLVED and count < passes and since < patience and not (least < PRECISE and since == 2):
+        point, value = move(point, value)
+        residual = misfit(value)
+        count += 1
+        image = point.clamp(0, 1)
+        if (reached := misfit(update_of(image))) < least:  # solutions outside the box are not the image
+            best, least = image, reached
+        lowest, since = (residual, 0) if residual < STALLED * lowest else (lowest, since + 1)
+    return Search(best[0], least, first, count, seconds=time.perf_counter() - began)
+
+
 def search_matrix_free(
     updates: GradientMap,
     observed: Tensor,
@@ -243,14 +283,67 @@ class KrylovSteps:
         local = KrylovLocal(here, self.coordinates, (value - self.observed)[0], self.config.krylov)
         solved = SOLVED * len(self.updates.target.layers) ** 0.5
         update_of = lambda images: self.updates(images, self.label)  # noqa: E731
-        config = self.config
-        return descend(local, update_of, self.observed, point, value, config.steps, config.contraction, solved)
+        return damped_steps(local, update_of, self.observed, point, value, self.config, solved)
+
+
+class Local(Protocol):
+    """z linearised at one point, in axes in which J^T J is diagonal.
+
+    Attributes:
+        curvature: [k] float64, >= 0, ascending: J^T J along the axes.
+    """
+
+    curvature: Tensor
+
+    def pull(self, error: Tensor) -> Tensor:
+        """J^T r along the axes: [R] -> [k] float64."""
+        ...
+
+    def moved(self, point: Tensor, correction: Tensor) -> Tensor:
+        """Subtract a correction along the axes [k] from the point [1, p]."""
+        ...
+
+
+def damped_steps(
+    local: Local,
+    update_of: Callable[[Tensor], Tensor],
+    observed: Tensor,
+    point: Tensor,
+    value: Tensor,
+    config: MatrixFreeConfig,
+    solved: float,
+) -> tuple[Tensor, Tensor]:
+    """Steps with one Jacobian, from point [1, p] with update [1, R]; the last of both.
+
+    Each step uses the smallest damping whose next correction is shorter than `contraction` times the present one. If
+    there is none, the first step uses the damping with the smallest ratio, and a later step ends the descent.
+
+    Args:
+        solved: |z - z*| below which the steps end.
+    """
+    damped = [local.curvature + share * local.curvature[-1] for share in reversed(DAMPINGS)]  # the least damped first
+    pull = local.pull((value - observed)[0])
+    for step in range(config.steps):
+        best = None
+        for curvature in damped:
+            trial = local.moved(point, pull / curvature)
+            reached = update_of(trial)
+            pulled = local.pull((reached - observed)[0])
+            ratio = float((pulled / curvature).norm() / (pull / curvature).norm())
+            if isfinite(ratio) and (best is None or ratio < best[0]):
+                best = ratio, trial, reached, pulled
+            if ratio < config.contraction:
+                break
+        if best is None or (step > 0 and not best[0] < config.contraction):
+            break
+        _, point, value, pull = best
+        if float((value - observed).norm()) < solved:
+            break
+    return point, value
 
 
 class KrylovLocal:
     """J at one point by its products, within a Krylov space of S^T J^T J S started at the residual's pull."""
-
-    batch_size = 1
 
     def __init__(self, here: AtPoint, coordinates: Coordinates, residual: Tensor, dimension: int) -> None:
         self.here, self.coordinates, self.dtype = here, coordinates, residual.dtype
@@ -262,9 +355,8 @@ class KrylovLocal:
     def _product(self, u: Tensor) -> Tensor:
         return self._gathered(self.here.forward(self.coordinates.spread(u.to(self.dtype))))
 
-    def pull(self, errors: Tensor) -> Tensor:
-        return torch.stack([self._gathered(rows) for rows in errors]) @ self.axes
+    def pull(self, error: Tensor) -> Tensor:
+        return self._gathered(error) @ self.axes
 
     def moved(self, point: Tensor, correction: Tensor) -> Tensor:
-        changes = [self.coordinates.spread((self.axes @ each).to(point.dtype)) for each in correction]
-        return (point - torch.stack(changes)).clamp(0, 1)
+        return (point - self.coordinates.spread((self.axes @ correction).to(point.dtype))).clamp(0, 1)

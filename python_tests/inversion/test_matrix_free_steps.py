@@ -1,49 +1,57 @@
-"""The loop and the damped steps that the dense and the matrix-free search share, on maps small enough to follow."""
+"""The loop and the damped steps of the matrix-free search, on maps small enough to follow."""
 
 import pytest
 import torch
 
-from r2f_ext.inversion.newton import Search, descend, run_search
+from r2f_ext.inversion.matrix_free import MatrixFreeConfig, damped_steps, run_search
+from r2f_ext.inversion.newton import DAMPINGS, Search
 
 
 class Linear:
     """z(x) = M x, linearised at any point."""
 
-    def __init__(self, matrix, batch_size):
-        self.matrix, self.batch_size = matrix, batch_size
+    def __init__(self, matrix):
+        self.matrix = matrix
         self.curvature, self.axes = torch.linalg.eigh(matrix.T @ matrix)
 
-    def pull(self, errors):
-        return errors @ self.matrix @ self.axes
+    def pull(self, error):
+        return error @ self.matrix @ self.axes
 
     def moved(self, point, correction):
         return point - correction @ self.axes.T
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 12])
-def test_a_linear_map_is_solved_in_few_steps_however_many_dampings_are_tried_at_once(batch_size):
+def test_a_linear_map_is_solved_in_few_steps():
     torch.manual_seed(0)
     matrix, image = torch.randn(9, 4, dtype=torch.float64), torch.rand(1, 4, dtype=torch.float64)
     update_of = lambda points: points @ matrix.T  # noqa: E731
     start, observed = torch.zeros(1, 4, dtype=torch.float64), update_of(image)[0]
-    tried = []
-
-    def counted(points):
-        tried.append(len(points))
-        return update_of(points)
-
-    point, value = descend(Linear(matrix, batch_size), counted, observed, start, update_of(start), 4, 0.75, 1e-9)
+    config = MatrixFreeConfig(steps=4)
+    point, value = damped_steps(Linear(matrix), update_of, observed, start, update_of(start), config, 1e-9)
     torch.testing.assert_close(point, image)
     torch.testing.assert_close(value[0], observed)
-    assert tried[0] == batch_size
 
 
-@pytest.mark.parametrize("batch_size", [1, 12])
-def test_trials_that_are_not_numbers_are_never_chosen(batch_size):
+def test_a_first_step_that_does_not_contract_takes_the_damping_with_the_smallest_ratio():
+    """z(x) = -5 x, linearised as z(x) = x: each step makes the next correction longer, the more damped the less."""
+    start, observed = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    tried = []
+
+    def update_of(points):
+        tried.append(float(points))
+        return -5 * points
+
+    local, config = Linear(torch.eye(1, dtype=torch.float64)), MatrixFreeConfig(steps=3)
+    point, value = damped_steps(local, update_of, observed, start, start, config, 0.0)
+    assert float(point) == pytest.approx(1 / (1 + max(DAMPINGS))) and float(value) == -5 * float(point)
+    assert len(tried) == 2 * len(DAMPINGS)  # the second step tries all, and is not taken
+
+
+def test_trials_that_are_not_numbers_are_never_chosen():
     matrix = torch.eye(3, dtype=torch.float64)
     start, observed = torch.zeros(1, 3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     broken = lambda points: points * torch.nan  # noqa: E731
-    point, value = descend(Linear(matrix, batch_size), broken, observed, start, start, 3, 0.75, 0.0)
+    point, value = damped_steps(Linear(matrix), broken, observed, start, start, MatrixFreeConfig(steps=3), 0.0)
     assert torch.equal(point, start) and torch.equal(value, start)
 
 
