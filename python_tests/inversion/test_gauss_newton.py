@@ -59,10 +59,28 @@ def test_images_beside_that_have_the_same_update_are_not_called_exact(problem, n
     singular = torch.linalg.svd(jacobian)
     rank = int((1e-9 * singular.S[0] < singular.S).sum())
     hidden = singular.U[:, rank:] @ torch.randn(192 - rank, dtype=torch.float64)
-    beside = point + 0.5 * hidden / hidden.norm()
+    beside = point + 0.05 * hidden / hidden.norm()
     known = UpdateBound(UpdateMap(target, a, SHAPE, 64), observed)(0, beside, labels[:1])
     assert rank < 100 and abs(known.free - (192 - rank)) <= 2
     assert known.db != known.db and not known.exact
+
+
+def test_far_from_a_solution_no_jacobian_is_computed(problem, monkeypatch):
+    """Rounding to bfloat16 alone leaves a residual beyond NEAR in the second case: there the image is judged."""
+    target, a, observed, images, labels, _ = problem
+    point, shift = images[0].flatten(), torch.randn(192, generator=torch.Generator().manual_seed(0))
+    computed, whole = [], UpdateMap.jacobian
+    monkeypatch.setattr(UpdateMap, "jacobian", lambda *given: computed.append(given) or whole(*given))
+    coarse = {name: update.bfloat16().to(update.dtype) for name, update in observed.items()}
+    for stored, size, judged in ((observed, 0.0, True), (observed, 0.05, False), (coarse, 0.002, True)):
+        computed.clear()
+        beside = (point + size * shift.to(point)).clamp(0, 1)
+        updates = UpdateMap(target, a, SHAPE, 64)
+        known = UpdateBound(updates, stored)(0, beside, labels[:1])
+        wanted = flat_units({name: update[:1] for name, update in stored.items()})
+        residual = (updates(beside[None], labels[:1]) - wanted).norm() / len(observed) ** 0.5
+        assert bool(residual > NEAR) is (size > 0)
+        assert bool(computed) is judged and (known.misfit == known.misfit) is judged
 
 
 def test_the_victims_learning_rate_plays_no_part(problem):

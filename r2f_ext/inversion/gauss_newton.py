@@ -47,6 +47,8 @@ from r2f_ext.progress import Advance, no_progress
 from r2f_ext.types import Reconstruction, Target
 
 ROUTE = "gauss_newton"
+# Multiple of the rounding error from which on a residual that is not below NEAR belongs to no solution nearby.
+LOST = 10.0
 FULL_BITS = 32  # of the dtype that PEFT draws A in
 # In float64, of searches that float32 has ended early; where a pass gains little, it was not precision that ended them.
 FINISH = GaussNewtonConfig(passes=6, patience=1)
@@ -122,7 +124,7 @@ class UpdateBound:
         return UpdateMap(in_float64(self.updates.target), a, self.updates.shape, self.updates.directions)
 
     def __call__(self, victim: int, image: Tensor, label: Tensor) -> Bound:
-        """image [c * h * w] in [0, 1]; label [1]."""
+        """The bound for an image [c * h * w] in [0, 1] of label [1]; nothing is computed far from a solution."""
         stored = {name: each[victim, None] for name, each in self.observed.items()}
         observed = flat_units({name: each.double() for name, each in stored.items()})
         generator = torch.Generator().manual_seed(0)
@@ -130,6 +132,10 @@ class UpdateBound:
         errors = torch.cat(draws) - observed
         errors += arithmetic_errors(self.updates, self.precise, image, label)
         errors += self._errors_of_a(image, label, generator)
+        residual = float((self.precise(image.double()[None], label)[0] - observed[0]).norm())
+        rounding = float(errors.norm(dim=1).square().mean().sqrt())
+        if not residual <= max(NEAR * len(stored) ** 0.5, LOST * rounding):
+            return Bound()  # without the Jacobian in all pixels, which takes as long as a search
         return bound_error(self.precise, observed[0], errors, image, label)
 
     def _errors_of_a(self, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor | float:

@@ -13,7 +13,6 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.saved_searches import SearchFiles
-from r2f_ext.inversion.task import NEAR
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
@@ -46,7 +45,7 @@ def search_each(
         start: images [V, c, h, w] in [0, 1] and labels [V] that the searches begin from.
         find: makes the searches of those victims that are not kept, each when it is asked for.
         bound: (victim, image found [c * h * w], label [1]) -> what the update says of it; for images that replace the
-            start and are near a solution, unless there is a doubt.
+            start, unless there is a doubt.
         advance: called with 1 and a line after each victim.
         doubt: why none can be called exact, as a clause.
         files: where each search is kept once it has ended, and taken from if it is there; None: nowhere.
@@ -68,7 +67,7 @@ def search_each(
     figures: list[dict[str, float]] = [{} for _ in start.images]
     images = start.images.clone()
     for count, (victim, found, remark) in enumerate(_in_turn(start.images.flatten(1), start.labels, find, files), 1):
-        judged = found.improved and found.residual < NEAR and doubt is None
+        judged = found.improved and doubt is None
         known = bound(victim, found.image, start.labels[victim, None]) if judged else Bound()
         figures[victim] = {
             "residual": found.residual,
