@@ -3,10 +3,10 @@
 //   project:     U = x A^T. A warp processes a few tokens of one layer; its lanes divide the features.
 //   accumulate:  grad_B = scale delta^T U. A warp processes a stripe of columns of one group of one layer.
 //
-// The kernels are memory-bound: x and delta are each read once, by 16-byte loads that do not allocate in L1 (A and U
-// stay there), several in flight in each lane. The table of layers is a kernel parameter (constant memory). float32
-// products run on the FMA units, bfloat16 products on tensor cores, where U is stored as the sum of two bfloat16
-// numbers (16 significant bits instead of 8). Sums have a fixed order: results are deterministic.
+// The kernels are memory-bound, so each lane keeps several 16-byte loads in flight. x and delta are read once, by loads
+// that do not allocate L1 lines, so that A and U stay in L1. The table of layers is a kernel parameter (constant
+// memory). float32 products run on the FMA units, bfloat16 products on tensor cores, where U is stored as the sum of
+// two bfloat16 numbers (16 significant bits instead of 8). Sums have a fixed order: results are deterministic.
 #include "kernels/lora_grad.h"
 #include "kernels/lora_grad_bfloat16.h"
 #include "kernels/lora_grad_float.h"
@@ -14,8 +14,9 @@
 namespace r2f {
 namespace {
 
-// With fewer items than this, one warp per item does not saturate the memory of a large GPU (measured on an H100). Then
-// kSplit warps share an item, or, where items stay whole, each is a block of its own, so that all multiprocessors work.
+// With fewer items than this, one warp per item does not saturate the memory bandwidth of a large GPU (measured on an
+// H100). Then kSplit warps share an item; a kernel that does not split items gives each item a block of its own, so
+// that all multiprocessors have work.
 constexpr int64_t kFewItems = 2048;
 
 unsigned blocks_of(int64_t items, int64_t each) { return static_cast<unsigned>((items + each - 1) / each); }

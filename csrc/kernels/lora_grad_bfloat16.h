@@ -33,7 +33,8 @@ __device__ __forceinline__ void add_features(const BFloat16* row0, const BFloat1
     }
 }
 
-// The part `warp` of kSplit: every kSplit-th block of 128 features; what remains at the end of a row is the next one's.
+// Adds the share of warp `warp`: every kSplit-th block of 128 features. The incomplete block at the end of a row
+// belongs to the warp that is next in this order.
 template <int kRankTiles, int kSplit>
 __device__ __forceinline__ void project_tile(const Layer& y, int64_t p, int64_t first, int lane, int warp,
                                              float (&sums)[kRankTiles][4]) {

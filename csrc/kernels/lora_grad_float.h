@@ -9,8 +9,8 @@ namespace {
 __device__ __forceinline__ void copy(uint4 words, float (&out)[4]) { memcpy(out, &words, sizeof(words)); }
 
 template <int R>
-constexpr int kTokensOf = R == 16 ? 4 : 8;    // of a project item
-constexpr int kFloatColumns = 4 * kWarpSize;  // of an accumulate item
+constexpr int kTokensOf = R == 16 ? 4 : 8;    // tokens per project item
+constexpr int kFloatColumns = 4 * kWarpSize;  // columns per accumulate item
 
 // sum[k * R + j] += <row k, A_j> over this lane's features. Ranks from y.rank on repeat the last row of A.
 template <int R>

@@ -27,7 +27,7 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 32764, "the kernel parameters of CUDA 12.1 and newer; older versions take 4 KB");
 
-// The layer that an item belongs to, by binary search: the last one with first item <= item.
+// Finds the layer that an item belongs to, by binary search: the last layer whose first item is <= item.
 template <int64_t Layer::* first>
 __device__ __forceinline__ const Layer& layer_of(const Table& table, int64_t item) {
   int low = 0, high = table.count;

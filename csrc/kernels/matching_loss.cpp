@@ -19,7 +19,7 @@ using simd::VectorOf;
 
 constexpr int64_t kBlock = 1024;  // elements
 constexpr int64_t kOnePass =
-    1 << 17;  // elements of a layer that stay in a core's cache between two passes (limit of one pass)
+    1 << 17;  // a layer of up to this many elements stays in a core's cache between two passes over it
 constexpr int64_t kCaches = 8 << 20;            // bytes of gradients that stay in the caches until they are read
 constexpr double kLeast = 1e-24, kMost = 1e36;  // safe range of a block's sums of squares in float32
 constexpr double kLeastFactor = 1e-30, kMostFactor = 1e30;
@@ -73,7 +73,7 @@ R2F_INLINE bool float32_was_enough(const MatchingSums& sums) {
   return fits(sums.candidate) && fits(sums.observed) && fits(sums.difference);
 }
 
-// Block by block; after_block(first element, elements) finds the block in the L1 cache.
+// Sums block by block, and calls after_block(first element, elements) while the block is still in the L1 cache.
 template <typename T, int Bytes, typename AfterBlock>
 R2F_INLINE MatchingSums sums_of(const T* c, const T* o, int64_t size, const AfterBlock& after_block) {
   using Acc = Accumulation<T>;
@@ -126,7 +126,7 @@ R2F_INLINE void combine(double p, const T* x, double q, const T* y, Accumulation
     combine_as<T, double, Bytes, Store::kOrdinary>(p, x, q, y, result, size);
 }
 
-// Calls work(chunk, layer number, its first element, elements) for the chunks first <= chunk < last.
+// Calls work(chunk, layer, the chunk's first element in the layer, the chunk's elements) for first <= chunk < last.
 template <typename Work>
 R2F_INLINE void for_chunks(const MatchingArgs& args, int64_t first, int64_t last, const Work& work) {
   int64_t earlier = 0;  // chunks of earlier layers
@@ -166,10 +166,10 @@ R2F_INLINE void backward_chunks(const MatchingArgs& args, const MatchingCoeffici
   });
 }
 
-// The sums and, `with_gradients`, the candidate's gradients for the layers for which matching_in_one_pass() is true:
-// with kL2 block by block. With kLayerCosine the coefficients depend on all sums of the layer, so the thread that has
-// the layer's first chunk processes the whole layer. One function for both cases, so that the sums have the same bits
-// with and without gradients.
+// Computes the sums and, if `with_gradients` is set, the candidate's gradients for the layers for which
+// matching_in_one_pass() is true. With kL2 the gradients are computed block by block. With kLayerCosine the
+// coefficients depend on all sums of the layer, so the thread that gets the layer's first chunk processes the whole
+// layer. One function serves both cases, so that the sums have the same bits with and without gradients.
 template <typename T, int Bytes, Store How>
 R2F_INLINE void sum_chunks(const MatchingArgs& args, bool with_gradients, int64_t first, int64_t last,
                            MatchingSums* chunk_sums) {

@@ -2,9 +2,9 @@
 //
 //   chunk_sums          a block per chunk of a layer and trial: writes four sums to the workspace
 //   layer_sums          a block per layer and trial: adds up its chunks
-//   trial_losses        a warp per trial: from the sums of its layers to the loss
-//   trial_coefficients  a warp per trial: from the sums and the gradient of the loss to the coefficients of every layer
-//   backward            a block per chunk, for all trials: one pass
+//   trial_losses        a warp per trial: computes the loss from the sums of the trial's layers
+//   trial_coefficients  a warp per trial: computes every layer's coefficients from the sums and the loss gradient
+//   backward            a block per chunk: computes the gradients of all trials in one pass
 //
 // Layers are described by tables passed by value as kernel parameters; longer lists take several launches. Each sum is
 // computed in a fixed order: results are deterministic.
@@ -238,7 +238,7 @@ Weights first_weights(const double* weights, int64_t count) {
   return result;
 }
 
-// All weights for a kernel. `memory` is written if they do not fit in a parameter.
+// All weights, as a kernel reads them. They are copied to `memory` if they do not fit into a parameter.
 Weights send_weights(const double* weights, int64_t count, double* memory, cudaStream_t stream) {
   if (count <= kWeightTable) return first_weights(weights, count);
   for (int64_t first = 0; first < count; first += kWeightTable)

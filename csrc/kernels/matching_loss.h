@@ -20,7 +20,7 @@ struct MatchingLayer {
 
 struct MatchingArgs {
   const MatchingLayer* layers = nullptr;
-  const double* weights = nullptr;  // [count], on the host; they sum to 1. Not read for sums alone
+  const double* weights = nullptr;  // [count], on the host; they sum to 1. Not read if only sums are computed
   int64_t count = 0, trials = 0;
   MatchingKind kind = MatchingKind::kLayerCosine;
 };
@@ -43,7 +43,8 @@ inline int64_t matching_chunks(const MatchingArgs& args) {
 bool matching_in_one_pass(MatchingKind kind, const MatchingLayer& layer);
 void matching_chunk_sums_cpu(DType dtype, const MatchingArgs& args, bool with_gradients, int64_t first, int64_t last,
                              MatchingSums* chunk_sums);
-// From the chunks' sums to the layers' sums [layers, trials], and from those to the losses [trials].
+// Adds the chunks' sums up to the layers' sums [layers, trials], from which matching_losses() computes the losses
+// [trials].
 void matching_layer_sums_cpu(const MatchingArgs& args, const MatchingSums* chunk_sums, MatchingSums* sums);
 // Backward of chunks first <= chunk < last: `coefficients` [layers, trials] from matching_coefficients().
 void matching_loss_backward_cpu(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,
@@ -56,10 +57,12 @@ const char* matching_loss_cuda(DType dtype, const MatchingArgs& args, const doub
                                MatchingSums* sums, void* losses, void* workspace, void* stream);
 const char* matching_loss_backward_cuda(DType dtype, const MatchingArgs& args, const void* grads,
                                         const MatchingSums* sums, void* workspace, void* stream);
-// The two steps of each, for gradients that do not exist all at once. Forward: the sums [layers, trials] of some
-// layers, then the losses from the sums of all. Backward: the coefficients [layers, trials] of all, then the gradients
-// of some. `args.weights` and `args.kind` are not read for some layers; a candidate may be overwritten by its own
-// gradient. `weights`: on the host; `double* workspace`: device memory for one float64 number a layer.
+// The forward and the backward in two steps each, for gradients that are never all in memory at once. Forward:
+// matching_sums_cuda() computes the sums [layers, trials] of some of the layers, then matching_losses_cuda() the losses
+// from the sums of all layers. Backward: matching_coefficients_cuda() computes the coefficients [layers, trials] of all
+// layers, then matching_gradients_cuda() the gradients of some of the layers. The two functions for some of the layers
+// do not read `args.weights` and `args.kind`. A candidate may be overwritten by its own gradient. `weights`: on the
+// host; `double* workspace`: device memory for one float64 number a layer.
 const char* matching_sums_cuda(DType dtype, const MatchingArgs& args, MatchingSums* sums, void* workspace,
                                void* stream);
 const char* matching_gradients_cuda(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,

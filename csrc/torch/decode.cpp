@@ -1,9 +1,10 @@
 // torch.ops.r2f.decode and its backward in ATen operators. Schemas and formulas are in r2f_ext/ops.
 //
-// Decoders of the same shapes form a group, which takes one batched product per linear layer. Their tensors are read
-// where they lie if they are equally spaced in one storage, as slices of a stacked tensor are. On CUDA others are
-// copied into one, because for small layers a kernel launch costs more than the arithmetic. On the CPU decoders whose
-// weights are not so spaced are groups of their own, because copying the weights costs more than it saves.
+// Decoders of the same shapes form a group, which takes one batched product per linear layer. Tensors that are equally
+// spaced in one storage, like the slices of a stacked tensor, are read in place. On CUDA, other tensors are first
+// copied into a stacked tensor, because for small layers a kernel launch costs more than the arithmetic. On the CPU,
+// decoders whose weights are not equally spaced form groups of one, because copying the weights costs more than it
+// saves.
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/empty.h>
@@ -48,7 +49,7 @@ struct PerDecoder {
     return at::stack(picked);
   }
 
-  // Whether tensor j of the group's decoders, in their order, are slices of one storage at one positive distance.
+  // Whether the group's decoders, in their order, hold tensor j in one storage, at one constant positive distance.
   bool equally_spaced(const Group& group, size_t j) const {
     const at::Tensor& first = of(group[0], j);
     const int64_t step = of(group[1], j).storage_offset() - first.storage_offset();

@@ -1,8 +1,9 @@
 // torch.ops.r2f.lora_grad and lora_grad_tangent. The schemas and the meaning are in r2f_ext/ops.
 //
 // Matrix products are library calls, layer by layer in C++. On CUDA, all layers that kernels/lora_grad.cu supports are
-// computed by its two launches. The library's products scale their results and write them where they belong: another
-// pass for either takes as long as a small product. On the CPU, products that read and write long rows are faster.
+// computed by its two launches. The library's products also scale their results and write them directly to the output,
+// because a separate pass for either takes as long as a small product. On the CPU, products that read and write long
+// rows are faster.
 #include "kernels/lora_grad.h"
 
 #include <ATen/ops/bmm.h>
@@ -83,8 +84,8 @@ at::Tensor projected_rows(const at::Tensor& x, const at::Tensor& any_A) {
   return rank >= 8 && rank < 16 && d_in >= 256 ? at::bmm(A, x.mT()) : at::bmm(x, A.mT()).mT();
 }
 
-// (u^T delta)^T instead of delta^T u, so that the long rows of delta are read sequentially; a transposed view, because
-// its copy takes up to a third of the time and most callers copy the result anyway.
+// Computes (u^T delta)^T instead of delta^T u, so that the long rows of delta are read sequentially. Returns a
+// transposed view, because a contiguous copy takes up to a third of the time and most callers copy the result anyway.
 at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& any_A, double scale) {
   const at::Tensor A = wide(shared_or_per_group(any_A));
   if (x.scalar_type() == A.scalar_type()) {
@@ -92,7 +93,7 @@ at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Ten
     if (scale != 1) u.mul_(scale);
     return at::bmm(u, delta).mT();
   }
-  // What must be converted is converted in chunks of groups, which stay in the L2 cache.
+  // bfloat16 inputs are converted in chunks of groups that stay in the L2 cache.
   constexpr int64_t chunk_bytes = 1 << 20;
   const int64_t P = x.size(0), group_bytes = 4 * x.size(1) * (x.size(2) + delta.size(2));
   const int64_t chunk = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(1, group_bytes));
@@ -171,8 +172,8 @@ at::Tensor grad_B_on_cuda(const at::Tensor& x, const at::Tensor& delta, const at
   return scaled_product(wide(delta).mT(), project(wide(x), wide(A)), scale);
 }
 
-// With one group, what all directions share is one matrix, which a batched product reads with stride 0. With several,
-// all directions of a group form one product with K r columns.
+// With one group, all directions multiply one and the same delta, which a batched product reads with stride 0. With
+// several groups, all directions of a group form one product with K r columns.
 at::Tensor tangent_on_cuda(const at::Tensor& x, const at::Tensor& any_delta, const at::Tensor& dx,
                            const at::Tensor& ddelta, const at::Tensor& any_A, double scale) {
   const at::Tensor A = wide(shared_or_per_group(any_A)), delta = wide(any_delta);
@@ -190,8 +191,9 @@ at::Tensor tangent_on_cuda(const at::Tensor& x, const at::Tensor& any_delta, con
   return result.view({K, P, d_out, rank});
 }
 
-// One or two layers of a large rank keep the kernels' few warps waiting for memory, where the library's products do
-// not; for the layers of a whole model the library needs many launches (both measured on an H100).
+// With one or two layers of a large rank, the hand-written kernels have few warps, which wait for memory, and the
+// library's products are faster. For the layers of a whole model the library needs many launches (both measured on an
+// H100).
 bool library_wins(DType dtype, size_t layers, int64_t rank) {
   return layers <= 2 && dtype == DType::kFloat32 && rank > 8;
 }

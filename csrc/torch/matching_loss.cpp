@@ -82,8 +82,9 @@ Tensors empty_gradients(Call& call) {
   return gradients;
 }
 
-// Chunks of the gradients and planes of the images in one parallel loop. Planes are grouped so that a group is about as
-// much work as a chunk: threads get equal numbers of both. A pixel costs about as much as four elements.
+// Processes the gradients' chunks and the images' planes in one parallel loop. Planes are grouped so that a group takes
+// about as much work as a chunk, because every thread gets the same number of chunks and groups. A pixel costs about as
+// much as four elements.
 template <typename OfChunks, typename OfPlanes>
 void parallel_over(const Call& call, const OfChunks& of_chunks, const OfPlanes& of_planes) {
   const TotalVariationArgs& images = call.images.args;

@@ -1,8 +1,8 @@
 """How accurate decoders are: on held-out proxies, beside what needs no decoder, and on the victims themselves.
 
-A cosine on held-out proxies holds for images like the proxies. Beside it stand the mean gradient of the label's proxies
-(it reads the label and nothing of the update), the projection (no training), an estimate for the victims from how far
-their updates lie from the fitted ones, and, where the private images are known, the true cosine.
+A cosine on held-out proxies is valid for images like the proxies. It is reported beside the cosines of the mean
+gradient of the label's proxies (which reads only the label) and of the projection (no training), an estimate for the
+victims from the distance of their updates to the fitted ones, and, if the private images are known, the true cosine.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Scored:
 
 
 class ClassMeans:
-    """The mean gradient of each label's fitted pairs: what a decoder would give that reads the label and nothing else.
+    """The mean gradient of each label's fitted pairs: the output of a decoder that reads only the label.
 
     Only the CLASSES most frequent labels of the held-out pairs have one, and of these only those with LEAST_OF_CLASS
     pairs among the first CLASS_PAIRS fitted ones.
@@ -162,7 +162,7 @@ def score_and_decode(
 
 
 def _guess(decoder: Decoder, updates: Updates) -> Guess:
-    """What a decoder makes of updates [n, d_out, r]; by a matrix, rows are decoded when they are asked for."""
+    """A decoder's output for updates [n, d_out, r]; a `MatrixDecoder` decodes rows only when they are asked for."""
     if isinstance(decoder, MatrixDecoder):
         matrices = decoder.matrices
         return lambda name, rows: updates[name][rows] @ matrices[name].to(updates[name])

@@ -188,7 +188,7 @@ def _undecided(victims: int, why: str) -> BaseCheck:
 
 
 def _sentences(layer: str, found: Residual, fits: list[bool | None], at_most: float, one_step: bool) -> Iterator[str]:
-    """What is said of the adapters that fit, of those that cannot, and of those for which it is not decided."""
+    """Sentences on the adapters that fit, on those that cannot, and on those for which this is not decided."""
     several = len(fits) > 1
     relative = found.relative
 

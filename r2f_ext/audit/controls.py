@@ -1,8 +1,8 @@
 """Controls of an audit (docs/protocol.md): what is known, or seems to be found, without the audited adapter.
 
 Image controls (mean image, class mean, nearest proxy, another adapter) are compared with the originals as they are.
-Simulated controls go through the judged route: adapters of Gaussian noise, and adapters that other images of the same
-label made. A reconstruction that is no nearer to the original than these says nothing of the original.
+Simulated controls go through the judged route: adapters of Gaussian noise, and adapters trained on other images of the
+same label. A reconstruction that is no nearer to the original than these controls shows nothing of the original.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PART = 50  # noise adapters in memory at a time
 class Controls:
     """For each control, its images for n victims, [n, c, h, w] in [0, 1]; None where there is no such control.
 
-    Of the simulated ones (`noise_adapter`, `same_label_stranger`), each victim's first stands for all.
+    For the simulated controls (`noise_adapter`, `same_label_stranger`) it is each victim's first simulated image.
     """
 
     mean_image: Tensor
@@ -45,11 +45,11 @@ class Controls:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What the judged route makes of adapters that hold nothing of the audited images, [m, c, h, w] in [0, 1].
+    """The judged route's images for adapters that hold nothing of the audited images, [m, c, h, w] in [0, 1].
 
     Attributes:
-        noise: of B with Gaussian entries and the victims' norms, layer by layer.
-        strangers: label -> of other images with that label.
+        noise: images for B with Gaussian entries and the victims' norms, layer by layer.
+        strangers: label -> images for adapters of other images with that label.
         labels: int64 [V], the labels that the route found of the audited adapters.
     """
 
@@ -61,7 +61,8 @@ class Simulated:
         """Control -> the images to draw from for each of the victims `rows`.
 
         Args:
-            labels: of these victims, true ones; where they are unknown or were not simulated, the found ones count.
+            labels: the true labels of these victims; for labels that are unknown or not simulated, the found ones are
+                used.
         """
         found = self.labels[rows].tolist()
         true = found if labels is None else labels.tolist()
@@ -100,8 +101,8 @@ def make_controls(proxy: ImageSet, labels: Tensor | None, reconstruction: Tensor
         shuffled: [n, c, h, w], the same route fed with another victim's adapter.
 
     Returns:
-        The mean image stands in for the mean of a class without proxies; where no victim's class has any, there is no
-        class mean.
+        The mean image replaces the mean of a class without proxies. If no victim's class has proxies, there is no class
+        mean.
     """
     images = proxy.batch(slice(None))
     mean = images.mean(0)
@@ -158,8 +159,8 @@ def noise_updates(observed: Updates, count: int, seed: int) -> Iterable[Updates]
 def _strangers(problem: Problem, proxy: ImageSet, label: int, seed: int, precision: str) -> Tensor:
     """Estimates [m, c, h, w] for proxies of one label, each from a fit without it.
 
-    One step of plain SGD on one image, as the proxies themselves. Where the proxy has too few images of the label,
-    images of other labels are trained on with this one.
+    Strangers train for one step of plain SGD on one image, like the proxies. If the proxy has too few images of the
+    label, images of other labels are used with this label.
     """
     proxies, target, a = problem.proxies, problem.target, problem.a
     assert proxies is not None and target is not None and a is not None

@@ -129,7 +129,7 @@ def audit(
 
 
 def _unexpected(route: str, why: str, verdicts: dict[str, Verdict], config: AuditConfig) -> bool:
-    """Whether to report that a route did not run: not for a default route that its count refuses."""
+    """Whether to report that a route did not run: false for a default route that its count refuses."""
     named = config.routes is not None or route not in default_routes()
     return named or why != verdicts[route].why
 
@@ -137,7 +137,7 @@ def _unexpected(route: str, why: str, verdicts: dict[str, Verdict], config: Audi
 def _public(
     images: ImageSet, originals: ImageSet | None, proxy: str, target: Target, config: AuditConfig
 ) -> tuple[ImageSet, Public | None]:
-    """All public images where a better start can be made of them than of `images`, the proxy of the pairs; else None.
+    """All public images if they allow a better start than `images`, the proxy of the pairs; otherwise None.
 
     The proxy is returned with a note where not all could be loaded.
     """

@@ -90,12 +90,13 @@ def _inline(image: Tensor) -> str:
 
 
 def _percent(value: float) -> str:
-    """A share as a coordinate of SVG, inside the drawing also where the value is not."""
+    """A share as an SVG coordinate, clamped to the drawing."""
     return f"{100 * min(max(value, 0.0), 1.0):.2f}%"
 
 
 def _victim_names(data: dict[str, Any]) -> dict[str, list[str]]:
-    """set -> a name for each victim: its adapter's where the adapters are those of the one set, else its number."""
+    """set -> a name for each victim: the adapter's if there is one set, of all adapters; otherwise the victim's
+    number."""
     adapters, sets = data["adapters"], data["reconstruction"]
     named = len(sets) == 1 and len(adapters) == next(iter(sets.values()))["n"]
     return {

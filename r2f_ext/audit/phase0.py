@@ -35,8 +35,8 @@ def phase0(base: BaseModel, private: ImageSet) -> tuple[list[Phase0Report], dict
     """Run the routes that read exact gradients on each image's own, where the count allows it, and score the results.
 
     Returns:
-        (one report per route that ran, every route's verdict). Of a base that no closed form fits (B/16 for the row
-        space, any ResNet) fewer reports, or none.
+        (one report per route that ran, every route's verdict). A base that closed forms do not fit (B/16 for the row
+        space, any ResNet) gives fewer reports, or none.
 
     Raises:
         R2FError: there is no image, the images do not fit the base, or a gradient is zero or not finite.

@@ -80,7 +80,7 @@ class AuditReport:
 
     @property
     def failed(self) -> dict[str, str]:
-        """What failed -> a sentence on what is missing for it, and why; see `AuditResult.failed`."""
+        """What failed -> a sentence on what is missing because of it, and why; see `AuditResult.failed`."""
         several = len(self.results) > 1
         return {
             f"{proxy}: {name}" if several else name: why
@@ -90,7 +90,7 @@ class AuditReport:
 
     @property
     def incomplete(self) -> str | None:
-        """Why the audit answers nothing that it was asked for, one sentence; None: it does.
+        """One sentence on why the audit answers nothing that it was asked for; None if it does answer.
 
         A stage that the verdict rests on failed, or every route did, and no image was recovered exactly.
         """

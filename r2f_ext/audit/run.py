@@ -35,7 +35,7 @@ from r2f_ext.types import Gradient, PairBatch, Reconstruction
 LATER = ("proxies", "decoded")  # fields of a problem that the stages fill in before the routes run
 MIN_PAIRS = 40  # with fewer there are too few pairs to hold out
 MAX_LABELS = 20  # with more private labels than this, strangers are simulated only for the labels that a route found
-# What failed -> what is missing for it, as a sentence that the reason follows.
+# What failed -> a sentence on what is missing because of it; the reason is appended.
 CONSEQUENCES = {
     "pairs": "No proxy pairs could be made, so nothing that needs them was done",
     **dict.fromkeys(DEFAULT_KINDS, "The decoder {} failed, so its figures are missing"),
@@ -52,8 +52,8 @@ class Estimates:
     """What the amortised estimate says of V victims, whichever routes ran.
 
     Attributes:
-        images: [V, c, h, w]: victims are paired up with private images by them, and the image controls are taken of
-            them.
+        images: [V, c, h, w]: they decide which private image belongs to which victim, and the image controls are
+            computed from them.
         labels: int64 [V], as the amortised route finds them or a saved head tells them.
         far: bool [V], victims whose update resembles no proxy update.
         stranger: [1, c, h, w], the estimate from the update of a proxy sample drawn by the seed: the shuffled-adapter
@@ -78,9 +78,9 @@ class AuditResult:
         verdicts: route -> verdict, of every route in the registry.
         not_run: requested routes that did not run -> the reason.
         estimates: None where there are no pairs, or the judged route failed.
-        simulated: what the amortised route makes of noise and of strangers; None where there are no pairs, or that
-            failed.
-        failed: what failed, by its name in `CONSEQUENCES` -> a sentence on what is missing for it, and why.
+        simulated: the amortised route's images for noise and stranger adapters; None if there are no pairs, or if the
+            simulation failed.
+        failed: what failed, by its name in `CONSEQUENCES` -> a sentence on what is missing because of it, and why.
         base_check: whether the updates can come from the base's weights.
         seconds: stage -> wall time.
         config: the sizes and seeds used, after `fit_to_memory`.
@@ -121,8 +121,8 @@ def run_audit_stages(
 ) -> AuditResult:
     """Audit adapters that started from the same A (the clients of one server, or a single one).
 
-    A stage that fails for want of memory or by its numbers does not end the audit: what needs it is missing, and the
-    result says so.
+    A stage that fails for lack of memory or for numerical reasons does not end the audit: results that need it are
+    missing, and the result says so.
 
     Args:
         problem: from `adapter_problem`.
@@ -201,9 +201,9 @@ def _updates_and_decoders(
     stages: Stages,
     failed: dict[str, str],
 ) -> tuple[dict[str, Tensor] | None, Scored]:
-    """The updates of all pairs, name -> [count, d_out * r], and what the decoders make of the victims'.
+    """The updates of all pairs, name -> [count, d_out * r], and the decoders' figures and decoded gradients.
 
-    Where the pairs fail there is neither, and a decoder that fails is left out; `failed` gets the reasons.
+    If the pairs fail, both are missing; a decoder that fails is left out. `failed` gets the reasons.
     """
     assert problem.observed is not None
     count, fitted, held_out = config.pairs, config.decoder_pairs, config.held_out
@@ -256,7 +256,7 @@ def _simulated(
 
 
 def _reasons(not_run: Mapping[str, str], problem: Problem, failed: Mapping[str, str]) -> dict[str, str]:
-    """`not_run`, with the failure as the reason where it is why a route lacks what it reads."""
+    """`not_run`, with a failed stage as the reason if it is why a route lacks a field that it reads."""
     makers = {"proxies": ("pairs",), "decoded": ("pairs", DECODED, "decode")}
     reasons = dict(not_run)
     for name in not_run:

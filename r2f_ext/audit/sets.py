@@ -64,7 +64,7 @@ class SetReport:
         return self.judgement.sentences[0]
 
     def exact(self) -> list[ExactImage]:
-        """What the routes say of exactness, victim by victim; nothing of routes that cannot be exact."""
+        """What the routes say about exactness, victim by victim; routes that cannot be exact are left out."""
         return [
             ExactImage(self.name, victim, found.route, **one)
             for found in self.reconstructions
@@ -153,7 +153,7 @@ def set_report(
         pools = result.simulated.pools(rows, labels)
         controls = replace(controls, **{name: _first_of(pool) for name, pool in pools.items()})
         scores |= {name: simulated_psnr(pool, originals, candidates) for name, pool in pools.items()}
-    # In an order that was found by matching, the other adapters' reconstructions are the same set.
+    # After matching, the set of the other adapters' reconstructions is the same, so this control tests nothing.
     tested = {control: one for control, one in scores.items() if control != "shuffled_adapter" or not matched}
     judgement = judge(psnr_db(estimate, originals), tested, far, result.config.seed, foreign)
     return replace(
@@ -217,7 +217,7 @@ def _class_notes(proxy: ImageSet, labels: Tensor | None) -> tuple[str, ...]:
 
 
 def _with_refusal(judgement: LeakVerdict, check: BaseCheck) -> LeakVerdict:
-    """The judgement and the sentence on updates that cannot come from the base: it is first, or follows a leak."""
+    """The judgement with the sentence on updates that cannot come from the base: put first, or second after a leak."""
     if check.refusal is None:
         return judgement
     first = judgement.sentences[:1] if judgement.leak else ()

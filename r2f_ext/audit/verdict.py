@@ -183,7 +183,7 @@ class ExactImage:
 
 
 def conclude(sets: Mapping[str, LeakVerdict], exact: Sequence[ExactImage]) -> LeakVerdict:
-    """The verdict of a report: what is exact first, then the test of each set, and that this proves no safety.
+    """The verdict of a report: first what is exact, then the test of each set, last that this does not prove safety.
 
     Args:
         sets: set -> its verdict.

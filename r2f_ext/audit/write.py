@@ -22,7 +22,7 @@ PREVIOUS = "previous-"
 
 @contextmanager
 def replacing_report(folder: Path) -> Iterator[None]:
-    """The body makes a new report in `folder`; an earlier one is renamed first, and removed once the body is done.
+    """Context for writing a new report in `folder`: an earlier one is renamed first, and removed when the body is done.
 
     So report.json and report.html are always those of the last run or absent, and an earlier report outlives a run
     that fails, under names that begin with `previous-`. The error of that run then has a note that says so.
@@ -42,7 +42,7 @@ def replacing_report(folder: Path) -> Iterator[None]:
             error.add_note(f"The report of an earlier run{_date(folder)} is kept as {names}.")
         raise
     for name in (DATA, PAGE, PICTURES, GRADIENTS):
-        with suppress(OSError):  # the new report stands, and what is left over is named as what it is
+        with suppress(OSError):  # the new report is complete, and leftover files are named as old
             (folder / f"{PREVIOUS}{name}").unlink(missing_ok=True)
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from r2f_ext.errors import R2FError
 from r2f_ext.types import FactoredGradient, Target
 
-# FlashAttention's backward adds up blocks of 128 keys in any order: the sum of two is the same to the bit.
+# FlashAttention's backward adds blocks of 128 keys in no fixed order; with two blocks, the order changes no bit.
 FUSED_TOKENS = 256
 
 
@@ -32,10 +32,11 @@ class Capture:
     Args:
         target: base model and adapted layers.
         dtype: float32 runs the model as it is; bfloat16 runs it under autocast (products of matrices in bfloat16, sums,
-            softmax, norms and loss in float32) and gives factors in bfloat16. That pays where the processor multiplies
-            bfloat16 matrices faster than float32 ones (GPUs, CPUs with AMX). On a GPU it also runs timm's fused
-            attention, except where the graph is kept (it has no double backward) and for more than FUSED_TOKENS tokens
-            (equal passes would not give equal bits). In float32 it is slower there.
+            softmax, norms and loss in float32) and gives factors in bfloat16. That is faster on processors that
+            multiply bfloat16 matrices faster than float32 ones (GPUs, CPUs with AMX). On a GPU, bfloat16 also enables
+            timm's fused attention, except if the graph is kept (fused attention has no double backward) and for more
+            than FUSED_TOKENS tokens (equal passes would not give equal bits). In float32, fused attention is slower on
+            a GPU.
         tf32: on a GPU, multiply float32 numbers rounded to TF32's 11 bits.
 
     Example:
@@ -108,7 +109,7 @@ class Capture:
             module, inputs = self._modules[name], self._seen[name][0]
             tokens = as_tokens(module, inputs if create_graph else inputs.detach())
             grad = _output_as_tokens(module, grad)
-            if low:  # the values that the layer multiplied: autocast rounded its input and its output's gradient alike
+            if low:  # as the layer multiplied them: autocast rounded its input and its output's gradient
                 tokens, grad = tokens.bfloat16(), grad.bfloat16()
             x[name] = tokens.reshape(groups, -1, tokens.shape[-1])
             delta[name] = grad.reshape(groups, -1, grad.shape[-1])
@@ -126,7 +127,7 @@ class Capture:
 
 @contextmanager
 def _gpu_products(on_gpu: bool, tf32: bool) -> Iterator[None]:
-    """Products and convolutions of float32 in TF32, or all in float32: torch's default differs between the two."""
+    """Run both float32 products and float32 convolutions in TF32, or neither: torch's defaults for the two differ."""
     if not on_gpu:
         yield
         return
@@ -141,7 +142,7 @@ def _gpu_products(on_gpu: bool, tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def _fused(target: Target, wanted: bool) -> Iterator[None]:
-    """timm's attention layers of this model run FlashAttention while this is entered, if it is wanted.
+    """Inside this context, timm's attention layers of this model run FlashAttention, if `wanted`.
 
     Layers of more than FUSED_TOKENS tokens [n, tokens, d] do not.
     """

@@ -9,7 +9,7 @@ from r2f_ext.types import FactoredGradient, Target
 
 
 def project(target: Target, gradient: FactoredGradient, a: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The update that each group's one step from B = 0 gives an adapter whose A is `a`: s G A^T [P, d_out, r] a layer.
+    """The update of an adapter with A = `a` by one step from B = 0, for each group: s G A^T [P, d_out, r] per layer.
 
     At B = 0 the factors (x, delta) do not depend on A: captured once, they serve every adapter of the base.
 

@@ -61,7 +61,7 @@ class CaptureTangents:
                     logits = self.target.base.model(self.target.base.normalize(pixels))
                 return F.cross_entropy(logits, labels), inputs
 
-            # The gradient at a zero added to a layer's output is the gradient at that output.
+            # The gradient of a zero tensor that is added to a layer's output equals the gradient at that output.
             deltas, inputs = grad(loss, has_aux=True)(shifts)
             x = {name: _tokens(as_tokens(module, inputs[name])) for name, module in self._modules.items()}
             return x, {name: _tokens(_output_as_tokens(m, deltas[name])) for name, m in self._modules.items()}

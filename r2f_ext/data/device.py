@@ -1,4 +1,4 @@
-"""Copies to a GPU that nothing waits for."""
+"""Asynchronous copies to a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; from the host through pinned memory, so that the host goes on while a GPU copies."""
+    """The tensor on the device; copied from the host through pinned memory, so that the host need not wait for the
+    GPU."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

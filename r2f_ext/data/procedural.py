@@ -28,7 +28,7 @@ MAX_PARTS = 6
 MAX_BLOBS = 10
 CHUNK = 512
 CHUNK_PIXELS = CHUNK * 32 * 32
-GPU_CHUNKS = 64  # chunks in one of a GPU, whose launches take longer than its arithmetic below that
+GPU_CHUNKS = 64  # CPU chunks in one GPU chunk; with fewer, launches take longer than arithmetic
 LABEL_CHUNK = 1024
 _LABEL_STREAM = 1 << 40
 
@@ -36,7 +36,7 @@ _LABEL_STREAM = 1 << 40
 class _Draw:
     """Random numbers for a batch of `n` images of `size` (h, w), moved to `device`.
 
-    generators: of the images' numbers, and of those that the host must know (the same one where that is a CPU's).
+    generators: one for the images' numbers, one for numbers that the host must know; on a CPU they are the same.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ def chunk_size(shape: tuple[int, int, int], on_gpu: bool = False) -> int:
 def chunk_of(index: int, shape: tuple[int, int, int], seed: int, device: torch.device) -> Tensor:
     """Chunk `index` of a stream on this device, from image `index * chunk_size(...)`: uint8 [chunk_size, c, h, w].
 
-    On a CPU it is that of `procedural_images`; on a GPU the random numbers are its own, but for those that the host
-    must know: families and numbers of leaves.
+    On a CPU it is the chunk of `procedural_images`. On a GPU the random numbers are the GPU's own, except those that
+    the host must know: families and numbers of leaves.
     """
     host, on_gpu = _generator(seed, index), device.type == "cuda"
     generator = _generator(seed, index, device) if on_gpu else host
@@ -169,7 +169,7 @@ def _chunk(
 ) -> Tensor:
     """The `n` images of a chunk, uint8 [n, c, h, w]; each family makes its images, gray ones first.
 
-    Nothing here waits for a GPU, whose kernels take less time than their launches: passes that are queued hide these.
+    Nothing here waits for a GPU. Its kernels take less time than their launches, which work already queued hides.
     """
     _, host = generators
     family = _families(n, host)

@@ -111,7 +111,8 @@ def stack_updates(adapters: list[LoraUpdate]) -> Updates:
 
 
 def with_saved(target: Target, updates: Updates, decoded: Gradient) -> Gradient:
-    """`decoded` [V, d_out, d_in] a layer, with the exact gradient where the update is one (`AdaptedLayer.saved`)."""
+    """`decoded` [V, d_out, d_in] per layer, with the exact gradient for layers whose update is the gradient
+    (`AdaptedLayer.saved`)."""
     exact = {layer.name: updates[layer.name] for layer in target.layers if layer.saved and layer.name in decoded.dense}
     return Gradient({**decoded.dense, **exact})
 

@@ -50,7 +50,7 @@ def held_out_cosines_of_each(
 ) -> dict[str, HeldOut]:
     """The same for several decoders, each by its name, in one pass over the pairs.
 
-    In memory at a time, beside what the guesses hold: one layer's gradients of one batch, true and decoded.
+    Besides what the guesses hold, only the true and decoded gradients of one layer and batch are in memory at a time.
     """
     cosines: dict[str, dict[str, list[Tensor]]] = {kind: defaultdict(list) for kind in guesses}
     norms: dict[str, dict[str, list[Tensor]]] = {kind: defaultdict(list) for kind in guesses}

@@ -142,7 +142,7 @@ class Learned(Decoder):
         seen = _Seen(*(_joined(each) for each in (self.inputs, self.cores, self.true_norms)))
         count = len(next(iter(seen.norms.values())))
         fitted = count - min(HELD_OUT, max(1, count // 10))
-        device = self.pairs.target.base.device  # indices on the host would be waited for whenever they are used
+        device = self.pairs.target.base.device  # each use of indices on the host would wait for a copy
         held_out = torch.arange(fitted, count, device=device).split(BATCH)
         generator = torch.Generator().manual_seed(self.seed)
         optimizer = torch.optim.Adam(self._weights(list(self.networks)), lr=self.learning_rate, fused=True)

@@ -105,7 +105,8 @@ class Ridge(Decoder):
         products: dict[str, Tensor] = {}
         if self.saved:
             products = {name: self._gram(name) for name in self.units}
-        # Where no factors are saved, products are recomputed (three times as many): three matrices exist at a time.
+        # If no factors are saved, products are recomputed (three times as many), so that only three matrices exist at a
+        # time.
         of_layer: Callable[[str], Tensor] = products.__getitem__ if products else self._gram
         for name, others in mixed_others(list(self.units), of_layer, self.pairs.target.names):
             own = self.settings[name][0]
@@ -162,7 +163,8 @@ def _saves(count: int, layers: int, device: torch.device) -> bool:
     """Whether the factors of the kernels of all layers stay in memory after the fit to `count` pairs."""
     if count <= SAVED_PAIRS or device.type != "cuda":
         return count <= SAVED_PAIRS
-    # 4: the matrices that computing one of them needs. Free memory would let other work on the GPU decide the rounding.
+    # + 4: the matrices needed to compute one factor. Total memory decides: with free memory, other work on the GPU
+    # would change the rounding.
     return 4 * count**2 * (layers + 4) <= budget(device)
 
 

@@ -27,7 +27,7 @@ class RowLMMSE(MatrixDecoder):
         units, norms = unit_updates({name: batch.updates[name] for name in self.left})
         for name, unit in units.items():
             rows = unit.flatten(0, 1)
-            exact = rows.double()  # more numbers a row than rows leave zeros, which float32 rounds below zero
+            exact = rows.double()  # with fewer rows than columns some eigenvalues are 0; float32 rounds them below 0
             self.left[name] += exact.mT @ exact
             # sum_p Z_p^T G_p = sum_p (D_p Z_p)^T X_p avoids forming G.
             tokens = batch.gradients.delta[name] @ (unit / norms[name][:, None, None])

@@ -42,7 +42,7 @@ CLUSTER_GAP = 10  # distance of a cluster of eigenvalues below 1, in cluster wid
 
 
 def count_adapter_rowspace(base: BaseModel, adapter: Target | None, steps: int | None, batch: int = 1) -> Verdict:
-    """Unknowns of one patch against the directions that A's movement, or B at one step, leaves for it.
+    """Compare the unknowns of one patch with the equations that A's change, or B after one step, gives for it.
 
     Args:
         adapter: the adapted layers; None: there is no adapter, which refuses the route.
@@ -149,7 +149,8 @@ def remaining_share(a: Tensor, start: Tensor, tokens: int) -> float:
 def _from_b(
     base: BaseModel, geometry: ViTGeometry, start: Tensor, b: Tensor, rounding: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Image from B_1 [d_out, r] and A_0 [r, d]: directions A_0^T q with q orthogonal to B's rows and to A_0 known."""
+    """Image from B_1 [d_out, r] and A_0 [r, d], by directions A_0^T q with q orthogonal to the rows of B_1 and to A_0 t
+    for every known token input t."""
     tokens = token_map(base, geometry)
     found = weighted_directions(equilibrate_rows(b), tokens.known @ start.T, geometry.patch_tokens, rounding)
     estimate = solve_patches(tokens, found.weighted @ start, solve_prior(base, geometry, tokens))

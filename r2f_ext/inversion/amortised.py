@@ -47,7 +47,7 @@ class ImageRegression:
     Args:
         cosine: [N, N] of the updates; overwritten.
         wanted: [N, k], what to predict for each.
-        pixels: how many of the k columns, from the first, are pixels: PSNR is of these.
+        pixels: how many of the k columns are pixels, from the first on; PSNR is computed on these.
 
     Attributes:
         errors: [n, pixels], leave-one-out errors of a fit to the first n = SELECTION_PAIRS pairs.
@@ -68,7 +68,7 @@ class ImageRegression:
         return kernel_(cosine.clone(), self.choice.gamma) @ self.dual + self.mean
 
     def without(self, cosine: Tensor, left_out: Tensor) -> Tensor:
-        """As a call, but estimate v [V, k] is of a fit without the pair left_out[v], int64 [V].
+        """Like a call, but row v of the estimates [V, k] is from a fit without the pair left_out[v], int64 [V].
 
         With C = (K + ridge I)^-1, the solution w = C y becomes w - C e_i w_i / C_ii without pair i, so that an estimate
         k^T w changes by -(k^T C e_i) w_i / C_ii. The mean and the settings stay those of all pairs.
@@ -149,7 +149,8 @@ class AmortisedInverter:
     def far_from_proxy(self, updates: dict[str, Tensor], known_labels: Tensor | None = None) -> Tensor:
         """Bool [V]: victims whose estimate is unreliable, because their update resembles no proxy update.
 
-        The largest cosine with a proxy update is below the 5th percentile of that of the proxies among themselves.
+        Their largest cosine with a proxy update is below the 5th percentile of each proxy's largest cosine with
+        another.
         """
         labels = self.find_labels(updates, known_labels)
         far = torch.zeros_like(labels, dtype=torch.bool)
@@ -160,7 +161,7 @@ class AmortisedInverter:
         return far
 
     def invert_without(self, updates: dict[str, Tensor], label: int, pairs: Tensor) -> Tensor:
-        """Images [V, c, h, w] of V updates of one label, each from a fit without the pair of the same row of `pairs`.
+        """Images [V, c, h, w] of V updates of one label; the image of update v is from a fit without pair pairs[v].
 
         This is the estimate for a proxy as if it had been held out.
 
@@ -237,9 +238,9 @@ def invert_by_label(
         advance: called with the number of pairs made.
         precision: of the model (see `GeneratedPairs`).
         labels: int64 [V], the victims'; None: found from up to LABEL_PAIRS further pairs.
-        most: images of one label that are used; None: all. Their updates and kernel are in memory, those of one label
-            at a time.
-        training: of the victims, one image each, by which pairs are trained too; None: one plain step.
+        most: maximum number of images per label; None: all are used. Their updates and kernel are in memory, for one
+            label at a time.
+        training: the victims' recipe, with one image each, which the pairs follow too; None: one plain step.
 
     Raises:
         R2FError: fewer than 20 images in the proxy, or `most` is less.
@@ -282,7 +283,8 @@ def pairs_by_label(proxy: ImageSet, labels: Tensor, most: int | None) -> int:
 
 
 def proxy_of_label(proxy: ImageSet, label: int, most: int | None = None) -> ImageSet:
-    """Images of `proxy` to fit `label` with; of all labels if fewer than OWN_PAIRS have that one.
+    """Images of `proxy` to fit the regression for `label` to: those of the label, or all if fewer than OWN_PAIRS have
+    it.
 
     Args:
         most: a random choice of this many, if there are more.

@@ -46,7 +46,7 @@ NEGLIGIBLE_ROW = 1e-12
 
 
 def count_attention_rowspace(base: BaseModel, batch: int = 1, shared: Collection[str] | None = None) -> Verdict:
-    """Unknowns of one patch against the directions orthogonal to all tokens.
+    """Compare the unknowns of one patch with the number of directions orthogonal to all tokens.
 
     Args:
         batch: images of the group; shared: parameters whose gradients are observed, None: all.
@@ -184,9 +184,9 @@ def solve_from_rows(
         batch: images whose inputs span the rows; for two or more, one (poor) estimate stands for all of them.
 
     Returns:
-        image, details: rank (how many of the N patch tokens stand clear of the noise), the spectrum's N-th value and
-        the next relative to its first, the equations' noise, the expected error of a model input and the PSNR
-        in dB that it stands for.
+        image, details: rank (how many of the N patch tokens exceed the noise), the N-th and the next singular value
+        relative to the first, the equations' noise, the expected error of a model input and the PSNR in dB that
+        corresponds to it.
     """
     tokens = token_map(base, geometry)
     prior = solve_prior(base, geometry, tokens, prior_images)

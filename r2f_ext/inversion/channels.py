@@ -1,7 +1,7 @@
-"""Colours that no public image has: a search in the pixels of three channels adds them even where all proxies are gray.
+"""Removes colours that no public image has; a search over three channels adds them even if all proxies are gray.
 
-What the update leaves open is fitted by colours too. The covariance of the proxies' channels says which combinations of
-channels vary at all.
+Where the update does not determine the image, a search also fits it with colours. The covariance of the proxies'
+channels shows which combinations of channels vary at all.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEGLIGIBLE = 1e-6  # of the largest variance: what rounding to 8 bits and back leaves of channels that agree
+NEGLIGIBLE = 1e-6  # share of the largest variance: what rounding to 8 bits leaves between equal channels
 
 
 def without_foreign_colours(found: Tensor, start: Tensor, public: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Newton's steps with the whole Jacobian, of several victims at once (docs/methods.md, 3f; `newton` says why so)."""
+"""Newton steps with dense Jacobians, for several victims at once (docs/methods.md, 3f; `newton` gives the reasons)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Local:
 def newton_steps(
     task: Task, rows: Tensor, points: Tensor, values: Tensor, config: GaussNewtonConfig
 ) -> tuple[Tensor, Tensor]:
-    """Damped steps with one Jacobian for each victim, from points [n, p] with values [n, R]; the last of both.
+    """Damped steps with one Jacobian per victim, from points [n, p] with values [n, R]; returns the last points and
+    values.
 
     Each step uses the smallest damping whose next correction is shorter than `contraction` times the present one (the
     natural monotonicity test, see `newton`). If there is none, the first step uses the damping with the smallest ratio,
@@ -79,6 +80,6 @@ def newton_steps(
 
 
 def newtons_together(device: torch.device, directions: int, numbers: int) -> int:
-    """Of how many victims Jacobians and factors fit into memory; arguments as of `victims_together`."""
+    """The number of victims whose Jacobians and factors fit into memory; arguments as for `victims_together`."""
     each = 8 * directions * (numbers + (len(DAMPINGS) + 2) * directions)
     return max(1, budget(device) // each)

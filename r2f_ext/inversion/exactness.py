@@ -6,7 +6,7 @@ of another model (a batch, another label, another recipe) may nearly reproduce i
 1. linearises the update map z at the image in *all* pixels, in float64: J = dz / dpixels, eigenvalues s_i^2 of J^T J;
 2. draws the errors that rounding leaves in z: of the stored factors and of the model's own arithmetic. An error n moves
    the image by J^+ n, so by u_i . n / s_i along axis i. Axes along which that can exceed FREE are *free*: the update
-   does not determine the image along them, whatever their number in the residual;
+   does not determine the image along them, however small the residual is;
 3. goes on to the least-squares image along the other axes and compares what is left of the residual with rounding. A
    larger rest means that no image near this one made the update in the way that the search models;
 4. bounds the error by the distance to that image, plus SAFETY times the root mean square of the moves by rounding,
@@ -41,7 +41,7 @@ SPARE = 0.05  # least share of z's numbers beyond the directions solved for: wit
 DRAWS = 32  # of rounding errors: their root mean square is then known to an eighth
 JITTER = 1e-4  # change of the pixels that gives another draw of the model's arithmetic errors
 REFINEMENTS = 10  # steps towards the least-squares image
-RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rounding, of J in float32 after float64
+RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rounding; J: float64 rounded to float32
 PAIRS, STEP = 8, 1e-3  # random changes of the image, of this size per pixel, that show how z bends
 PRECISE = 1e-12  # relative error of z that float64 arithmetic itself may leave
 SKETCH = 4  # numbers kept of z per pixel; a random sketch of more is as good and bounds memory
@@ -195,10 +195,11 @@ def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tens
 
 
 def _alike(precise: DenseMap, axes: _Axes, point: Tensor, label: Tensor, explained: float) -> float:
-    """Root mean square error per pixel at which two images of a batch pass for one image.
+    """Root mean square error per pixel up to which a batch of two images cannot be told from a single image.
 
-    The update of a batch of x +- h is that of x but for a term of second order in h. One image nearby reproduces a part
-    of it, and the rest is hidden where it is no longer than `explained`. The worst of PAIRS random h decides.
+    The update of a batch of x + h and x - h differs from that of x by a term of second order in h. A single image near
+    x reproduces a part of this term, and the rest stays unnoticed if its norm is at most `explained`. The worst of
+    PAIRS random h counts.
     """
     generator = torch.Generator().manual_seed(2)
     shift = STEP * torch.randn(PAIRS, 1, len(point), generator=generator, dtype=torch.float64).to(point.device)
@@ -278,7 +279,7 @@ def _least_squares(
 ) -> tuple[Tensor, float]:
     """The image nearby with the smallest residual along the determined axes, and its residual |z - z*|.
 
-    Simplified Newton steps; they end where the residual is `enough` twice or no longer falls.
+    Simplified Newton steps; they end when the residual is below `enough` for the second time or no longer falls.
     """
     best, least = point, float("inf")
     for _ in range(REFINEMENTS):

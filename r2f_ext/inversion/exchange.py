@@ -1,10 +1,10 @@
 """Exchanges of two patches, from points where the search for a ViT's image stalls (docs/methods.md, 3f).
 
-A ViT tells its patches apart by their position embeddings only, so an image in which patches have changed places has
+A ViT distinguishes its patches only by their position embeddings, so an image in which patches have changed places has
 nearly the same update. Most points where a search stalls are such images: some patches hold each other's contents, each
-shifted by what makes up for the difference of the positions, and everything else is right. Descent cannot leave them,
-because the misfit is larger on the whole way between. Here all pairs of patches are exchanged, and descents from the
-best of the results decide which is kept.
+shifted to compensate for the difference of the position embeddings, and everything else is right. Descent cannot leave
+such a point, because the misfit is larger everywhere between it and the solution. This module tries the exchange of
+every pair of patches, and descents from the best results decide which one is kept.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Patches:
 
     Attributes:
         shape: (c, h, w) of an image; size: (height, width) of a patch; grid: (rows, columns) of N patches.
-        shifts: [N, N, c * height * width], what the content of patch i gains when it moves to place j, so that the
-            model's token for it stays as close to what it was as images allow.
+        shifts: [N, N, c * height * width], what is added to the content of patch i when it moves to position j, so that
+            the model's token for it changes as little as images allow.
     """
 
     shape: torch.Size
@@ -68,7 +68,7 @@ class Patches:
         return Patches(shape, geometry.patch, geometry.grid, shifts)
 
     def exchanged(self, image: Tensor) -> Tensor:
-        """Images [n, p] that exchanges of two patches which differ make of image [p]; n <= min(N (N - 1) / 2, MOST)."""
+        """Image [p] with two different patches exchanged, for each pair: [n, p] with n <= min(N (N - 1) / 2, MOST)."""
         patches = unfold_patches(image.view(1, *self.shape), self.size)[0]
         one, other = torch.triu_indices(len(patches), len(patches), 1, device=image.device)
         differ = (patches[one] - patches[other]).square().mean(1).sqrt() > APART
@@ -99,7 +99,7 @@ def exchanged_descent(
         slopes_of: as of `preconditioned_descent`, for images of this one victim.
         misfits_of: images [n, p] -> their misfits [n].
         gram: [q, q] float64, J^T J at the point, J = dz along the columns of `basis`.
-        enough: misfit below which a descent has done its part.
+        enough: misfit below which a descent ends.
     """
     directions = basis / basis.norm(dim=0)
     exchanges = patches.exchanged(point)

@@ -50,7 +50,7 @@ ROUTE = "gauss_newton"
 # Multiple of the rounding error from which on a residual that is not below NEAR belongs to no solution nearby.
 LOST = 10.0
 FULL_BITS = 32  # of the dtype that PEFT draws A in
-# In float64, of searches that float32 has ended early; where a pass gains little, it was not precision that ended them.
+# Passes in float64, after searches that float32 ended early. If a pass gains little, precision was not the limit.
 FINISH = GaussNewtonConfig(passes=6, patience=1)
 
 
@@ -88,9 +88,10 @@ def _task_of_one(updates: DenseMap, observed: Tensor, label: Tensor, subspace: S
 
 
 def finished(task: Task, found: Search) -> Search:
-    """A search that has gone on in float64, if it ended near the image, but above what float32 can reach.
+    """Continue a search in float64 if it ended near the image, but above the residual that float32 can reach.
 
-    Where J^T J is badly conditioned, float32's errors in J stop Newton's steps early. The better of both ends is kept.
+    Where J^T J is badly conditioned, float32's errors in J stop Newton's steps early. The better of the two end points
+    is kept.
 
     Args:
         task: of this victim alone, in float64.

@@ -56,7 +56,7 @@ def recover_labels(
         return bias.argmin(1, keepdim=True)
     assert weight is not None
     rows = weight.double()
-    # Row c is (p_c - y_c) h: the true class's is the one that points against the sum of the others, whatever h is.
+    # Row c is (p_c - y_c) h: the true class's row points against the sum of all other rows, whatever h is.
     against = (rows * (rows.sum(1, keepdim=True) - rows)).sum(-1)
     return against.argmin(1, keepdim=True)
 

@@ -25,7 +25,7 @@ DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(4, 19))  # shares of the kernel
 GAUSSIAN, WIDTH = 0.2, 0.25  # the Gaussian share of the kernel, and its exponent at the mean squared distance
 SAMPLES = 1.5  # images per direction by default; with fewer the leave-one-out errors do not determine the damping
 PROBES = 48  # images that determine the cloud's size
-SIZES = tuple(2.0**k for k in range(-3, 7))  # tried until the probes' misfit is the point's
+SIZES = tuple(2.0**k for k in range(-3, 7))  # tried until the probes' update changes by more than the point's misfit
 EXPECTED = 2 / 3  # weight of the expected covariance in the next cloud's shape; the rest is the last errors' covariance
 SHRINKS = 0.85  # smallest ratio of a cloud's size to that of the previous cloud
 SHORTER = (1.0, 0.5, 0.25)  # trial step lengths, relative to the regression's estimate
@@ -35,8 +35,8 @@ UpdateOf = Callable[[Tensor, Tensor], Tensor]  # images [n, p], the victim of ea
 
 @dataclass(frozen=True)
 class Axes:
-    """Orthonormal directions [p, q] that images vary along, and along these the covariance [q, q], float64, that the
-    distance to the image is expected to have."""
+    """Orthonormal directions [p, q] along which images vary, and the expected covariance [q, q], float64, of the
+    distance to the image along them."""
 
     directions: Tensor
     covariance: Tensor
@@ -45,7 +45,8 @@ class Axes:
     def of(basis: Tensor, errors: Tensor | None = None) -> Axes:
         """From orthogonal columns [p, q], each as long as the proxies' standard deviation along it.
 
-        The covariance is the proxies' own; with errors [n, p] of the start's route, half theirs and half its shape.
+        The covariance is that of the proxies. With errors [n, p] of the start's route, it is the errors' covariance,
+        averaged with the proxies' covariance scaled to the same trace.
         """
         deviation = basis.norm(dim=0)
         directions = basis / deviation
@@ -56,7 +57,7 @@ class Axes:
 
 
 def _mixed(one: Tensor, other: Tensor, share: float) -> Tensor:
-    """share * one + (1 - share) * other, covariances [q, q], the other's trace made that of the one."""
+    """share * one + (1 - share) * other for covariances [q, q], with `other` scaled to the trace of `one`."""
     return share * one + (1 - share) * other * (one.trace() / other.trace().clamp_min(1e-300))
 
 
@@ -86,8 +87,8 @@ def linearised_steps(
         axes, clouds, generators: of each victim.
 
     Returns:
-        (points, values, clouds): of each victim the estimate, or the nearest of some points on the way to it that
-        lowers the misfit, or the point as it was; and its next cloud.
+        (points, values, clouds): per victim the candidate with the lowest misfit, out of the estimate, two points on
+        the way to it and the unchanged point; and the next cloud.
     """
     shifts = [
         drawn(own, cloud.shape, int(cloud.samples * len(cloud.shape)) + 1, generator, points)
@@ -130,9 +131,9 @@ def _owners(victims: int, each: int, device: torch.device) -> Tensor:
 def _sizes(
     update_of: UpdateOf, misfits: Sequence[float], points: Tensor, values: Tensor, shifts: Tensor
 ) -> list[float]:
-    """Per victim the factor at which the median misfit of images shifted by `shifts` [V, n, p] from its point is the
-    point's own."""
-    below: list[tuple[float, float]] = [(0.0, 0.0)] * len(points)  # the largest size known to reach less, and how much
+    """Per victim the factor on `shifts` [V, n, p] at which the median change of the update, for images shifted from the
+    victim's point, equals the point's misfit."""
+    below: list[tuple[float, float]] = [(0.0, 0.0)] * len(points)  # largest size known to be too small; its change
     found: list[float | None] = [None] * len(points)
     for size in SIZES:
         open_ones = [victim for victim, known in enumerate(found) if known is None]
@@ -151,7 +152,7 @@ def _sizes(
 
 
 def _between(low: float, reached_low: float, high: float, reached_high: float, wanted: float) -> float:
-    """Interpolate as if the misfit were a power of the size; the high one where there is no low one."""
+    """Interpolate as if the misfit were a power of the size; returns `high` if there is no lower size."""
     if low == 0:
         return high
     return low * (high / low) ** (log(wanted / reached_low) / log(reached_high / reached_low))

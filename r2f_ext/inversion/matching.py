@@ -249,7 +249,7 @@ class _Search:
         return loss.detach(), slope
 
     def _by_central_differences(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, where the model has no second derivative or one that leaves most of the slope out."""
+        """The same for models without a second derivative, or with one that misses most of the slope."""
         dense = _dense(self.candidates(images, labels))
         leaves = [gradient.requires_grad_() for gradient in dense.dense.values()]
         varied = images.detach().requires_grad_()

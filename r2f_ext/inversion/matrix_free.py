@@ -34,7 +34,7 @@ class MatrixFreeConfig:
     """Stopping criteria and step control; see `GaussNewtonConfig`.
 
     Attributes:
-        points: maximum number of points at which J is linearised.
+        points: maximum number of points at which z is linearised.
         steps: maximum number of steps per point.
         contraction: largest accepted ratio of the norm of the next correction to that of the present one.
         stalled: consecutive points without a reduction of the residual by a fifth after which the search ends.
@@ -250,7 +250,8 @@ def search_matrix_free(
 ) -> Search:
     """The image whose update or gradient is observed, from products with J and J^T alone.
 
-    As the near part of `gauss_newton.search`, but every step is clamped to [0, 1]; there are no clouds and no restarts.
+    Like the part of `gauss_newton.search` near the image, but every step is clamped to [0, 1], without clouds or
+    restarts.
 
     Args:
         observed: [R], from `updates.observation`.

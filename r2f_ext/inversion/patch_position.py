@@ -25,7 +25,7 @@ ROUTE = "patch_position"
 
 
 def count_patch_position(base: BaseModel, batch: int = 1, shared: Collection[str] | None = None) -> Verdict:
-    """Patches to solve for, per pixel of a patch, against the width.
+    """Compare the number of patches, the unknowns per pixel of a patch, with the width.
 
     Args:
         batch: images of the group; shared: parameters whose gradients are observed, None: all.

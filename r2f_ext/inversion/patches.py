@@ -14,7 +14,7 @@ from torch import Tensor
 from r2f_ext.errors import R2FError
 from r2f_ext.types import BaseModel
 
-# A generic pixel in [0, 1]: mid gray, spread over the range, neighbours and channels alike.
+# A generic pixel in [0, 1]: mid gray on average, spread over the range, correlated between neighbours and channels.
 PIXEL_PRIOR_MEAN = 0.5
 PIXEL_PRIOR_STD = 0.4
 NEIGHBOUR_LENGTH = 8.0

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from r2f_ext.linalg import largest_eigenvalues
 
-EVALUATIONS = 500  # of the misfit in one pass at most; up to twice the time of the Jacobian
-STAGES = 5  # of a pass, between which the pull towards the start is reduced
-PULL = 0.1  # at the distance that is expected, relative to the misfit with which a stage begins
-CHECK_EVERY, GAIN = 50, 0.99  # evaluations between looks at the misfits, and the ratio that counts as a gain
+EVALUATIONS = 500  # maximum evaluations of the misfit per pass; up to twice the time of the Jacobian
+STAGES = 5  # stages of a pass; between them the penalty on the distance to the start is reduced
+PULL = 0.1  # the penalty at the expected distance, relative to the misfit at which a stage begins
+CHECK_EVERY, GAIN = 50, 0.99  # evaluations between checks of the misfits, and the ratio that counts as a gain
 MEMORY = 60  # pairs of steps and changes of the gradient that L-BFGS keeps
 DECREASE = 1e-4  # share of the expected decrease that an accepted step has (Armijo)
 SHORTEST, LONGEST = 0.1, 0.5  # factors between which a refused step is shortened
@@ -83,7 +83,7 @@ def annealed_descent(
     dampings: Tensor,
     enough: float = 0.0,
 ) -> Tensor:
-    """The points [V, p] after descents that are pulled towards where the images are expected, less and less.
+    """The points [V, p] after descents with a penalty on the distance to the expected images, reduced by stages.
 
     Args:
         grams, basis, dampings, enough: see `preconditioned_descent`.
@@ -137,8 +137,8 @@ def preconditioned_descent(
     Args:
         grams: [V, q, q] float64, or [1, q, q] for all: J^T J, J = dz along the columns of `basis`.
         dampings: [V] float64, or [1] for all: added to J^T J, relative to its largest eigenvalue.
-        enough: misfit below which a descent has done its part.
-        evaluations: of the misfit, at most.
+        enough: misfit below which a descent ends.
+        evaluations: maximum number of evaluations of the misfit.
     """
     traces = grams.diagonal(dim1=1, dim2=2).sum(1)
     usable = (traces > 0) & traces.isfinite()
@@ -245,8 +245,8 @@ def _evaluated(
 def _minimised(slopes_of: SlopesOf, points: Tensor, directions: Tensor, enough: float, evaluations: int) -> Tensor:
     """L-BFGS from images [V, p] along directions [V, q, p], with step lengths by backtracking; the images [V, p].
 
-    Each evaluation is one trial of all. A victim that does not gain much any more, or does not need to, takes no
-    further steps.
+    Each evaluation is one trial step of every victim. A victim whose misfit no longer falls much, or is low enough,
+    takes no further steps.
     """
     found, state = points.clone(), _State.at(slopes_of, points, directions)
     for number in range(1, evaluations + 1):
@@ -269,11 +269,11 @@ def _tried(slopes_of: SlopesOf, state: _State) -> _State:
     trial = state.move + state.length[:, None] * state.direction
     trial_loss, trial_slope = _evaluated(slopes_of, state.victim, state.start, state.directions, trial)
     expected = state.length * (slope * state.direction).sum(1)
-    accepted = trial_loss <= loss + DECREASE * expected  # also where it is NaN: no
+    accepted = trial_loss <= loss + DECREASE * expected  # False for NaN
     step, change = trial - state.move, trial_slope - slope
     curvature = (step * change).sum(1)
     memory = state.memory.with_pairs(step, change, accepted & (curvature > 1e-10 * change.square().sum(1)))
-    shorter = -expected / (2 * (trial_loss - loss - expected)).clamp_min(1e-300)  # of the parabola
+    shorter = -expected / (2 * (trial_loss - loss - expected)).clamp_min(1e-300)  # minimum of the parabola
     shorter = state.length * shorter.nan_to_num(nan=SHORTEST).clamp(SHORTEST, LONGEST)
     stuck = ~accepted & (shorter < STUCK)
     memory = memory.without(stuck)

@@ -229,8 +229,8 @@ class Route(ABC):
         name: unique; also the name in report.json.
         title: label of its row in pictures; None: the name.
         reads: fields of Problem that must not be None.
-        after: routes whose reconstructions it reads from `Problem.found`; those that can, run before it, and it needs
-            one of them.
+        after: routes whose reconstructions it reads from `Problem.found`. Those of them that can run do so first, and
+            the route needs at least one of them.
         by_default: whether the route runs if no routes are named.
         threat_model: one sentence: who can use the route, and what they must know.
     """

@@ -1,4 +1,4 @@
-"""Searches that have ended, kept in a folder until all of a run have: a run that was killed goes on where it was.
+"""Finished searches, kept in a folder until all searches of a run are finished, so that a killed run can continue.
 
 The name of a file is a hash of everything that decides the search, so another adapter, base, proxy, setting or version
 never finds it. Only the point and the residuals are kept; whether the image is exact is computed anew from the adapter.
@@ -38,7 +38,8 @@ class SavedSearches:
     decided_by: str
 
     def clear(self) -> None:
-        """Remove every kept search of the folder, of other commands too: their report is not there to be finished."""
+        """Remove every kept search of the folder, also of other commands: no report of theirs is left to be
+        finished."""
         for path in self.folder.glob("search-*.safetensors"):
             if NAME.fullmatch(path.name):
                 path.unlink(missing_ok=True)

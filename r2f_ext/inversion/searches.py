@@ -21,7 +21,7 @@ Find = Callable[[Sequence[int], Tensor, Tensor], Iterator[tuple[int, Search]]]
 
 
 def one_by_one(find: Callable[[int, Tensor, Tensor], Search]) -> Find:
-    """Searches that are made alone: find of a victim, its start point [c * h * w] and label [1]."""
+    """Searches that run one after another; `find` takes a victim, its start point [c * h * w] and its label [1]."""
 
     def each(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[tuple[int, Search]]:
         for victim, point, label in zip(victims, points, labels, strict=True):
@@ -43,7 +43,7 @@ def search_each(
 
     Args:
         start: images [V, c, h, w] in [0, 1] and labels [V] that the searches begin from.
-        find: makes the searches of those victims that are not kept, each when it is asked for.
+        find: runs the searches of the victims without a kept search, each only when its result is asked for.
         bound: (victim, image found [c * h * w], label [1]) -> what the update says of it; for images that replace the
             start, unless there is a doubt.
         advance: called with 1 and a line after each victim.

@@ -30,8 +30,8 @@ from r2f_ext.linalg import precise_gram
 # Relative residual above which passes are descents and clouds only. Between NEAR and FAR, descent (without a slope,
 # Newton) and clouds alternate whenever one stalls.
 FAR = 0.1
-# Of J^T J's largest eigenvalue: the damping of the first descent and the least one, and the factor between two. With
-# less damping from the start, steps leave the valley.
+# Shares of J^T J's largest eigenvalue: the damping of the first descent and the smallest damping; and the factor from
+# one damping to the next. With less damping from the start, steps leave the valley.
 DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
 CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for each
 
@@ -79,8 +79,8 @@ def next_kind(last: Kind | None, before: float, residual: float, descends: bool,
 
 @dataclass
 class _Course:
-    """Where one search stands: its start [p], the residual there, now, the lowest of this search, and the least of any
-    image."""
+    """The state of one search: its start [p], and four residuals: at the start, now, the lowest since it last began,
+    and the lowest of any image."""
 
     start: Tensor
     first: float
@@ -211,7 +211,7 @@ class _Searches:
 
     def _begin_again(self, victim: int) -> None:
         course, axes = self.courses[victim], self.axes[victim]
-        spread = self.config.spread if self.task.slopes_of else 0.0  # clouds alone lead elsewhere from the same start
+        spread = self.config.spread if self.task.slopes_of else 0.0  # new random clouds alone change the search
         self.points[victim] = _nearby(course.start, axes, spread, course.generator)
         (residual,) = self._evaluated([victim])
         course.begin(residual, axes, self.choose)
@@ -223,7 +223,7 @@ class _Searches:
 
 
 def _judged(course: _Course, residual: float, config: GaussNewtonConfig, choose: Choice, restarts: bool) -> bool:
-    """Take down a pass that ended at `residual`, choose the next one, and say whether the search begins again."""
+    """Record a pass that ended at `residual`, choose the next one, and return whether the search begins again."""
     before, course.residual = course.residual, residual
     course.count += 1
     improved = residual < STALLED * course.lowest
@@ -240,7 +240,8 @@ def _judged(course: _Course, residual: float, config: GaussNewtonConfig, choose:
 
 
 def _choose(course: _Course, before: float, choose: Choice) -> None:
-    """The next pass's kind and damping: descent that stalls is first damped more, and descent that does not, less."""
+    """The next pass's kind and damping: a descent that stalls is first damped more, any other descent is damped
+    less."""
     if course.kind is Kind.DESCENT:
         stalled, last = not course.residual <= STALLED * before, course.damping
         course.damping = min(max(last / SOFTER if stalled else last * SOFTER, LEAST_DAMPING), DAMPING)
@@ -250,7 +251,7 @@ def _choose(course: _Course, before: float, choose: Choice) -> None:
 
 
 def _nearby(start: Tensor, axes: Axes, spread: float, generator: torch.Generator) -> Tensor:
-    """A draw [p] from round the start [p], in [0, 1]."""
+    """A random point [p] around the start [p], in [0, 1]."""
     (shift,) = drawn(axes, axes.covariance, 1, generator, start)
     return (start + spread * shift).clamp(0, 1)
 
@@ -265,7 +266,7 @@ def _moved(
     axes: Sequence[Axes],
     courses: Sequence[_Course],
 ) -> tuple[Tensor, Tensor]:
-    """One pass of the victims `rows`, whose axes and courses these are: their next points [n, p] and values [n, R]."""
+    """One pass of the victims `rows`, with the axes and course of each: the next points [n, p] and values [n, R]."""
     if kind is Kind.NEWTON:
         n = newtons_together(points.device, task.subspace.basis.shape[1], values.shape[1])
         parts = zip(rows.split(n), points.split(n), values.split(n), strict=True)

@@ -24,8 +24,8 @@ class Start:
 def search_start(problem: Problem, routes: Sequence[str]) -> Start:
     """The best estimate found so far, moved to the nearest point of the span of the public images or proxies.
 
-    A search adds combinations of the subspace's directions to its start, so it never loses what a start has beside
-    them, and cannot end at an image of that span.
+    A search only adds combinations of the subspace's directions to its start. Without the move, any component of the
+    start outside the span would remain, and the search could not end at an image of the span.
 
     Args:
         routes: whose estimates may serve; see `best_estimate`.
@@ -46,7 +46,7 @@ def search_start(problem: Problem, routes: Sequence[str]) -> Start:
 
 
 def best_estimate(problem: Problem, routes: Sequence[str]) -> Reconstruction:
-    """Of the estimates of these routes that were found, the one from most pairs of a victim's label."""
+    """Among the estimates that these routes found, the one from most pairs of a victim's label."""
     found = [problem.found[name] for name in routes if name in problem.found]
     return max(found, key=lambda each: each.details.get("pairs_a_victim", 0.0))
 

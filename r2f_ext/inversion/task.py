@@ -1,4 +1,4 @@
-"""What a Gauss-Newton search looks for, the map that it looks with, and its settings (docs/methods.md, 3f)."""
+"""The target of a Gauss-Newton search, the map that it inverts, and its settings (docs/methods.md, 3f)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from r2f_ext.inversion.exchange import Patches
 from r2f_ext.inversion.update_map import Subspace
 
-NEAR = 0.007  # relative residual below which a derivative at the point serves
-HANDED_OVER = 0.1  # share of NEAR at which a descent leaves the rest to Newton
+NEAR = 0.007  # relative residual below which the derivative at the point is a good enough model
+HANDED_OVER = 0.1  # share of NEAR at which a descent ends and Newton steps take over
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class GaussNewtonConfig:
             same, a pass of descent about three times that, and one of exchanges about three times that again.
         patience: passes without a reduction of the residual by a fifth after which the search begins again near its
             start.
-        minutes: after which no pass of a victim begins, see `Search.seconds`; None: no limit. A search that it cuts
-            short depends on the machine's speed; the others do not.
+        minutes: time after which no further pass of a victim begins (`Search.seconds`); None: no limit. The result of a
+            search that this limit ends depends on the machine's speed; other results do not.
         samples: images per direction in the clouds of the first search, of the second, ...; then from the first again.
         spread: how far a repeated search begins from the start, in standard deviations of the start's expected error.
         steps: maximum number of steps with one Jacobian.
@@ -46,10 +46,10 @@ class GaussNewtonConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """What V searches look for, and the map that they look with.
+    """The targets of V searches, and the map that they invert.
 
     Attributes:
-        observed: [V, R]; layers: whose updates of norm 1 are concatenated in it.
+        observed: [V, R]; layers: number of layers, whose updates of norm 1 are concatenated in it.
         update_of: images [n, p] and the victim of each int64 [n] -> updates [n, R].
         jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
         slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p]; None: there is no descent.
@@ -66,7 +66,7 @@ class Task:
 
     @property
     def handed_over(self) -> float:
-        """The misfit at which a descent leaves the rest to Newton."""
+        """The misfit at which a descent ends and Newton steps take over."""
         return self.layers * (HANDED_OVER * NEAR) ** 2 / 2
 
     def residuals(self, values: Tensor, rows: Tensor) -> list[float]:

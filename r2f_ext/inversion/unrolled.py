@@ -278,10 +278,10 @@ def first_adamw_step(b: dict[str, Tensor], training: Training) -> FirstAdamWStep
     """Recover the gradient from B after AdamW's first step from B = 0, from how far each entry is from +-lr.
 
     With u = -B / lr = g / (|g| + eps): g = eps u / (1 - |u|), known to (|g| + eps)^2 / eps times the error of u, which
-    is a few roundings of B's dtype. The largest |B| is the learning rate but for a share of eps / |g|. A rate that is
-    too large, by a share of c, gives all entries above eps / c the size eps / c, so that no entry stands out.
-    One that is too large by less than eps over the largest |g| cannot be told from the right one: every rate from the
-    largest |B| on is that of some gradient.
+    is a few roundings of B's dtype. The largest |B| equals the learning rate up to a relative difference of eps / |g|.
+    A rate that is too large, by a fraction c, gives all entries above eps / c the size eps / c, so that no entry stands
+    out. A rate that is too large by less than eps over the largest |g| cannot be told from the right one: every rate
+    from the largest |B| upwards fits some gradient.
 
     Args:
         b: name -> B [d_out, r], in the dtype that it was trained in.

@@ -107,7 +107,7 @@ class UpdateMap:
             RuntimeError: a module of the model has no second derivative.
         """
         count = len(points)
-        if points.device.type == "cuda":  # filled up to one of few sizes, because each is captured for itself
+        if points.device.type == "cuda":  # padded to one of a few sizes, because each size is captured separately
             more = few_sizes(count) - count
             points, labels, observed = (
                 torch.cat([each, each[-1:].expand(more, *each.shape[1:])]) for each in (points, labels, observed)

@@ -46,8 +46,9 @@ def load_adapter(folder: str | Path, base: BaseModel) -> tuple[Target, LoraUpdat
 def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
     """Bind an adapter to its base: which layers it changes, with which factors and scale.
 
-    Whole parameters saved with the adapter become layers of their own where they began at the base's values. Otherwise
-    they replace the base's: trained as they are, they are the best estimate of where the victim's gradients were taken.
+    Whole parameters saved with the adapter become layers of their own if their training began at the base's values.
+    Otherwise they replace the base's parameters: although trained, they are the best estimate of the point at which the
+    victim's gradients were taken.
 
     Returns:
         (target, update); factors are float32 (float64 stays float64) on the base's device. Where the file holds the
@@ -88,7 +89,7 @@ def attach(files: AdapterFiles, base: BaseModel) -> tuple[Target, LoraUpdate]:
 
 
 def _nothing_moved(files: AdapterFiles, saved: SavedModules) -> str:
-    """Of an adapter whose every B is zero and which holds no layer that is known to have moved."""
+    """The error for an adapter whose every B is zero and which holds no layer that is known to have moved."""
     said = " ".join((*saved.notes, *saved.leaks))
     return (
         f"adapter '{files.folder}': every B is zero, and nothing that is saved beside the factors shows a change that "

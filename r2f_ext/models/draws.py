@@ -1,11 +1,11 @@
-"""Whether A [r, d_in] can be, or is to the last bit, what PEFT draws for it at the start.
+"""Whether A [r, d_in] can be, or is to the last bit, a draw of PEFT's initialisation.
 
 PEFT's default start is `kaiming_uniform_(a=sqrt(5))`, uniform within 1 / sqrt(d_in); "gaussian" is normal with standard
 deviation 1 / r (peft.tuners.lora.layer, `reset_lora_parameters`); EVA's rows are right singular vectors of the layer's
 inputs (Paischer et al. 2024), hence orthogonal.
 
-torch fills float32 tensors from 24 random bits an entry, k = 0 ... 2^24 - 1. A uniform entry is 2 bound k / 2^24 less
-bound, and below bound / 16 at most one float32 in eight has that form, so that entries which moved are recognised. A
+torch fills float32 tensors from 24 random bits per entry, k = 0 ... 2^24 - 1. A uniform entry is 2 bound k / 2^24 less
+bound. Below bound / 16 at most one float32 in eight has that form, so that entries that have moved are recognised. A
 normal pair is (r cos t, r sin t) with r^2 = -2 log(1 - k / 2^24) (Box and Muller 1958), so that exp(-r^2 / 2) 2^24 is a
 whole number, as far as float32 shows it.
 """

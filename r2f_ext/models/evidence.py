@@ -100,8 +100,8 @@ def evidence_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts] = (
     """The evidence in the factors of V adapters that share one start.
 
     Args:
-        updates: their factors; with `a0` where the start is known, from the file or from the user. Without any factors:
-            those of adapters whose every B is zero, which carry trained modules.
+        updates: their factors; with `a0` where the start is known, from the file or from the user. Adapters whose every
+            B is zero, but which carry trained modules, have no factors.
         facts: what their folders say, one per adapter; empty: PEFT's default start.
     """
     start = _start_of(updates, facts)
@@ -120,8 +120,8 @@ def evidence_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts] = (
 
 
 def start_notes(updates: Sequence[LoraUpdate], steps: int | None) -> tuple[str, ...]:
-    """What stands in for A before training, as a sentence; none where that is known or one step left A as it was."""
-    factors = any(one.without_saved().a for one in updates)  # none are trained where only a saved head is
+    """A sentence on what replaces an unknown A before training; none if it is known, or one step left A unchanged."""
+    factors = any(one.without_saved().a for one in updates)  # there are none if only a saved head was trained
     if steps == 1 or not factors or all(one.a0 is not None for one in updates):
         return ()
     which = "their mean A stands" if len(updates) > 1 else "its final A stands"
@@ -135,7 +135,7 @@ def _start_of(updates: Sequence[LoraUpdate], facts: Sequence[AdapterFacts]) -> s
 
 
 def _judged(updates: Sequence[LoraUpdate], start: str) -> tuple[Trace, str]:
-    """What A shows of a movement, and that as a sentence."""
+    """The trace of a movement that A shows, and a sentence that states it."""
     if start == KNOWN:
         converted = any(one.b0 for one in updates)
         still = all(moved_as_one_plain_step(one) if one.b0 else _is_start(one) for one in updates)
@@ -198,7 +198,8 @@ def moved_as_one_plain_step(update: LoraUpdate) -> bool:
 
 
 def constant_share(b: dict[str, Tensor]) -> float:
-    """Share of the entries of |B| [d_out, r] that equal their layer's largest to 1 %, itself aside; 0 of few entries.
+    """Share of the entries of |B| [d_out, r] within 1 % of their layer's largest, which is not counted; 0 for few
+    entries.
 
     AdamW's first step is -lr g / (|g| + eps): lr in size wherever |g| is far above eps, 1e-8.
     """

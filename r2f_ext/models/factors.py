@@ -17,7 +17,7 @@ LARGEST = 1e15
 GATHER = "gather the parameters (DeepSpeed: zero.GatheredParameters, FSDP: a full state dict) and save it again"
 ORTHOGONAL = 1e-2  # cosine below which rows count as orthogonal; bfloat16 alone leaves about 1e-3
 MAX_GRAM = 1024  # rank up to which rows are compared
-MIN_COSINES = 6  # so many that chance leaves none of them below ORTHOGONAL
+MIN_COSINES = 6  # fewest cosines to judge by; not all of so many are below ORTHOGONAL by chance
 
 
 @dataclass(frozen=True)

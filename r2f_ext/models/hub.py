@@ -18,7 +18,7 @@ def hub_file(repo: str, filename: str, remedy: str) -> Path:
 
     Args:
         repo: `OWNER/NAME`.
-        remedy: what to do where the file is not to be had, a clause for the error.
+        remedy: what to do if the file is not available, a clause for the error.
 
     Raises:
         R2FError: not in the cache, and the hub may not be asked, does not answer or does not have it.

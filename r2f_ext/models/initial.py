@@ -22,7 +22,7 @@ COMMON_SEEDS = (*range(129), 256, 512, 666, 777, 999, 1000, 1024, 1111, 1234, 13
 INITS: tuple[Any, ...] = (True, "gaussian")
 # The cosine of a wrong draw with the adapter's A is about 1 / sqrt(numbers in A): accept from this many times that.
 CHANCE = 8.0
-SAME_A = 1e-2  # how far the A of one start may lie apart after a small training, a share of its largest entry
+SAME_A = 1e-2  # how far A's of one start may differ after a small training, a share of the largest entry
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class InitialFactors:
     Attributes:
         target: base and adapted layers; update: the adapter's factors.
         folder: a PEFT folder saved before training.
-        seed: torch's seed right before PEFT drew A_0. Neither: the update's own `a0`, else common seeds are tried.
+        seed: torch's seed right before PEFT drew A_0. If both are None: the update's own `a0`, else common seeds are
+            tried.
     """
 
     target: Target

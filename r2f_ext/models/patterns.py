@@ -52,8 +52,8 @@ def steps(pattern: str) -> int:
     """An upper bound on the backtracking steps of `pattern` on one module name.
 
     Each of k repeats can end at any of the n characters, comb(n + k, k) ways together, and each group tries its
-    branches. A repeat of a group can repeat repeats, which is exponential: it counts as beyond any bound, as does a
-    pattern of more than `MAX_LENGTH` characters.
+    branches. A repeated group may itself contain repeats, which takes exponential time: it counts as exceeding any
+    bound, as does a pattern of more than `MAX_LENGTH` characters.
     """
     if len(pattern) > MAX_LENGTH:
         return MAX_COST + 1

@@ -27,8 +27,8 @@ HEADS = (
     "distillation_classifier",
 )
 WRAPPED = "timm_model."  # before timm's paths in a timm model that transformers wraps
-ONE_IMAGE = 1e-3  # share of a head's gradient outside of one row's multiples below which it is that of one image
-CONSTANT = 0.9  # 10th percentile over 90th of |G| above which a step held only the gradient's signs, as Adam's first
+ONE_IMAGE = 1e-3  # largest share of one image's head gradient that is not a multiple of one row
+CONSTANT = 0.9  # 10th over 90th percentile of |G| above which a step held only signs, as Adam's first step does
 LISTED = 5  # classes in a sentence
 SAMPLE = 1 << 20  # entries that percentiles are taken of
 PLAIN = "with plain cross-entropy and no weight decay"

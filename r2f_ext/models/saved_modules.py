@@ -4,8 +4,8 @@ One step of plain SGD moves a weight from W_0 by -lr G. Where W_0 is the public 
 G of that layer exactly, up to the learning rate. A Linear or patchifying Conv2d of this kind becomes an adapted layer
 with A = I and B = W - W_0, so that every route and decoder reads it like the LoRA factors.
 
-The gradient D^T X of a patch embedding does not place the patches X [N, c ph pw]: for every orthogonal Q [N, N] it is
-also (Q D)^T (Q X). Its equations join the searches; only with the gradient of the position embedding, which is D
+The gradient D^T X of a patch embedding does not determine the patches X [N, c ph pw]: for every orthogonal Q [N, N] it
+equals (Q D)^T (Q X). Its equations join the searches; only with the gradient of the position embedding, which is D
 itself, is there a closed form (`inversion/patch_position.py`).
 """
 
@@ -28,8 +28,8 @@ from r2f_ext.types import AdaptedLayer, BaseModel, LoraUpdate, Target
 
 MAX_NUMBERS = 1 << 18  # of a saved layer's gradient, which every proxy pair holds
 MAX_INPUTS = 4096  # of a saved layer, whose A is the identity
-SAME_START = 0.5  # cosine of a saved module with the base's from which the base's is where its training began
-BALANCED = 0.05  # share of its change by which the rows of a head that cross-entropy moved may fail to sum to zero
+SAME_START = 0.5  # cosine of a saved module with the base's above which its training counts as begun at the base's
+BALANCED = 0.05  # largest norm of the summed rows of a head's change, relative to the change, under cross-entropy
 ABOVE_ROUNDING = 3.0  # a change below this many times the rounding of its storage is not read
 LISTED = 5  # names in a sentence
 
@@ -84,7 +84,7 @@ class _Module:
 
     @property
     def began_at_base(self) -> bool:
-        """Whether the saved values come from the base's by a training."""
+        """Whether the training that made the saved values began at the base's values."""
         if not self.start:
             return False
         saved, start = _flat(self.saved.values()), _flat(self.start[name] for name in self.saved)
@@ -234,7 +234,7 @@ def _with_gradient(found: SavedModules, module: _Module, base: BaseModel) -> Sav
 
 
 def _can_stand_in(module: str, saved: dict[str, Tensor], base: BaseModel) -> bool:
-    """Whether `saved` is a classifier, of another width than the base's or where it has none."""
+    """Whether `saved` is a classifier that can replace the base's, of any width, or be added to a base without one."""
     weight = saved.get(f"{module}.weight")
     if not is_head(module) or weight is None or weight.ndim != 2:
         return False
@@ -243,7 +243,7 @@ def _can_stand_in(module: str, saved: dict[str, Tensor], base: BaseModel) -> boo
 
 
 def _with_stand_in(found: SavedModules, module: _Module) -> SavedModules:
-    """`found`, and a module of which the base does not hold the start."""
+    """`found` with one module added, whose start the base does not hold."""
     said = f"The start of {_listed(module.saved)} is not in the base: what the file holds, trained, stands in for it."
     bias = module.saved.get(f"{module.name}.bias")
     leaks = new_head_leak(bias) if is_head(module.name) and bias is not None else ()

@@ -124,7 +124,8 @@ def timm_folder(folder: Path, config: dict[str, Any], spec: str, num_classes: in
 def _recipe(config: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(pretrained_cfg, model_args) of a config.json as timm's constructor takes them.
 
-    As in timm, model_args describe the saved weights, and an older pretrained_cfg that contradicts them yields.
+    As in timm, model_args describe the saved weights and take precedence over an older pretrained_cfg that contradicts
+    them.
     """
     cfg, args = config.get("pretrained_cfg", config), config.get("model_args") or {}
     if not isinstance(cfg, dict) or not isinstance(args, dict):

@@ -129,13 +129,13 @@ def _load(folder: Path, spec: str, config: PretrainedConfig, num_classes: int | 
         how = "lack" if name in found["missing_keys"] else "hold another shape of"
         raise R2FError(f"the weights of '{spec}' {how} {name}, which its config.json asks for: save both with {SAVE}.")
     model.register_forward_hook(_logits if has_classifier else _features)
-    usable = has_classifier and (not heads or num_classes is not None)  # a head made anew waits for the adapter's
+    usable = has_classifier and (not heads or num_classes is not None)  # a newly made head needs the adapter's values
     return model, (config.num_labels or 0) if usable else 0
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bars and its table of tensors that were not found: `_load` says what matters of them."""
+    """Suppresses transformers' progress bars and its table of missing tensors; `_load` checks those that matter."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -30,12 +30,12 @@ def add_weighted_gradients_(
 
         V N            for each v one product (w_v delta)^T x over the tokens of all pairs: no gradient is formed
         N + V + 64     the dense gradients of a chunk of pairs, once for all v, then one product with the weights;
-                       64 stands for writing a gradient's entry to memory and reading it back: 8 bytes, at the 8
-                       multiply-adds or so that processors and GPUs do while they move one byte
+                       64 stands for writing a gradient's entry to memory and reading it back: 8 bytes, at about 8
+                       multiply-adds in the time that a processor or GPU takes to move one byte
 
-    The cheaper one is taken, the first where both cost the same; a single victim (V = 1) never forms a gradient. Both
-    take the pairs in chunks whose temporary tensors hold at most 2^25 elements (128 MiB in float32), or one pair where
-    that is larger.
+    The cheaper form is used, the first if both cost the same; with a single victim (V = 1) no gradient is ever formed.
+    Both forms process the pairs in chunks whose temporary tensors hold at most 2^25 elements (128 MiB in float32), or a
+    single pair if that is larger.
 
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, totals that are not contiguous, several devices.

@@ -1,4 +1,4 @@
-"""`decode`: the perceptrons of all layers in one call, from what they read of updates to coefficients of gradients."""
+"""`decode`: the perceptrons of all layers in one call, from features of updates to coefficients of gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .schemas import NAMESPACE
 
 
 def decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-    """L decoders, each a multilayer perceptron with its own batch; `nn.Sequential(Linear, GELU, Linear, ...)` each.
+    """L decoders, each a multilayer perceptron `nn.Sequential(Linear, GELU, Linear, ...)` with its own batch.
 
     With K = len(weights) / L linear layers per decoder:
 
@@ -26,9 +26,9 @@ def decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
         biases   L K tensors [out], in the same order
         returns  L tensors [b_l, out of the last linear layer]
 
-    GELU is the exact one, by erf (Hendrycks and Gimpel 2016). All tensors share one dtype, float32, float64 or
-    bfloat16, which the results have too; products are the library's. On CUDA, decoders of the same shapes take one
-    batched product per linear layer; weights that are slices of one stacked tensor are read where they lie, others are
+    GELU is the exact form with erf (Hendrycks and Gimpel 2016). All tensors share one dtype, float32, float64 or
+    bfloat16, which the results also have; matrix products are library calls. On CUDA, decoders of the same shapes take
+    one batched product per linear layer; weights that are slices of one stacked tensor are read in place, others are
     copied first. Any strides. Differentiable once in all tensors.
 
     Raises:

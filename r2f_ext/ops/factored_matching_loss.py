@@ -127,7 +127,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_factored_matching_loss(x, delta, observed, observed_delta, images)
     trials, dtype = x[0].shape[0], accumulation_dtype(x[0].dtype)
-    size = 0  # of what the CPU's backward reads
+    size = 0  # of the saved tensor, which only the CPU's backward reads
     for t, o in zip(x, observed, strict=True) if images.device.type == "cpu" else ():
         tokens = t.shape[1]
         size += trials * tokens * (2 * tokens + (2 * o.shape[1] if observed_delta else t.shape[2]))

@@ -1,4 +1,4 @@
-"""Calls of differentiable operators that leave autograd out where it has nothing to record."""
+"""Calls of differentiable operators that bypass autograd if it has nothing to record."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def wants_graph(*lists: Iterable[Tensor]) -> bool:
 def call(operator: Any, recorded: bool, *arguments: Any) -> Any:
     """The operator's result.
 
-    PyTorch runs a registered backward's Python code at every call, also where no gradient is recorded: 50 to 150 us,
-    which is longer than most kernels of an operator take. A call that is not recorded goes to the kernel directly.
+    PyTorch runs the Python code of a registered backward at every call, even if no gradient is recorded. That takes 50
+    to 150 us, longer than most of the operators' kernels. A call that is not recorded goes to the kernel directly.
     """
     if recorded or torch.compiler.is_compiling():
         return operator(*arguments)

@@ -43,7 +43,7 @@ def lora_grad(
         A: [r, d_in], one for all groups, or [P, r, d_in].
         B: [d_out, r], one for all groups, or [P, d_out, r]. None means that every B is 0, as at PEFT's start: then
             every grad_A is zero, and `grad_A` is an empty list.
-        scales: alpha / r, or what rsLoRA makes of it.
+        scales: alpha / r, or alpha / sqrt(r) for rsLoRA.
 
     All tensors share one dtype: float32, float64 or bfloat16. Sums are taken and results returned in float32 (float64
     for float64). Any strides and any rank are accepted; empty tensors give zeros of the right shape. On a CPU `grad_B`

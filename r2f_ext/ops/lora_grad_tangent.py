@@ -95,7 +95,7 @@ def _backward(ctx: Any, to_tangents: list[Tensor | None]) -> tuple[list[Tensor |
 
 
 def _backward_of_layer(tensors: tuple[Tensor, ...], H: Tensor) -> list[Tensor | None]:
-    """The gradients of one layer's x, delta, dx, ddelta and A; what directions or groups share gets their sum."""
+    """The gradients of one layer's x, delta, dx, ddelta and A; shared tensors get the sum over directions or groups."""
     x, delta, dx, ddelta, A = (t.to(H.dtype) for t in tensors)
     to_u, to_du = ddelta @ H, delta @ H  # of u = x A^T and du = dx A^T
     gradients = (

@@ -54,10 +54,10 @@ def matching_loss(
     float32 (guarded against underflow and overflow), everything else in float64; the loss is float32 (for float64
     inputs all is float64). Any strides. Deterministic.
 
-    Differentiable in candidate and images; observed is a constant. The second derivative goes through ordinary PyTorch
-    operators, which takes their memory. Not under the transforms of `torch.func`, nor with `is_grads_batched`. On the
-    CPU, if every candidate requires a gradient, the gradients are computed together with the loss, in one pass over
-    memory.
+    Differentiable in candidate and images; observed is a constant. The second derivative is computed by ordinary
+    PyTorch operators and takes the memory that they need. Not supported under the transforms of `torch.func` or with
+    `is_grads_batched`. On the CPU, if every candidate requires a gradient, the gradients are computed together with the
+    loss, in one pass over memory.
 
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, unknown kind, bad weights, several devices; in
@@ -104,7 +104,7 @@ def check_kind(kind: str) -> str:
 
 
 def check_constant(op: str, needs_gradient: Sequence[bool]) -> None:
-    """Refuses a backward that would have to reach `observed`."""
+    """Raises ValueError if the backward would have to compute a gradient of `observed`."""
     if any(needs_gradient):
         raise ValueError(f"{op}: observed is a constant, but requires a gradient: pass observed.detach()")
 
@@ -147,8 +147,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _can_reuse(grad_loss: Tensor) -> bool:
-    """Whether the gradients that the forward computed are the result: every loss has gradient 1, and the graph is freed
-    after this backward, so nothing else refers to them.
+    """Whether the backward can return the gradients that the forward computed: every loss has gradient 1, and the graph
+    is freed after this backward, so that nothing else refers to them.
 
     Two private functions of PyTorch answer that. In a version that lacks one of them nothing is reused, and the
     backward computes the gradients again.

@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: the formula to read, the default kernel everywhere, and the fast kernels' oracle.
+"""The operators in plain PyTorch: readable formulas, default kernels on every device, reference for the fast kernels.
 
 Each function takes exactly the arguments of its schema and is registered for `CompositeExplicitAutograd`, so a kernel
 for a particular device replaces it there. Gradients are not taken through these functions: `<op>.py` has an
@@ -187,7 +187,7 @@ def factored_matching_loss(
     tv_weight: float,
     isotropic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of gradients delta^T x, which are never formed, the loss, and what the CPU's compiled backward reads."""
+    """Loss, sums, and the tensor that the CPU's compiled backward reads; the gradients delta^T x are not formed."""
     check_factored_matching_loss(x, delta, observed, observed_delta, images)
     dtype = accumulation_dtype(x[0].dtype)
     sums = factored_sums(x, delta, observed, observed_delta)

@@ -22,7 +22,7 @@ SCHEMAS: dict[str, str] = {
     "lora_grad_tangent": (
         "(Tensor[] x, Tensor[] delta, Tensor[] dx, Tensor[] ddelta, Tensor[] A, float[] scales) -> Tensor[]"
     ),
-    # Multilayer perceptrons. weights and biases: of the first one's linear layers, then of the second one's, and so on.
+    # Multilayer perceptrons. weights, biases: of the first decoder's linear layers, then of the second's, and so on.
     # saved: the pre-activations of the hidden layers, in the same order; empty if only outputs are wanted.
     # (No default: torch 2.11 hides an argument that equals its default from the registered backward.)
     "decode": (
@@ -37,7 +37,8 @@ SCHEMAS: dict[str, str] = {
     "add_weighted_gradients_": "(Tensor(a!)[] totals, Tensor[] weights, Tensor[] x, Tensor[] delta) -> ()",
     # Distance between two lists of gradients for T trials, plus the total variation of their images.
     # sums [L, T, 4], float64: <c, o>, |c|^2, |o|^2, |c - o|^2 of each layer and trial. The weights sum to 1.
-    # with_gradients: grad_candidate and grad_images of the sum of all losses; without, they are [] and of size 0.
+    # with_gradients: also compute grad_candidate and grad_images, the gradients of the sum of all losses. Otherwise
+    # they are [] and a tensor of size 0.
     "matching_loss": (
         "(Tensor[] candidate, Tensor[] observed, float[] weights, str kind, Tensor images, float tv_weight,"
         " bool isotropic, bool with_gradients)"
@@ -70,7 +71,7 @@ _AUTOCAST = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _without_autocast(name: str, device: str) -> Callable[..., object]:
-    """The operator as it is without autocast: its results have the dtypes that its wrapper documents."""
+    """The operator with autocast disabled, so that its results have the dtypes that its wrapper documents."""
 
     def kernel(*args: object) -> object:
         with torch.autocast(device, enabled=False):

@@ -23,18 +23,18 @@ from r2f_ext.pairs.starts import random_a
 from r2f_ext.types import PairBatch, Target
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
-BATCH_GROUPS = 100  # of one pass on a CPU: enough for the full speed of matrix products, few enough for the cache
-GPU_SAMPLES = 4096  # of one pass on a GPU, where its memory allows: below that, launches take longer than arithmetic
+BATCH_GROUPS = 100  # groups per pass on a CPU: enough for the full speed of matrix products, few enough for the cache
+GPU_SAMPLES = 4096  # samples per pass on a GPU, if its memory allows; with fewer, launches take longer than arithmetic
 RESIDENT = 0.1  # largest share of a GPU's memory that the proxy images take
 SHARD_BYTES = 1 << 30  # of the gradients in one file, which readers hold in memory
-GPU_SHARD_BYTES = 256 << 20  # the same for pairs of a GPU, of which several are written at once
+GPU_SHARD_BYTES = 256 << 20  # the same for pairs made on a GPU, where several files are written at once
 
 
 class PairSource(Protocol):
-    """Pairs that can be walked through more than once, always in the same order.
+    """Pairs that can be iterated over more than once, always in the same order.
 
-    A batch holds gradients of the target's layers. Its updates may be of more layers: a source that serves some layers
-    of an adapter gives the updates of all, because one sample determines them together.
+    A batch holds gradients of the target's layers. It may hold updates of more layers: a source for some layers of an
+    adapter still gives the updates of all layers, because they come from the same sample.
     """
 
     target: Target
@@ -65,7 +65,7 @@ class PairSource(Protocol):
 
 
 class GeneratedPairs:
-    """Pairs made from proxy images as they are walked through; nothing is kept.
+    """Pairs made from proxy images during iteration; nothing is kept.
 
     Args:
         target: base model and adapted layers.
@@ -164,7 +164,7 @@ def recipe_of(proxy: ProxyImages, group_size: int, a_seed: int | None) -> dict[s
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that is unknown, or not to be had on this device.
+    """Refuse a precision that is unknown, or not available on this device.
 
     Raises:
         R2FError: the sentence names it.
@@ -176,13 +176,14 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def shard_groups(batch_groups: int, stored: int, device: torch.device) -> int:
-    """Pairs of a file, whose gradients take `stored` bytes each: those of a pass, but for files that are too large."""
+    """Number of pairs in a file: those of a pass, or fewer if their gradients, `stored` bytes each, make it too
+    large."""
     most = GPU_SHARD_BYTES if device.type == "cuda" else SHARD_BYTES
     return max(1, min(batch_groups, most // max(1, stored)))
 
 
 def resident(proxy: ProxyImages, device: torch.device) -> ProxyImages:
-    """The proxy with its bytes on the GPU where they take a small part of its memory; else as it is."""
+    """The proxy with its images on the GPU if they take a small part of its memory; otherwise unchanged."""
     if device.type != "cuda" or not isinstance(proxy, ImageSet):
         return proxy
     if proxy.images.nbytes > RESIDENT * torch.cuda.get_device_properties(device).total_memory:

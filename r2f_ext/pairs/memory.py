@@ -56,7 +56,7 @@ def sample_bytes(target: Target) -> SampleBytes:
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that one pass, or what is kept for several, may take on this device."""
+    """Bytes that one pass may take on this device; also the limit for data that is kept over several passes."""
     if device.type == "cuda":
         return int(GPU_FRACTION * torch.cuda.get_device_properties(device).total_memory)
     return CPU_BYTES

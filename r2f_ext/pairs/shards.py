@@ -39,9 +39,10 @@ from r2f_ext.types import PairBatch
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
-# bfloat16 keeps every exponent of float32 (deltas can be as small as 1e-8); its rounding moves G by a cosine of 1e-6.
+# bfloat16 keeps every exponent of float32 (deltas can be as small as 1e-8); its rounding lowers the cosine of G with
+# the exact gradient by 1e-6.
 FACTOR_DTYPE = torch.bfloat16
-GPU_WRITERS = 4  # threads that write and hash: one is slower than a GPU makes pairs, and than a disk
+GPU_WRITERS = 4  # threads that write and hash: a single one is slower than the GPU and than the disk
 
 
 class WritablePairs(PairSource, Protocol):
@@ -54,7 +55,7 @@ class WritablePairs(PairSource, Protocol):
 
     @property
     def shard_groups(self) -> int:
-        """Pairs of a file, no more than of a batch; files start at its multiples."""
+        """Number of pairs in a file, at most that of a batch; files start at its multiples."""
         ...
 
     @property
@@ -220,7 +221,7 @@ def _run_of(recipe: dict[str, Any]) -> str:
 
 
 def _check_finite(tensors: dict[str, Tensor], first: int) -> None:
-    """Refuse pairs that are not finite, by the number of a victim; `tensors` begin with victim `first`.
+    """Refuse pairs that are not finite, and name the victim; row 0 of `tensors` is victim `first`.
 
     Raises:
         R2FError: a tensor holds NaN or infinity.
@@ -256,8 +257,8 @@ def shard_names(shard: int) -> tuple[str, str]:
 def _record(
     folder: Path, shard: int, recipe: dict[str, Any], stored: list[dict[str, Any]], verify: bool = True
 ) -> dict[str, Any] | None:
-    """The manifest entry of a shard that is whole, as an unfinished run of the recipe wrote it down, or as the manifest
-    that was found has it; None where there is none.
+    """The manifest entry of a complete shard, from the record of an unfinished run of the same recipe or from the
+    existing manifest; None if there is none.
     """
     names = shard_names(shard)
     try:
@@ -273,7 +274,7 @@ def _record(
 
 
 def _read_record(folder: Path, shard: int) -> dict[str, Any]:
-    """What an unfinished run wrote down of a shard; {} where there is nothing, or nothing of the kind."""
+    """The record that an unfinished run wrote of a shard; {} if there is no file or it holds no record."""
     try:
         record = json.loads((folder / f"pairs-{shard:05d}.json").read_text())
     except (OSError, ValueError, RecursionError):
@@ -355,7 +356,7 @@ def _finish(plan: PairsPlan, run: str) -> None:
 
 
 def _link(source: Path, to: Path) -> None:
-    """A second name for a file where the disk can, else a copy."""
+    """Make a hard link to a file if the disk supports it, otherwise a copy."""
     to.unlink(missing_ok=True)
     try:
         os.link(source, to)

@@ -39,7 +39,7 @@ from r2f_ext.types import FactoredGradient, PairBatch, Target
 
 MAX_BATCH_SAMPLES = 100  # of one forward and backward on a CPU
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of the training done, in [0, 1) -> step size factor
+SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of the training done, in [0, 1) -> learning rate factor
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
@@ -54,8 +54,8 @@ class Training:
         steps: T; batch: samples of a step, b.
         samples: images that a victim owns; None: `batch` of them. Step t takes the next b, cyclically.
         optimizer: "sgd" or "adamw" (torch.optim's, with their default betas and eps).
-        lr, momentum, weight_decay: as torch.optim means them; momentum is SGD's.
-        schedule: of the step size over the steps: "constant", "linear" or "cosine", both falling to 0.
+        lr, momentum, weight_decay: as in torch.optim; only SGD uses momentum.
+        schedule: of the learning rate over the steps: "constant", "linear" or "cosine", the latter two falling to 0.
         dropout: PEFT's lora_dropout, on the input of A.
 
     Raises:
@@ -104,7 +104,7 @@ class Training:
         return [(step * self.batch + i) % self.owned for i in range(self.batch)]
 
     def rates(self) -> list[float]:
-        """The step size of every step."""
+        """The learning rate of every step."""
         return [self.lr * SCHEDULES[self.schedule](step / self.steps) for step in range(self.steps)]
 
     def optimizer_of(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -195,7 +195,7 @@ def simulate(
     starts_at_zero = b is None
     zero = {layer.name: a[layer.name].new_zeros(layer.d_out, a[layer.name].shape[-2]) for layer in target.layers}
     a, b = stacked(a), stacked(zero if b is None else b)
-    frozen = {layer.name for layer in target.layers if layer.saved}  # B alone is then the change of the whole weight
+    frozen = {layer.name for layer in target.layers if layer.saved}  # with A fixed, B is the change of the whole weight
     optimizer = training.optimizer_of([*(each for name, each in a.items() if name not in frozen), *b.values()])
     average = _Average(training.steps, dense)
     finite_steps = torch.full((victims,), training.steps, device=images.device)
@@ -281,10 +281,10 @@ def _check_finite(victims: Victims, first: int, training: Training) -> None:
 
 
 class SimulatedPairs:
-    """Pairs of (what training did to B, average full gradient), made as they are walked through.
+    """Pairs of (change of B by training, average full gradient), made during iteration.
 
-    The update is (B_0 - B_T) / sum of the step sizes: for one step of plain SGD from PEFT's start exactly the s G A^T
-    of GeneratedPairs. Where A moves, A_T is given beside it (`PairBatch.a`).
+    The update is (B_0 - B_T) / sum of the learning rates. For one step of plain SGD from PEFT's start it is exactly the
+    s G A^T of GeneratedPairs. Where A moves, A_T is given beside it (`PairBatch.a`).
 
     Args:
         target: base model and adapted layers.
@@ -297,7 +297,7 @@ class SimulatedPairs:
         dense, precision: see `simulate`.
 
     Raises:
-        R2FError: the proxy has too few images for two victims; while walking, a victim's training diverged.
+        R2FError: the proxy has too few images for two victims; during iteration, a victim's training diverged.
     """
 
     def __init__(
@@ -343,7 +343,7 @@ class SimulatedPairs:
 
     @property
     def batch_groups(self) -> int:
-        """Victims that train together: neither one pass nor what is saved of all steps exceeds the budget."""
+        """Number of victims that train together, so that one pass and the data saved over all steps fit the budget."""
         available, batch = budget(self.target.base.device), self.training.batch
         saved = self._sample.factors * batch * self.training.steps
         if self.dense:

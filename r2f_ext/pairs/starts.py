@@ -14,8 +14,8 @@ def random_a(target: Target, seed: int, first: int, count: int) -> dict[str, Ten
     """A of the victims `first` to `first + count - 1`, name -> [count, r, d_in] float32, each from its own generator.
 
     PEFT's default start (`reset_lora_parameters`) is Kaiming uniform with a = sqrt(5): uniform within 1 / sqrt(d_in).
-    The A of victim p depends only on the seed and p; two victims have the same A with a probability of 2^-32. A saved
-    layer's is the identity.
+    The A of victim p depends only on the seed and p; two victims have the same A with a probability of 2^-32. For a
+    saved layer, A is the identity.
     """
     layers = target.without_saved().layers
     sizes = [layer.rank * layer.d_in for layer in layers]

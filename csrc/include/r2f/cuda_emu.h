@@ -243,8 +243,8 @@ EMU_HIDDEN inline void run_block(Block& b, int schedule) {
       f.stack.reset(new char[kStackBytes]);
       EMU_TSAN(f.tsan_fiber = __tsan_create_fiber(0);)
     }
-    // The stack of a fiber that is about to return from a switch into fiber_main: fiber_main's address below six saved
-    // registers, with the alignment that a call produces.
+    // Builds the stack of a fiber whose first switch returns into fiber_main: from the stack pointer upwards six saved
+    // registers, then fiber_main's address, with the alignment that a call produces.
     const auto top = reinterpret_cast<uintptr_t>(f.stack.get() + kStackBytes - 64) & ~uintptr_t{63};
     void** entry = reinterpret_cast<void**>(top);
     *entry = reinterpret_cast<void*>(&fiber_main);

@@ -19,7 +19,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type of sums and of results.
+// The type in which sums are accumulated and results are returned.
 template <typename T>
 struct AccumulationOf {
   using type = float;

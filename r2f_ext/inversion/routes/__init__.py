@@ -127,7 +127,7 @@ def _refusal(route: Route, verdict: Verdict, problem: Problem, later: Sequence[s
 
 
 def _missing_start(route: Route, problem: Problem) -> str | None:
-    """That no route ran from which this one starts, as a sentence; None where one did, or none is needed."""
+    """A sentence that no route ran from which this one can start; None if one did, or none is needed."""
     if not route.after or any(name in problem.found for name in route.after):
         return None
     earlier = route.after[-1]
@@ -144,7 +144,7 @@ def needs(field_name: str, names: Iterable[str], verdicts: dict[str, Verdict]) -
 
 
 def with_earlier(names: Iterable[str], verdicts: dict[str, Verdict]) -> list[str]:
-    """The named routes, and those that the ones not refused depend on, in the registry's order.
+    """The named routes and, unless a route is refused, the routes that it depends on; in the registry's order.
 
     Raises:
         R2FError: a name is not in the registry.

@@ -70,8 +70,8 @@ def _unknown(victim: int, image: Tensor, label: Tensor) -> Bound:
 
 
 def _start(problem: Problem, routes: Sequence[str]) -> tuple[Reconstruction, Coordinates]:
-    """The start, and public images' own variation where its basis can be written out, else the mean spectrum of natural
-    images."""
+    """The start, and coordinates from the variation of public images if its basis fits into memory, otherwise from the
+    mean spectrum of natural images."""
     shape = problem.base.input_shape
     if prod(shape) > MAX_PIXELS:
         return best_estimate(problem, routes), SpectrumCoordinates(shape)

@@ -116,7 +116,7 @@ def _bound(
 
 
 def _observation(unrolled: UnrolledMap, adapter: LoraUpdate, training: Training) -> tuple[UnrolledMap, Tensor]:
-    """The map weighed as one adapter's precision asks for, and what the adapter shows of it [R]."""
+    """The map with weights for the precision of one adapter, and the value [R] of the map that the adapter shows."""
     if _reads_adamw(training):
         step = first_adamw_step(adapter.b, training)
         weighed, a = unrolled.weighing(step.weights), adapter.a
