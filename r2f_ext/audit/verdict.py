@@ -105,7 +105,7 @@ def judge(
 
     Args:
         scores: [n], PSNR of the judged route's estimates in dB.
-        controls: name -> [n, M], PSNR of the controls; the simulated ones must be there.
+        controls: name -> [n, M], PSNR of the controls; without the simulated ones nothing is judged.
         far: bool [n], victims whose update resembles no proxy update: the route says nothing of them.
         foreign: bool [n], victims whose update cannot come from the base: nothing is said of them either. None: none.
     """
