@@ -5,9 +5,9 @@ What an entry of the JSON holds:
 * `stats`: wall seconds of one call of ours, measured by `benchmark.pedantic`. A round draws a random order of all
   functions. Those before ours run in pedantic's `setup`, those after ours in its `teardown`, so that ours and the
   rivals are measured in the same rounds.
-* `extra_info`: the line of `measure.row`: the medians of ours and of all rivals in milliseconds (over the number of
-  items, where a call makes several), the best rival, the ratio and the share of the roofline. On a GPU also the times
-  on the device (see `device_time`).
+* `extra_info`: the line of `measure.row`: the medians of ours and of all rivals in milliseconds (per item, if a call
+  makes several), the best rival, the ratio and the share of the roofline. On a GPU also the times on the device (see
+  `device_time`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from measure import (
     synchronized,
 )
 
-SECONDS = 1.5  # of a row's rounds, between USUAL_ROUNDS and MOST_ROUNDS
+SECONDS = 1.5  # target time of a row's rounds; their number is between USUAL_ROUNDS and MOST_ROUNDS
 USUAL_ROUNDS, MOST_ROUNDS = 7, 61
 LINES = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Only what the figures depend on: no host name."""
+    """Record only what the figures depend on, and so no host name."""
     machine_info.clear()
     machine_info.update(machine(config.getoption("--device")))
 
@@ -112,8 +112,8 @@ class Versus:
         """Measure one row.
 
         Args:
-            make: gives the functions, on new inputs of their own; "ours" is one of them. What does not change from call
-                to call is prepared in it.
+            make: returns the functions, on newly made inputs; "ours" is one of them. It also prepares what does not
+                change from call to call.
             traffic, flops: of one item, see `measure.roofline_ms`.
             items: how many things one call makes, for all functions or by name; recorded times are per item.
             tolerance: the largest difference between the results of the first call of each function, relative to their
@@ -123,7 +123,7 @@ class Versus:
         functions = make()
         if tolerance is not None:
             require_same(functions, tolerance)
-        if not self.benchmark.enabled:  # --benchmark-disable: only whether the row runs
+        if not self.benchmark.enabled:  # --benchmark-disable: only check that the row runs
             self.benchmark.pedantic(functions["ours"])
             for name in functions.keys() - {"ours"}:
                 functions[name]()
@@ -137,7 +137,7 @@ class Versus:
         self.lines.append(line)
 
     def _wall(self, functions: Functions) -> dict[str, float]:
-        """Median milliseconds of one call of each; ours by pytest-benchmark."""
+        """Median milliseconds of one call of each function; pytest-benchmark measures ours."""
         timed = {name: synchronized(function, self.device) for name, function in functions.items()}
         for function in timed.values():  # warms caches, allocators and thread pools
             function()
@@ -175,7 +175,7 @@ class Versus:
         traffic: float | None,
         flops: float | None,
     ) -> dict[str, Any]:
-        """The same row by CUDA graphs over rotating inputs, per item."""
+        """The device times of the row, per item, measured with CUDA graphs over rotating inputs."""
         try:
             found = device_medians(make, self.rounds or USUAL_ROUNDS)
         except RuntimeError as error:
@@ -192,7 +192,7 @@ class Versus:
 
 
 def require_same(functions: Functions, tolerance: float) -> None:
-    """Every function's result is that of the last one, up to `tolerance` of its norm."""
+    """Assert that the result of every function equals that of the last one, up to `tolerance` times its norm."""
     results = {name: _flat(function()) for name, function in functions.items()}
     *_, expected = results.values()
     for name, found in results.items():

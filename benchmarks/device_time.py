@@ -1,4 +1,4 @@
-"""Times on a GPU without launches and without a warm L2 cache: CUDA graphs over inputs that rotate."""
+"""Times on a GPU that exclude kernel launches and hits in a warm L2 cache: CUDA graphs over rotating inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def device_medians(make: Callable[[], Functions], rounds: int) -> dict[str, floa
     each graph once, in a random order, between two events.
 
     Raises:
-        RuntimeError: a function cannot be captured, as one that waits for the device.
+        RuntimeError: a function cannot be captured, for example because it waits for the device.
     """
     before = torch.cuda.memory_allocated()
     copies = [make()]

@@ -26,7 +26,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 LEAST_ROUNDS = 5
 Functions = Mapping[str, Callable[[], object]]  # name -> what is timed; "ours" is this project's
 
-keep_freed_memory()  # for all rivals alike: otherwise the first touch of fresh pages is part of a time
+keep_freed_memory()  # for all functions: otherwise the page faults of fresh memory are part of a time
 
 
 def synchronized(function: Callable[[], object], device: str) -> Callable[[], object]:
@@ -89,8 +89,8 @@ def copy_bandwidth(device: str = "cpu") -> float:
 def gemm_flops(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
     """Operations a second of a large square matrix product.
 
-    On a CPU the size doubles from 256 to 2048 while a product takes less than 0.1 s: a processor without bfloat16
-    products takes half a minute for one of 2048.
+    On a CPU the size starts at 256 and is doubled, up to 2048, as long as a product takes at most 0.1 s. A processor
+    without bfloat16 instructions takes half a minute for a product of size 2048.
     """
     size, largest = (256, 2048) if device == "cpu" else (8192, 8192)
     while True:
@@ -102,7 +102,7 @@ def gemm_flops(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float
 
 
 def roofline_ms(dtype: torch.dtype, device: str, traffic: float | None, flops: float | None) -> float | None:
-    """Milliseconds that the measured peaks allow at best; None where neither count is given.
+    """A lower bound in milliseconds from the measured peaks; None if neither count is given.
 
     Args:
         traffic: bytes that any method must read and write.
@@ -211,7 +211,7 @@ def device_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def write_json(path: str | Path, results: object) -> None:
-    """Whole or not at all: a script that is stopped leaves its last results."""
+    """Write atomically, so that a script that is stopped leaves the results that it wrote last."""
     write_text(Path(path), json.dumps(results, indent=1) + "\n")
 
 

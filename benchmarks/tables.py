@@ -49,7 +49,7 @@ def ratio(value: float | None) -> str:
 
 
 def rival(row: Row, prefix: str = "") -> str:
-    """The best rival and its time; `prefix` "device_" for the device's."""
+    """The best rival and its time; with `prefix` "device_" those of the device times."""
     name = row[f"{prefix}best_rival"]
     return "" if name is None else f"{name}: {ms(row[f'{prefix}rivals_ms'][name])}"
 
@@ -142,7 +142,7 @@ def document(records: list[dict[str, Any]]) -> str:
 
 def default_records() -> list[Path]:
     """The records of the installed version: of all suites, or of one each."""
-    import r2f_ext  # the only need of it: a table of named files is made without torch
+    import r2f_ext  # imported only here: a table of named files does not need it
 
     folder = RESULTS / r2f_ext.__version__
     return sorted(path for suite in ("ops", "pairs") for path in folder.glob(f"*-{suite}.json"))

@@ -1,4 +1,4 @@
-"""Models that pairs are made of, and the bare model's pass that they are measured against."""
+"""The adapter that pairs are made for, and the pass of the bare model that pairs are compared with."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def initial_a(target: Target) -> dict[str, Tensor]:
 
 
 def bare_model(base: BaseModel, images: Tensor, labels: Tensor, batch: int) -> Callable[[], None]:
-    """Forward and backward to the pixels of images [n, c, h, w], `batch` a pass, with no gradient of any weight."""
+    """Forward and backward to the pixels of images [n, c, h, w], `batch` images per pass, without weight gradients."""
     inputs = base.normalize(images)
 
     def run() -> None:
         for first in range(0, len(labels), batch):
-            # A view, because PyTorch counts the operations of a backward pass to a leaf only in .backward().
+            # The [:] makes x a view: FlopCounterMode counts a backward pass to a leaf only in .backward().
             x = inputs[first : first + batch].clone().requires_grad_()[:]
             loss = F.cross_entropy(base.model(x), labels[first : first + batch], reduction="sum")
             torch.autograd.grad(loss, x)

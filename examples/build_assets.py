@@ -2,9 +2,9 @@
 
     python examples/build_assets.py
 
-Proxy: 10,000 train images drawn by the seed, without those that equal a private image or nearly do.
-Private: test images 0-99. Each is one PNG mosaic with its labels in a text chunk; the same seed gives the
-same pixels. Needs the full data set (Debian's dataset-fashion-mnist, or torchvision's downloader).
+Proxy: 10,000 train images drawn by the seed. Train images that equal a test image, or that nearly equal a private
+image, are left out. Private: test images 0-99. Each set is one PNG mosaic with its labels in a text chunk; the same
+seed gives the same pixels. Needs the full data set (Debian's dataset-fashion-mnist, or torchvision's downloader).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Functions of CUDA tensors, captured as CUDA graphs: what costs more to launch than to compute is launched once."""
+"""Functions of CUDA tensors, captured as CUDA graphs: one launch for many kernels that are shorter than a launch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ WARM_UP = 3  # calls on a side stream before a capture, as PyTorch's notes on CU
 class Replayed:
     """A function that is captured once for each combination of shapes and dtypes, and replayed afterwards.
 
-    On other devices the function is called as it is, and so is one that waits for the device, which cannot be captured
-    (the forward pass of some models). Its results depend on its arguments and on tensors that outlive this object
-    alone. The results of a call are overwritten by the next call of the same shapes: copy what must last.
+    On other devices the function is called directly. So is a function that waits for the device, which cannot be
+    captured (the forward pass of some models). The function's results may depend only on its arguments and on tensors
+    that outlive this object. The next call with the same shapes overwrites the results of a call: copy what must last.
 
     Args:
         function: tensors -> a tensor or a tuple of tensors.
@@ -60,10 +60,10 @@ class Replayed:
         return graph, own, results
 
     def _waits(self, inputs: list[Tensor]) -> bool:
-        """Whether a call waits for the device. Found out before the capture, which cannot be taken back."""
+        """Whether a call waits for the device. Tested before the capture, because a failed capture cannot be undone."""
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mode may miss some operations
+            warnings.simplefilter("ignore")  # it warns that the mode may miss some operations
             torch.cuda.set_sync_debug_mode("error")
         try:
             self._function(*inputs)

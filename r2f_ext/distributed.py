@@ -38,7 +38,7 @@ def world_size() -> int:
 
 
 def device_of(kind: str) -> str:
-    """The device of this process: on GPUs, one each.
+    """The device of this process; with --device cuda each process has a GPU of its own.
 
     Raises:
         R2FError: there are more processes on this machine than GPUs, or one GPU is named for all of them.

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read, untrusted text made fit for its sentence, and errors of memory."""
+"""The exception whose message users read, functions that make text safe for it, and the test for lack of memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ class R2FError(Exception):
     """Bad input or an impossible request, described in one sentence that names the thing and the remedy.
 
     The command line prints it without a traceback and exits with code 2. The message is one line: characters that a
-    terminal would obey (line breaks, escapes, marks of writing direction, lone surrogates) become `?`.
+    terminal would interpret (line breaks, escape sequences, bidirectional controls, lone surrogates) become `?`.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -15,9 +15,9 @@ class R2FError(Exception):
 
 
 def plain(text: object, limit: int = 120) -> str:
-    """Text from a file or a path, safe to stand within a sentence: one line, and at most about `limit` characters.
+    """Text from a file or a path, made safe to be part of a sentence: one line of at most about `limit` characters.
 
-    What is longer is cut with the cut said: `name that goes on... (5000 characters)`. HTML is escaped by the page.
+    A longer text is cut, and the result says so: `name that goes on... (5000 characters)`. The page escapes HTML.
     """
     shown = str(text)
     cut = shown if len(shown) <= limit else f"{shown[:limit]}... ({len(shown)} characters)"
@@ -25,7 +25,7 @@ def plain(text: object, limit: int = 120) -> str:
 
 
 def listed(names: list[str], limit: int = 8) -> str:
-    """Names joined by commas, each made `plain`; beyond `limit` of them only their number is said."""
+    """Names joined by commas, each made `plain`. Names after the first `limit` are only counted."""
     shown = ", ".join(plain(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
@@ -35,7 +35,7 @@ def _printable(text: str) -> str:
 
 
 def reason(error: Exception, limit: int = 200) -> str:
-    """What another library's exception says, on one line and without a full stop, to stand within a sentence."""
+    """The message of another library's exception as part of a sentence: on one line, without a full stop."""
     return plain(" ".join(str(error).split()), limit).rstrip(".") or type(error).__name__
 
 
@@ -51,7 +51,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def expected(error: Exception) -> str:
-    """The sentence on an error that input, memory or a singular matrix caused; any other error is raised again."""
+    """A sentence on an error that input, lack of memory or a singular matrix caused; other errors are raised again."""
     if isinstance(error, R2FError):
         return str(error)
     if out_of_memory(error):

@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 def output_folder(path: str | Path) -> Path:
     """Create the folder `path` if necessary and check, before any long work, that it can be written to.
 
-    What a process that was killed left half-written in it is removed.
+    Half-written files that killed processes left in it are removed.
 
     Raises:
         R2FError: it cannot be made or written to.
@@ -50,7 +50,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what processes of this machine that no longer run left half-written in `folder`."""
+    """Remove the half-written files and folders of processes that ran on this machine and have ended."""
     for path in folder.glob(f".*{PARTIAL}"):
         owner, _, process = path.name.removesuffix(PARTIAL).rpartition("-")
         written_here = owner.endswith(f".{socket.gethostname()}") and process.isdecimal() and len(process) < 10
@@ -111,7 +111,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8, atomically. Names of files that are not valid UTF-8 are escaped with backslashes."""
+    """Write `text` in UTF-8, atomically. Bytes of file names that are not valid UTF-8 become backslash escapes."""
     write_atomically(path, lambda temporary: _write(temporary, text))
 
 

@@ -1,6 +1,6 @@
-"""Optimises traced functions: removes what torch.func's transforms leave behind.
+"""Optimises traced functions: removes redundant operations that the transforms of torch.func leave behind.
 
-That is derivatives of constants, copies and common subexpressions.
+These are derivatives of constants, copies and common subexpressions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
-_ZERO_IF_FIRST_IS = {  # operators whose result is zero where their first argument is
+_ZERO_IF_FIRST_IS = {  # operators whose result is zero if their first argument is zero
     *(_aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.alias.default, _aten.detach.default),
     *(_aten.transpose.int, _aten.t.default, _aten.permute.default, _aten.unsqueeze.default, _aten.squeeze.dim),
     *(_aten.select.int, _aten.slice.Tensor, _aten.clone.default, _aten._to_copy.default, _aten.neg.default),
@@ -32,7 +32,7 @@ _VIEWS = {_aten.view.default, _aten.expand.default, _aten.alias.default, _aten._
 class Traced:
     """A function of (nested) tensors, traced and simplified once for each combination of shapes and dtypes.
 
-    For small tensors the interpreter of torch.func's transforms would cost more than the arithmetic.
+    Without this, the interpreter of torch.func's transforms costs more than the arithmetic of small tensors.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -52,8 +52,8 @@ class Traced:
 
 @contextmanager
 def _without_torchs_own_deprecation() -> Iterator[None]:
-    """Forward mode, when it is first used, has torch compile decompositions with `torch.jit.script`, and torch warns of
-    its own call; no caller can act on that."""
+    """Ignore a warning about a call that torch itself makes: when forward mode is first used, torch compiles
+    decompositions with `torch.jit.script`, which is deprecated. No caller can change that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
         yield

@@ -1,4 +1,4 @@
-"""Reads JSON that r2f itself wrote, or a base's, without torch; untrusted JSON: `models/safetensors_header.py`."""
+"""Reads JSON of r2f itself or of a base, without torch. `models/safetensors_header.py` reads untrusted JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def read_json_file(path: Path, damaged: str, remedy: str) -> Any:
     """The value in a JSON file.
 
     Args:
-        damaged: what a file that holds no JSON is, a word or two for the error; remedy: a clause.
+        damaged: the error's words for a file that is not JSON: "'FILE' is <damaged>".
+        remedy: a clause that tells the user what to do.
 
     Raises:
         R2FError: it cannot be read, or it is not JSON.

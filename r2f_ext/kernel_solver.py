@@ -14,12 +14,12 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 
-SKETCH = 64  # combinations of the columns that choose lambda by leave-one-out errors
+SKETCH = 64  # random combinations of the columns, whose leave-one-out errors choose lambda
 
 
 @dataclass(frozen=True)
 class RidgeSystem:
-    """K + lambda I by its Cholesky factor L [n, n], lower triangular."""
+    """K + lambda I, represented by its lower triangular Cholesky factor L [n, n]."""
 
     factor: Tensor
 
@@ -45,7 +45,7 @@ class RidgeSystem:
         return torch.cholesky_solve(right, self.factor)
 
     def leave_one_out_errors(self, dual: Tensor) -> Tensor:
-        """y_i minus what a fit to all rows but i predicts for it, [n, k], from the solution w [n, k] for y.
+        """y_i minus its prediction by a fit to all rows but i, [n, k], computed from the solution w [n, k] for y.
 
         w_i / ((K + lambda I)^-1)_ii (Rasmussen and Williams 2006, section 5.4.2).
         """
@@ -64,7 +64,7 @@ def best_ridge(
     Args:
         matrix: [n, n]; right: [n, k].
         held_out: features [m, n], predicted as features @ w, and their true values [m, k].
-        ridges: the candidates; of equal ones the first is taken.
+        ridges: the candidates for lambda; of those with equal scores the first is taken.
         score: of predictions and true values; the higher the better. NaN is never the best.
 
     Returns:
@@ -80,14 +80,15 @@ def best_ridge(
 
 
 def fit_by_leave_one_out(kernel: Tensor, wanted: Tensor, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Kernel ridge with a constant; the lambda with the least mean squared leave-one-out error is taken.
+    """Kernel ridge with a constant term, and with the lambda of the least mean squared leave-one-out error.
 
-    One eigendecomposition serves all lambdas. Above SKETCH columns the error is compared on SKETCH random combinations
-    of them, the same for every lambda: their mean square estimates that of all columns, at a fraction of the products.
+    One eigendecomposition serves all lambdas. If there are more than SKETCH columns, the lambdas are compared by the
+    errors of SKETCH random combinations of the columns, the same ones for every lambda. The mean square of these errors
+    estimates that of all columns, with a fraction of the matrix products.
 
     Args:
-        kernel: [n, n], centred (rows and columns add up to 0): the least eigenvalue belongs to the constant, which is
-            fitted without damping.
+        kernel: [n, n], centred (rows and columns add up to 0), so that the least eigenvalue belongs to the constant
+            term, which is fitted without damping.
         wanted: [n, k], centred (columns add up to 0).
         shares: the candidates for lambda, each as a share of the kernel's largest eigenvalue.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from r2f_ext.errors import R2FError
 
 BLOCK = 1000
-GRAM_COLUMNS = 4096  # that are in float64 at once
+GRAM_COLUMNS = 4096  # columns that are copied to float64 at a time
 POWERS = 30  # of the power iteration
 
 

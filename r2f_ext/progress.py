@@ -12,7 +12,7 @@ class Advance(Protocol):
     """Reports what was just done."""
 
     def __call__(self, units: int, line: str = "", /) -> None:
-        """`units` were done, which may be 0; `line`, if any, says what came of them."""
+        """`units` more are done (0 is allowed); `line`, if not empty, describes their result."""
         ...
 
 

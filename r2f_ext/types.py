@@ -48,7 +48,7 @@ class BaseModel:
 
 
 def _per_channel(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    """[c, 1, 1], filled on the device: a copy from the host would wait for it, and cannot be captured in a graph."""
+    """[c, 1, 1], filled on the device: a copy from the host waits for the device and cannot be captured in a graph."""
     return torch.stack([like.new_full((1, 1), number) for number in numbers])
 
 
@@ -56,8 +56,8 @@ def _per_channel(numbers: tuple[float, ...], like: Tensor) -> Tensor:
 class AdaptedLayer:
     """One linear layer W [d_out, d_in] with LoRA factors A [r, d_in], B [d_out, r], scale alpha / r (or rsLoRA's).
 
-    saved: the file holds the layer's whole trained weight; A is the identity, never trained, B the weight's change, and
-    the scale 1.
+    saved: the file holds the layer's whole trained weight. Then A is the identity and never trained, B is the change of
+    the weight, and the scale is 1.
     """
 
     name: str
@@ -114,7 +114,7 @@ class LoraUpdate:
 
     @property
     def start(self) -> dict[str, Tensor]:
-        """A before the first step where it is known, else A itself, which stands in for it: name -> [r, d_in]."""
+        """A before the first step, or, for layers where that is unknown, A after training: name -> [r, d_in]."""
         return self.a if self.a0 is None else self.a | self.a0
 
     def without_saved(self) -> LoraUpdate:
@@ -125,7 +125,7 @@ class LoraUpdate:
 
 @dataclass(frozen=True)
 class FactoredGradient:
-    """Full gradients of P groups as factors: G_p = delta_p^T x_p, never written out unless asked.
+    """Full gradients of P groups as factors: G_p = delta_p^T x_p. Only `dense` forms the product.
 
     Attributes:
         x: name -> layer inputs [P, N, d_in].
@@ -137,7 +137,7 @@ class FactoredGradient:
 
     @classmethod
     def of_dense(cls, dense: dict[str, Tensor]) -> FactoredGradient:
-        """Gradients that were written out, dense[name] [P, d_out, d_in], as G = I G: d_out tokens, delta = I."""
+        """Dense gradients dense[name] [P, d_out, d_in] in factored form, G = I G: d_out tokens, delta = I, x = G."""
         identity = {name: torch.eye(g.shape[1], dtype=g.dtype, device=g.device) for name, g in dense.items()}
         return cls(dict(dense), {name: identity[name].expand(len(g), -1, -1) for name, g in dense.items()})
 
@@ -181,7 +181,7 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What one route made of V victims.
+    """The reconstructions of V victims by one route.
 
     Attributes:
         route: its name in the registry (r2f_ext.inversion.routes).
@@ -208,7 +208,7 @@ class Reconstruction:
     def take(self, rows: slice) -> Reconstruction:
         """The same reconstruction with only the victims `rows`.
 
-        `why` then says that it speaks of all victims, and `details` lose the figures that each victim has of its own.
+        `why` then says that it refers to all adapters, and `details` keeps only figures that `per_victim` lacks.
         """
         if len(self.images[rows]) == len(self.images):
             return self

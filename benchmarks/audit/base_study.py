@@ -1,4 +1,4 @@
-"""Whether the check of the base tells other weights from other images: victims of right and wrong bases.
+"""Whether the base check detects wrong weights, and accepts unusual images: victims of right and wrong bases.
 
     python benchmarks/audit/base_study.py --victims 20 --json benchmarks/results/0.1.0/base_study.json
 
@@ -6,10 +6,11 @@ Every adapter is judged as `r2f audit ADAPTER` judges it (`r2f_ext.audit.base_ch
 alpha = 16, one step of SGD on one image, all linear layers of the blocks) on the embedded base's architecture, audited
 on the embedded base, with 16 procedural proxies. PEFT draws A; the updates are what that step does to B.
 
-Right base: clothes, faces, procedural images, uniform noise, flat colours and nearly black images. Wrong base, trained
-on clothes and faces: other seeds, the embedded base trained further on clothes (1, 10 and 100 steps of SGD at 0.01) or
-moved by Gaussian noise of a share of each parameter's deviation, and another classifier alone, which the check does not
-see. `noise` are adapters with Gaussian B and the norms of true victims. `fits`, `refuted` and `open` count adapters.
+Right base: clothes, faces, procedural images, uniform noise, flat colours and nearly black images. Wrong base, with
+victims trained on clothes and on faces: random weights of other seeds; the embedded base, trained further on clothes
+(1, 10 and 100 steps of SGD at 0.01) or changed by Gaussian noise of a share of each parameter's standard deviation; and
+the embedded base with another classifier only, which the check cannot detect. The `noise adapters` have Gaussian B
+with the norms of true victims. `fits`, `refuted` and `open` count adapters.
 """
 
 from __future__ import annotations

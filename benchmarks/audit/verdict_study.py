@@ -7,9 +7,9 @@ default victim (r = 8, alpha = 16, one step of SGD on one image). The pairs and 
 adapters with one proxy, and so do its simulated controls, because the amortised route reads only the directions of an
 update. A noise adapter has Gaussian B with the norms of a true victim's, and is scored against that victim's image.
 
-`leaks` counts the verdicts "gave away"; `not_judged` adapters lie far from every proxy update; `leaks_near_or_far`
-counts what the test alone would say if that were ignored. The intervals are Wilson's at 95 %. Nothing is tuned: the
-level is fixed at 5 %. Victims are Fashion-MNIST test images 0-99 and the 100 faces of LFW.
+`leaks` counts the verdicts "gave away"; `not_judged` counts adapters that lie far from every proxy update;
+`leaks_near_or_far` counts the leaks if that distance is ignored. The intervals are Wilson's at 95 %. Nothing is tuned:
+the level is fixed at 5 %. Victims are Fashion-MNIST test images 0-99 and the 100 faces of LFW.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def study(proxy: ImageSet, sets: dict[str, ImageSet]) -> list[dict[str, Any]]:
 
 
 def first_problem(private: ImageSet) -> Problem:
-    """The problem of one PEFT victim: base, layers and A of all."""
+    """The problem of one PEFT victim, whose base, layers and A all other victims share."""
     base = load_base("embedded")
     with tempfile.TemporaryDirectory() as folder:
         (path,) = train_victims(base, private.batch([0]), private.labels[:1], Path(folder), VictimConfig())

@@ -124,7 +124,7 @@ def measure(name: str, pairs: GeneratedPairs, count: int, updates: Updates) -> d
 
 
 def many_a(pairs: GeneratedPairs, count: int) -> AgnosticPairs:
-    """The same gradients, each seen through an A of its own."""
+    """Pairs with the same gradients, in which every update has its own A."""
     own = GeneratedPairs(pairs.target, pairs.a, pairs.proxy, per_victim_a=1)
     return AgnosticPairs(own, Core.of(own, count, SIZE))
 
@@ -138,7 +138,7 @@ def time_walk(pairs: GeneratedPairs, count: int) -> float:
 
 
 def control(pairs: GeneratedPairs, count: int, by_class: bool) -> HeldOut:
-    """The mean gradient of the proxy over its update's norm, of all pairs or of the pairs of the (true) class."""
+    """A control: the mean over pairs of gradient / norm of the update, over all pairs or those of the (true) class."""
     sums: dict[str, torch.Tensor] = {}
     groups = pairs.target.base.num_classes if by_class else 1
     number = torch.zeros(groups)

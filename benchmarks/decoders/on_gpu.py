@@ -1,4 +1,4 @@
-"""What the decoders, gradient matching and the amortised start take on a GPU.
+"""The time that decoders, gradient matching and the amortised start take on a GPU.
 
     python benchmarks/decoders/on_gpu.py --json benchmarks/results/0.1.0/gpu_decoders.json
 
@@ -34,7 +34,7 @@ from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import Target
 
 PAIRS, DECODED, MATCHED, START = 20_000, 1_000, 24, 100
-FEW, MANY = 20, 320  # steps of matching: their difference leaves the set-up out
+FEW, MANY = 20, 320  # steps of two runs of matching, the difference of whose times excludes the set-up
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/decoders/ridge_ablation.py --json benchmarks/results/0.1.0/ridge_ablation.json
 
-own = 1: a layer reads its own update alone; own = 0: its block's and all layers' alike; none: chosen layer by layer,
-the default.
+`own` is the weight of a layer's own update. With own = 1 the kernel reads no other update; with own = 0 it reads the
+updates of the block and those of all layers with equal weights; None, the default, chooses `own` layer by layer.
 """
 
 from __future__ import annotations

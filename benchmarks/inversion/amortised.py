@@ -2,10 +2,16 @@
 
     python benchmarks/inversion/amortised.py --json benchmarks/results/0.1.0/amortised.json
 
-Every proxy serves both sets in one pass. `all labels`: one kernel ridge for all pairs; `own label`: one for each label,
-from pairs of that label; `U-Net`: trained on what `own label` gets wrong; `by label`: as `own label`, from pairs made
-label by label, at the full size of the proxy; `refined`: these, by matching of the LoRA update. --only kernels takes
-about 3 minutes on 2 cores, unet 8, full 30 and 4 GB; the rows of the parts not run are kept from the file.
+Every proxy serves both sets in one pass. The methods:
+
+    all labels   one kernel ridge for all pairs
+    own label    one kernel ridge per label, fitted to the pairs of that label
+    U-Net        a network that is trained on the errors of `own label`
+    by label     like `own label`, with the full proxy, whose pairs are made label by label
+    refined      matching of the LoRA update, started at the estimates of `by label`
+
+On 2 cores --only kernels takes about 3 minutes, --only unet 8, and --only full 30 and 4 GB. Rows of parts that are not
+run are kept from the file.
 """
 
 from __future__ import annotations
@@ -117,7 +123,7 @@ def refine_by_net(
 
 
 def inverter_on(target: Target, a: Updates, proxy: ImageSet) -> tuple[AmortisedInverter, float]:
-    """On pairs of the whole proxy, and the seconds that making them took."""
+    """An inverter on pairs of the whole proxy, and the seconds it took to make pairs and inverter."""
     began = time.perf_counter()
     parts: dict[str, list[Tensor]] = {name: [] for name in target.names}
     for batch in GeneratedPairs(target, a, proxy).batches():

@@ -2,10 +2,10 @@
 
     python benchmarks/inversion/closed_forms.py --json benchmarks/results/0.1.0/closed_forms.json
 
-Large models have timm's random weights (no download; block 0 and the embeddings decide, so L/14 has two blocks only).
-Seconds are those of the route, the gradient not counted. Adapters are PEFT's, float64, trained by plain SGD on one
-Fashion-MNIST test image from a model of 17 tokens (trained here for 200 steps), saved and read back; A_0 is found by
-trying seeds, or not needed where weight decay has made A forget it (rows `decay`).
+Large models have timm's random weights, which need no download; only block 0 and the embeddings matter, so L/14 has two
+blocks. Seconds are those of the route, without the gradient. PEFT trains the adapters in float64 by plain SGD on one
+Fashion-MNIST test image; their base has 17 tokens and is trained here for 200 steps. Adapters are saved and read back.
+A_0 is found by trying seeds; it is not needed if weight decay has removed it from A (rows `decay`).
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _adapter(
 
 
 def batch_of_two() -> list[dict[str, Any]]:
-    """Both images get the same estimate: the row space's, with as many free directions a patch as patches."""
+    """Both images get one estimate, from the row space; each patch has as many free directions as there are patches."""
     rows = []
     for width in (96, 128, 192):
         options = {"img_size": 16, "patch_size": 4, "embed_dim": width, "depth": 2, "num_heads": 4}

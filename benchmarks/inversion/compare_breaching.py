@@ -5,14 +5,14 @@
 Needs `pip install breaching==0.1.2` (or the extra `bench`). Two models, batch 1, labels given to both sides:
 
 * breaching's own ConvNet (width 32, random weights, eval mode) on 32x32 images: its `invertinggradients` with --steps
-  steps against `match` with a quarter as many, from the same random start and for the same objective. breaching keeps
-  its configuration, only its number of steps is set, from which its step-size schedule follows.
-* the embedded ViT: its `invertinggradients` and `april_analytic` against `match` (as many steps) and the
+  steps against `match` with a quarter as many, from the same random start and for the same objective. Of breaching's
+  configuration only the number of steps is changed; its step-size schedule follows from that number.
+* the embedded ViT: breaching's `invertinggradients` and `april_analytic` against `match` (as many steps) and the
   closed forms.
 
-breaching takes one image after another, as it does; `match` takes all at once. PSNR is the mean over the images,
-seconds are those of all images together. Each side's PSNR over time is recorded, by a regularizer that adds nothing to
-breaching's loss and by `watch` of `match`; the table says when each first reached the best that breaching reached.
+breaching inverts one image after another, `match` all at once. PSNR is the mean over the images, seconds are those of
+all images together. The PSNR over time is recorded for both: for breaching by a regularizer that adds nothing to its
+loss, for `match` by `watch`. The table says when each first reached the best PSNR that breaching reached.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from r2f_ext.types import BaseModel, Gradient, Reconstruction
 
 warnings.filterwarnings("ignore")
 CIFAR_MEAN, CIFAR_STD = (0.4915, 0.4823, 0.4468), (0.2470, 0.2435, 0.2616)
-# breaching's objective: its total variation of 0.2 in normalised units is 0.8 and 0.57 in pixels of [0, 1], its step of
-# 0.1 is 0.025 and 0.035. What differs is the walk: a cosine schedule, and for the ConvNet steps six times as long at
-# first and a quarter as many.
+# The objective is breaching's: its weight of total variation, 0.2 in normalised units, is 0.8 (ConvNet) and 0.57 (ViT)
+# for pixels in [0, 1], and its step size of 0.1 is 0.025 and 0.035. Only the steps differ: they follow a cosine
+# schedule, and for the ConvNet they begin six times as long and are a quarter as many.
 CONV = MatchingConfig(loss="cosine", tv_weight=0.8, step_size=0.15, schedule="cosine")
 VIT = MatchingConfig(loss="cosine", tv_weight=0.57, step_size=0.035, schedule="cosine")
 FEWER = 4
@@ -86,7 +86,7 @@ class Wrapped(nn.Module):
 
 
 class Recorder(nn.Module):
-    """A regularizer of value 0 that notes how far breaching's candidate has come."""
+    """A regularizer of value 0 that records the PSNR of breaching's candidate."""
 
     def __init__(self, base: BaseModel, truth: Tensor, every: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def breaching_on_all(
         found.append(image)
         seconds += spent
         traces.append(trace)
-    # The mean PSNR after k steps of every image came after all images' seconds up to there.
+    # breaching inverts the images one by one, so the time of k steps of every image is the sum over the images.
     trace = [
         (sum(p[0] for p in points), sum(p[1] for p in points) / len(points)) for points in zip(*traces, strict=True)
     ]

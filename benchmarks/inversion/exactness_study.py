@@ -3,13 +3,13 @@
     python benchmarks/inversion/exactness_study.py --victims 16 --json benchmarks/results/0.1.0/exactness.json
     python benchmarks/inversion/exactness_study.py --base embedded --victims 1 --json FILE
 
-Each case differs in one thing from the search's assumptions: layers that leave the image free, files in half precision,
-batches, labels, recipes, images at the edge of the pixel range. A search begins at the original moved by noise, within
-the proxies' variation, of 25 to 40 dB; in the cases "displaced" it is moved along directions that the update does not
-see as well. Such starts are an oracle, no attack: what is tested is the claim at the end. A claim is wrong where the
-true PSNR is below the bound, and an image of a batch counts as the nearest of the batch. The victims' own base is a
-random ViT for 12x12 images (--base tiny), or the embedded one. Rows are written as they come, and those that are in the
-file already are not computed again.
+Each case violates one assumption of the search: layers that do not determine the image, files in half precision,
+batches, labels, recipes, images at the edge of the pixel range. A search begins at the original plus noise of 25 to 40
+dB within the variation of the proxies; in the cases "displaced" half of the noise is in all pixels instead, and so also
+along directions that the update does not see. Such a start is an oracle, not an attack: the study tests the claim at
+the end. A claim is wrong if the true PSNR is below the bound; for a batch the PSNR is that to its nearest image. The
+victims' base is a random ViT for 12x12 images (--base tiny), or the embedded one. Rows are written as they come; those
+in the file are not computed again.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Case:
 
     Attributes:
         layers, last_only, rank: of the adapter; storage: of its file.
-        change: of the images [n, c, h, w]; beside: makes a batch's second image of the first and another.
-        displaced: whether starts are moved outside of the proxies' variation, too.
+        change: applied to the images [n, c, h, w]; beside: makes a batch's second image from the first and another.
+        displaced: whether the noise of starts also leaves the variation of the proxies.
         other_label: whether the search is told another label.
     """
 
@@ -73,7 +73,7 @@ class Case:
 
     @property
     def doubt(self) -> str | None:
-        """What an audit knows of it from its configuration or its factors."""
+        """The doubt that an audit derives from the configuration or the factors of the adapter."""
         if self.training.dropout:
             return "it was trained with dropout"
         return "B shows signs only" if self.training.optimizer == "adamw" else None

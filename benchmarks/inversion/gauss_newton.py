@@ -106,7 +106,7 @@ def of_peft(base: BaseModel, proxy: str, private: ImageSet) -> Problem:
 
 def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], proxy: str, private: ImageSet) -> Problem:
     """Start and subspace from public images."""
-    count = 6000 if proxy == "procedural" else None  # each of them serves every label
+    count = 6000 if proxy == "procedural" else None  # procedural images are used for every label
     public, device = drop_private(load_images(proxy, count=count), private), target.base.device
     began = time.perf_counter()
     start = invert_by_label(target, a, public, observed).reconstruction
@@ -126,8 +126,8 @@ CHUNK = 12  # victims of one process before their rows are written
 
 
 def run(file: Path, victims: list[int], options: Namespace) -> Any:
-    """Rows of victims, as they come, of the problem in `file`."""
-    # One thread each, also in what the workers import: set before they start.
+    """Yield the rows of victims of the problem in `file` as they are computed."""
+    # One thread per worker. Set before the workers start, because libraries read this when they are imported.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
     config = GaussNewtonConfig(minutes=options.minutes)
     count = max(options.workers, -(-len(victims) // CHUNK))

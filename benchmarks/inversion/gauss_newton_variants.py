@@ -4,12 +4,13 @@
     python benchmarks/inversion/gauss_newton_variants.py --only "T = 2" "b = 2" --json FILE
     python benchmarks/inversion/gauss_newton_variants.py --starts amortised --victims 20 --device cuda --json FILE
 
-Victims are trained by `simulate`, which equals PEFT. The attacker knows A before the first step and, where one plain
-step does not cancel it, the recipe. Each victim is searched for from two starts: `amortised`, the attacker's own, where
-a victim owns one image, from pairs that are trained by its recipe; and `oracle`, the original plus smooth noise at
---oracle-db and its true label, which separates the reach of the search from the quality of the start. An oracle is not
-an attack. Searches of one plain step go side by side, and descend; the others go one by one, and do not. Rows are
-written as they come, and those that are in the file already are not computed again.
+Victims are trained by `simulate`, which equals PEFT. The attacker knows A before the first step, and also the recipe,
+unless a victim takes one plain step, whose update the recipe only scales. Each victim is searched for from two starts:
+`amortised`, the start of an attacker, for victims that own one image, fitted to pairs that are trained by the victim's
+recipe; and `oracle`, the original plus smooth noise at --oracle-db, with the true label. The oracle is not an attack:
+it separates the reach of the search from the quality of the start. Searches for one plain step run side by side and
+include the descent; the others run one by one, without it. Rows are written as they come; those in the file are not
+computed again.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def vit_b16_at_32(device: str) -> BaseModel:
 
 @dataclass(frozen=True)
 class Case:
-    """How a victim differs; `exact_gradients`: it shares the layers' full gradients, not an adapter."""
+    """How a victim differs from the default; `exact_gradients`: it shares full gradients of the layers, no adapter."""
 
     rank: int = 8
     layers: tuple[str, ...] = LINEAR
@@ -125,10 +126,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched for, and how: several victims from a start, each of which comes as its search ends.
+    """The images that are searched for, the starts, and the search.
 
     Attributes:
         originals: [V, owned, c, h, w]; starts: name -> Start.
+        search: (victims, start) -> (victim, result) for each victim, as its search ends.
     """
 
     originals: Tensor
@@ -196,11 +198,11 @@ def row_of(problem: Problem, start: str, victim: int, found: Search) -> dict[str
 
 
 def posed(case: Case, options: argparse.Namespace, starts: list[str]) -> Problem:
-    """Victims, what they show, and the starts."""
+    """Train the victims, make the starts, and choose the search."""
     base, owned = case.base(options.device), case.training.owned
     proxy = case.proxy or options.proxy
     private = load_images(case.private, role="private", count=options.victims * owned)
-    # Of the procedural proxy each image serves every label.
+    # Each image of the procedural proxy is used for every label.
     public = drop_private(load_images(proxy, count=6000 if proxy == "procedural" else None), private)
     some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public)))).batch(slice(None), base.device)
     subspace = Subspace.of(some)
@@ -258,7 +260,7 @@ def one_by_one(find: Find) -> Callable[[list[int], Start], Iterator[tuple[int, S
 def side_by_side_search(
     target: Target, victims: Victims, subspace: Subspace, config: GaussNewtonConfig
 ) -> Callable[[list[int], Start], Iterator[tuple[int, Search]]]:
-    """By the route itself; a search whose image does not replace the start comes back with the start."""
+    """The search of the route itself. If the image of a search does not replace its start, the start is returned."""
     a = {name: each[0] for name, each in victims.a.items()}
 
     def search_all(chosen: list[int], start: Start) -> Iterator[tuple[int, Search]]:
@@ -304,7 +306,7 @@ def from_training(
 
 
 def from_gradients(target: Target, images: Tensor, labels: Tensor, subspace: Subspace, passes: int) -> Find:
-    """Exact gradients G of the layers, seen as G A^T through a random A: 8 numbers of each row are plenty."""
+    """A search from exact gradients G of the layers, read as G A^T with a random A: 8 numbers of each row suffice."""
     updates, coordinates = GradientMap(target, initial_a(target), target.base.input_shape), ProxyCoordinates(subspace)
     config = MatrixFreeConfig(points=passes)
 
@@ -334,7 +336,7 @@ def amortised(
     subspace: Subspace,
     most: int | None,
 ) -> Start:
-    """From pairs of the victims' recipe, moved into the span of the subspace."""
+    """The estimate of the amortised route from pairs of the victims' recipe, moved into the span of the subspace."""
     began = time.perf_counter()
     observed, training = {name: -b for name, b in victims.b.items()}, case.training
     found = invert_by_label(

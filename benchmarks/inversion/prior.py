@@ -1,4 +1,4 @@
-"""What a generative prior adds: matching of decoded gradients and of LoRA updates with it, without it, and it alone.
+"""What a generative prior adds to matching of decoded gradients and of LoRA updates, and what it makes alone.
 
     python benchmarks/inversion/prior.py --json benchmarks/results/0.1.0/prior.json [--prior FOLDER]
 
@@ -35,7 +35,7 @@ from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
 
 VICTIMS, PAIRS, TRAINING_STEPS = 16, 3000, 1500
-WEIGHTS = (0.0, 1e-5, 1e-4, 1e-3)  # against slopes of the matching loss of about 1e-4 a pixel
+WEIGHTS = (0.0, 1e-5, 1e-4, 1e-3)  # the gradient of the matching loss is about 1e-4 per pixel
 ALONE_STEPS = 120
 
 
@@ -94,7 +94,7 @@ def make_priors(folder: str | None, proxy: ImageSet) -> list[ScoreDistillation]:
 
 
 def alone(prior: ScoreDistillation, start: torch.Tensor, step_size: float) -> torch.Tensor:
-    """The control: the prior's pull with no adapter at all."""
+    """The control: descent along the prior's gradient alone, without an adapter."""
     images = start.clone()
     optimizer = torch.optim.Adam([images], lr=step_size)
     for step in range(ALONE_STEPS):

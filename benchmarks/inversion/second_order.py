@@ -1,10 +1,10 @@
-"""Double backward against central differences: how far the matching loss falls in one step along each slope.
+"""Double backward against central differences: how far the matching loss falls in one step along each gradient.
 
     python benchmarks/inversion/second_order.py [--json FILE]
 
 One image's exact gradient, a random start, `layer_cosine`, no total variation. Printed for a smooth model (the
 embedded ViT) and one with kinks (breaching's ConvNet: ReLU and max-pooling; needs breaching 0.1.2): the cosine of the
-two slopes, and the change of the loss after every pixel moved by 0.001 and by 0.01 against the sign of the slope.
+two gradients, and the change of the loss if every pixel moves by 0.001 or by 0.01 against the sign of the gradient.
 """
 
 from __future__ import annotations

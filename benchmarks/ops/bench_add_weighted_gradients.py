@@ -1,4 +1,4 @@
-"""add_weighted_gradients_ of all layers in one call: sums of w_p delta_p^T x_p over pairs, which ridge decodes by."""
+"""add_weighted_gradients_ of all layers in one call: sums of w_p delta_p^T x_p over pairs, as in ridge decoding."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def stacked(weights: list[Tensor], biases: list[Tensor], contiguous: bool) -> Ca
 
 
 def slices_of_stacks(tensors: list[Tensor]) -> list[Tensor]:
-    """The same tensors, those of all hidden layers in one, those of all output layers in another."""
+    """The same tensors as slices of two stacked ones: one for all hidden layers, one for all output layers."""
     hidden, output = torch.stack(tensors[::2]), torch.stack(tensors[1::2])
     return [tensor for pair in zip(hidden, output, strict=True) for tensor in pair]
 

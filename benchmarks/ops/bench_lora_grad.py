@@ -64,7 +64,7 @@ CASES = [
 def plain_forms(
     x: list[Tensor], delta: list[Tensor], A: list[Tensor], B: list[Tensor] | None
 ) -> dict[str, Callable[[], object]]:
-    """The same results in plain PyTorch. All but "DᵀU" and "einsum" give grad_B as a transposed view."""
+    """The same results in plain PyTorch. All forms but "DᵀU" return grad_B as a transposed view."""
     if A[0].ndim == 2:  # made before the clock starts
         columns, shared = [a.mT.contiguous() for a in A], [a.mT.expand(len(x[0]), *a.mT.shape) for a in A]
     else:
@@ -108,7 +108,7 @@ def bench_lora_grad(versus: Callable[..., None], device: str, case: Case) -> Non
 
         return {"ours": ours, **plain_forms(x, delta, A, B)}
 
-    elements = P * N * sum(d_out + d_in for d_out, d_in in case.layers)  # read once; each meets r numbers, with B 2 r
+    elements = P * N * sum(d_out + d_in for d_out, d_in in case.layers)  # read once; r products each, with B 2 r
     versus(
         f"lora_grad {case.model} r={r}{case.more}",
         [P, N, len(case.layers)],

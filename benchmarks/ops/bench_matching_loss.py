@@ -91,7 +91,7 @@ def plain_forms(observed: list[Tensor], kind: str) -> dict[str, Callable[[list[T
 
 
 def traffic(layers: list[tuple[int, int]], trials: int, pixels: int) -> float:
-    """Bytes that any method moves: it reads both lists and the images at least once, and writes gradients of all."""
+    """Bytes that any method moves: it reads both lists and the images, and writes gradients of candidate and images."""
     size = sum(d_out * d_in for d_out, d_in in layers)
     return 4.0 * (2 * trials * size + size + 2 * trials * pixels)
 
@@ -124,9 +124,9 @@ def bench_matching_loss(versus: Callable[..., None], device: str, case: Case) ->
 def bench_breaching(versus: Callable[..., None], device: str, kind: str) -> None:
     """Against the objective and the regulariser of breaching's own package (Geiping et al., 2020, and later).
 
-    It has one trial and no layer weights. Its squares are halved and summed where ours are averaged over layers, and
-    its total variation is a mean over pixels with a border of zeros where ours is over pairs of neighbours: the same
-    factors are applied to both, and the images have a border of zeros.
+    breaching has one trial and no layer weights. Two definitions differ: breaching halves the squared differences and
+    sums them over layers, ours averages over layers; its total variation is a mean over pixels, with a border of zeros,
+    ours a mean over pairs of neighbours. Constant factors make the two equal, and the images have a border of zeros.
     """
     objectives = pytest.importorskip("breaching.attacks.auxiliaries.objectives")
     regularizers = pytest.importorskip("breaching.attacks.auxiliaries.regularizers")

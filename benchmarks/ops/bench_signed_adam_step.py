@@ -18,7 +18,7 @@ SHAPES = [(1, 3, 32, 32), (100, 1, 32, 32), (8, 3, 224, 224), (64, 3, 224, 224)]
 
 def plain_form(image: Tensor, gradient: Tensor, **options: Any) -> Callable[[], Tensor]:
     pixels = image.clone().requires_grad_()
-    # A CUDA graph can be made of a step whose counter is on the device only.
+    # A step can be captured as a CUDA graph only if its counter is on the device.
     optimizer = torch.optim.Adam([pixels], lr=0.05, capturable=image.is_cuda, **options)
     pixels.grad = gradient.clone()
 

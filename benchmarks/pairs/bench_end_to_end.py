@@ -1,6 +1,6 @@
 """What a user waits for: a pass over pairs, an iteration of matching, a fit of ridge, an epoch of the MLP decoder.
 
-These rows decide whether a trick stays in the code: operators count only as far as they move one of them.
+These rows decide whether an optimisation is kept: a faster operator counts only if it makes one of them faster.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def bench_pair_pass(versus: Callable[..., None], setting: Setting) -> None:
 
 @pytest.mark.parametrize("victims", [1, 8])
 def bench_matching_iteration(versus: Callable[..., None], setting: Setting, victims: int) -> None:
-    """The engine's `match` for a few steps, per step, against the same search written in plain PyTorch."""
+    """The time of one step of `match`, against the same search written in plain PyTorch."""
     images, labels = setting.images[:victims], setting.labels[:victims]
     with Capture(setting.target) as capture:
         gradient = capture(images[:, None], labels[:, None])
@@ -103,7 +103,7 @@ def plain_search(setting: Setting, observed: dict[str, Tensor], start: Tensor, l
 
 
 def bench_ridge_fit(versus: Callable[..., None], setting: Setting) -> None:
-    """With the pass over the pairs and the choice of settings."""
+    """The time includes the pass over the pairs and the choice of settings."""
     shape = [FITTED, *setting.base.input_shape]
     versus(
         "ridge fit", shape, lambda: {"ours": lambda: Ridge().fit(setting.pairs, FITTED)}, tolerance=None, captured=False
@@ -111,7 +111,7 @@ def bench_ridge_fit(versus: Callable[..., None], setting: Setting) -> None:
 
 
 def bench_mlp_epoch(versus: Callable[..., None], setting: Setting) -> None:
-    """With the pass over the pairs."""
+    """The time includes the pass over the pairs."""
     shape = [FITTED, *setting.base.input_shape]
     functions: Functions = {"ours": lambda: MLP(epochs=1).fit(setting.pairs, FITTED)}
     versus("mlp fit, one epoch", shape, lambda: functions, tolerance=None, captured=False)

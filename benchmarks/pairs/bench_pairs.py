@@ -37,9 +37,12 @@ LR = 0.1
 
 @dataclass(frozen=True)
 class Counts:
-    """Images of a row: one by one, in batches, in one batch of a rival, and in a stream; a GPU takes larger batches.
+    """How many images a row uses. A GPU takes more, in larger batches.
 
-    A stream is longer than the chunks of images that it keeps, so that every call makes all of them.
+    Attributes:
+        sequential: for methods that take one image at a time.
+        batched: for methods that take batches; batch: those of one batch of a rival.
+        streamed: in a stream; more than the chunks that it caches, so that every call makes all of them.
     """
 
     sequential: int
@@ -178,7 +181,7 @@ class Pairs:
         return run
 
     def batched_rivals(self) -> dict[str, Callable[[], dict[str, Tensor]]]:
-        """Those whose last batch must agree with ours."""
+        """The rivals that take batches; the result of their last batch must agree with ours."""
         makers = {"vmap(grad)": vmap_grad}
         if importlib.util.find_spec("opacus") is not None:
             makers["opacus"] = opacus_hooks
@@ -244,7 +247,7 @@ def bench_pairs(versus: Callable[..., None], pairs: Pairs, name: str) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def bench_stream(versus: Callable[..., None], pairs: Pairs, device: str, precision: str) -> None:
-    """Procedural images are made while the stream runs; those of the bare model are at hand."""
+    """The stream makes its procedural images while it runs; the images of the bare model are in memory."""
     if precision not in PRECISIONS[device] or (device == "cpu" and precision != "float32"):
         pytest.skip("measured on GPUs")
     base, counts = pairs.base, pairs.counts

@@ -71,7 +71,7 @@ class Victims:
         return run
 
     def check(self, loop: Callable[[], dict[str, Tensor]]) -> None:
-        """The loop's last victim is the simulation's."""
+        """Check that the last victim of the loop equals that of the simulation."""
         count = SEQUENTIAL
         last = simulate(self.target, self.a, self.images[:count, None], self.labels[:count, None], TRAINING).b
         for name, found in loop().items():

@@ -1,4 +1,4 @@
-"""Which changes make the bare model's passes faster: fused attention, samples a pass, a model held in bfloat16.
+"""Which changes make passes of the bare model faster: fused attention, samples per pass, weights in bfloat16.
 
     python benchmarks/pairs/model_ablation.py [--device cuda] [--json FILE]
 

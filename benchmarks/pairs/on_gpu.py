@@ -2,9 +2,10 @@
 
     python benchmarks/pairs/on_gpu.py --json benchmarks/results/0.1.0/gpu_pairs.json
 
-The embedded model with procedural images that are made while the stream runs, with images at hand, and into shards on
-disk; ViT-B/16 at 224 with random weights, images through pinned memory. Three precisions each, with the cosine of their
-updates to those of float32. Medians of a few walks.
+The embedded model, with procedural images that are made while the stream runs, with images that are in memory, and with
+pairs written into shards on disk; ViT-B/16 at 224 with random weights, its images copied through pinned memory. Three
+precisions (shards: float32 only); the embedded rows have the cosine of their updates to those in float32. Medians of a
+few passes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from r2f_ext.models import load_base
 from r2f_ext.pairs import GeneratedPairs, write_pairs
 from r2f_ext.types import BaseModel
 
-# The stream is longer than the chunks of images that it keeps, so that every walk makes all of them.
+# The stream is longer than the chunks of images that it caches, so that every pass makes all of them.
 STREAMED, AT_HAND, WRITTEN, VIT_IMAGES, VIT_BATCH = 196608, 8192, 5120, 1024, 256
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def per_second(run: Callable[[], object], count: int, walks: int = 3) -> float:
-    """Things a second; the first walk warms up."""
+    """Items per second, the median of `walks` calls; one call before them warms up."""
     run()
     rates = []
     for _ in range(walks):
@@ -115,7 +116,7 @@ def embedded() -> Iterator[dict[str, Any]]:
 
 
 def cosine(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    """The least mean cosine of a layer's updates."""
+    """The lowest of the layers' mean cosines of updates."""
     return min(float(torch.cosine_similarity(found[n].flatten(1), exact[n].flatten(1)).mean()) for n in exact)
 
 

@@ -31,7 +31,7 @@ BATCH = 100
 
 
 def stream(count: int, device: str) -> dict[str, float]:
-    """Walk through `count` pairs: seconds, peak memory of this process in MB, milliseconds of the bare model a pair."""
+    """Make `count` pairs: seconds, peak memory of this process in MB, milliseconds per pair of the bare model."""
     base = load_base(device=device)
     target = all_linear(base)
     pairs = GeneratedPairs(target, initial_a(target), ProceduralStream(count, base.input_shape, base.num_classes))

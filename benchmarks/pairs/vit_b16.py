@@ -38,7 +38,7 @@ def random_vit_b16(device: str) -> BaseModel:
 
 
 def bare_ms(base: BaseModel, samples: int, device: str) -> float:
-    """Milliseconds of the bare model's pass, a sample, in passes of `samples`."""
+    """Milliseconds per sample of the bare model, in passes of `samples`."""
     images = torch.rand(samples, *base.input_shape, device=device)
     labels = torch.zeros(samples, dtype=torch.int64, device=device)
     return interleaved_medians({"bare": bare_model(base, images, labels, samples)}, 5, device)["bare"] / samples

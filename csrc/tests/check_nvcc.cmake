@@ -1,5 +1,6 @@
-# Compiles SOURCE by NVCC for two architectures and to PTX, with warnings as errors; fails if any kernel spills registers,
-# or if a source that loads packs has no 128-bit load in its machine code (by CUOBJDUMP, where there is one).
+# Compiles SOURCE with NVCC for two architectures and to PTX, with warnings as errors. Fails if a kernel spills
+# registers. If there is a CUOBJDUMP, also fails if a source that calls load_pack or load_streaming has no
+# 128-bit load in its machine code.
 execute_process(
   COMMAND ${NVCC} -O3 -std=c++17 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90
     -gencode=arch=compute_90,code=compute_90 -Werror all-warnings -Xptxas -v -I${ROOT} -I${ROOT}/include -c ${SOURCE} -o ${OBJECT}

@@ -1,5 +1,5 @@
-// lora_grad's CUDA source, run by the emulator, against a plain double loop. "quick" as an argument: fewer shapes (for
-// the sanitizers).
+// lora_grad's CUDA source, run by the emulator, against a plain double loop. The argument "quick" selects fewer shapes
+// (for the sanitizers).
 #include <cstdio>
 #include <exception>
 #include <stdexcept>
@@ -85,7 +85,7 @@ std::vector<std::vector<Shape>> shape_lists(int64_t vector, int64_t max_rank, bo
       {{3, 17, 128 + v, 64 + v, 3}, {0, 3, v, v, 3}, {2, 8, 160, 128 + v, 4}},
       {{2, 65, 16, 24, 7}, {2, 0, v, v, 7}, {2, 3, 0, 2 * v, 8}, {2, 3, v, 0, 5}},
       {{1, 31, 40, 72, 9}, {3, 32, 64, 16, 16}, {1, 70, 8, 136, 1}},
-      {{1, 150, 5 * 128 + 2 * v, 64, 5}},  // several steps of each of the warps that share an item
+      {{1, 150, 5 * 128 + 2 * v, 64, 5}},  // every warp that shares an item takes several steps
       {{2, 48, 48, 80, max_rank}, {1, 47, 128, 40, max_rank - 3}},
       std::vector<Shape>(70, Shape{1, 3, v, 2 * v, 4}),  // more layers than a table holds
   };

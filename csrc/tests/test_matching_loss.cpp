@@ -1,5 +1,5 @@
 // matching_loss against a plain double loop. Compiled twice: for the CPU kernel, and with R2F_TEST_EMULATED for the
-// CUDA source run by the emulator. "quick" as an argument: fewer cases (for the sanitizers).
+// CUDA source run by the emulator. The argument "quick" selects fewer cases (for the sanitizers).
 #include <exception>
 #include <list>
 #include <stdexcept>
@@ -107,8 +107,8 @@ Expected by_definition(const std::list<Layer>& layers, const Case& c, const Doub
 }
 
 #ifndef R2F_TEST_EMULATED
-// Sums and gradients in one pass: the same sums, and for the layers that allow it the gradients for loss gradients
-// of 1.
+// Checks the pass that computes sums and gradients together: the sums equal those without gradients, and layers that
+// allow one pass get the gradients for loss gradients of 1.
 int check_one_pass(DType dtype, const MatchingArgs& args, std::list<Layer>& layers, const Expected& want) {
   const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   const int64_t chunks = matching_chunks(args), half = chunks / 2;

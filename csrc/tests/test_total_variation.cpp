@@ -1,5 +1,5 @@
 // total_variation against a plain double loop. Compiled twice: for the CPU kernel, and with R2F_TEST_EMULATED for the
-// CUDA source run by the emulator. "quick" as an argument: fewer shapes (for the sanitizers).
+// CUDA source run by the emulator. The argument "quick" selects fewer shapes (for the sanitizers).
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -16,7 +16,7 @@ struct Case {
 
 constexpr double kWeight = 0.5;
 
-// values [trials] and grad_images.
+// Computes values [trials] and grad_images.
 void run(DType dtype, const TotalVariationArgs& args, const std::vector<double>& grads, std::vector<double>& values,
          void* grad_images) {
 #ifdef R2F_TEST_EMULATED

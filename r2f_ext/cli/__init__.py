@@ -1,7 +1,8 @@
 """The command line: `r2f COMMAND`.
 
-Bad input ends in one sentence and exit code 2, an audit whose report judges nothing because a stage failed in 3, an
-error of the program itself in 70, Ctrl-C in 130, SIGTERM in 143.
+Exit codes: 2 for bad input, which is explained in one sentence; 3 for an audit whose report judges nothing because a
+stage failed, or for a study of which some settings could not be measured; 70 for an error of the program itself; 130
+for Ctrl-C; 143 for SIGTERM.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         with sigterm_as_interrupt(), warnings.catch_warnings():
             check(options)
             warnings.filterwarnings("ignore", module="peft")
-            # Imported here: the help and most refusals answer without loading torch.
+            # Imported here, so that the help and most error messages appear without loading torch.
             return int(importlib.import_module("r2f_ext.cli.execute").execute(options))
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error, options)

@@ -89,7 +89,7 @@ def _base(base: str, command: str) -> None:
         return
     owner, _, name = base.partition("/")
     if base == "embedded" or prefix is not None or Path(base).is_dir() or (owner and name):
-        return  # the library says what may be meant by OWNER/NAME
+        return  # the library's error says what OWNER/NAME could mean
     raise R2FError(
         f"unknown base '{base}': use {BASES}.{' It is a file: pass the folder that holds it.' * Path(base).is_file()}"
     )
@@ -133,7 +133,7 @@ def _routes(names: tuple[str, ...]) -> None:
 
 def _adapter(folder: Path) -> None:
     remedy = "pass a folder written by PEFT's save_pretrained"
-    if folder.is_file() and folder.suffix != ".safetensors":  # the library says whose tensors these are
+    if folder.is_file() and folder.suffix != ".safetensors":  # the library's error names the format of such a file
         raise R2FError(f"adapter '{folder}' is a file, not a folder: {remedy}.")
     if not folder.exists():
         raise R2FError(f"adapter folder '{folder}' does not exist: {remedy}.")

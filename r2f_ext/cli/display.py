@@ -16,9 +16,9 @@ from rich.text import Text
 from r2f_ext.audit.names import counted, layers_in_words, row_name
 from r2f_ext.progress import Advance, Stages
 
-PIPE_WIDTH = 10_000  # wider than any row: what reads a pipe finds each row on one line
+PIPE_WIDTH = 10_000  # wider than any row, so that a program that reads the pipe gets each row on one line
 CONTROL = "red"
-# Keys of a decoder's figures that are shown where the report has them -> heads of their columns.
+# Keys of a decoder's figures, which are shown if the report has them -> headings of their columns.
 BESIDE = {
     "victim_true": "private images",
     "victim_estimate": "estimate for victims",
@@ -28,7 +28,7 @@ BESIDE = {
 
 
 def console_for(terminal: bool) -> Console:
-    """The console of a terminal, as wide as it is, or of a pipe."""
+    """A console for a terminal, with the terminal's width, or for a pipe."""
     return Console(highlight=False, soft_wrap=True, width=None if terminal else PIPE_WIDTH)
 
 
@@ -110,7 +110,7 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
 
 def print_target(target: dict[str, Any]) -> None:
-    """Base, layers and rank of an adapter, and the count of every route."""
+    """Print base, layers and rank of an adapter, and for every route its count of equations and unknowns."""
     words = layers_in_words(target["layers"])
     console.print(f"base {escape(target['base'])}, {words}, {target['tokens']} tokens; {target['steps']}")
     print_verdicts([(route, ok, target["why"][route]) for route, ok in target["identifiable"].items()])
@@ -146,7 +146,7 @@ def _print_verdict(sentences: list[str]) -> None:
 
 
 def _print_set(name: str, figures: dict[str, Any], alone: bool) -> None:
-    """The table of a set that is scored; of any set, what each route made of it and the sentences on it."""
+    """Print a table of scores if the set is scored, and for any set each route's result and the notes."""
     if not alone:
         console.print(Text(f"{name}: {figures['verdict']}", style="bold"))
     title = f"{name}: {counted(figures['n'], 'adapter')}, proxy {figures['proxy']}"

@@ -30,7 +30,7 @@ def execute(options: argparse.Namespace) -> int:
     if distributed.wanted() and options.command not in commands.DISTRIBUTED:
         raise R2FError(f"only {' and '.join(commands.DISTRIBUTED)} run on several processes: leave torchrun out.")
     if uses_cuda(options) and ":" in (device := chosen_device(options)):
-        torch.cuda.set_device(device)  # for what is made on "cuda" alone, and for the report's name of the GPU
+        torch.cuda.set_device(device)  # for tensors made on "cuda" without a number, and for the GPU's name in reports
     with distributed.processes(cuda=uses_cuda(options)):
         first = distributed.rank() == 0
         display.console.quiet = not first

@@ -57,7 +57,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def escape_what_the_terminal_cannot_show() -> None:
-    """Print what the terminal cannot show (a path under PYTHONIOENCODING=ascii) as backslash escapes."""
+    """Let stdout and stderr escape characters that they cannot encode (a path under PYTHONIOENCODING=ascii)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -103,7 +103,7 @@ def _left_behind(options: argparse.Namespace) -> str:
 
 
 def _write_traceback(error: BaseException, options: argparse.Namespace) -> Path:
-    """Write it under --out, or to a temporary file if --out is missing or not writable."""
+    """Write the traceback under --out, or to a temporary file if --out is missing or not writable."""
     text = "".join(traceback.format_exception(error))
     if getattr(options, "out", None) is not None:
         path = Path(options.out) / TRACEBACK

@@ -10,10 +10,10 @@ from typing import Any
 
 from r2f_ext import __version__
 
-# Names of the library, repeated because help and refusals must not load torch; tests compare them.
+# Names that the library defines too, repeated because help and errors must not load torch; tests compare them.
 KINDS = ("projection", "row_lmmse", "ridge", "kernel_ridge", "mlp", "conv", "unet")
 IMAGES = ("embedded", "fashion-mnist", "cifar100", "lfw", "photos", "procedural")
-PRIVATE_IMAGES = {  # how many there are to score against
+PRIVATE_IMAGES = {  # number of private images of each set
     "embedded": 100,
     "fashion-mnist": 10_000,
     "cifar100": 10_000,
@@ -28,7 +28,7 @@ def _modules_in(*folders: str) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in iter_modules([str(Path(__file__).parents[1].joinpath(*folders))])))
 
 
-# A module holds the route, or the study, of its name.
+# Each module in these folders holds the route, or the study, of the module's name.
 ROUTES, STUDIES = _modules_in("inversion", "routes"), _modules_in("studies", "questions")
 BASES = "'embedded', 'timm:NAME', 'timm-random:NAME', 'transformers:OWNER/NAME', or a folder that exists"
 BASE_PREFIXES = ("timm:", "timm-random:", "transformers:")
@@ -109,7 +109,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check_audit(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """An audit names adapters and --out; a replay takes everything that shapes its figures from the report."""
+    """Require adapters and --out, or, with --replay, no option that the report determines."""
     if options.replay is None:
         if not options.adapter or options.out is None:
             parser.error("audit needs an ADAPTER and --out DIR, or --replay REPORT")

@@ -80,12 +80,12 @@ def _new_pairs(options: Options, target: Target, a: dict[str, Tensor]) -> Writab
 
 
 def _proxy_images(options: Options, base: BaseModel, count: int) -> ProxyImages:
-    if options.proxy == "procedural" and count > 0:  # a product below 1 is refused by load_images
+    if options.proxy == "procedural" and count > 0:  # load_images raises the error for a count below 1
         return ProceduralStream(count, base.input_shape, base.num_classes, options.seed, base.device)
     return images_of(options.proxy, base, options, "proxy", count=count)
 
 
 def _training(options: Options) -> Training | None:
-    """The victims' training where any option of it was given; None: one step of SGD on one image."""
+    """The victims' training if any of its options was given; otherwise None, for one step of SGD on one image."""
     given = {f.name: getattr(options, f.name) for f in fields(Training) if getattr(options, f.name) is not None}
     return Training(**given) if given else None

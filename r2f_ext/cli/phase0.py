@@ -44,7 +44,7 @@ def run_phase0(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_identifiability(options: argparse.Namespace) -> dict[str, Any]:
-    """Count the closed forms of timm models; of one model, every route's verdict."""
+    """Print the counts of the closed forms for timm models; for a single model also the verdict of every route."""
     bases = {name: shape_of(name, options.image_size) for name in options.model or TIMM_MODELS}
     counted = {name: closed_forms(base) for name, base in bases.items()}
     rows = [[name, *one.cells()] for name, one in counted.items()]

@@ -17,7 +17,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def list_folder(folder: Path) -> tuple[list[Path], list[int] | None]:
-    """Find the images under `folder`, in the order of their paths, where numbers count as such: 2.png before 10.png.
+    """Find the images under `folder`, sorted by path, with digits compared as numbers: 2.png before 10.png.
 
     Hidden files and symbolic links are skipped. If the images are in subfolders, each first-level subfolder is a class;
     classes are numbered in the alphabetical order of their names, as torchvision's ImageFolder does.

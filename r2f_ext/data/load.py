@@ -52,8 +52,8 @@ def load_images(
         num_classes: number of classes of the model. Larger labels are folded: label % num_classes.
             Faces, photographs, procedural images and flat folders have no labels of these classes, so their labels are
             drawn uniformly from the seed.
-        count: number of images. If fewer exist, all are used and `notes` says so. A proxy is a random
-            choice by the seed; private images are the first ones.
+        count: number of images. If fewer exist, all are used and `notes` says so. For a proxy the seed draws a random
+            subset; private images are the first `count`.
         seed: determines every random choice.
         role: `proxy` or `private`.
 

@@ -2,9 +2,9 @@
 
 Four families, mixed at random: 1/f noise, dead leaves (shapes that occlude one another), isolated objects on flat
 backgrounds, and smooth compositions of blobs. All functions work on whole batches. Random numbers come from generators,
-one per chunk, so the first k images do not depend on `count`. Generators are the CPU's, except in a stream on a GPU
-(`ProceduralStream`), which draws other images, in larger chunks, and never waits for the GPU. Another device or number
-of threads rounds differently: about one byte in a million is then off by one.
+one per chunk, so the first k images do not depend on `count`. The generators are on the CPU, except in a stream on a
+GPU (`ProceduralStream`), which makes different images, in larger chunks, and never waits for the GPU. On another device
+or with another number of threads, results are rounded differently: about one byte in a million is then off by one.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def procedural_families(count: int, shape: tuple[int, int, int] = (3, 32, 32), s
 
 
 def _families(n: int, generator: torch.Generator) -> Tensor:
-    """Draw the family of each of `n` images, as a chunk's first random numbers say: int64 [n]."""
+    """Draw the family of each of `n` images, int64 [n], from the first random numbers of a chunk."""
     ends = (NOISE_FRACTION, NOISE_FRACTION + LEAVES_FRACTION, NOISE_FRACTION + LEAVES_FRACTION + OBJECT_FRACTION)
     return torch.bucketize(torch.rand(n, generator=generator), torch.tensor(ends))
 
@@ -169,7 +169,7 @@ def _chunk(
 ) -> Tensor:
     """The `n` images of a chunk, uint8 [n, c, h, w]; each family makes its images, gray ones first.
 
-    Nothing here waits for a GPU. Its kernels take less time than their launches, which work already queued hides.
+    Nothing here waits for a GPU. Its kernels are shorter than their launches, which overlap with work queued before.
     """
     _, host = generators
     family = _families(n, host)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r2f_ext.data.procedural import chunk_of, chunk_size, procedural_images, procedural_labels
 
-CACHED_CHUNKS = 2  # consecutive batches may overlap two
+CACHED_CHUNKS = 2  # a batch may span two chunks
 
 
 class ProxyImages(Protocol):
@@ -43,8 +43,8 @@ class ProxyImages(Protocol):
 class ProceduralStream:
     """Procedural images and labels as a proxy, generated a chunk at a time.
 
-    On a CPU they are those of `load_images("procedural", ...)`. On a GPU they are made there, from its own random
-    numbers: other images of the same kind, the same for the same seed on the same kind of GPU.
+    On a CPU the images are those of `load_images("procedural", ...)`. On a GPU they are made from the GPU's own random
+    numbers: different images of the same kind, which the same seed reproduces on the same model of GPU.
 
     Args:
         count: number of images.
@@ -79,7 +79,7 @@ class ProceduralStream:
     @property
     def fingerprint(self) -> str:
         made = f"procedural/{self.shape}/{self.num_classes}/{self.seed}/{self.count}"
-        if self.device.type == "cuda":  # other random numbers, laid out by the kind of GPU
+        if self.device.type == "cuda":  # its random numbers differ, and depend on the model of GPU
             made += f"/{torch.cuda.get_device_name(self.device)}"
         return hashlib.sha256(made.encode()).hexdigest()
 

@@ -31,8 +31,8 @@ class Recipe:
     Attributes:
         images: what it is trained on, as `load_images` names it. The labels are the images' own; procedural images have
             none, so they get those of a pretext task (`turned_families`).
-        count: of images, a tenth of which are not trained on but labelled, for the accuracy.
-        training: of all weights; the head is then reset, as the embedded base's is.
+        count: number of images; a tenth of them is held out to measure the accuracy.
+        training: how all weights are trained. Afterwards the head is reset, as in the embedded base.
     """
 
     images: str
@@ -63,12 +63,12 @@ def recipe_of(name: str, quick: bool) -> Recipe:
 
 
 def trained_base(name: str, device: torch.device, quick: bool = False) -> BaseModel:
-    """A base of TRAINED, from its folder under `cache_folder()`, or else trained and saved there first.
+    """A base of TRAINED. If it has no folder under `cache_folder()` yet, it is trained and saved there.
 
     Training takes about two minutes on two cores and says so on stderr.
 
     Args:
-        name: in TRAINED; quick: train for seconds only, apart from the proper one.
+        name: a key of TRAINED; quick: train for seconds only, and save it in a folder of its own.
 
     Raises:
         R2FError: the folder cannot be written to, or what it holds cannot be read.
@@ -87,10 +87,10 @@ def trained_base(name: str, device: torch.device, quick: bool = False) -> BaseMo
 
 
 def turned_families(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Procedural images uint8 [count, 3, 32, 32] and labels of a pretext task that they can be trained on, [count].
+    """Procedural images uint8 [count, 3, 32, 32] and their labels [count] for a pretext task to train on.
 
-    The label is the generator's family; objects, which have an upright, are also turned by 0 to 3 quarters, and each
-    turn is a class of its own (Gidaris et al. 2018): seven classes.
+    The label is the generator's family. Objects, which have an upright orientation, are also rotated by 0 to 3 quarter
+    turns, and each rotation is a class of its own (Gidaris et al. 2018): seven classes.
     """
     images, labels = procedural_images(count, seed=seed), procedural_families(count, seed=seed)
     turns = torch.randint(4, (count,), generator=torch.Generator().manual_seed(seed))

@@ -1,7 +1,7 @@
-"""Clients that train adapters in rounds and defend what they send, for the price of a defence in accuracy.
+"""Clients that train an adapter in rounds and defend what they send, to measure what a defence costs in accuracy.
 
-In a round every client starts from the common factors, trains as `simulate` does, and sends how A and B changed, after
-its defence; the server adds the mean of the changes (McMahan et al. 2017, federated averaging).
+In a round every client starts from the common factors, trains as `simulate` does, applies its defence to the changes of
+A and B, and sends the result; the server adds the mean over clients (McMahan et al. 2017, federated averaging).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from r2f_ext.studies.scene import ALPHA, start_of, target_of
 from r2f_ext.types import BaseModel, Target
 
 RANK = 8  # at which the scale is ALPHA / r
-RATE = 0.5  # of SGD: the largest of 0.1, 0.5 and 2 that trains, tried on public images of seed 0
+RATE = 0.5  # learning rate of SGD: the largest of 0.1, 0.5 and 2 that trains, on public images of seed 0
 
 
 @dataclass(frozen=True)
 class Defence:
-    """What a client does against an observer of its change; the defaults are the protocol's victim.
+    """How a client defends the change that it sends against an observer; the defaults are the protocol's victim.
 
     Attributes:
         rank: of the adapter.
@@ -34,7 +34,7 @@ class Defence:
         dropout: LoRA's.
         clip: whether the change is scaled down to at most the bound (the norm of all its factors together).
         noise: standard deviation of the Gaussian noise on every entry, as a share of the bound (Abadi et al. 2016).
-        rounding: "none", "float16", "bfloat16", or "sign": one bit an entry and each factor's mean size.
+        rounding: "none", "float16", "bfloat16", or "sign": one bit per entry and the mean magnitude of each factor.
     """
 
     rank: int = RANK
@@ -48,18 +48,17 @@ class Defence:
 
     @property
     def training(self) -> Training:
-        """SGD on a client; several steps share the length of one."""
+        """SGD on a client; each of several steps has its share of the learning rate of one step."""
         return Training(self.steps, self.batch, lr=RATE / self.steps, dropout=self.dropout)
 
     @property
     def of_one_image(self) -> Defence:
-        """The same training on one image, undefended: clients that differ only in the rest come from the same."""
+        """The same training on one image, undefended; shared by defences that differ only in what is reset here."""
         return replace(self, batch=1, clip=False, noise=0.0, rounding="none")
 
     def target(self, base: BaseModel) -> Target:
-        """The adapted layers, their scale as 1 / sqrt(r) (rsLoRA, Kalajdzievski 2023), so that every rank trains alike.
-
-        A step changes W by lr scale^2 G A^T A, which has r directions.
+        """The adapted layers. Their scale is proportional to 1 / sqrt(r) (rsLoRA, Kalajdzievski 2023), so that every
+        rank trains alike: a step changes W by lr scale^2 G A^T A, and A^T A has rank r.
         """
         names = target_of(base).names
         blocks = list(dict.fromkeys(map(block_of, names)))
@@ -68,7 +67,7 @@ class Defence:
         return target_of(base, self.rank, layers, ALPHA * (self.rank / RANK) ** 0.5)
 
     def __call__(self, change: Updates, bound: float, generator: torch.Generator) -> Updates:
-        """What is sent of the changes of P clients, name of a factor -> [P, ...]."""
+        """What P clients send in place of their changes, each name of a factor -> [P, ...]."""
         sent = change
         if self.clip:
             norm = torch.stack([each.flatten(1).square().sum(1) for each in change.values()]).sum(0).sqrt()
@@ -90,10 +89,10 @@ def _rounded(change: Tensor, rounding: str) -> Tensor:
 def federated_accuracy(
     base: BaseModel, defence: Defence, train: ImageSet, test: ImageSet, images: int, bound: float, seed: int
 ) -> Tensor:
-    """Whether the adapted base classifies each test image, bool [n], after clients saw every train image once.
+    """Whether the adapted base classifies each test image correctly, bool [n], after one pass over the train images.
 
     Args:
-        images: seen in a round, by images / defence.batch clients; fewer in the last if they do not divide `train`.
+        images: number of images per round, for images / defence.batch clients; the last round may have fewer.
         bound: of the clipping in the first round; it falls with the step size, linearly over the rounds.
         seed: of the start, the dropout and the noise.
     """

@@ -1,4 +1,4 @@
-"""The figure of a study: one drawing for each panel, lines over numbers or bars over words, with 95 % intervals."""
+"""The figure of a study: one plot per panel, with 95 % intervals; numbers on the x axis give lines, words bars."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from r2f_ext.files import write_atomically
 from r2f_ext.studies.study import Panel
 from r2f_ext.studies.table import Row, Table, Value
 
-WIDTH, HEIGHT, COLUMNS, DPI = 6.2, 4.0, 2, 110  # inches of a panel, panels side by side
+WIDTH, HEIGHT, COLUMNS, DPI = 6.2, 4.0, 2, 110  # inches of a panel; panels per row; dots per inch
 # Okabe and Ito's palette, which readers with impaired colour vision can tell apart; then other line styles.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"
-MANY = 6  # lines of a legend beyond which it stands beside the drawing; with bars, which fill it, from 3 on
+MANY = 6  # with more lines than this the legend is beside the plot; with bars, which fill the plot, from 3 on
 UNITS = {"psnr_db": "PSNR in dB", "cosine": "cosine", "accuracy": "accuracy", "seconds": "seconds"}
 
 
@@ -41,7 +41,7 @@ def write_figure(path: Path, panels: Sequence[Panel], table: Table) -> None:
 
 
 def _with_x(x: str, rows: Sequence[Row], table: Table) -> list[Row]:
-    """The rows that have the column x, or the mean of the metric x at their setting, which becomes that column."""
+    """The rows with a column x. If x is a metric, rows without one get its mean at their setting as column x."""
     found, others = [row for row in rows if x in row.keys], table.where(x)
     for row in rows if others else ():
         across = next((other for other in others if other.keys.items() <= row.keys.items()), None)

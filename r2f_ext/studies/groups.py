@@ -1,7 +1,7 @@
 """The amortised route for batches: kernel ridge from a batch's update to its images, in the order of their labels.
 
-At the start the update of a batch is the mean of its images' own updates, so that batches of proxies cost no passes
-through the model once every proxy's own update is known.
+At the start the update of a batch is the mean of the updates of its images. Once the update of every proxy image is
+known, the updates of proxy batches therefore need no further passes through the model.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from r2f_ext.decoders import Updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import Choice, ImageRegression, kernel_, system_, unit_rows
 
-HELD_OUT = 6  # one group in so many chooses the settings
+HELD_OUT = 6  # one group in HELD_OUT is held out to choose the settings
 
 
 def draw_groups(public: Tensor, labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Rows [count, b] of public images for groups with the labels [b]; none twice among those of one label.
+    """Draw `count` groups of public images with the labels [b]: rows [count, b].
 
-    Images of any label stand in for those of a label with too few.
+    Within a group, no image is drawn twice for one label. If a label has too few images, images of any label are drawn
+    for it.
 
     Args:
         public: labels [N] of the public images.
 
     Raises:
-        R2FError: there are fewer public images than a group has of one label.
+        R2FError: there are fewer public images than a group needs for one label.
     """
     return _drawn(_pools(public, labels, 1), labels, count, generator)
 
 
 def fitting_groups(public: Tensor, labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`draw_groups` for a fit: the last sixth of the rows, which choose its settings, share no image with the others.
+    """`draw_groups` for a fit: the last sixth of the groups, which choose its settings, share no image with the others.
 
-    For one image, every public image of its label is a group, up to `count`.
+    With b = 1, every public image of the label is a group, up to `count`.
     """
     pools = _pools(public, labels, HELD_OUT)
     if len(labels) == 1:
@@ -47,7 +48,7 @@ def fitting_groups(public: Tensor, labels: Tensor, count: int, generator: torch.
 
 
 def _pools(public: Tensor, labels: Tensor, share: int) -> dict[int, Tensor]:
-    """Label -> the rows of its images; of all where it has fewer than `share` times as many as the group."""
+    """Label -> the rows of its images, or all rows if it has fewer than `share` times the images that a group needs."""
     pools = {}
     for label, times in zip(*labels.unique(return_counts=True), strict=True):
         own = torch.nonzero(public == label).flatten()
@@ -69,7 +70,7 @@ def _drawn(pools: dict[int, Tensor], labels: Tensor, count: int, generator: torc
 
 
 def group_mean(single: Updates, rows: Tensor) -> Updates:
-    """name -> the updates [n, ...] of groups, means over the rows [n, b] of single updates [N, ...]."""
+    """name -> updates [n, ...] of n groups: the means of the single updates [N, ...] in the rows [n, b]."""
     found = {}
     for name, each in single.items():
         total = each[rows[:, 0]]
@@ -86,7 +87,7 @@ class GroupRidge:
         updates: name -> the updates of n groups of public images [n, ...].
         public: these images.
         rows: which of them are in which group [n, b], see `fitting_groups`.
-        choice: kernel width and ridge; None: those that do best for the first slot of held-out groups.
+        choice: kernel width and ridge; None: those with the best PSNR on the first slot of held-out groups.
     """
 
     def __init__(self, updates: Updates, public: ImageSet, rows: Tensor, choice: Choice | None = None) -> None:

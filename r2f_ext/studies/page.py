@@ -1,4 +1,4 @@
-"""Pages of studies: page.md of each, and studies.html, all of them in one page that loads no other resource."""
+"""Pages of studies: page.md for each study, and studies.html, one self-contained page with all of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _cell(row: Row | None) -> str:
 
 
 def _counts(found: dict[str, Row]) -> str:
-    """How many values the means of one line are of: one number where all metrics agree."""
+    """The number of values behind the means of one line: a single number if all metrics have the same."""
     return ", ".join(dict.fromkeys(str(row.n) for row in found.values()))
 
 
@@ -77,7 +77,7 @@ def _figure(result: StudyResult) -> Path | None:
 
 
 def _code(text: str) -> Markup:
-    """Text with what stands between backticks as code, escaped."""
+    """The text, escaped, with the parts between backticks as `<code>`."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
@@ -89,7 +89,7 @@ def _base_and_data(result: StudyResult) -> str:
 
 
 def _wrapped(text: str, first: str = "", rest: str = "") -> str:
-    """Lines of at most LINE columns, none of which begins with what Markdown takes for an item or a heading."""
+    """Lines of at most LINE columns; none begins with characters that Markdown reads as a list item or a heading."""
     kept = re.sub(r" (?=(?:[-+#>]|\d+[.)]) )", "\N{NO-BREAK SPACE}", text)
     filled = textwrap.fill(
         kept, LINE, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False

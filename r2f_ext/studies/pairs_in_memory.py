@@ -15,12 +15,12 @@ from r2f_ext.errors import R2FError
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
-MOST_BYTES = 3 << 30  # of what one `PairsInMemory` holds
+MOST_BYTES = 3 << 30  # limit for the tensors of one `PairsInMemory`
 
 
 @dataclass
 class PairsInMemory:
-    """Pairs in memory, to walk through them without running the model again: a `PairSource`.
+    """A `PairSource` that keeps its pairs in memory, so that iterating over them again does not run the model.
 
     A pair of the embedded base with all its layers takes 1.7 MB at r = 8.
 
@@ -65,15 +65,15 @@ class PairsInMemory:
 
     @classmethod
     def of_images(cls, target: Target, images: ImageSet, group_size: int = 1) -> PairsInMemory:
-        """Gradients at the start, without an A; `seen_by` adds the updates of an adapter. Raises as `of` does."""
+        """The gradients at the start, without updates; `seen_by` adds those of an adapter. Raises what `of` raises."""
         blank = {layer.name: torch.zeros(1, layer.d_in, device=target.base.device) for layer in target.layers}
         found = cls.of(GeneratedPairs(target, blank, images, group_size))
         return replace(found, a={}, parts=tuple(replace(batch, updates={}) for batch in found.parts))
 
     def seen_by(self, target: Target, a: dict[str, Tensor]) -> PairsInMemory:
-        """The pairs of an adapter of any of these layers and of any rank, whose A at the start is `a`.
+        """The pairs of an adapter with A = `a` at the start, of any rank and on any subset of these layers.
 
-        At B = 0 gradients do not depend on A, so that one capture serves every adapter of the base.
+        At B = 0 the gradients do not depend on A, so that one capture serves every adapter of the base.
 
         Args:
             a: name -> [r, d_in]; further layers are ignored.
@@ -89,7 +89,7 @@ class PairsInMemory:
         return sum(len(batch.labels) for batch in self.parts)
 
     def __add__(self, other: PairsInMemory) -> PairsInMemory:
-        """Both one after another, also of different bases of one architecture: `target` is the first's."""
+        """The pairs of both. Their bases may differ but have one architecture; `target` is that of `self`."""
         return replace(self, parts=self.parts + other.parts)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:

@@ -1,4 +1,4 @@
-"""Runs studies: every setting and seed is measured once, kept as soon as it is, and found again by the next run."""
+"""Runs studies. A setting and seed is measured once and recorded at once, so that the next run does not repeat it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def run_study(
 ) -> StudyResult:
     """Measure every setting for every seed and write record.json, table.csv, figure.png and page.md to `out`/NAME.
 
-    Cells that the record holds already are not measured again, so that a run that was interrupted goes on, and one with
-    more seeds adds them. A cell that fails for want of memory or by its numbers is left out, and the page says why.
+    A cell is one setting with one seed. Cells that are in the record are not measured again: an interrupted run
+    continues, and a run with more seeds adds cells. A cell that fails with an `R2FError`, for lack of memory or on a
+    singular matrix is left out, and the page says why.
 
     Args:
         seeds: None: 0 to `study.seeds` - 1, in a quick world only 0.
@@ -98,7 +99,7 @@ def _measure(study: Study, world: World, setting: Setting, seed: int) -> Mapping
 
 
 def _short(values: Sequence[float]) -> list[float]:
-    """Seven digits, as many as float32 has."""
+    """The values rounded to seven significant digits, the precision of float32."""
     return [float(f"{float(value):.7g}") for value in values]
 
 

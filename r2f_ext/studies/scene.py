@@ -22,14 +22,14 @@ from r2f_ext.studies.bases import TRAINED, trained_base
 from r2f_ext.studies.study import Data
 from r2f_ext.types import AdaptedLayer, BaseModel, Gradient, PairBatch, Target
 
-PRIVATE_IMAGES = 100  # of which seeds take victims; none of them is ever a proxy
+PRIVATE_IMAGES = 100  # the victims of all seeds are taken from these; `public_images` returns none of them
 ALPHA = 16.0
 OTHERS = 200  # public images that strangers are drawn from
 
 
 @lru_cache(maxsize=4)
 def base_of(spec: str, device: torch.device, quick: bool = False) -> BaseModel:
-    """`load_base`, or a base of `bases.TRAINED` (`quick`: one trained for seconds only), once for all settings."""
+    """The base `spec`, from `load_base` or `bases.TRAINED` (`quick`: trained for seconds only), loaded once."""
     return trained_base(spec, device, quick) if spec in TRAINED else load_base(spec, device)
 
 
@@ -46,7 +46,7 @@ def _public(spec: str, base: BaseModel, seed: int, count: int, private: str) -> 
 
 
 def private_images(base: BaseModel, data: Data, seed: int, count: int) -> ImageSet:
-    """The private images of one seed: `count` of them, that no other seed has.
+    """`count` private images that belong to this seed alone.
 
     Raises:
         R2FError: the set has too few images for so many seeds.
@@ -67,7 +67,7 @@ def public_images(base: BaseModel, data: Data, seed: int, count: int) -> ImageSe
 def images_of_seed(
     base: BaseModel, data: Data, seed: int, victims: int, pairs: int
 ) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """The seed's private images, for each a stranger (`strangers_of`) that no fit reads, and public images to fit to.
+    """The seed's private images, a stranger for each (`strangers_of`, never fitted to), and public images to fit to.
 
     Raises:
         R2FError: too few private images, or no public ones beside the OTHERS that strangers are drawn from.
@@ -108,7 +108,7 @@ def start_of(target: Target, seed: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Observed:
-    """What V victims give away, and what they hide.
+    """What V victims reveal (`updates` and `a`), and the truth that attacks are scored against.
 
     Attributes:
         updates: name -> (B_0 - B_T) / sum of the step sizes [V, d_out, r].
@@ -127,7 +127,7 @@ class Observed:
 def victims_of(
     target: Target, a: dict[str, Tensor], private: ImageSet, training: Training | None = None, seed: int = 0
 ) -> Observed:
-    """Train one victim on every `training.owned` private images by `simulate`, which equals PEFT's training."""
+    """Train one victim on every `training.owned` private images with `simulate`, which equals PEFT's training."""
     training = training or Training()
     owned = training.owned
     groups = len(private) // owned
@@ -148,9 +148,10 @@ def mean_cosine(decoded: Gradient, true: Gradient) -> Tensor:
 
 
 class ClassMean:
-    """The control of decoders that only know the label: the mean unit-norm gradient of the label's pairs.
+    """The control for decoders, which knows only the label: the mean gradient of the label's pairs.
 
-    `guess` takes the true labels, so it is this control's strongest form. Labels without pairs get the mean of all.
+    Each gradient is divided by the norm of its update. `guess` is given the true labels, which is the control's
+    strongest form. Labels without pairs get the mean of all pairs.
     """
 
     kind = "class_mean_gradient"
@@ -169,7 +170,7 @@ class ClassMean:
                 sums[label] = sums[label] + total if label in sums else total
 
     def finish(self) -> None:
-        """The direction of a sum is that of the mean."""
+        """Nothing is left to do: only directions are used, and a sum has the direction of the mean."""
 
     def guess(self, labels: Tensor) -> Gradient:
         """Labels [V] -> gradients, dense[name] [V, d_out, d_in]."""
@@ -181,7 +182,7 @@ class ClassMean:
 
 
 class Estimates:
-    """Collects pairs of one image each for the amortised route: fit it beside decoders, then call `inverter`."""
+    """Collects pairs of one image each for the amortised route. After a fit beside decoders, call `inverter`."""
 
     def start(self, pairs: PairSource, count: int) -> None:
         self.pairs = pairs
@@ -216,9 +217,9 @@ def fit_together(pairs: PairSource, count: int, learners: Sequence[Learner]) -> 
 
 
 def stranger_rows(public: ImageSet, labels: Tensor, seed: int) -> Tensor:
-    """For each label [V] the index int64 of another public image of that label, drawn by the seed.
+    """For each label [V] the index, int64, of a public image of that label, drawn by the seed.
 
-    Labels that no public image has get an image of any label, as do all where public labels are random.
+    If no public image has the label, or if the public labels are random, an image of any label is drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -230,9 +231,9 @@ def stranger_rows(public: ImageSet, labels: Tensor, seed: int) -> Tensor:
 
 
 def strangers_of(images: ImageSet, others: ImageSet, seed: int) -> ImageSet:
-    """For every image one of `others` with its label, drawn by the seed.
+    """For each image one image of `others` that has its label, drawn by the seed.
 
-    Where no other has that label, or the labels of `others` are random, an image of any label is given it.
+    If no image of `others` has the label, or if their labels are random, an image of any label is drawn and relabelled.
     """
     drawn = others.take(stranger_rows(others, images.labels, seed))
     return replace(drawn, labels=images.labels)

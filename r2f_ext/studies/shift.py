@@ -30,8 +30,8 @@ from r2f_ext.studies.table import Row, Table, Value, difference
 from r2f_ext.types import BaseModel, Gradient
 
 GENERATED = "procedural"
-SHARES = (1e-3, 1e-2, 1e-1, 1.0)  # dampings of the linear classifier, of which leave-one-out errors choose
-LEAST = 4  # images of each half of the private ones that are no victims
+SHARES = (1e-3, 1e-2, 1e-1, 1.0)  # candidate dampings of the linear classifier; leave-one-out errors choose one
+LEAST = 4  # images that each half of the private images without the victims must have
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Split:
 
     Attributes:
         victims: whose adapters are attacked.
-        others: half of those that are no victims: they stand for what the victims are drawn from.
-        public: the other half: they make public images of this kind where there are no better ones.
+        others: half of the images that are no victims: a sample of the distribution that the victims come from.
+        public: the other half: `public_of` makes public images from them if the set has no public part.
     """
 
     victims: ImageSet
@@ -70,8 +70,8 @@ def split_of(base: BaseModel, data: Data, seed: int, victims: int) -> Split:
 def public_of(world: World, base: BaseModel, kind: str, seed: int, count: int, victims: int) -> ImageSet:
     """`count` public images of a kind: procedural, or those that resemble the private ones of `world.named(kind)`.
 
-    The latter are the public part of the same set (clothes, photographs) where the data name it as their proxy;
-    otherwise the `public` images of the split, mirrored and shifted.
+    The latter are the public part of the same set (clothes, photographs) if the data name that set as their proxy.
+    Otherwise they are the `public` images of the split, mirrored and shifted.
 
     Raises:
         R2FError: the set has fewer.
@@ -89,9 +89,10 @@ def public_of(world: World, base: BaseModel, kind: str, seed: int, count: int, v
 
 
 def varied(images: ImageSet, count: int, seed: int) -> ImageSet:
-    """`count` images made of few: each drawn at random, mirrored or not, and moved by up to 2 pixels, edges repeated.
+    """Make `count` images from a few.
 
-    Random labels are dealt out anew; others stay with their images.
+    Each is a random one of them, mirrored with probability 1/2 and shifted by up to 2 pixels; edge pixels are repeated.
+    Random labels are permuted; other labels stay with their images.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(images), (count,), generator=generator)
@@ -123,8 +124,8 @@ def reconstructions(
     """PSNR of the amortised route on victims of one image each, and of two controls.
 
     Args:
-        others, kind: updates [n, d_out, r] a layer and images [n] of the victims' kind, of which the strangers are
-            drawn: with the victim's label, where there is one.
+        others, kind: updates, name -> [n, d_out, r], and images [n] of the victims' kind. The strangers are drawn from
+            them, with the victim's label if an image has it.
         public: the images whose mean is the other control.
     """
     images = observed.images[:, 0]
@@ -141,13 +142,15 @@ def reconstructions(
 def a_distance(first: Updates, second: Updates, signed: bool = False) -> float:
     """The proxy A-distance 2(1 - 2 err) of two sets of updates, in [0, 2] (Ben-David et al. 2010, section 3).
 
-    err is the share of updates that a linear classifier puts into the wrong set, on the halves (every second update)
-    that it is not fitted on; it is fitted by ridge regression. Below 0 counts as 0. The longer set is cut.
+    err is the share of updates that a linear classifier puts into the wrong set. The classifier is fitted by ridge
+    regression on every second update and tested on the others, then the other way round. A distance below 0 counts as
+    0. The longer set is cut to the length of the shorter one.
 
     Args:
-        first, second: name -> [n, d_out, r] of the same layers, of which the classifier reads the unit updates.
-        signed: it reads their entries, and otherwise their magnitudes. The label decides signs: where labels are random
-            in both sets, entries have mean 0 in both, and no linear classifier tells the sets apart by them.
+        first, second: name -> [n, d_out, r] of the same layers. The classifier reads them scaled to unit norm.
+        signed: whether the classifier reads the entries or their absolute values. The label determines the signs: if
+            labels are random in both sets, entries have mean 0 in both, and a linear classifier of the entries cannot
+            tell the sets apart.
     """
     n = min(len(next(iter(each.values()))) for each in (first, second))
     rows = torch.cat([_joined_units({name: update[:n] for name, update in each.items()}) for each in (first, second)])
@@ -177,7 +180,7 @@ def not_above(row: Row | None, control: Row | None) -> bool:
     return found is not None and (found.low is None or found.low <= 0)
 
 
-CONTROLS = (  # metric, column, what is compared, its control, and how a sentence says that it does not beat it
+CONTROLS = (  # metric, column, what is tested, its control, and the words for a test that does not beat the control
     ("psnr_db", "route", "amortised", "stranger", "the amortised route by a stranger's update"),
     ("psnr_db", "route", "amortised", "mean_image", "the amortised route by the mean public image"),
     ("cosine", "decoder", "ridge", "projection", "ridge by the projection"),
@@ -186,7 +189,7 @@ CONTROLS = (  # metric, column, what is compared, its control, and how a sentenc
 
 
 def lost_to_controls(table: Table, cells: Mapping[str, Mapping[str, Value]]) -> str:
-    """What is not shown to beat which control, and in which cells (name -> keys); "" where everything does."""
+    """A clause: what is not shown to beat which control, in which cells (name -> keys); "" if everything does."""
     clauses = []
     for metric, column, tried, control, words in CONTROLS:
         pairs = {

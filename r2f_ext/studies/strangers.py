@@ -1,4 +1,4 @@
-"""Victims beside strangers, adapters of other public images with the same labels, and how near estimates come."""
+"""Strangers (adapters of public images with the victims' labels), and how near estimates come to the originals."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from r2f_ext.studies.study import Data
 from r2f_ext.studies.table import Row
 from r2f_ext.types import BaseModel, FactoredGradient, PairBatch
 
-STRANGERS = 19  # a victim: its image beats all of them by chance once in 20
+STRANGERS = 19  # per victim; by chance the victim's own estimate is better than all of theirs once in 20
 
 
 def public_parts(base: BaseModel, data: Data, seed: int, sizes: tuple[int, ...]) -> list[ImageSet]:
-    """Disjoint parts of these sizes of the public images of one seed: proxies, strangers, further images of victims.
+    """Split the public images of one seed into disjoint parts of these sizes: proxies, strangers, further images.
 
     Raises:
         R2FError: the public set has too few images.
@@ -41,12 +41,12 @@ def joined(first: ImageSet, second: ImageSet) -> ImageSet:
 
 
 def nearest_db(estimates: Tensor, originals: Tensor) -> Tensor:
-    """PSNR in dB [V] of one estimate a victim [V, c, h, w] to the nearest of its n images [V, n, c, h, w]."""
+    """PSNR in dB [V] of each victim's estimate [V, c, h, w] against the nearest of its n images [V, n, c, h, w]."""
     return torch.stack([psnr_db(estimates, one) for one in originals.unbind(1)]).amax(0)
 
 
 class WrittenPairs:
-    """The first pairs of a source in memory with their gradients written out: for pairs that take long to make.
+    """The first pairs of a source, kept in memory with dense gradients: for pairs that take long to make.
 
     A pair of the embedded base with all its layers takes 2.1 MB, however many steps made it.
     """

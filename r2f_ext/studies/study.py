@@ -56,7 +56,7 @@ class Measured:
 
     Attributes:
         metric: what was measured, with its unit (`psnr_db`, `cosine`, `seconds`).
-        values: one a victim, or a single one where the figure is not a victim's.
+        values: one per victim, or a single one if the figure does not belong to a victim.
         labels: further columns beside those of the setting (route, decoder, layer, ...).
     """
 
@@ -71,8 +71,8 @@ class Panel:
 
     Attributes:
         metric: on the vertical axis.
-        x: the column on the horizontal axis, numbers being joined by lines and words becoming bars; or a second metric,
-            whose mean at the same setting is then the place of each point.
+        x: the column on the horizontal axis: numbers are joined by lines, words become bars. Or a second metric: its
+            mean at the same setting is then the x coordinate of each point.
         series: columns whose values name the lines or the colours of the bars.
         where: rows must have these values; a tuple allows several.
         title, x_label, y_label: "" takes the names of the columns.
@@ -119,10 +119,10 @@ class Study(ABC):
     def measure(self, world: World, setting: Setting, seed: int) -> list[Measured]:
         """Measure one setting. Seed s uses victims, proxies and starts of its own, so that seeds are independent.
 
-        Everything random follows from the seed. Calls come seed by seed, in the order of `settings`, or resume
-        anywhere in that order: what settings share is cached, not handed on.
+        All randomness is derived from the seed. Calls are made seed by seed, in the order of `settings`, but a resumed
+        run can begin anywhere in that order. What settings share is therefore cached, not passed from call to call.
         """
 
     @abstractmethod
     def conclude(self, world: World, table: Table) -> list[str]:
-        """Whole sentences on what came out, read from the table, negative results first; true of any table."""
+        """Whole sentences on the results in the table, negative results first. They must be true of any table."""

@@ -93,7 +93,7 @@ class Table:
 
 
 def difference(row: Row, other: Row) -> Row | None:
-    """`row` minus `other`, value by value: of the same victims in the same order. None where their numbers differ."""
+    """`row` minus `other`, value by value; both hold the same victims in the same order. None if the lengths differ."""
     if row.n != other.n:
         return None
     values = tuple(one - two for one, two in zip(row.values, other.values, strict=True))

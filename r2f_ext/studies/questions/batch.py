@@ -38,13 +38,13 @@ from r2f_ext.studies.table import Table
 from r2f_ext.types import Gradient, Target
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-GROUPS = 1000  # that the amortised route is fitted to
+GROUPS = 1000  # groups that the amortised route is fitted to
 SEARCHED, SEARCHED_BATCHES = 8, (1, 4, 8)  # images and batch sizes of the searches, in seed 0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Private images of a seed, public images of the amortised route, of decoders, of strangers; groups of a fit."""
+    """Numbers per seed: private images, proxies, proxies of decoders, strangers, groups of a fit, searched images."""
 
     images: int
     pairs: int
@@ -63,7 +63,7 @@ def sizes_of(world: World) -> Sizes:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the settings of one seed share: single updates of proxies and strangers, and decoders of single pairs."""
+    """What the settings of one seed share: updates of single proxies and strangers, decoders fitted to single pairs."""
 
     target: Target
     a: dict[str, Tensor]
@@ -91,7 +91,7 @@ def scene_of(world: World, seed: int) -> Scene:
 
 
 def single_updates(target: Target, a: dict[str, Tensor], images: ImageSet) -> Updates:
-    """name -> updates of one step on each image alone, flat [n, d_out * r]; a batch's is the mean of its images'."""
+    """name -> updates of one step on each image alone, flat [n, d_out * r]. A batch's update is a mean of these."""
     batches = [batch.updates for batch in GeneratedPairs(target, a, images).batches()]
     return {name: torch.cat([batch[name].flatten(1) for batch in batches]) for name in target.names}
 
@@ -224,9 +224,9 @@ def _scores(scene: Scene, seen: Observed, estimates: Tensor) -> list[Measured]:
 
 
 def _closed_form(scene: Scene, seen: Observed, seed: int) -> list[Measured]:
-    """The closed form of block 0's exact qkv gradient where its count allows, beside strangers' images.
+    """The closed form on the exact gradient of block 0's qkv, if its count allows it, beside strangers' images.
 
-    The form reproduces the image of an exact gradient, so that a stranger's estimate is the stranger's image itself.
+    On an exact gradient the closed form reproduces the image, so a stranger's estimate is the stranger's image itself.
     """
     base, b = scene.target.base, seen.labels.shape[1]
     verdict = count_attention_rowspace(base, b)
@@ -253,7 +253,7 @@ def _closed_form(scene: Scene, seen: Observed, seed: int) -> list[Measured]:
 
 
 def _searches(scene: Scene, seen: Observed, start: Tensor, decoded: Gradient, victims: int) -> list[Measured]:
-    """Gradient matching from the amortised estimate for the first victims, on what is exact, decoded or seen."""
+    """For the first victims: match the exact gradient, the decoded one or the update, from the amortised estimate."""
     rows = slice(0, victims)
     images, start, labels = seen.images[rows], start[rows], seen.labels[rows]
     updates = {name: each[rows] for name, each in seen.updates.items()}

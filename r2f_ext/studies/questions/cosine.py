@@ -44,10 +44,10 @@ ERRORS = ("isotropic", "subspace", "decoder")
 STEPS = (0.5, 0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
 MATCHED = {"isotropic": (0.1, 1e-12)}  # a match takes seconds a victim
 SEARCHED = {"isotropic": (1e-3, 1e-8)}  # a search takes a minute
-MATCHED_VICTIMS = 4  # a seed; Gauss-Newton searches for one
+MATCHED_VICTIMS = 4  # per seed; Gauss-Newton searches for one victim
 START_DB, PASSES, SEARCHED_SEEDS = 28.0, 6, 2
 LEVELS_DB = (20.0, 33.0)
-PUBLIC_IMAGES = 300  # of the closed form's prior, and that span the space Gauss-Newton searches
+PUBLIC_IMAGES = 300  # they form the closed form's prior, and they span the space that Gauss-Newton searches
 DECODERS = DEFAULT_KINDS  # the others cost minutes a seed; the study `decoder` compares them all
 PUBLIC = "attention_rowspace, public images"
 SEARCH = "gauss_newton, from 28 dB"
@@ -58,7 +58,7 @@ class Scene:
     """One seed's victims with the errors to add to their gradients, and what was fitted to the proxies.
 
     Attributes:
-        errors: kind -> errors [V, d_out, d_in] a layer, of any size.
+        errors: kind -> errors, [V, d_out, d_in] per layer, before they are scaled.
         decoded: decoder -> the victims' gradients as it decodes them; `class_mean_gradient` too.
         strangers: PSNR in dB [V] of the amortised estimate from another image of the label.
     """
@@ -116,7 +116,8 @@ def isotropic(like: Gradient, generator: torch.Generator) -> Gradient:
 def within_proxies(pairs: GeneratedPairs, count: int, generator: torch.Generator) -> Gradient:
     """`count` errors with the covariance of the proxies' gradients: random sums of their differences from the mean.
 
-    Every gradient is scaled to a unit update; the same sum serves all layers, as one image shapes them all.
+    Each gradient is divided by the norm of its update. The weights of a sum are the same in all layers, because one
+    image determines the gradients of all layers.
     """
     total = len(pairs)
     draws = torch.randn(count, total, generator=generator)
@@ -132,14 +133,14 @@ def disturbed(true: Gradient, errors: Gradient, one_minus_cosine: float) -> Grad
     """Float64 gradients G + tan(angle) |G| e whose cosine with the true ones is as wanted, in every layer.
 
     Args:
-        errors: [V, d_out, d_in] a layer; e is the unit part of them that is orthogonal to G.
+        errors: [V, d_out, d_in] per layer; e is their component orthogonal to G, scaled to unit norm.
     """
     found = {}
     slope = (one_minus_cosine * (2 - one_minus_cosine)) ** 0.5 / (1 - one_minus_cosine)
     for name, dense in true.dense.items():
         gradient, error = dense.double().flatten(1), errors.dense[name].double().flatten(1)
         unit = gradient / gradient.norm(dim=1, keepdim=True)
-        for _ in range(2):  # the second time removes what rounding left of the first
+        for _ in range(2):  # the second projection removes the rounding error of the first
             error = error - (error * unit).sum(1, keepdim=True) * unit
         size = gradient.norm(dim=1) / error.norm(dim=1) * slope
         found[name] = (gradient + size[:, None] * error).view_as(dense)
@@ -278,7 +279,7 @@ def matched(scene: Scene, gradient: Gradient) -> Tensor:
 
 
 def searched(scene: Scene, update: dict[str, Tensor], seed: int) -> Tensor:
-    """The image that Gauss-Newton finds for the first victim, from the original and noise of START_DB."""
+    """The image that Gauss-Newton finds for the first victim, started at the original plus noise of START_DB."""
     generator = torch.Generator().manual_seed(seed)
     device = scene.target.base.device
     subspace = Subspace.of(scene.public.batch(slice(0, PUBLIC_IMAGES), device))
@@ -292,7 +293,7 @@ def searched(scene: Scene, update: dict[str, Tensor], seed: int) -> Tensor:
 
 
 def _decoders_against_need(table: Table) -> list[str]:
-    """How far the best decoder is from what the closed form needs, and what that is by kind of error."""
+    """How far the best decoder is from the cosine that the closed form needs, and that cosine by kind of error."""
     sentences = []
     decoders = [row for row in table.where("nines") if row.keys["error"] == "as decoded"]
     needs = [row for row in table.where("nines") if "level_db" in row.keys]

@@ -41,8 +41,8 @@ from r2f_ext.studies.study import Data, Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, Value, difference
 from r2f_ext.types import Gradient, Target
 
-PAIRS, OTHER_PAIRS = (500, 1000, 2000, 4000), 1000  # of the first data set and of the others, for closed forms
-TRAINED_PAIRS, FEW_PAIRS = 1000, 500  # where losses and inputs vary; for the kinds that take longest to fit
+PAIRS, OTHER_PAIRS = (500, 1000, 2000, 4000), 1000  # for closed forms: the first data set's; each other one's
+TRAINED_PAIRS, FEW_PAIRS = 1000, 500  # to compare losses and inputs; for the kinds that take longest to fit
 HELD_OUT, VICTIMS, LAYER_STEP = 100, 16, 5
 QUICK_PAIRS, QUICK_TRAINED, QUICK_HELD_OUT, QUICK_VICTIMS, QUICK_EPOCHS = (60, 120), 120, 20, 4, 3
 TRAINED = (TRAINED_PAIRS, QUICK_TRAINED)
@@ -189,7 +189,7 @@ class DecoderStudy(Study):
 
 
 def _rows(quick: bool, first: bool) -> Iterator[tuple[str, int, str, str, str]]:
-    """COLUMNS of one data set, in the order of measuring."""
+    """The values of COLUMNS for one data set, in the order of measurement."""
     for pairs in (QUICK_PAIRS if quick else PAIRS) if first else (OTHER_PAIRS,):
         yield from ((ONE, pairs, decoder, B, CLOSED) for decoder in (*FLOORS, "row_lmmse", "ridge"))
     if not first:
@@ -209,7 +209,7 @@ def _rows(quick: bool, first: bool) -> Iterator[tuple[str, int, str, str, str]]:
 
 @dataclass(frozen=True)
 class Scene:
-    """One seed's public images as pairs, and its victims, decoded with the layers of `decoded` alone."""
+    """One seed's pairs of public images, and its victims; only the layers named in `decoded` are decoded."""
 
     target: Target
     a: dict[str, torch.Tensor]
@@ -222,7 +222,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Kept:
-    """Pairs in memory, the seconds that making them took, and the core of all layers where A differs."""
+    """Pairs in memory, the seconds it took to make them, and, if every pair has its own A, the core of all layers."""
 
     pairs: PairsInMemory
     seconds: float
@@ -311,7 +311,7 @@ def _best_of(table: Table, data: Data, best: Row) -> str:
 
 
 def _growth(rows: list[Row], decoder: str) -> str:
-    """What further pairs bring a decoder, from its fewest to its most on the same data."""
+    """A sentence: how the cosine of a decoder grows with the number of pairs, on the same data."""
     own = [row for row in rows if (row.keys["decoder"], row.keys["inputs"], row.keys["starts"]) == (decoder, B, ONE)]
     own = [row for row in own if row.keys["set"] == "first" and row.keys["loss"] in (CLOSED, WITH_NORM)]
     if len(own) < 2:
@@ -321,7 +321,7 @@ def _growth(rows: list[Row], decoder: str) -> str:
 
 
 def _compared(rows: list[Row], column: str, same: dict[str, Value | tuple[Value, ...]], *references: str) -> list[str]:
-    """The cosine with every other value of a column, against its reference, on the same victims."""
+    """Sentences that compare the cosine at each value of a column with that at the reference, on the same victims."""
     said = []
     for row in Table(rows).where("cosine", set="first", **same):
         if row.keys["decoder"] in FLOORS:

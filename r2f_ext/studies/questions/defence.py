@@ -24,7 +24,7 @@ from r2f_ext.studies.table import Row, Table
 from r2f_ext.types import Gradient
 
 NONE = Defence()
-# Defences that share their clients' training follow each other, so that it runs once.
+# Defences whose clients train alike follow one another, so that the cached training runs once.
 DEFENCES: dict[str, dict[str, Defence]] = {
     "clipping and noise": {
         "clipped": Defence(clip=True),
@@ -37,12 +37,12 @@ DEFENCES: dict[str, dict[str, Defence]] = {
     "rank": {f"rank {rank}": Defence(rank=rank) for rank in (4, 2, 1)},
     "fewer layers": {"last half": Defence(blocks=0.5), "last block": Defence(blocks=0.0)},
 }
-ROUND = 16  # images that the clients of a round see together, at every batch size
+ROUND = 16  # images per round, over all its clients, at every batch size
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Private images of a seed; public ones of the attack, of its decoder, of strangers, of training and its test."""
+    """Numbers per seed: private images, proxies, proxies of the decoder, strangers, groups of a fit, train and test."""
 
     images: int
     pairs: int
@@ -77,7 +77,7 @@ def public_of(world: World, seed: int) -> list[ImageSet]:
 
 @dataclass(frozen=True)
 class Clients:
-    """What clients with one image each would send undefended: of the attacker, of strangers and of the victims.
+    """What clients with one image each would send without a defence: the attacker's own, strangers and victims.
 
     Attributes:
         public, strangers, private: name -> the change of B, up to its sign [n, d_out, r].
@@ -190,7 +190,7 @@ def _names(rows: Mapping[int, Row], levels: Sequence[int]) -> str:
 
 @lru_cache(maxsize=64)
 def _measured(world: World, seed: int, defence: Defence) -> list[Measured]:
-    """Leak and utility of one defence; no defence is measured once for all curves."""
+    """Leak and utility of one defence. The undefended case, which all curves share, is measured once."""
     sizes, clients = sizes_of(world), clients_of(world, seed, defence.of_one_image)
     base = base_of(world.base, world.device)
     proxy, strangers, train, test = public_of(world, seed)
@@ -228,7 +228,7 @@ def _measured(world: World, seed: int, defence: Defence) -> list[Measured]:
 def _cosines(
     clients: Clients, defence: Defence, own: Updates, labels: Tensor, rows: Tensor, generator: torch.Generator
 ) -> list[Measured]:
-    """The ridge fitted to defended changes of single images, and the mean gradient of the true labels."""
+    """Cosines of the ridge fitted to defended changes of single images, and of the mean gradient of the true labels."""
     single = torch.arange(len(clients.written))[:, None]
     pairs = clients.written.with_updates(defence(group_mean(clients.public, single), clients.bound, generator))
     ridge = Ridge()

@@ -45,7 +45,7 @@ REFINED_VICTIMS = 4
 
 @dataclass(frozen=True)
 class Scene:
-    """One seed's victims and strangers, all layers adapted, and the pairs that every subset of layers is cut from."""
+    """One seed's victims and strangers, all layers adapted, and the pairs from which each subset of layers is taken."""
 
     target: Target
     a: dict[str, Tensor]
@@ -78,7 +78,7 @@ def blocks_of(target: Target) -> dict[str, list[str]]:
 def row_cosine(decoded: Gradient, true: Gradient) -> Tensor:
     """|cosine| of the leading right singular vectors of decoded and true gradients, mean over layers, [V].
 
-    The right factors lie in the space of a layer's inputs, the side that shows the image.
+    Right singular vectors lie in the space of a layer's inputs, which is the side that reveals the image.
     """
     each = [(_leading(decoded.dense[name]) * _leading(dense)).sum(1).abs() for name, dense in true.dense.items()]
     return torch.stack(each).mean(0).float()
@@ -195,7 +195,7 @@ def refine(scene: Scene, target: Target, updates: Updates, start: Reconstruction
         target,
         observed={name: each[rows] for name, each in updates.items()},
         a={name: scene.a[name] for name in target.names},
-        proxies=proxies,  # of which the route reads the images alone
+        proxies=proxies,  # the route reads only their images
         found={"amortised": replace(start, labels=labels).take(rows)},
         refinement=AuditConfig().refinement,
     )

@@ -29,8 +29,8 @@ from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table
 from r2f_ext.types import BaseModel
 
-# Random weights: no download. B/16 is the most common ViT; L/16 the smallest of timm's at 224 where the row space of
-# attention determines the image (`r2f identifiability`).
+# Random weights need no download. B/16 is the most common ViT. L/16 is the smallest ViT of timm at 224 in which the row
+# space of attention determines the image (`r2f identifiability`).
 LARGE: Mapping[str, int] = {"timm-random:vit_base_patch16_224": 2, "timm-random:vit_large_patch16_224": 1}
 IMAGES, QUICK_IMAGES, PUBLIC, MATCHED = 8, 2, 100, 2
 EXACT_DB = 40.0
@@ -116,7 +116,7 @@ def matched(base: BaseModel, originals: Tensor, labels: Tensor) -> tuple[Tensor,
 
 
 def _refused(table: Table) -> list[str]:
-    """The counts that refuse a route; a verdict is one of a base, whatever the images."""
+    """Sentences on the routes that a count refuses; the verdict depends on the base alone, not on the images."""
     sentences = []
     for row in _of_first_data(table.where("unknowns")):
         equations = table.one("equations", **row.keys)

@@ -41,12 +41,12 @@ from r2f_ext.types import Gradient, Target
 
 BATCH, CHANNELS = 32, (16, 24, 32)  # of the diffusion model, small enough to be trained in two minutes on one core
 WEIGHT = 1e-3  # of score distillation: its default
-COLOUR_IMAGES = 200  # public images that tell which colours there are
+COLOUR_IMAGES = 200  # public images that define which colours are possible
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one seed: nothing is fitted to the reserve of public images, from which strangers are taken."""
+    """Numbers per seed. The strangers come from `reserve` public images, to which nothing is fitted."""
 
     victims: int
     pairs: int
@@ -101,7 +101,7 @@ class PriorStudy(Study):
             for start in ((AMORTISED,) if world.quick else (GRAY, AMORTISED))
             for observed in (NOTHING, DECODED, UPDATE)
             for prior in priors
-            if (observed, start, prior) != (NOTHING, GRAY, TV)  # gray has no variation to lose
+            if (observed, start, prior) != (NOTHING, GRAY, TV)  # the total variation of gray is 0 already
         ]
 
     def measure(self, world: World, setting: Setting, seed: int) -> list[Measured]:
@@ -172,7 +172,7 @@ class PriorStudy(Study):
 
 @dataclass(frozen=True)
 class Scene:
-    """V victims and then their V strangers: what was observed of them, and where searches start."""
+    """What was observed of V victims and then of their V strangers, and where the searches start."""
 
     target: Target
     a: dict[str, Tensor]
@@ -206,7 +206,7 @@ def _scene(world: World, data: Data, seed: int) -> Scene:
 
 @lru_cache(maxsize=1)
 def _diffusion(world: World, data: Data, seed: int) -> tuple[Any, Any, float]:
-    """A UNet, its scheduler and its last losses' mean, trained on what the decoder is fitted to and more."""
+    """A UNet, its scheduler and the mean of its last losses; trained on the decoder's public images and others."""
     fitted, _ = _public(world, data, seed)
     steps = _sizes(world).training_steps
     unet, scheduler, losses = train_prior(fitted, steps, seed=seed, batch=BATCH, channels=CHANNELS)
@@ -242,7 +242,7 @@ def _variation(config: MatchingConfig) -> Prior:
 
 
 def prior_alone(slope: Prior, start: Tensor, config: MatchingConfig) -> Tensor:
-    """The search of `match` on a prior's slope alone: images [V, c, h, w] after its steps."""
+    """The search of `match` with the prior's gradient alone: the images [V, c, h, w] after all its steps."""
     images = start.clone()
     optimizer = OPTIMIZERS[config.optimizer](images, config.box)
     for step in range(config.steps):
@@ -252,7 +252,7 @@ def prior_alone(slope: Prior, start: Tensor, config: MatchingConfig) -> Tensor:
 
 
 def _changes(rows: Sequence[Row], table: Table, **other: str) -> list[Row]:
-    """What each row has over the row with these other keys, victim by victim, where there is one."""
+    """Each row minus the row with these other keys, victim by victim; rows without such a row are left out."""
     found = []
     for row in rows:
         base = table.one(row.metric, **{**row.keys, **other})

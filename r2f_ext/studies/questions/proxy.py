@@ -29,7 +29,7 @@ from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, Value
 from r2f_ext.types import BaseModel, Target
 
-VICTIMS, QUICK_VICTIMS = 24, 4  # of a seed and set
+VICTIMS, QUICK_VICTIMS = 24, 4  # per seed and private set
 COUNTS, MOST = (100, 300, 1000), 3000
 QUICK_COUNTS = (30, 60)
 INVERTED, HALF, MIXED = " inverted", " of half the labels", f" and {GENERATED}"

@@ -1,4 +1,4 @@
-"""Study `rank`: what the rank of an adapter decides, against tokens and images, and where no decoder is needed."""
+"""Study `rank`: what the rank of an adapter determines, by tokens and images, and when no decoder is needed."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ IMAGES, PAIRS = 16, 400
 QUICK_IMAGES, QUICK_PAIRS = 2, 60
 RANKS, BATCHES = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16)
 TWO_STEPS = Training(steps=2)
-# Images and rank of long training: for one and for four images a rank below Jang's line and one above it.
+# (images, rank) of long training: for one image and for four, a rank below the bound of Jang et al. and one above it.
 TRAINED, TRAINED_STEPS, TRAINED_VICTIMS = ((1, 2), (1, 8), (4, 8), (4, 32)), (30, 300), 2
-DECAY = Training(lr=0.3, weight_decay=0.1, schedule="linear")  # a falling step size, without which it oscillates
+DECAY = Training(lr=0.3, weight_decay=0.1, schedule="linear")  # with a constant step size the training would oscillate
 PRECISIONS = ("float32", "float64")
-SKIPPED = 0.999  # the mean cosine from which on a decoder is said not to be needed
+SKIPPED = 0.999  # mean cosine from which on the conclusions say that no decoder is needed
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One seed's private images and strangers, and the captured proxies that every rank's pairs are made of."""
+    """One seed's private images and strangers, and the captured proxies from which the pairs of every rank are made."""
 
     private: ImageSet
     strangers: ImageSet
@@ -66,11 +66,11 @@ def scene_of(world: World, seed: int) -> Scene:
 
 
 def by_movement(target: Target, a0: dict[str, Tensor], victims: Victims, training: Training) -> Gradient:
-    """The average gradients that the factors of T >= 2 steps of plain SGD show without any decoder (Direction 2).
+    """The average gradients, computed without a decoder from the factors of T >= 2 steps of plain SGD (Direction 2).
 
     B_T is -(sum of step sizes) s G A_0^T to first order, and the rows of A_T - A_0 span those of G if r is at least its
-    rank. With a basis V of that span, G = C V and C = (G A_0^T) pinv(V A_0^T). Movement below the rounding of A is left
-    out.
+    rank. With a basis V of that span, G = C V and C = (G A_0^T) pinv(V A_0^T). Movement smaller than the rounding error
+    of A is ignored.
     """
     found = {}
     for layer in target.layers:
@@ -229,7 +229,7 @@ def stationarity(target: Target, a: dict[str, Tensor], private: ImageSet, images
     labels = private.labels[rows].to(device).unflatten(0, (count, images))
     recipe = replace(DECAY, batch=images)
     trained = simulate(target, a, pixels, labels, replace(recipe, steps=steps), dense=True)
-    after = simulate(target, trained.a, pixels, labels, Training(batch=images), b=trained.b)  # its gradient counts
+    after = simulate(target, trained.a, pixels, labels, Training(batch=images), b=trained.b)  # for its gradient
     gradient = Gradient({name: after.gradient.dense(name) for name in target.names})
     first = exact_gradients_of(target, pixels, labels)
     left = [F.cosine_similarity(trained.a[name].flatten(1), a[name].flatten()[None]) for name in target.names]

@@ -35,18 +35,18 @@ STEPS = (1, 2, 5, 10, 20, 50, 100)
 RATES = {"sgd": 0.1, "adamw": 1e-3}
 NAMES = {"sgd": "SGD", "adamw": "AdamW"}
 ONE, FRESH = "one image", "a fresh image a step"
-ROWSPACE_RANK = 64  # the closed form needs a rank of at least the patches: 64 in the embedded base
+ROWSPACE_RANK = 64  # the closed form needs a rank of at least the number of patches, 64 in the embedded base
 ROWSPACE_VICTIMS, ROWSPACE_STEPS = 3, (2, 10, 100)
 ROWSPACE = (("sgd", "float32"), ("sgd", "float64"), ("adamw", "float64"))
-STORED = {"float32": torch.float32, "float64": torch.float64}  # also of the victim's training
+STORED = {"float32": torch.float32, "float64": torch.float64}  # dtype of the file and of the victim's training
 ONE_STEP, OWN_RECIPE, AS_FEW = "one step", "own recipe", "one step, as few pairs"  # what a decoder is fitted to
 OWN_SEED = 0
-OWN_STEPS = (1, 2, 5)  # of the victims whose decoder is also fitted to pairs of their own recipe
+OWN_STEPS = (1, 2, 5)  # numbers of steps for which a decoder is also fitted to pairs of the victim's own recipe
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Victims of a seed; pairs of the amortised route, of decoders and of decoders of the victim's own recipe."""
+    """Numbers per seed: victims, pairs of the amortised route, of decoders, of the victim's own recipe, strangers."""
 
     victims: int
     pairs: int
@@ -102,7 +102,7 @@ def training_of(setting: Setting) -> Training:
 
 
 def owned_by(private: ImageSet, further: ImageSet, owned: int) -> ImageSet:
-    """The images of every victim, `owned` a victim: a private one and then further ones that no other victim has."""
+    """The images of all victims, `owned` each: a private image, then further images that no other victim has."""
     victims = len(private)
     own = torch.arange(victims)[:, None], victims + torch.arange(victims * (owned - 1)).view(victims, -1)
     return joined(private, further).take(torch.cat(own, dim=1).flatten())
@@ -207,7 +207,7 @@ class Steps(Study):
 
 @lru_cache(maxsize=1)
 def few_of(world: World, seed: int) -> tuple[Ridge, Estimates]:
-    """What is fitted to as few one-step pairs as there are of the victim's recipe."""
+    """Ridge and amortised route, fitted to as many one-step pairs as there are pairs of the victim's own recipe."""
     scene = scene_of(world, seed)
     return _fitted(GeneratedPairs(scene.target, scene.a, scene.own), sizes_of(world).own_pairs)
 
@@ -221,7 +221,10 @@ def _fitted(pairs: PairSource, count: int) -> tuple[Ridge, Estimates]:
 def _own_recipe(
     world: World, scene: Scene, training: Training, updates: dict[str, Tensor], true: Gradient, originals: Tensor
 ) -> list[Measured]:
-    """A ridge of pairs of the victim's own recipe beside one of as many one-step pairs; the amortised route too."""
+    """A ridge fitted to pairs of the victim's own recipe, and one fitted to as many one-step pairs.
+
+    If victims have one image each, the amortised route too.
+    """
     count, victims = sizes_of(world).own_pairs, len(originals)
     own = {name: update[:victims] for name, update in updates.items()}
     recipe = _fitted(SimulatedPairs(scene.target, scene.a, scene.own, training, dense=True), count)
@@ -237,7 +240,7 @@ def _own_recipe(
 
 
 def _row_space(scene: Scene, setting: Setting, training: Training, seed: int) -> list[Measured]:
-    """The closed form of A's movement, with the mean image and a stranger's as controls."""
+    """The closed form on the movement of A; controls are the mean image and the estimate from a stranger's adapter."""
     base, dtype = scene.target.base, STORED[str(setting["stored"])]
     target = target_of(replace(base, model=copy.deepcopy(base.model).to(dtype)), ROWSPACE_RANK)
     a0 = {name: a.to(dtype) for name, a in start_of(target, seed).items()}
@@ -256,7 +259,7 @@ def _row_space(scene: Scene, setting: Setting, training: Training, seed: int) ->
 def _psnr(
     originals: Tensor, found: Tensor, strangers: Tensor, mean: Tensor, route: str, labels: Setting
 ) -> list[Measured]:
-    """PSNR of a route's images, of those that it made of strangers, and of the mean image: to [V, n, c, h, w].
+    """PSNR of a route's images, of its images for strangers, and of the mean image, against originals [V, n, c, h, w].
 
     `above_stranger_db` is the difference of the first two, victim by victim.
     """
@@ -268,7 +271,7 @@ def _psnr(
 
 
 def _one_recipe(table: Table, optimizer: str, images: str) -> tuple[list[str], list[str]]:
-    """Negative and other sentences on one optimizer on one image or fresh ones."""
+    """(Negative results, other results) as sentences, for one optimizer on one image or on fresh images."""
     keys = {"optimizer": optimizer, "images": images, "fitted": ONE_STEP}
     ridge = {int(row.keys["T"]): row for row in table.where("cosine", decoder="ridge", **keys)}
     bad: list[str] = []

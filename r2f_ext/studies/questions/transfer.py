@@ -32,7 +32,7 @@ from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, Value
 
 VICTIMS, PAIRS, HELD_OUT = 24, 400, 60  # of a seed
-OTHERS = 38  # further public images, from which the victims of another model are told apart
+OTHERS = 38  # further public images; on another model they give the target pairs that are no victims
 QUICK_VICTIMS, QUICK_PAIRS, QUICK_HELD_OUT = 4, 60, 12
 VACUOUS = 1.0  # the loss 1 - cos of a gradient at right angles to the true one
 
@@ -85,7 +85,7 @@ class Transfer(Study):
 
 @dataclass(frozen=True)
 class Attacked:
-    """Victims, and further images that are drawn as theirs are, with their pairs."""
+    """Victims, and further images from the same distribution, with the pairs of these images."""
 
     observed: Observed
     others: ImageSet
@@ -141,7 +141,7 @@ def _attacked(
 
 
 def _bounded() -> list[Decoder]:
-    """Decoders whose bound is measured; ridge has one setting, so that both fits choose from the same functions."""
+    """Decoders whose bound is measured. Ridge has fixed settings, so that both fits choose from the same functions."""
     return [RowLMMSE(), Ridge(RIDGE, OWN)]
 
 
@@ -188,7 +188,7 @@ def _on_the_bound(table: Table) -> list[str]:
 
 
 def _on_shifts(table: Table, moved: str, what: str) -> list[str]:
-    """What other images, or other weights, do to decoders and to reconstructions; lost controls first."""
+    """Sentences on how other images, or other weights, change decoders and reconstructions; lost controls first."""
     rows = table.where("cosine", moved=moved, decoder="ridge")
     if not rows:
         return []
