@@ -98,6 +98,48 @@ def test_a_residual_that_rounding_does_not_explain_is_no_ground_for_a_bound():
     assert known.misfit > EXPLAINED and not known.exact and known.db != known.db
 
 
+class Rough:
+    """A map in float32 arithmetic."""
+
+    def __init__(self, precise):
+        self.precise, self.target, self.directions = precise, precise.target, precise.directions
+
+    def __call__(self, points, label):
+        matrix, curved = self.precise.matrix.float(), self.precise.curved.float()
+        return points @ matrix.T + (points @ curved.T).square()
+
+    def jacobian(self, point, label, basis):
+        return Known.jacobian(self.precise, point.double(), label, basis.double()).float()
+
+
+def both_bounds(updates, deviation=1e-4):
+    """By the float64 Jacobian alone, and with float32's tried first; whether float64's was needed then too."""
+    image = torch.rand(PIXELS)
+    observed = updates(image[None].double(), LABEL)[0] + noise(len(updates.matrix), 1, deviation)[0]
+    errors = noise(len(updates.matrix), deviation=deviation)
+    slow = bound_error(updates, observed, errors, image, LABEL)
+    needed = []
+    updates.jacobian = lambda *given: needed.append(given) or Known.jacobian(updates, *given)
+    return slow, bound_error(updates, observed, errors, image, LABEL, Rough(updates)), bool(needed)
+
+
+@pytest.mark.parametrize("size", [60, 120, 400])
+def test_the_jacobian_of_the_models_own_arithmetic_gives_the_same_bound(size):
+    slow, fast, needed = both_bounds(Known(size=size))
+    assert fast.db == pytest.approx(slow.db, abs=0.01) and fast.misfit == pytest.approx(slow.misfit, rel=1e-3)
+    assert fast.free == slow.free == 0 and not needed
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-8], ids=["a free direction", "a direction beyond float32"])
+def test_where_it_could_mislead_the_float64_jacobian_decides(smallest):
+    updates = Known(bend=0.0)
+    left, singular, right = torch.linalg.svd(updates.matrix, full_matrices=False)
+    singular[-1] = smallest
+    updates.matrix = left @ torch.diag(singular) @ right
+    slow, fast, needed = both_bounds(updates)
+    assert needed and repr(fast) == repr(slow) and slow.free == 1
+
+
 def test_as_many_numbers_as_pixels_validate_nothing():
     """Any image solves a square system, so its residual says nothing about the model."""
     updates, image = Known(size=PIXELS), torch.rand(PIXELS, dtype=torch.float64)

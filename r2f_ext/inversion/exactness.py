@@ -3,7 +3,8 @@
 A small residual alone does not make an image the victim's: the update may not depend on all of the image, and an image
 of another model (a batch, another label, another recipe) may nearly reproduce it. `bound_error` therefore
 
-1. linearises the update map z at the image in *all* pixels, in float64: J = dz / dpixels, eigenvalues s_i^2 of J^T J;
+1. linearises the update map z at the image in *all* pixels: J = dz / dpixels, eigenvalues s_i^2 of J^T J; in float64,
+   unless the model's own arithmetic is precise enough for the smallest s_i and no axis can be free (`_Pixels`);
 2. draws the errors that rounding leaves in z: of the stored factors and of the model's own arithmetic. An error n moves
    the image by J^+ n, so by u_i . n / s_i along axis i. Axes along which that can exceed FREE are *free*: the update
    does not determine the image along them, however small the residual is;
@@ -42,6 +43,10 @@ DRAWS = 32  # of rounding errors: their root mean square is then known to an eig
 JITTER = 1e-4  # change of the pixels that gives another draw of the model's arithmetic errors
 REFINEMENTS = 10  # steps towards the least-squares image
 RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rounding; J: float64 rounded to float32
+# Ratio of the smallest singular value of a Jacobian in the model's own arithmetic to the error of that arithmetic, both
+# relative, from which on that Jacobian serves.
+MARGIN = 5.0
+INVERSE_STEPS = 12  # of the iteration for the smallest eigenvalue
 PAIRS, STEP = 8, 1e-3  # random changes of the image, of this size per pixel, that show how z bends
 PRECISE = 1e-12  # relative error of z that float64 arithmetic itself may leave
 SKETCH = 4  # numbers kept of z per pixel; a random sketch of more is as good and bounds memory
@@ -164,7 +169,14 @@ def arithmetic_errors(rough: DenseMap, precise: DenseMap, image: Tensor, label: 
     )
 
 
-def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tensor, label: Tensor) -> Bound:
+def bound_error(
+    precise: DenseMap,
+    observed: Tensor,
+    errors: Tensor,
+    image: Tensor,
+    label: Tensor,
+    rough: DenseMap | None = None,
+) -> Bound:
     """Bound the error of an image in all pixels, see the head of this module.
 
     Args:
@@ -172,9 +184,11 @@ def bound_error(precise: DenseMap, observed: Tensor, errors: Tensor, image: Tens
         observed: [R] float64.
         errors: [n, R] float64, draws of the errors that rounding leaves in `observed`.
         image: [p] in [0, 1], the image found; label: of the images that it holds.
+        rough: the map in the dtype of `image`, whose Jacobian is tried first; None: that of `precise` is taken.
     """
     point = image.double()
-    axes = _Axes.of(precise, point, label)
+    pixels = None if rough is None else _Pixels.of(rough, precise, image, label, errors)
+    axes: _Axes = pixels or _Eigenvectors.of(precise, point, label)
     moves = axes.moves(errors).square().mean(0).sqrt()
     determined = axes.reliable & (SAFETY * moves < FREE)
     spare = 1 - int(determined.sum()) / len(observed)
@@ -205,52 +219,135 @@ def _alike(precise: DenseMap, axes: _Axes, point: Tensor, label: Tensor, explain
     shift = STEP * torch.randn(PAIRS, 1, len(point), generator=generator, dtype=torch.float64).to(point.device)
     bent = precise.together(point + torch.cat([shift, -shift], dim=1), label) - precise(point[None], label)
     moves = axes.moves(bent)
-    rest = (axes.sketched(bent) - (moves @ axes.directions.T) @ axes.jacobian.double()).norm(dim=1)
+    rest = (axes.jacobian.sketched(bent) - axes.in_pixels(moves) @ axes.jacobian.rows.double()).norm(dim=1)
     growth = explained / rest.clamp_min(1e-300)  # of h, squared
     return float((STEP * growth.sqrt() + growth * moves.norm(dim=1) / len(point) ** 0.5).max())
 
 
 @dataclass(frozen=True)
-class _Axes:
-    """J at one image, sketched, and the axes of pixel space in which J^T J is diagonal.
+class _Jacobian:
+    """J at one image, sketched: rows [p, m] float32, one per pixel.
 
     Attributes:
-        jacobian: [p, m] float32; curvature: [p] float64, ascending; directions: [p, p] float64, one axis a column.
         bucket, sign: the sketch, of z's R numbers.
     """
 
-    jacobian: Tensor
-    curvature: Tensor
-    directions: Tensor
+    rows: Tensor
     bucket: Tensor
     sign: Tensor
 
     @staticmethod
-    def of(precise: DenseMap, point: Tensor, label: Tensor) -> _Axes:
-        identity = torch.eye(len(point), dtype=torch.float64, device=point.device)
-        size = precise(point[None], label).shape[1]
+    def of(updates: DenseMap, point: Tensor, label: Tensor) -> _Jacobian:
+        identity = torch.eye(len(point), dtype=point.dtype, device=point.device)
+        size = updates(point[None], label).shape[1]
         bucket, sign = _sketch(size, SKETCH * len(point), point.device)
-        parts = []
-        for columns in identity.split(precise.directions, dim=1):
-            parts.append(_sketched(precise.jacobian(point, label, columns), bucket, sign).float())
-        jacobian = torch.cat(parts)
-        gram = precise_gram(jacobian)
-        curvature, directions = torch.linalg.eigh(gram)
-        return _Axes(jacobian, curvature, directions, bucket, sign)
-
-    @property
-    def reliable(self) -> Tensor:
-        """bool [p]: axes whose curvature is more than rounding."""
-        return self.curvature > RELIABLE * self.curvature.sum()
+        sign = sign.to(point.dtype)
+        parts = [
+            _sketched(updates.jacobian(point, label, columns), bucket, sign).float()
+            for columns in identity.split(updates.directions, dim=1)
+        ]
+        return _Jacobian(torch.cat(parts), bucket, sign.double())
 
     def sketched(self, rows: Tensor) -> Tensor:
         """Rows [n, R] float64 -> [n, m]."""
         return _sketched(rows, self.bucket, self.sign)
 
+    def pulls(self, errors: Tensor) -> Tensor:
+        """J^T r of errors of z [n, R]: [n, p] float64."""
+        return (self.sketched(errors).float() @ self.rows.T).double()
+
+
+class _Axes(Protocol):
+    """Orthonormal axes of pixel space, and how far errors of z move the image along them."""
+
+    @property
+    def jacobian(self) -> _Jacobian: ...
+
+    @property
+    def reliable(self) -> Tensor:
+        """bool [p]: axes along which the curvature of |z|^2 is more than rounding."""
+        ...
+
     def moves(self, errors: Tensor) -> Tensor:
         """Moves of the image along the axes by errors of z [n, R]: [n, p] float64, infinite along unreliable axes."""
-        pulls = (self.sketched(errors).float() @ self.jacobian.T).double() @ self.directions
-        return torch.where(self.reliable, pulls / self.curvature, torch.inf)
+        ...
+
+    def in_pixels(self, moves: Tensor) -> Tensor:
+        """Moves along the axes [..., p] as changes of the pixels [..., p]."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """The pixels as axes, for images that z determines in all directions: `factor` is the Cholesky factor of J^T J."""
+
+    jacobian: _Jacobian
+    factor: Tensor
+
+    @staticmethod
+    def of(rough: DenseMap, precise: DenseMap, image: Tensor, label: Tensor, errors: Tensor) -> _Pixels | None:
+        """From the Jacobian in the model's own arithmetic, which takes a third of the time of float64 and the
+        decomposition; None where that is not precise enough, or where a direction could be free."""
+        exact = precise(image.double()[None], label)
+        noise = float((rough(image[None], label).double() - exact).norm() / exact.norm())
+        jacobian = _Jacobian.of(rough, image, label)
+        gram = precise_gram(jacobian.rows)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        least = 0.0 if bool(failed > 0) else _smallest_eigenvalue(factor)
+        if not least > max(RELIABLE, (MARGIN * noise) ** 2) * float(gram.trace()):
+            return None
+        axes = _Pixels(jacobian, factor)
+        longest = float(torch.linalg.matrix_norm(axes.moves(errors), 2)) / len(errors) ** 0.5
+        return axes if SAFETY * EXPLAINED * longest < FREE else None
+
+    @property
+    def reliable(self) -> Tensor:
+        return torch.ones(len(self.factor), dtype=torch.bool, device=self.factor.device)
+
+    def moves(self, errors: Tensor) -> Tensor:
+        return torch.cholesky_solve(self.jacobian.pulls(errors).T, self.factor).T
+
+    def in_pixels(self, moves: Tensor) -> Tensor:
+        return moves
+
+
+@dataclass(frozen=True)
+class _Eigenvectors:
+    """The eigenvectors of J^T J as axes.
+
+    Attributes:
+        curvature: [p] float64, ascending; directions: [p, p] float64, one axis a column.
+    """
+
+    jacobian: _Jacobian
+    curvature: Tensor
+    directions: Tensor
+
+    @staticmethod
+    def of(precise: DenseMap, point: Tensor, label: Tensor) -> _Eigenvectors:
+        jacobian = _Jacobian.of(precise, point, label)
+        return _Eigenvectors(jacobian, *torch.linalg.eigh(precise_gram(jacobian.rows)))
+
+    @property
+    def reliable(self) -> Tensor:
+        return self.curvature > RELIABLE * self.curvature.sum()
+
+    def moves(self, errors: Tensor) -> Tensor:
+        return torch.where(self.reliable, self.jacobian.pulls(errors) @ self.directions / self.curvature, torch.inf)
+
+    def in_pixels(self, moves: Tensor) -> Tensor:
+        return moves @ self.directions.T
+
+
+def _smallest_eigenvalue(factor: Tensor) -> float:
+    """Of a matrix with this Cholesky factor [p, p], by inverse iteration from several vectors."""
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.randn(len(factor), PAIRS, generator=generator, dtype=factor.dtype).to(factor.device)
+    lengths = vectors.norm(dim=0)
+    for _ in range(INVERSE_STEPS):
+        vectors = torch.cholesky_solve(vectors / lengths, factor)
+        lengths = vectors.norm(dim=0)
+    return 1 / float(lengths.max())
 
 
 def _sketch(size: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -291,5 +388,5 @@ def _least_squares(
         if settled:
             break
         move = axes.moves(error)[0]
-        point = point - axes.directions @ torch.where(determined, move, 0.0)
+        point = point - axes.in_pixels(torch.where(determined, move, 0.0))
     return best, least

@@ -137,7 +137,7 @@ class UpdateBound:
         rounding = float(errors.norm(dim=1).square().mean().sqrt())
         if not residual <= max(NEAR * len(stored) ** 0.5, LOST * rounding):
             return Bound()  # without the Jacobian in all pixels, which takes as long as a search
-        return bound_error(self.precise, observed[0], errors, image, label)
+        return bound_error(self.precise, observed[0], errors, image, label, self.updates)
 
     def _errors_of_a(self, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor | float:
         """Errors of z by the rounding of A, [DRAWS, R]; 0 where A is stored as precisely as PEFT draws it."""

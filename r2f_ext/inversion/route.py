@@ -248,7 +248,9 @@ class Route(ABC):
 
     @abstractmethod
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
-        """Reconstruct the images of V victims. Requires all of `reads`, one of `after`, and a verdict other than REFUSED.
+        """Reconstruct the images of V victims.
+
+        Requires all of `reads`, one of `after`, and a verdict other than REFUSED.
 
         Args:
             advance: called with the number of completed units, which sum to `units`.

@@ -112,7 +112,7 @@ def _bound(
         for factors in (adapter.a, adapter.b)
     )
     errors = weighed.observation(a, b) - observed + arithmetic_errors(rough, weighed, image, label)
-    return bound_error(weighed, observed, errors, image, label)
+    return bound_error(weighed, observed, errors, image, label, rough)
 
 
 def _observation(unrolled: UnrolledMap, adapter: LoraUpdate, training: Training) -> tuple[UnrolledMap, Tensor]:
