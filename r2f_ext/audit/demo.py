@@ -18,7 +18,6 @@ from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
-from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.route import Public, adapter_problem
 from r2f_ext.inversion.routes.amortised_by_label import AmortisedByLabel
 from r2f_ext.inversion.routes.gauss_newton import GaussNewton
@@ -29,13 +28,11 @@ from r2f_ext.types import BaseModel, LoraUpdate
 
 FASHION_VICTIMS, FACE_VICTIMS = 16, 8
 SEARCHED = 4  # victims whose image is searched for by Gauss-Newton, the first ones
-# Half the pairs and steps of an audit, a third of the fitted pairs: figures are a little lower, and minutes are saved.
+# Half the pairs of an audit and a third of the fitted pairs: figures are a little lower, and minutes are saved.
 # Most images that the search finds take no more than six passes.
 DEMO = AuditConfig(
     pairs=4000,
     decoder_pairs=2000,
-    matching=MatchingConfig(steps=60),
-    refinement=MatchingConfig(steps=75, step_size=0.005, tv_weight=0.3),
     search=GaussNewtonConfig(passes=6, samples=(1.5,)),
 )
 # proxy -> set name in the report -> which victims
