@@ -105,3 +105,20 @@ def test_what_the_checks_refuse(tmp_path, capsys, arguments, sentence):
     assert main(["study", "rank", "--out", str(tmp_path / "out"), *arguments]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_study_says_that_it_goes_on_and_does(tmp_path, capsys, offered, monkeypatch):
+    study, whole = Squares(), Squares.measure
+    offered(rank=study)
+
+    def stopped(self, *given):
+        if self.calls:
+            raise KeyboardInterrupt
+        return whole(self, *given)
+
+    monkeypatch.setattr(Squares, "measure", stopped)
+    command = ["study", "rank", "--quick", "--out", str(tmp_path)]
+    assert main(command) == 130 and len(study.calls) == 1
+    assert "the same command goes on from what is finished" in capsys.readouterr().err
+    monkeypatch.setattr(Squares, "measure", whole)
+    assert main(command) == 0 and len(study.calls) == len(set(map(str, study.calls))) > 1

@@ -20,7 +20,7 @@ from r2f_ext.errors import R2FError, out_of_memory, plain
 REFUSED, INCOMPLETE, UNEXPECTED = 2, 3, 70  # 70: sysexits.h
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number
 TRACEBACK = "traceback.txt"
-RESUMED = ("pairs", "fit")  # the commands that go on from what an interrupted run finished
+RESUMED = ("pairs", "fit", "study")  # the commands that go on from what an interrupted run finished
 # Errors of the machine, not of this program -> the remedy.
 SYSTEM_ERRORS = {
     errno.ENOSPC: "free some space or choose another disk",
