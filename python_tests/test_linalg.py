@@ -5,7 +5,15 @@ import torch
 
 from r2f_ext import linalg
 from r2f_ext.errors import R2FError
-from r2f_ext.linalg import first_not_finite, gram, largest_eigenvalues, precise_gram, solve_in_place, sum_in_place
+from r2f_ext.linalg import (
+    first_not_finite,
+    gram,
+    largest_eigenvalues,
+    precise_gram,
+    smallest_eigenvalue,
+    solve_in_place,
+    sum_in_place,
+)
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 20])
@@ -64,3 +72,12 @@ def test_the_largest_eigenvalue_is_found_to_a_few_per_cent():
     found, expected = largest_eigenvalues(matrices), torch.linalg.eigvalsh(matrices)[:, -1]
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
     assert torch.equal(largest_eigenvalues(torch.zeros(1, 4, 4)), torch.zeros(1))
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-6])
+def test_the_smallest_eigenvalue(smallest):
+    torch.manual_seed(0)
+    axes, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
+    values = torch.cat([torch.tensor([smallest], dtype=torch.float64), 1.2 + torch.rand(39, dtype=torch.float64)])
+    matrix = axes @ torch.diag(values) @ axes.T
+    assert smallest_eigenvalue(torch.linalg.cholesky(matrix)) == pytest.approx(smallest, rel=0.05)

@@ -12,7 +12,8 @@ from r2f_ext.errors import R2FError
 
 BLOCK = 1000
 GRAM_COLUMNS = 4096  # columns that are copied to float64 at a time
-POWERS = 30  # of the power iteration
+POWERS = 30  # steps of the power iterations
+INVERSE_VECTORS = 8  # start vectors of the inverse one
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -38,6 +39,17 @@ def largest_eigenvalues(matrices: Tensor) -> Tensor:
     for _ in range(POWERS):
         vectors = matrices @ (vectors / vectors.norm(dim=1, keepdim=True).clamp_min(tiny))
     return vectors.norm(dim=1)[:, 0]
+
+
+def smallest_eigenvalue(factor: Tensor) -> float:
+    """The smallest eigenvalue, to a few per cent, of the matrix with this Cholesky factor [n, n]: inverse iteration."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(len(factor), INVERSE_VECTORS, generator=generator, dtype=factor.dtype).to(factor.device)
+    lengths = vectors.norm(dim=0)
+    for _ in range(POWERS):
+        vectors = torch.cholesky_solve(vectors / lengths, factor)
+        lengths = vectors.norm(dim=0)
+    return 1 / float(lengths.max())
 
 
 def first_not_finite(rows: Tensor) -> int | None:

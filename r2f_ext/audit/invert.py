@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from r2f_ext.audit.figures import write_images
@@ -98,16 +97,12 @@ def invert(
     verdicts, names = verdicts_of(problem), chosen_routes(config)
     check_runnable(problem, verdicts, names)
     outcome = run_routes(problem, verdicts, names, stages)
-    found = Inverted(problem, outcome.found(), outcome.not_run, _far(problem))
+    assert problem.proxies is not None and problem.observed is not None
+    far = problem.proxies.ridge.far_from_proxy(problem.observed, problem.known_labels)
+    found = Inverted(problem, outcome.found(), outcome.not_run, far)
     if folder is not None:
         _write(folder, found)
     return found
-
-
-def _far(problem: Problem) -> Tensor:
-    assert problem.proxies is not None and problem.observed is not None
-    far: Tensor = problem.proxies.ridge.far_from_proxy(problem.observed, problem.known_labels)
-    return far.to(torch.bool)
 
 
 def _write(folder: Path, found: Inverted) -> None:

@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from r2f_ext.linalg import precise_gram
+from r2f_ext.linalg import precise_gram, smallest_eigenvalue
 from r2f_ext.models.storage import storage_dtype
 from r2f_ext.types import Reconstruction, Target
 
@@ -46,7 +46,6 @@ RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rou
 # Ratio of the smallest singular value of a Jacobian in the model's own arithmetic to the error of that arithmetic, both
 # relative, from which on that Jacobian serves.
 MARGIN = 5.0
-INVERSE_STEPS = 12  # of the iteration for the smallest eigenvalue
 PAIRS, STEP = 8, 1e-3  # random changes of the image, of this size per pixel, that show how z bends
 PRECISE = 1e-12  # relative error of z that float64 arithmetic itself may leave
 SKETCH = 4  # numbers kept of z per pixel; a random sketch of more is as good and bounds memory
@@ -286,14 +285,14 @@ class _Pixels:
 
     @staticmethod
     def of(rough: DenseMap, precise: DenseMap, image: Tensor, label: Tensor, errors: Tensor) -> _Pixels | None:
-        """From the Jacobian in the model's own arithmetic, which takes a third of the time of float64 and the
-        decomposition; None where that is not precise enough, or where a direction could be free."""
+        """From the Jacobian in the model's own arithmetic, without an eigendecomposition; None if it is not precise
+        enough, or if a direction could be free."""
         exact = precise(image.double()[None], label)
         noise = float((rough(image[None], label).double() - exact).norm() / exact.norm())
         jacobian = _Jacobian.of(rough, image, label)
         gram = precise_gram(jacobian.rows)
         factor, failed = torch.linalg.cholesky_ex(gram)
-        least = 0.0 if bool(failed > 0) else _smallest_eigenvalue(factor)
+        least = 0.0 if bool(failed > 0) else smallest_eigenvalue(factor)
         if not least > max(RELIABLE, (MARGIN * noise) ** 2) * float(gram.trace()):
             return None
         axes = _Pixels(jacobian, factor)
@@ -337,17 +336,6 @@ class _Eigenvectors:
 
     def in_pixels(self, moves: Tensor) -> Tensor:
         return moves @ self.directions.T
-
-
-def _smallest_eigenvalue(factor: Tensor) -> float:
-    """Of a matrix with this Cholesky factor [p, p], by inverse iteration from several vectors."""
-    generator = torch.Generator().manual_seed(3)
-    vectors = torch.randn(len(factor), PAIRS, generator=generator, dtype=factor.dtype).to(factor.device)
-    lengths = vectors.norm(dim=0)
-    for _ in range(INVERSE_STEPS):
-        vectors = torch.cholesky_solve(vectors / lengths, factor)
-        lengths = vectors.norm(dim=0)
-    return 1 / float(lengths.max())
 
 
 def _sketch(size: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:
