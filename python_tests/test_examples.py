@@ -60,8 +60,8 @@ def test_the_tutorials_adapter_goes_through_to_a_report(few_controls, tutorial, 
     config = AuditConfig(pairs=60, decoder_pairs=40, held_out=10, routes=("amortised",))
     report = audit([tutorial / "adapter"], base=str(tutorial / "base"), config=config)
     assert [str(each.message) for each in recwarn] == []  # PEFT and transformers warn of what is checked here
-    assert all(verdict.certainty is not Certainty.EXACT for verdict in report.verdicts.values())
-    assert "the base is a ViTForImageClassification" in report.verdicts["adapter_rowspace"].why
+    assert all(verdict.certainty is not Certainty.EXACT for verdict in report.first.verdicts.values())
+    assert "the base is a ViTForImageClassification" in report.first.verdicts["adapter_rowspace"].why
     found = report.to_json()
     assert found["target"]["tokens"] == 65 and found["target"]["base"] == "base"
     assert set(found["decoders"]) == {layer["name"] for layer in found["target"]["layers"]}
