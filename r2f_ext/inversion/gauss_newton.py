@@ -35,9 +35,9 @@ from r2f_ext.inversion.exactness import (
     rounded,
     storage_precision,
 )
-from r2f_ext.inversion.exchange import Patches
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.newton import SOLVED, Search
+from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.saved_searches import SavedSearches, by_victim, files_of
 from r2f_ext.inversion.searches import search_each
 from r2f_ext.inversion.side_by_side import Kind, search_together, victims_together
@@ -195,7 +195,7 @@ def gauss_newton(
 
     def find(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[tuple[int, Search]]:
         wanted = targets[list(victims)]
-        task = _task_of(updates, wanted, labels, subspace, descends=True)
+        task = _with_free_positions(_task_of(updates, wanted, labels, subspace, descends=True), updates, labels)
         axes = [Axes.of(subspace.basis, start.loo_errors.get(label)) for label in labels.tolist()]
         for place, found in search_together(task, points, config, axes, together):
             own = slice(place, place + 1)
@@ -216,11 +216,19 @@ def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Sub
     def slopes_of(points: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
         return updates.slopes(points, labels[owners], observed[owners])
 
-    layers = len(updates.target.layers)
-    if not descends:
-        return Task(observed, layers, subspace, update_of, jacobian_of)
-    patches = Patches.of(updates.target.base, updates.shape, subspace.basis)
-    return Task(observed, layers, subspace, update_of, jacobian_of, slopes_of, patches)
+    task = Task(observed, len(updates.target.layers), subspace, update_of, jacobian_of)
+    return replace(task, slopes_of=slopes_of) if descends else task
+
+
+def _with_free_positions(task: Task, updates: UpdateMap, labels: Tensor) -> Task:
+    """A task that descends, and the one for freed images, if the base is a ViT."""
+    positions = FreePositions.of(updates.target.base, updates.shape, task.subspace.basis)
+    if positions is None:
+        return task
+    target = replace(updates.target, base=positions.base)
+    freed = UpdateMap(target, updates.a, positions.freed_shape, updates.directions)
+    space = Subspace(positions.basis)
+    return replace(task, positions=positions, freed=_task_of(freed, task.observed, labels, space, descends=True))
 
 
 def moved_layers(target: Target, observed: dict[str, Tensor]) -> Target:

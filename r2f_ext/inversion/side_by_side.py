@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from r2f_ext.inversion.dense_newton import newton_steps, newtons_together
-from r2f_ext.inversion.exchange import exchanged_descent
 from r2f_ext.inversion.linearisation import Axes, Cloud, drawn, linearised_steps
 from r2f_ext.inversion.newton import PRECISE, SOLVED, STALLED, Search
-from r2f_ext.inversion.preconditioned import Expected, annealed_descent
+from r2f_ext.inversion.preconditioned import Expected, annealed_descent, preconditioned_descent
 from r2f_ext.inversion.task import NEAR, GaussNewtonConfig, Task
 from r2f_ext.linalg import precise_gram
 
@@ -34,14 +33,17 @@ FAR = 0.1
 # one damping to the next. With less damping from the start, steps leave the valley.
 DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
 CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for each
+# (damping, evaluations) of the descents with free positions, and of those from the images that come of them.
+FREED_STAGES, PLACED_STAGES = ((1e-5, 400), (1e-6, 800)), ((1e-4, 200), (1e-5, 200))
+FREE_TOGETHER = 4  # victims: each needs several matrices of the size of J^T J
 
 
 class Kind(Enum):
-    """How a pass moves: descent along the misfit, descents from images with two patches exchanged, a regression over a
-    cloud of images, or steps with a derivative."""
+    """How a pass moves: descent along the misfit, descent with patches that are free to change places, a regression
+    over a cloud of images, or steps with a derivative."""
 
     DESCENT = "descent"
-    EXCHANGE = "exchange"
+    FREED = "freed"
     CLOUD = "cloud"
     NEWTON = "newton"
 
@@ -49,29 +51,29 @@ class Kind(Enum):
 Choice = Callable[[Kind | None, float, float], Kind]  # last kind, residuals before and after it -> the next kind
 
 
-def next_kind(last: Kind | None, before: float, residual: float, descends: bool, exchanges: bool = False) -> Kind:
+def next_kind(last: Kind | None, before: float, residual: float, descends: bool, frees: bool = False) -> Kind:
     """Newton below NEAR; farther away descent until it stalls, then clouds. Without descent, clouds from the start.
 
-    Where descent and Newton stall below FAR, patches are exchanged, if they can be.
+    Where descent and Newton stall below FAR, patches may change places, if the model has any.
 
     Args:
         last: None at the start of the first search.
         before: infinite at the start of a search.
-        exchanges: whether patches can be exchanged; only with descent.
+        frees: whether patches can be freed; only with descent.
     """
     stalled = not residual <= STALLED * before  # also where it is NaN
     if residual < NEAR:
         if not (descends and last is Kind.NEWTON and stalled):
             return Kind.NEWTON
-        return Kind.EXCHANGE if exchanges else Kind.DESCENT
+        return Kind.FREED if frees else Kind.DESCENT
     if last is None:
         return Kind.DESCENT if descends else Kind.CLOUD
     if residual > FAR:
         return Kind.DESCENT if last is Kind.DESCENT and not stalled else Kind.CLOUD
     if not stalled:
-        return Kind.DESCENT if last is Kind.EXCHANGE else last
-    if exchanges and last is Kind.DESCENT:
-        return Kind.EXCHANGE
+        return Kind.DESCENT if last is Kind.FREED else last
+    if frees and last is Kind.DESCENT:
+        return Kind.FREED
     if descends:
         return Kind.DESCENT if last is Kind.CLOUD else Kind.CLOUD
     return Kind.CLOUD if last is Kind.NEWTON else Kind.NEWTON
@@ -131,7 +133,7 @@ def search_together(
     Yields:
         (victim, its best point and figures), in the order in which the searches end.
     """
-    choose = choose or partial(next_kind, descends=task.slopes_of is not None, exchanges=task.patches is not None)
+    choose = choose or partial(next_kind, descends=task.slopes_of is not None, frees=task.freed is not None)
     searches = _Searches(task, starts, config, axes, choose, restarts)
     waiting, active = deque(range(len(starts))), list[int]()
     while waiting or active:
@@ -274,8 +276,9 @@ def _moved(
         return torch.cat([point for point, _ in moved]), torch.cat([value for _, value in moved])
     if kind is Kind.DESCENT:
         return _descended(task, rows, points, axes, courses)
-    if kind is Kind.EXCHANGE:
-        reached = torch.stack([_exchanged(task, row, point) for row, point in zip(rows, points, strict=True)])
+    if kind is Kind.FREED:
+        few = zip(rows.split(FREE_TOGETHER), points.split(FREE_TOGETHER), strict=True)
+        reached = torch.cat([_reordered(task, *part) for part in few])
         return reached, task.update_of(reached, rows)
     points, values, clouds = linearised_steps(
         lambda images, owners: task.update_of(images, rows[owners]),
@@ -297,9 +300,7 @@ def _descended(
     """Descent from points [n, p], pulled towards the searches' starts; pixels may leave [0, 1]."""
     slopes_of = task.slopes_of
     assert slopes_of is not None
-    grams = torch.stack(
-        [precise_gram(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
-    )
+    grams = _grams(task, rows, points)
     reached = annealed_descent(
         lambda images, places: slopes_of(images, rows[places]),
         Expected.of_covariances(
@@ -316,25 +317,53 @@ def _descended(
     return reached, task.update_of(reached, rows)
 
 
-def _exchanged(task: Task, row: Tensor, point: Tensor) -> Tensor:
-    """The best image [p] that is reached from the point [p] of victim `row` [] with two patches exchanged."""
-    slopes_of, patches, basis = task.slopes_of, task.patches, task.subspace.basis
-    point = point.clamp(0, 1)  # Newton's steps may have left the box far behind
-    assert slopes_of is not None and patches is not None
+def _reordered(task: Task, rows: Tensor, points: Tensor) -> Tensor:
+    """Images [n, p] reached from points [n, p] with free positions, where their misfits are lower; else the points."""
+    positions, freed, basis = task.positions, task.freed, task.subspace.basis
+    assert positions is not None and freed is not None
+    images = points.clamp(0, 1)  # Newton's steps may have left the box far behind
+    begun = positions.freed(images)
+    placed = positions.placed(_softened(freed, rows, begun, _rough_grams(freed, rows, begun), FREED_STAGES))
+    along = basis / basis.norm(dim=0)
+    placed = (images + (placed - images) @ along @ along.T).clamp(0, 1)
+    reached = _softened(task, rows, placed, _grams(task, rows, placed), PLACED_STAGES)
+    lower = _misfits(task, reached, rows) < _misfits(task, points, rows)
+    return torch.where(lower[:, None], reached, points)
 
-    def misfits_of(images: Tensor) -> Tensor:
-        errors = task.update_of(images, row.expand(len(images))) - task.observed[row]
-        return errors.square().sum(1)
 
-    return exchanged_descent(
-        patches,
-        lambda images, _: slopes_of(images, row.expand(len(images))),
-        misfits_of,
-        point,
-        precise_gram(task.jacobian_of(int(row), point)),
-        basis,
-        task.handed_over,
+def _misfits(task: Task, points: Tensor, rows: Tensor) -> Tensor:
+    """|z - z*|^2 [n] of the victims `rows` at points [n, p]."""
+    return (task.update_of(points, rows) - task.observed[rows]).square().sum(1)
+
+
+def _softened(task: Task, rows: Tensor, points: Tensor, grams: Tensor, stages: Sequence[tuple[float, int]]) -> Tensor:
+    """The points [n, p] after descents of smaller and smaller damping, all with J^T J [n, q, q] of the first points."""
+    slopes_of = task.slopes_of
+    assert slopes_of is not None
+    for damping, evaluations in stages:
+        points = preconditioned_descent(
+            lambda images, places: slopes_of(images, rows[places]),
+            points,
+            grams,
+            task.subspace.basis,
+            grams.new_tensor([damping]),
+            task.handed_over,
+            evaluations,
+        )
+    return points
+
+
+def _grams(task: Task, rows: Tensor, points: Tensor) -> Tensor:
+    """J^T J of the victims `rows` at points [n, p]: [n, q, q] float64."""
+    return torch.stack(
+        [precise_gram(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
     )
+
+
+def _rough_grams(task: Task, rows: Tensor, points: Tensor) -> Tensor:
+    """The same in the precision of J, in half the time: as a preconditioner it is good enough."""
+    jacobians = (task.jacobian_of(int(victim), point) for victim, point in zip(rows, points, strict=True))
+    return torch.stack([(jacobian @ jacobian.T).double() for jacobian in jacobians])
 
 
 def victims_together(device: torch.device, directions: int, numbers: int) -> int:

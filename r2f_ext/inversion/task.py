@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from r2f_ext.inversion.exchange import Patches
+from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.update_map import Subspace
 
 NEAR = 0.007  # relative residual below which the derivative at the point is a good enough model
@@ -20,7 +20,7 @@ class GaussNewtonConfig:
 
     Attributes:
         passes: maximum per victim, of all its searches; a cloud of images and a Jacobian cost about the
-            same, a pass of descent about three times that, and one of exchanges about three times that again.
+            same, a pass of descent about three times that, and one with free positions about four times that again.
         patience: passes without a reduction of the residual by a fifth after which the search begins again near its
             start.
         minutes: time after which no further pass of a victim begins (`Search.seconds`); None: no limit. The result of a
@@ -53,7 +53,8 @@ class Task:
         update_of: images [n, p] and the victim of each int64 [n] -> updates [n, R].
         jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
         slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p]; None: there is no descent.
-        patches: of the images, if the model reads patches; None: there are no exchanges. They need slopes.
+        positions: of the patches, if the model is a ViT; None: they are never free.
+        freed: the task for freed images, see `FreePositions`; it needs slopes.
     """
 
     observed: Tensor
@@ -62,7 +63,8 @@ class Task:
     update_of: Callable[[Tensor, Tensor], Tensor]
     jacobian_of: Callable[[int, Tensor], Tensor]
     slopes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    patches: Patches | None = None
+    positions: FreePositions | None = None
+    freed: Task | None = None
 
     @property
     def handed_over(self) -> float:

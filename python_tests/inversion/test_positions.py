@@ -1,0 +1,179 @@
+"""Free positions: the tokens of freed images, the places that fit tokens, and searches that only they free."""
+
+import pytest
+import torch
+from cases import target_of
+from gauss_newton_cases import NAMES
+from torch import nn
+from vit_cases import small_vit, smooth_images
+
+from r2f_ext.capture import Capture
+from r2f_ext.capture.project import project
+from r2f_ext.inversion import positions as module
+from r2f_ext.inversion import side_by_side
+from r2f_ext.inversion.gauss_newton import _task_of, _with_free_positions
+from r2f_ext.inversion.linearisation import Axes
+from r2f_ext.inversion.patches import fold_patches, unfold_patches
+from r2f_ext.inversion.positions import FreePositions
+from r2f_ext.inversion.side_by_side import Kind, next_kind, search_together
+from r2f_ext.inversion.task import GaussNewtonConfig
+from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
+from r2f_ext.models.timm_base import unfuse_attention
+from r2f_ext.types import BaseModel
+
+SHAPE, SIZE, GRID = torch.Size((3, 16, 16)), (4, 4), (4, 4)
+# Patches 5, 6, 9 and 10 have changed places in a circle, 0 and 15 with each other.
+ORDER = torch.tensor([15, 1, 2, 3, 4, 6, 10, 7, 8, 5, 9, 11, 12, 13, 14, 0])
+
+
+def every_direction():
+    """All pixels vary alike."""
+    return 0.2 * torch.eye(SHAPE.numel(), dtype=torch.float64)
+
+
+def tokens_of(base, images):
+    """[n, N, d]: what block 0 reads, without the class token."""
+    return base.model._pos_embed(base.model.patch_embed(base.normalize(images)))[:, 1:]
+
+
+def reordered(image):
+    """The image [p] with its patches in ORDER."""
+    return fold_patches(unfold_patches(image.view(1, *SHAPE), SIZE)[:, ORDER], SIZE, GRID).flatten()
+
+
+def with_tokens(free, tokens):
+    """A freed image [p'] with these tokens [N, d]: contents first, then extra numbers for what is left."""
+    wanted = tokens - free.positions
+    contents = wanted @ torch.linalg.pinv(free.weight).T
+    left = wanted - contents @ free.weight.T
+    extras = left @ torch.linalg.pinv(free.extra).T + 0.5
+    channels = free.freed_shape[0] - 3
+    parts = torch.cat([contents.unflatten(1, (3, *SIZE)), extras.unflatten(1, (channels, *SIZE))], dim=1)
+    return fold_patches(parts.flatten(1)[None], SIZE, GRID).flatten()
+
+
+@pytest.fixture(scope="module")
+def free():
+    return FreePositions.of(small_vit(), SHAPE, every_direction())
+
+
+def test_the_model_reads_an_image_as_before_if_its_positions_are_its_own(free):
+    base, images = small_vit(), smooth_images(2, 16).double()
+    freed = free.freed(images.flatten(1)).view(2, *free.freed_shape)
+    assert free.base.input_shape == tuple(free.freed_shape) == (4, 16, 16)
+    torch.testing.assert_close(free.base.model(free.base.normalize(freed)), base.model(base.normalize(images)))
+    assert base.model.patch_embed.proj.weight.shape[1] == 3  # the base itself is not touched
+
+
+def test_each_extra_number_moves_one_token_out_of_reach_of_pixels(free):
+    images = smooth_images(1, 16).double().flatten(1)
+    still = free.freed(images)
+    directions = free.basis[:, SHAPE.numel() :].T
+    assert len(directions) == 16 * 15  # 16 positions differ along 15 axes
+    for number in (0, 17, 239):
+        both = torch.cat([still, still + directions[number]]).view(2, *free.freed_shape)
+        before, after = tokens_of(free.base, both)
+        moved = after - before
+        assert moved.norm(dim=1).nonzero().flatten().tolist() == [number // 15]
+        assert (free.weight.T @ moved.T).abs().max() < 1e-9 * moved.norm()
+
+
+def test_one_unit_along_an_axis_is_a_share_of_what_two_positions_differ_by(free):
+    rest = free.positions - module._onto(free.weight @ free.contents, free.positions)
+    differences = (rest[:, None] - rest).flatten(0, 1)
+    still = free.freed(smooth_images(1, 16).double().flatten(1))
+    freed = torch.cat([still, still + free.basis[:, SHAPE.numel() : SHAPE.numel() + 15].T])
+    tokens = tokens_of(free.base, freed.view(16, *free.freed_shape))[:, 0]
+    moved = tokens[1:] - tokens[0]
+    along = differences @ torch.nn.functional.normalize(moved, dim=1).T
+    torch.testing.assert_close(moved.norm(dim=1), module.STEP * along.square().mean(0).sqrt())
+
+
+def test_tokens_in_another_order_are_put_in_their_places(free):
+    image = smooth_images(1, 16).double()
+    tokens = unfold_patches(image, SIZE)[0] @ free.weight.T + free.positions
+    constant = tokens_of(small_vit(), image)[0] - tokens  # the bias and the mean of pixels, alike for every patch
+    torch.testing.assert_close(constant, constant[:1].expand(16, -1))
+    freed = with_tokens(free, tokens[ORDER])
+    assert (freed[: SHAPE.numel()] - image.flatten()).abs().max() > 0.1
+    torch.testing.assert_close(free.placed(freed[None])[0], image.flatten(), atol=1e-8, rtol=0)
+    own = free.freed(image.flatten(1))
+    torch.testing.assert_close(free.placed(own), image.flatten(1), atol=1e-8, rtol=0)
+
+
+def test_of_gray_images_patches_stay_gray():
+    gray = torch.eye(256, dtype=torch.float64).repeat(3, 1)
+    free = FreePositions.of(small_vit(), SHAPE, gray)
+    assert free.contents.shape == (48, 16)
+    placed = free.placed(free.freed(smooth_images(1, 16).double().flatten(1)) + 0.05 * free.basis.sum(1))
+    assert (placed.view(3, 256) - placed.view(3, 256).mean(0)).abs().max() < 1e-9
+
+
+def test_extra_numbers_are_as_few_as_they_may_be(monkeypatch):
+    monkeypatch.setattr(module, "MOST_OF_ALL", 16 * 5)
+    free = FreePositions.of(small_vit(), SHAPE, every_direction())
+    assert free.basis.shape == (4 * 256, 768 + 16 * 5)
+    assert free.extra[:, :5].norm(dim=0).min() > 0 and not free.extra[:, 5:].any()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Flatten(),
+        nn.Conv2d(3, 8, 3),
+        small_vit(pos_embed="none").model,
+        small_vit(embed_dim=48).model,  # contents reach every token
+    ],
+)
+def test_where_tokens_do_not_show_their_positions_none_are_free(model):
+    base = BaseModel(model, "other", tuple(SHAPE), (0.5,) * 3, (0.5,) * 3, 10)
+    assert FreePositions.of(base, SHAPE, every_direction()) is None
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A task with free positions, and the image of its one victim."""
+    base = small_vit(depth=2)
+    unfuse_attention(base.model)
+    target = target_of(base, NAMES, rank=8)
+    torch.manual_seed(0)
+    a = {one.name: torch.rand(8, one.d_in, dtype=torch.float64) / one.d_in**0.5 for one in target.layers}
+    images, labels = smooth_images(1, 16).double(), torch.tensor([3])
+    with Capture(target) as capture:
+        observed = flat_units(project(target, capture(images[:, None], labels[:, None]), a))
+    updates = UpdateMap(target, a, SHAPE, 32)
+    task = _task_of(updates, observed, labels, Subspace(every_direction()), descends=True)
+    return _with_free_positions(task, updates, labels), images.flatten()
+
+
+def after_one_pass(task, start, kind):
+    axes, config = [Axes.of(task.subspace.basis)], GaussNewtonConfig(passes=1)
+    ((_, found),) = search_together(task, start[None], config, axes, 1, lambda *_: kind, restarts=False)
+    return found
+
+
+def test_a_search_that_begins_with_six_patches_out_of_place_finds_the_image_only_with_free_positions(problem):
+    task, image = problem
+    freed, descended = (after_one_pass(task, reordered(image), kind) for kind in (Kind.FREED, Kind.DESCENT))
+    errors = [(found.image - image).square().mean().sqrt() for found in (freed, descended)]
+    assert errors[0] < 0.01 and errors[1] > 0.05
+
+
+def test_a_pass_with_free_positions_never_raises_the_misfit(problem, monkeypatch):
+    """Where the places found are wrong, the search goes on from where it was."""
+    task, image = problem
+    monkeypatch.setattr(side_by_side, "FREED_STAGES", ((1e-5, 1),))
+    monkeypatch.setattr(side_by_side, "PLACED_STAGES", ((1e-4, 1),))
+    monkeypatch.setattr(FreePositions, "placed", lambda self, freed: 1 - freed[:, : SHAPE.numel()])
+    start = (image + 0.01).clamp(0, 1)
+    found = after_one_pass(task, start, Kind.FREED)
+    assert found.residual == found.start_residual and torch.equal(found.image, start)
+
+
+def test_positions_are_freed_where_descent_or_newton_stalls():
+    kinds, last, before = [], None, torch.inf
+    for residual in (0.5, 0.05, 0.049, 0.02, 0.019, 0.0189, 0.005, 0.0049, 0.0048, 0.001):
+        last, before = next_kind(last, before, residual, True, frees=True), residual
+        kinds.append(last.value)
+    expected = "descent descent freed descent freed cloud newton freed newton newton"
+    assert kinds == expected.split()

@@ -1,0 +1,175 @@
+"""Searches in which a ViT's patches are free to change places (docs/methods.md, 3f).
+
+A ViT distinguishes its patches only by their position embeddings. From a poor start, a search often ends at an image in
+which patches have changed places: every token is nearly right, but some stand at each other's positions, and between
+two such orders the misfit is larger. The update is a function of the set of tokens alone, so the barrier disappears
+once tokens need not keep the position embedding of their place. A *freed* image has extra channels, through which each
+patch may add a part of a position embedding to its token; the tokens then move to those of the solution in any order.
+Each token of the result is put where its position embedding fits it best.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, base_geometry
+from r2f_ext.inversion.patches import fold_patches, unfold_patches
+from r2f_ext.types import BaseModel
+
+MOST, MOST_OF_ALL = 32, 4096  # extra numbers of a patch, and of all patches of an image
+# In units of the root mean square difference of two position embeddings along an axis: the step of one search
+# coordinate, and how far an extra channel reaches to either side before the search is held back.
+STEP, REACH = 0.3, 4.0
+VARIED = 1e-6  # singular values up to this share of the largest one count as 0
+
+
+@dataclass(frozen=True)
+class FreePositions:
+    """A base model whose patches may add parts of position embeddings to their tokens, and the places that fit tokens.
+
+    Images [n, p], p = c * h * w, of N patches; freed images [n, p'], p' = (c + e) * h * w; tokens of width d.
+
+    Attributes:
+        base: the base model for freed images.
+        shape: (c, h, w) of an image; size: (height, width) of a patch; grid: (rows, columns) of patches.
+        basis: [p', q + N K], the search space of freed images: that of images, and K extra numbers for each patch.
+        weight: [d, c * height * width], what pixels in [0, 1] add to their token; contents: [c * height * width, b],
+            the orthonormal directions along which patches vary.
+        positions: [N, d], the position embeddings; extra: [d, e * height * width], what extra channels add to a token.
+    """
+
+    base: BaseModel
+    shape: torch.Size
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    basis: Tensor
+    weight: Tensor
+    contents: Tensor
+    positions: Tensor
+    extra: Tensor
+
+    @staticmethod
+    def of(base: BaseModel, shape: torch.Size, basis: Tensor) -> FreePositions | None:
+        """The freed images of a base whose images (c, h, w) vary along the orthogonal columns of basis [p, q].
+
+        None: not a timm ViT whose patches tile the image, or its tokens are not pixels times a weight plus a position
+        embedding.
+        """
+        try:
+            geometry = base_geometry(base)
+        except R2FError:
+            return None
+        if not geometry.has_pos_embed or geometry.has_embed_norm or geometry.position_grid != geometry.grid:
+            return None
+        count, size = geometry.patch_tokens, geometry.patch
+        parameters = dict(base.model.named_parameters())
+        projection, positions = parameters[PATCH_WEIGHT].detach(), parameters[POSITIONS].detach()[0, -count:]
+        deviation = projection.new_tensor(base.std).repeat_interleave(size[0] * size[1])
+        weight = projection.flatten(1) / deviation
+        contents = _row_space(unfold_patches(basis.T.unflatten(1, shape), size).flatten(0, 1)).to(weight)
+        # What distinguishes positions, and no content of a patch can make up for.
+        rest = (positions - _onto(weight @ contents, positions)).double()
+        _, lengths, axes = torch.linalg.svd(rest - rest.mean(0), full_matrices=False)
+        kept = min(MOST, MOST_OF_ALL // count, int((lengths > VARIED * positions.norm()).sum()))
+        if kept == 0:
+            return None
+        channels = -(-kept // (size[0] * size[1]))
+        extra = weight.new_zeros(len(weight), channels * size[0] * size[1])
+        differences = lengths[:kept, None] * (2 / count) ** 0.5  # root mean squares over pairs
+        extra[:, :kept] = (2 * REACH * differences * axes[:kept]).T.to(extra)
+        return FreePositions(
+            _with_channels(base, extra, channels),
+            shape,
+            size,
+            geometry.grid,
+            _freed_basis(basis, count, kept, channels, size, geometry.grid),
+            weight,
+            contents,
+            positions,
+            extra,
+        )
+
+    @property
+    def freed_shape(self) -> torch.Size:
+        """(c + e, h, w) of a freed image."""
+        return torch.Size(self.base.input_shape)
+
+    def freed(self, images: Tensor) -> Tensor:
+        """Images [n, p] whose tokens keep their position embeddings: [n, p']."""
+        return torch.cat([images, images.new_full((len(images), len(self.basis) - images.shape[1]), 0.5)], dim=1)
+
+    def placed(self, freed: Tensor) -> Tensor:
+        """The images [n, p] whose tokens are those of freed images [n, p'], each put where it fits best.
+
+        What a token has that neither the position embedding of its place nor a content in [0, 1] explains is its cost
+        there. The order of least total cost is found by `scipy.optimize.linear_sum_assignment`.
+        """
+        pixels = self.shape.numel()
+        images, extras = freed[:, :pixels].unflatten(1, self.shape), freed[:, pixels:] - 0.5
+        extras = extras.unflatten(1, (-1, *self.shape[1:]))
+        tokens = unfold_patches(images, self.size) @ self.weight.T + self.positions
+        tokens = tokens + unfold_patches(extras, self.size) @ self.extra.T
+        patches = torch.stack([self._assigned(each) for each in tokens])
+        return fold_patches(patches, self.size, self.grid).flatten(1)
+
+    def _assigned(self, tokens: Tensor) -> Tensor:
+        """The contents [N, c * height * width] of patches, of the tokens [N, d] in the order of least cost."""
+        directions = self.weight @ self.contents
+        to_contents = (self.contents.double() @ torch.linalg.pinv(directions.double())).to(tokens)
+        found = (tokens @ to_contents.T)[:, None] - self.positions @ to_contents.T  # of token i at position j
+        outside = (found - found.clamp(0, 1)).square().sum(2)
+        unexplained = torch.cdist(
+            tokens - _onto(directions, tokens), self.positions - _onto(directions, self.positions)
+        )
+        cost = unexplained.square() + outside
+        one, other = linear_sum_assignment(cost.double().cpu().numpy())
+        patches = tokens.new_empty(len(tokens), found.shape[2])
+        patches[torch.as_tensor(other)] = found[torch.as_tensor(one), torch.as_tensor(other)]
+        return patches
+
+
+def _row_space(rows: Tensor) -> Tensor:
+    """Orthonormal columns [m, b] that span the rows [n, m]."""
+    _, lengths, axes = torch.linalg.svd(rows.double(), full_matrices=False)
+    return axes[lengths > VARIED * lengths[0]].T
+
+
+def _onto(directions: Tensor, vectors: Tensor) -> Tensor:
+    """The parts of vectors [n, d] in the span of directions [d, b]."""
+    frame = torch.linalg.qr(directions.double())[0].to(vectors)
+    return vectors @ frame @ frame.T
+
+
+def _with_channels(base: BaseModel, extra: Tensor, channels: int) -> BaseModel:
+    """A copy of the base that reads further channels, of mean 0.5, through the weight extra [d, channels * h * w]."""
+    model = deepcopy(base.model)
+    embed = model.get_submodule("patch_embed")
+    old = embed.get_submodule("proj")
+    assert isinstance(old, nn.Conv2d)
+    size = (old.kernel_size[0], old.kernel_size[1])
+    weight = torch.cat([old.weight, extra.unflatten(1, (channels, *size))], dim=1)
+    new = nn.Conv2d(weight.shape[1], weight.shape[0], size, size)
+    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), old.bias
+    embed.proj = new
+    count, height, width = base.input_shape
+    mean, std = (*base.mean, *[0.5] * channels), (*base.std, *[1.0] * channels)
+    return replace(base, model=model, input_shape=(count + channels, height, width), mean=mean, std=std)
+
+
+def _freed_basis(
+    basis: Tensor, count: int, kept: int, channels: int, size: tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
+    """[p', q + count * kept]: the columns of basis [p, q], and one for each of `kept` extra numbers of each patch."""
+    pixels, directions = basis.shape
+    numbers = channels * size[0] * size[1]
+    each = torch.eye(count * numbers, dtype=basis.dtype, device=basis.device).view(count, numbers, count, numbers)
+    images = fold_patches(each[:, :kept].flatten(0, 1), size, grid).flatten(1)
+    freed = basis.new_zeros(pixels + images.shape[1], directions + len(images))
+    freed[:pixels, :directions], freed[pixels:, directions:] = basis, STEP / (2 * REACH) * images.T
+    return freed
