@@ -22,7 +22,7 @@ def tensors(device: torch.device | str = "cpu", requires_grad: bool = False) -> 
 CALLS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
     "lora_grad": lambda t: ops.lora_grad([t[0]], [t[1]], [t[2]], scales=[2.0]).grad_B,
     "lora_grad_tangent": lambda t: ops.lora_grad_tangent([t[0]], [t[1]], [t[3]], [t[4]], [t[2]], scales=[2.0]),
-    "decode": lambda t: ops.decode([t[5]], t[6:8], t[8:]),
+    "perceptrons": lambda t: ops.perceptrons([t[5]], t[6:8], t[8:]),
 }
 
 

@@ -20,7 +20,7 @@ DERIVED = {
     ("signed_adam_step_", "beta1"): "betas",
     ("signed_adam_step_", "beta2"): "betas",
     ("matching_loss", "with_gradients"): "candidate",  # set if the candidate requires a gradient
-    ("decode", "with_saved"): "weights",  # set if one of the tensors requires a gradient
+    ("perceptrons", "with_saved"): "weights",  # set if one of the tensors requires a gradient
 }
 FORWARD = [name for name in SCHEMAS if not name.endswith("_backward")]
 
@@ -137,7 +137,7 @@ def test_autocast_changes_no_result():
         ops.add_weighted_gradients_([total], [torch.ones(1, 3)], [x], [delta])
         (update,) = ops.lora_grad([x], [delta], [a], scales=[2.0]).grad_B
         (tangent,) = ops.lora_grad_tangent([x], [delta], [x[None]], [delta[None]], [a], scales=[2.0])
-        (decoded,) = ops.decode([x[0]], [torch.ones(4, 8), torch.ones(3, 4)], [torch.ones(4), torch.ones(3)])
+        (decoded,) = ops.perceptrons([x[0]], [torch.ones(4, 8), torch.ones(3, 4)], [torch.ones(4), torch.ones(3)])
         loss = ops.matching_loss([update], [update + 1], images=x[:, None])
         factored = ops.factored_matching_loss([x], [delta], [x + 1], [delta], images=x[:, None])
         return [total, update, tangent, decoded, loss, factored]

@@ -1,4 +1,4 @@
-"""One multilayer perceptron per layer with a low-rank output; one call of the operator `decode` runs all layers.
+"""One multilayer perceptron per layer with a low-rank output; one call of the operator `perceptrons` runs all layers.
 
 The input is the layer's own update (see `inputs` for its form) and the `Context`. The output is the gradient's core,
 its coefficients in the principal directions (`Core`).
@@ -13,7 +13,7 @@ from r2f_ext.decoders.base import Updates
 from r2f_ext.decoders.context import Context
 from r2f_ext.decoders.learned import Learned
 from r2f_ext.errors import R2FError
-from r2f_ext.ops import decode
+from r2f_ext.ops import perceptrons
 
 SIZE, HIDDEN = 48, 256
 INPUTS = ("b", "ba")
@@ -51,7 +51,7 @@ class MLP(Learned):
     def predict(self, inputs: Updates, precision: torch.dtype = torch.float32) -> Updates:
         linear = [m for name in inputs for m in self.networks[name].modules() if isinstance(m, nn.Linear)]
         weights, biases = [m.weight.to(precision) for m in linear], [m.bias.to(precision) for m in linear]
-        cores = decode([z.to(precision) for z in inputs.values()], weights, biases)
+        cores = perceptrons([z.to(precision) for z in inputs.values()], weights, biases)
         return {name: core.float() for name, core in zip(inputs, cores, strict=True)}
 
     def read(self, units: Updates) -> Updates:

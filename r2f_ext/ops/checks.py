@@ -82,26 +82,26 @@ def _bad_shapes(op: str, layer: int, wrong: str, given: dict[str, Tensor]) -> Va
     return ValueError(f"{op}: {wrong}; layer {layer} has {shapes}")
 
 
-def check_decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+def check_perceptrons(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     if not inputs or not weights or len(weights) % len(inputs) or len(biases) != len(weights):
         raise ValueError(
-            "decode: every decoder needs the same number of weights and as many biases, at least 1; got "
+            "perceptrons: every decoder needs the same number of weights and as many biases, at least 1; got "
             f"{len(inputs)} inputs, {len(weights)} weights and {len(biases)} biases"
         )
     depth, dtype, device = len(weights) // len(inputs), inputs[0].dtype, inputs[0].device
     if dtype not in DTYPES:
-        raise TypeError(f"decode: inputs must be float32, float64 or bfloat16; got {dtype}")
+        raise TypeError(f"perceptrons: inputs must be float32, float64 or bfloat16; got {dtype}")
     for i, z in enumerate(inputs):
         if z.ndim != 2:
-            raise ValueError(f"decode: inputs must be [b, n]; inputs[{i}] is {list(z.shape)}")
+            raise ValueError(f"perceptrons: inputs must be [b, n]; inputs[{i}] is {list(z.shape)}")
         width = z.shape[1]
         for k in range(i * depth, (i + 1) * depth):
             if weights[k].ndim != 2 or weights[k].shape[1] != width:
-                raise ValueError(f"decode: weights[{k}] must be [out, {width}]; got {list(weights[k].shape)}")
+                raise ValueError(f"perceptrons: weights[{k}] must be [out, {width}]; got {list(weights[k].shape)}")
             width = weights[k].shape[0]
             if biases[k].shape != (width,):
-                raise ValueError(f"decode: biases[{k}] must be [{width}]; got {list(biases[k].shape)}")
-    _check_alike("decode", {"inputs": inputs, "weights": weights, "biases": biases}, dtype, device)
+                raise ValueError(f"perceptrons: biases[{k}] must be [{width}]; got {list(biases[k].shape)}")
+    _check_alike("perceptrons", {"inputs": inputs, "weights": weights, "biases": biases}, dtype, device)
 
 
 def check_add_weighted_gradients(

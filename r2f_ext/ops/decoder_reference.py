@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_add_weighted_gradients, check_decode
+from .checks import check_add_weighted_gradients, check_perceptrons
 from .schemas import NAMESPACE
 
 
-def decode(
+def perceptrons(
     inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], with_saved: bool = True
 ) -> tuple[list[Tensor], list[Tensor]]:
     """One decoder after another: linear layers with the exact GELU between them (Hendrycks and Gimpel 2016)."""
-    check_decode(inputs, weights, biases)
+    check_perceptrons(inputs, weights, biases)
     depth = len(weights) // len(inputs)
     outputs, saved = [], []
     for i, values in enumerate(inputs):
@@ -29,7 +29,7 @@ def decode(
     return outputs, saved if with_saved else []
 
 
-def decode_backward(
+def perceptrons_backward(
     grads: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -64,5 +64,5 @@ def add_weighted_gradients_(
         total += torch.einsum("vp,pij->vij", w, gradients)
 
 
-for _function in (decode, decode_backward, add_weighted_gradients_):
+for _function in (perceptrons, perceptrons_backward, add_weighted_gradients_):
     torch.library.impl(f"{NAMESPACE}::{_function.__name__}", "default", _function)

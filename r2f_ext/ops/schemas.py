@@ -25,11 +25,11 @@ SCHEMAS: dict[str, str] = {
     # Multilayer perceptrons. weights, biases: of the first decoder's linear layers, then of the second's, and so on.
     # saved: the pre-activations of the hidden layers, in the same order; empty if only outputs are wanted.
     # (No default: torch 2.11 hides an argument that equals its default from the registered backward.)
-    "decode": (
+    "perceptrons": (
         "(Tensor[] inputs, Tensor[] weights, Tensor[] biases, bool with_saved) -> (Tensor[] outputs, Tensor[] saved)"
     ),
     # grad_inputs is empty unless needed.
-    "decode_backward": (
+    "perceptrons_backward": (
         "(Tensor[] grads, Tensor[] inputs, Tensor[] weights, Tensor[] saved, bool needs_inputs)"
         " -> (Tensor[] grad_inputs, Tensor[] grad_weights, Tensor[] grad_biases)"
     ),

@@ -1,4 +1,4 @@
-// torch.ops.r2f.decode and its backward in ATen operators. Schemas and formulas are in r2f_ext/ops.
+// torch.ops.r2f.perceptrons and its backward in ATen operators. Schemas and formulas are in r2f_ext/ops.
 //
 // Decoders of the same shapes form a group, which takes one batched product per linear layer. Tensors that are equally
 // spaced in one storage, like the slices of a stacked tensor, are read in place. On CUDA, other tensors are first
@@ -79,19 +79,19 @@ void scatter(const at::Tensor& result, const Group& group, size_t per_decoder, s
 
 size_t depth_of(at::TensorList inputs, at::TensorList weights) {
   TORCH_CHECK(!inputs.empty() && !weights.empty() && weights.size() % inputs.size() == 0,
-              "decode: every decoder needs the same number of linear layers, at least 1");
-  glue::dtype_of("decode", inputs[0]);  // refuses other dtypes
+              "perceptrons: every decoder needs the same number of linear layers, at least 1");
+  glue::dtype_of("perceptrons", inputs[0]);  // refuses other dtypes
   return weights.size() / inputs.size();
 }
 
 void check_shapes(at::TensorList inputs, at::TensorList weights, at::TensorList biases, size_t depth) {
-  TORCH_CHECK(biases.size() == weights.size(), "decode: as many biases as weights are needed");
+  TORCH_CHECK(biases.size() == weights.size(), "perceptrons: as many biases as weights are needed");
   for (size_t l = 0; l < inputs.size(); ++l) {
     int64_t width = inputs[l].dim() == 2 ? inputs[l].size(1) : -1;
     for (size_t k = l * depth; k < (l + 1) * depth; ++k) {
       TORCH_CHECK(weights[k].dim() == 2 && weights[k].size(1) == width && biases[k].dim() == 1 &&
                       biases[k].size(0) == weights[k].size(0),
-                  "decode: inputs [b, n], weights [out, in] and biases [out] are needed");
+                  "perceptrons: inputs [b, n], weights [out, in] and biases [out] are needed");
       width = weights[k].size(0);
     }
   }
@@ -125,8 +125,8 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::T
   return input.dim() == 2 ? at::linear(input, weight, bias) : at::baddbmm(bias.unsqueeze(1), input, weight.mT());
 }
 
-std::tuple<Tensors, Tensors> decode(at::TensorList inputs, at::TensorList weights, at::TensorList biases,
-                                    bool with_saved) {
+std::tuple<Tensors, Tensors> perceptrons(at::TensorList inputs, at::TensorList weights, at::TensorList biases,
+                                         bool with_saved) {
   const size_t depth = depth_of(inputs, weights), hidden = depth - 1;
   check_shapes(inputs, weights, biases, depth);
   const c10::OptionalDeviceGuard guard(inputs[0].device());
@@ -144,11 +144,12 @@ std::tuple<Tensors, Tensors> decode(at::TensorList inputs, at::TensorList weight
   return {std::move(outputs), std::move(saved)};
 }
 
-std::tuple<Tensors, Tensors, Tensors> decode_backward(at::TensorList grads, at::TensorList inputs,
-                                                      at::TensorList weights, at::TensorList saved, bool needs_inputs) {
+std::tuple<Tensors, Tensors, Tensors> perceptrons_backward(at::TensorList grads, at::TensorList inputs,
+                                                           at::TensorList weights, at::TensorList saved,
+                                                           bool needs_inputs) {
   const size_t depth = depth_of(inputs, weights), hidden = depth - 1;
   TORCH_CHECK(grads.size() == inputs.size() && saved.size() == inputs.size() * hidden,
-              "decode_backward: one gradient per output and the saved tensors of the forward are needed");
+              "perceptrons_backward: one gradient per output and the saved tensors of the forward are needed");
   const c10::OptionalDeviceGuard guard(inputs[0].device());
   Tensors grad_inputs(needs_inputs ? inputs.size() : 0), grad_weights(weights.size()), grad_biases(weights.size());
   for (const Group& group : groups_of(inputs, weights, depth)) {
@@ -168,14 +169,14 @@ std::tuple<Tensors, Tensors, Tensors> decode_backward(at::TensorList grads, at::
 }
 
 TORCH_LIBRARY_IMPL(r2f, CPU, library) {
-  library.impl("decode", &decode);
-  library.impl("decode_backward", &decode_backward);
+  library.impl("perceptrons", &perceptrons);
+  library.impl("perceptrons_backward", &perceptrons_backward);
 }
 
 #ifdef R2F_WITH_CUDA
 TORCH_LIBRARY_IMPL(r2f, CUDA, library) {
-  library.impl("decode", &decode);
-  library.impl("decode_backward", &decode_backward);
+  library.impl("perceptrons", &perceptrons);
+  library.impl("perceptrons_backward", &perceptrons_backward);
 }
 #endif
 

@@ -1,4 +1,4 @@
-"""decode of all layers in one call, against the best plain PyTorch forms, on the embedded model's decoders."""
+"""Perceptrons of all layers in one call, against the best plain PyTorch forms, on the embedded model's decoders."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from layers import EMBEDDED
 from measure import Functions
 from torch import Tensor
 
-from r2f_ext.ops import decode
+from r2f_ext.ops import perceptrons
 
-pytestmark = pytest.mark.benchmark(group="decode")
+pytestmark = pytest.mark.benchmark(group="perceptrons")
 SHAPES = {"stacked": [(256, 128)] * 16, "ragged": EMBEDDED}  # one shape for all layers, so that bmm applies, or several
 RANK, HIDDEN, OUT = 8, 256, 256
 
@@ -50,13 +50,13 @@ def slices_of_stacks(tensors: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("batch", [1, 2, 64])
 @pytest.mark.parametrize("kind", SHAPES)
-def bench_decode(versus: Callable[..., None], device: str, kind: str, batch: int) -> None:
+def bench_perceptrons(versus: Callable[..., None], device: str, kind: str, batch: int) -> None:
     widths = [d_out * RANK for d_out, _ in SHAPES[kind]]
 
     def make() -> Functions:
         weights, biases = parameters(widths, device)
         inputs = [torch.randn(batch, width, device=device) for width in widths]
-        functions: dict[str, Callable[[], object]] = {"ours": lambda: decode(inputs, weights, biases)}
+        functions: dict[str, Callable[[], object]] = {"ours": lambda: perceptrons(inputs, weights, biases)}
         if kind == "stacked":  # ours gets slices: every form reads the same memory
             together = torch.stack(inputs)
             inputs = list(together)
@@ -67,7 +67,7 @@ def bench_decode(versus: Callable[..., None], device: str, kind: str, batch: int
 
     read = sum(HIDDEN * (width + 1) + OUT * (HIDDEN + 1) for width in widths)
     with torch.no_grad():
-        versus(f"decode {kind}", [batch, len(widths)], make, traffic=4.0 * read, flops=2.0 * batch * read)
+        versus(f"perceptrons {kind}", [batch, len(widths)], make, traffic=4.0 * read, flops=2.0 * batch * read)
 
 
 def bench_decode_training(versus: Callable[..., None], device: str) -> None:
@@ -82,7 +82,7 @@ def bench_decode_training(versus: Callable[..., None], device: str) -> None:
         def both(forward: Callable[..., list[Tensor]]) -> Callable[[], object]:
             return lambda: torch.autograd.grad(sum(o.square().sum() for o in forward(inputs, weights, biases)), leaves)
 
-        return {"ours": both(decode), "loop of F.linear": both(loop)}
+        return {"ours": both(perceptrons), "loop of F.linear": both(loop)}
 
     products = sum(HIDDEN * (2 * width + 3 * OUT) for width in widths)
-    versus("decode, forward and backward", [batch, len(widths)], make, flops=2.0 * batch * products)
+    versus("perceptrons, forward and backward", [batch, len(widths)], make, flops=2.0 * batch * products)

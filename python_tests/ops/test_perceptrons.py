@@ -1,4 +1,4 @@
-"""decode: the compiled operator and the reference against torch.nn and autograd in float64."""
+"""perceptrons: the compiled operator and the reference against torch.nn and autograd in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2f_ext.ops import decode, decoder_reference
+from r2f_ext.ops import decoder_reference, perceptrons
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 6e-2}  # see `gradients`
@@ -72,7 +72,9 @@ def assert_close(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("b", [1, 3, 33])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-@pytest.mark.parametrize("function", [torch.ops.r2f.decode, decoder_reference.decode], ids=["operator", "reference"])
+@pytest.mark.parametrize(
+    "function", [torch.ops.r2f.perceptrons, decoder_reference.perceptrons], ids=["operator", "reference"]
+)
 def test_values_are_those_of_torch_nn(device, dtype, b, depth, function):
     lists = make(b, depth, dtype=dtype, device=device)
     outputs, saved = function(*lists, True)
@@ -90,11 +92,11 @@ def test_gradients_are_those_of_autograd_through_torch_nn(device, dtype, depth):
     expected, sizes = gradients(expected_outputs, variables, factors)
     factors = [factor.to(dtype) for factor in factors]
     with torch.no_grad():
-        saved = decoder_reference.decode(*lists)[1]
-        by_reference = decoder_reference.decode_backward(factors, *lists[:2], saved, True)
+        saved = decoder_reference.perceptrons(*lists)[1]
+        by_reference = decoder_reference.perceptrons_backward(factors, *lists[:2], saved, True)
     for got in (
-        torch.autograd.grad(decode(*lists), variables, factors),
-        torch.autograd.grad(torch.ops.r2f.decode(*lists, True)[0], variables, factors),
+        torch.autograd.grad(perceptrons(*lists), variables, factors),
+        torch.autograd.grad(torch.ops.r2f.perceptrons(*lists, True)[0], variables, factors),
         [g for each in by_reference for g in each],
     ):
         for one, other, size in zip(got, expected, sizes, strict=True):
@@ -109,7 +111,7 @@ def test_first_derivatives_by_finite_differences(device, depth):
     layers = 3 * depth
 
     def function(*t: Tensor) -> tuple[Tensor, ...]:
-        return tuple(decode(t[:3], t[3 : 3 + layers], t[3 + layers :]))
+        return tuple(perceptrons(t[:3], t[3 : 3 + layers], t[3 + layers :]))
 
     assert torch.autograd.gradcheck(function, variables)
 
@@ -119,7 +121,7 @@ def test_tensors_that_need_no_gradient_get_none(device, which):
     lists = make(dtype=torch.float64, device=device)
     variables = [t.requires_grad_() for t in lists[which]]
     expected = torch.autograd.grad(sum(t.square().sum() for t in by_modules(*lists)), variables)
-    sum(t.square().sum() for t in decode(*lists)).backward()
+    sum(t.square().sum() for t in perceptrons(*lists)).backward()
     for variable, want in zip(variables, expected, strict=True):
         torch.testing.assert_close(variable.grad, want)
     assert all(t.grad is None for each in lists for t in each if not t.requires_grad)
@@ -129,7 +131,7 @@ def test_a_second_derivative_is_refused(device):
     lists = make(2, device=device)
     lists[1][0].requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(decode(*lists)[0].square().sum(), lists[1][0], create_graph=True)
+        torch.autograd.grad(perceptrons(*lists)[0].square().sum(), lists[1][0], create_graph=True)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -138,7 +140,7 @@ def test_a_second_derivative_is_refused(device):
 def test_empty_tensors(device, b, shape):
     lists = make(b, 2, [shape, (2, 3, 4)], torch.float64, device)
     variables = [t.requires_grad_() for each in lists for t in each]
-    outputs, expected = decode(*lists), by_modules(*lists)
+    outputs, expected = perceptrons(*lists), by_modules(*lists)
     grads = torch.autograd.grad([t.sum() for t in outputs], variables)
     expected_grads = torch.autograd.grad([t.sum() for t in expected], variables)
     for got, want in zip([*outputs, *grads], [*expected, *expected_grads], strict=True):
@@ -147,10 +149,10 @@ def test_empty_tensors(device, b, shape):
 
 def test_any_strides_and_deterministic(device):
     lists = make(device=device)
-    outputs = decode(*lists)
-    assert all(torch.equal(x, y) for x, y in zip(outputs, decode(*lists), strict=True))
+    outputs = perceptrons(*lists)
+    assert all(torch.equal(x, y) for x, y in zip(outputs, perceptrons(*lists), strict=True))
     inputs, weights = ([t.mT.contiguous().mT for t in each] for each in lists[:2])
-    for got, want in zip(decode(inputs, weights, lists[2]), outputs, strict=True):
+    for got, want in zip(perceptrons(inputs, weights, lists[2]), outputs, strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -170,7 +172,7 @@ def test_slices_of_stacked_tensors_give_what_separate_ones_give(device, strange)
     weights = [w for pair in zip(first, second, strict=True) for w in pair]
     biases = [b for pair in zip(first_bias, second_bias, strict=True) for b in pair]
     variables = [t.requires_grad_() for t in (*inputs, *weights, *biases)] if strange is None else []
-    outputs, expected = decode(inputs, weights, biases), by_modules(inputs, weights, biases)
+    outputs, expected = perceptrons(inputs, weights, biases), by_modules(inputs, weights, biases)
     assert_close(outputs, expected, torch.float32)
     if variables:
         factors = [torch.randn_like(t) for t in expected]
@@ -180,25 +182,25 @@ def test_slices_of_stacked_tensors_give_what_separate_ones_give(device, strange)
 
 def test_without_gradients_nothing_is_saved(device):
     lists = make(device=device)
-    assert torch.ops.r2f.decode(*lists, False)[1] == decoder_reference.decode(*lists, False)[1] == []
+    assert torch.ops.r2f.perceptrons(*lists, False)[1] == decoder_reference.perceptrons(*lists, False)[1] == []
     lists[1][0].requires_grad_()
-    assert decode(*lists)[0].requires_grad and not decode(*lists)[1].is_leaf
+    assert perceptrons(*lists)[0].requires_grad and not perceptrons(*lists)[1].is_leaf
     with torch.no_grad():
-        assert not decode(*lists)[0].requires_grad
+        assert not perceptrons(*lists)[0].requires_grad
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_operator_rules(device, depth):
     lists = make(2, depth, device=device)
-    torch.library.opcheck(torch.ops.r2f.decode.default, (*lists, True))
+    torch.library.opcheck(torch.ops.r2f.perceptrons.default, (*lists, True))
     learning = (lists[0], *([t.clone().requires_grad_() for t in each] for each in lists[1:]))
-    torch.library.opcheck(torch.ops.r2f.decode.default, (*learning, True))
+    torch.library.opcheck(torch.ops.r2f.perceptrons.default, (*learning, True))
     everything = tuple([t.clone().requires_grad_() for t in each] for each in lists)
-    torch.library.opcheck(torch.ops.r2f.decode.default, (*everything, True))
-    outputs, saved = torch.ops.r2f.decode(*lists, True)
+    torch.library.opcheck(torch.ops.r2f.perceptrons.default, (*everything, True))
+    outputs, saved = torch.ops.r2f.perceptrons(*lists, True)
     for needs_inputs in (True, False):
         arguments = (outputs, *lists[:2], saved, needs_inputs)
-        torch.library.opcheck(torch.ops.r2f.decode_backward.default, arguments)
+        torch.library.opcheck(torch.ops.r2f.perceptrons_backward.default, arguments)
 
 
 @pytest.mark.slow
@@ -207,7 +209,7 @@ def test_inside_torch_compile(device):
     variables = [t.requires_grad_() for each in lists for t in each]
 
     def loss(*t: Tensor) -> Tensor:
-        return sum(output.square().sum() for output in decode(t[:2], t[2:6], t[6:]))
+        return sum(output.square().sum() for output in perceptrons(t[:2], t[2:6], t[6:]))
 
     expected = torch.autograd.grad(loss(*variables), variables)
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*variables), variables)
@@ -220,7 +222,7 @@ def test_under_cuda_graph_capture():
     variables = [t.requires_grad_() for each in lists for t in each]
 
     def step() -> list[Tensor]:
-        outputs = decode(*lists)
+        outputs = perceptrons(*lists)
         return [*outputs, *torch.autograd.grad([t.sum() for t in outputs], variables)]
 
     step()
@@ -257,10 +259,10 @@ def good() -> dict:
 )
 def test_errors_name_the_argument(name, index, tensor, error, words):
     arguments = good()
-    assert [t.shape for t in decode(**arguments)] == [(2, 2), (2, 2)]
+    assert [t.shape for t in perceptrons(**arguments)] == [(2, 2), (2, 2)]
     arguments[name][index] = tensor
     with pytest.raises(error, match=words):
-        decode(**arguments)
+        perceptrons(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -268,4 +270,4 @@ def test_errors_name_the_argument(name, index, tensor, error, words):
 )
 def test_lists_of_wrong_lengths_are_refused(change):
     with pytest.raises(ValueError, match="same number of weights and as many biases"):
-        decode(**{**good(), **change})
+        perceptrons(**{**good(), **change})

@@ -1,4 +1,4 @@
-"""`decode`: the perceptrons of all layers in one call, from features of updates to coefficients of gradients."""
+"""`perceptrons`: the perceptrons of all layers in one call, from features of updates to coefficients of gradients."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_decode
+from .checks import check_perceptrons
 from .graph import call, wants_graph
 from .schemas import NAMESPACE
 
 
-def decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+def perceptrons(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
     """L decoders, each a multilayer perceptron `nn.Sequential(Linear, GELU, Linear, ...)` with its own batch.
 
     With K = len(weights) / L linear layers per decoder:
@@ -37,18 +37,18 @@ def decode(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
     """
     try:
         recorded = wants_graph(inputs, weights, biases)
-        outputs: list[Tensor] = call(torch.ops.r2f.decode.default, recorded, inputs, weights, biases, recorded)[0]
+        outputs: list[Tensor] = call(torch.ops.r2f.perceptrons.default, recorded, inputs, weights, biases, recorded)[0]
     except Exception:
-        check_decode(inputs, weights, biases)  # raises an error that names the argument
+        check_perceptrons(inputs, weights, biases)  # raises an error that names the argument
         raise
     return outputs
 
 
-@torch.library.register_fake(f"{NAMESPACE}::decode")
+@torch.library.register_fake(f"{NAMESPACE}::perceptrons")
 def _fake(
     inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor], with_saved: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    check_decode(inputs, weights, biases)
+    check_perceptrons(inputs, weights, biases)
     depth = len(weights) // len(inputs)
     shapes = [(len(inputs[k // depth]), len(weight)) for k, weight in enumerate(weights)]
     results = [inputs[0].new_empty(shape) for shape in shapes]
@@ -56,7 +56,7 @@ def _fake(
     return results[depth - 1 :: depth], hidden if with_saved else []
 
 
-@torch.library.register_fake(f"{NAMESPACE}::decode_backward")
+@torch.library.register_fake(f"{NAMESPACE}::perceptrons_backward")
 def _fake_backward(
     grads: list[Tensor], inputs: list[Tensor], weights: list[Tensor], saved: list[Tensor], needs_inputs: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -75,12 +75,12 @@ def _backward(
     ctx: Any, grads: list[Tensor], _: list[Tensor]
 ) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor], None]:
     if torch.is_grad_enabled():
-        raise RuntimeError("decode has no second derivative: call backward or grad without create_graph.")
+        raise RuntimeError("perceptrons has no second derivative: call backward or grad without create_graph.")
     tensors, decoders, linear_layers = ctx.saved_tensors, ctx.decoders, ctx.linear_layers
     z, weights = list(tensors[:decoders]), list(tensors[decoders : decoders + linear_layers])
     saved, needs_inputs = list(tensors[decoders + linear_layers :]), any(ctx.needs_input_grad[0])
-    to_z, to_weights, to_biases = torch.ops.r2f.decode_backward(grads, z, weights, saved, needs_inputs)
+    to_z, to_weights, to_biases = torch.ops.r2f.perceptrons_backward(grads, z, weights, saved, needs_inputs)
     return to_z if needs_inputs else [None] * decoders, to_weights, to_biases, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::decode", _backward, setup_context=_setup_context)
+torch.library.register_autograd(f"{NAMESPACE}::perceptrons", _backward, setup_context=_setup_context)
