@@ -73,6 +73,15 @@ bench() { # FOLDER OF THE SUITE
     --benchmark-json="$out/$device-$1.json" 2>&1 | tee "$out/$device-$1.txt"
 }
 
+tables() { # of the suites that ran
+  local records=() each
+  for each in "$out/$device"-{ops,pairs}.json; do
+    [ -f "$each" ] && records+=("$each")
+  done
+  [ ${#records[@]} -gt 0 ] || { echo "tables: run bench-ops or bench-pairs first"; return 1; }
+  "$python" -P benchmarks/tables.py --write "$out/$device.md" "${records[@]}"
+}
+
 operators=("lora_grad and float32" "lora_grad and bfloat16" "test_matching and float32" "test_matching and float64"
   "test_matching and bfloat16" "test_matching and table" test_factored test_signed)
 
@@ -85,7 +94,7 @@ step() {
     racecheck) sanitizer racecheck "${operators[@]}" ;;
     bench-ops) bench ops ;;
     bench-pairs) bench pairs ;;
-    tables) "$python" -P benchmarks/tables.py --write "$out/$device.md" "$out/$device"-{ops,pairs}.json ;;
+    tables) tables ;;
     *) echo "gpu.sh: there is no step $1"; return 1 ;;
   esac
 }

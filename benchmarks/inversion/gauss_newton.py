@@ -33,6 +33,7 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
+from r2f_ext.files import write_atomically
 from r2f_ext.inversion import gauss_newton as module
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.exactness import REPRODUCED, Bound, exactness_of
@@ -77,7 +78,8 @@ def main() -> None:
             file = options.problem or Path(folder) / "problem.pt"
             if not file.exists():
                 private = some_private(options.private, options.first, options.victims)
-                torch.save(of_peft(base, options.proxy, private), file)
+                problem = of_peft(base, options.proxy, private)
+                write_atomically(file, lambda temporary: torch.save(problem, temporary))
             rows = side_by_side(file, missing, config) if options.device == "cuda" else run(file, missing, options)
             for row in rows:
                 record["rows"].append({"case": "peft", **row, "victim": row["victim"] + options.first})

@@ -97,6 +97,7 @@ def test_gradients_are_those_of_autograd_through_torch_nn(device, dtype, depth):
     for got in (
         torch.autograd.grad(perceptrons(*lists), variables, factors),
         torch.autograd.grad(torch.ops.r2f.perceptrons(*lists, True)[0], variables, factors),
+        torch.autograd.grad(torch.ops.r2f.perceptrons(*lists, False)[0], variables, factors),
         [g for each in by_reference for g in each],
     ):
         for one, other, size in zip(got, expected, sizes, strict=True):

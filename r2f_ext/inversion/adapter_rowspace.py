@@ -29,7 +29,7 @@ from r2f_ext.inversion.attention_rowspace import (
     token_map,
     weighted_directions,
 )
-from r2f_ext.inversion.counting import closed_form_verdict, count_on, row_space_refusal
+from r2f_ext.inversion.counting import closed_form_verdict, count_on, rowspace_refusal
 from r2f_ext.inversion.exactness import storage_precision
 from r2f_ext.inversion.geometry import FIRST_QKV, ViTGeometry, base_geometry
 from r2f_ext.inversion.patches import expected_psnr_db, to_image
@@ -51,7 +51,7 @@ def count_adapter_rowspace(base: BaseModel, adapter: Target | None, steps: int |
     """
 
     def count(g: ViTGeometry) -> Verdict:
-        unknowns, refusal = g.patch_numbers + g.norm_scales, row_space_refusal(g, batch)
+        unknowns, refusal = g.patch_numbers + g.norm_scales, rowspace_refusal(g, batch)
         if adapter is None or FIRST_QKV not in adapter.without_saved().names:
             nothing = f"no adapter on {FIRST_QKV}"
             return closed_form_verdict(ROUTE, unknowns, 0, nothing, "", f"0 equations for {unknowns} unknowns a patch")

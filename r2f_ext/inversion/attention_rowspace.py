@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.counting import closed_form_verdict, count_on, not_shared, row_space_refusal
+from r2f_ext.inversion.counting import closed_form_verdict, count_on, not_shared, rowspace_refusal
 from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT, ViTGeometry, base_geometry, norms_before_qkv
 from r2f_ext.inversion.patch_position import read_gradient
 from r2f_ext.inversion.patches import (
@@ -56,7 +56,7 @@ def count_attention_rowspace(base: BaseModel, batch: int = 1, shared: Collection
         unknowns = g.patch_numbers + g.norm_scales
         spanned = batch * g.patch_tokens + g.prefix_tokens
         equations = max(g.width - spanned, 0)
-        refusal = row_space_refusal(g, batch)
+        refusal = rowspace_refusal(g, batch)
         if refusal is None and unknowns > equations:
             refusal = "too few directions are orthogonal to all tokens"
         return closed_form_verdict(

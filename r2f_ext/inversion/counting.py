@@ -110,7 +110,7 @@ def not_shared(shared: Collection[str] | None, *names: str) -> str | None:
     return f"the gradient of {lacking[0]} is not shared" if lacking else None
 
 
-def row_space_refusal(g: ViTGeometry, batch: int) -> str | None:
+def rowspace_refusal(g: ViTGeometry, batch: int) -> str | None:
     """Why block 0's inputs do not give one linear system per patch, regardless of the count; None if they do."""
     if not g.linear_qkv:
         return "block 0 does not read its tokens through a norm and one qkv projection"

@@ -26,8 +26,8 @@ class Local:
         gram = precise_gram(jacobian)
         if not bool(gram.isfinite().all()):
             gram = torch.full_like(gram, torch.nan)
-        shares = gram.new_tensor(DAMPINGS).flip(0) * largest_eigenvalues(gram[None])
-        damped = gram + shares[:, None, None] * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        dampings = gram.new_tensor(DAMPINGS).flip(0) * largest_eigenvalues(gram[None])
+        damped = gram + dampings[:, None, None] * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         factors, failed = torch.linalg.cholesky_ex(damped)
         return Local(jacobian, torch.where((failed > 0)[:, None, None], torch.nan, factors))
 

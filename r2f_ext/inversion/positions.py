@@ -72,7 +72,7 @@ class FreePositions:
         projection, positions = parameters[PATCH_WEIGHT].detach(), parameters[POSITIONS].detach()[0, -count:]
         deviation = projection.new_tensor(base.std).repeat_interleave(size[0] * size[1])
         weight = projection.flatten(1) / deviation
-        contents = _row_space(unfold_patches(basis.T.unflatten(1, shape), size).flatten(0, 1)).to(weight)
+        contents = _span(unfold_patches(basis.T.unflatten(1, shape), size).flatten(0, 1)).to(weight)
         # What distinguishes positions, and no content of a patch can make up for.
         rest = (positions - _onto(weight @ contents, positions)).double()
         _, lengths, axes = torch.linalg.svd(rest - rest.mean(0), full_matrices=False)
@@ -134,7 +134,7 @@ class FreePositions:
         return patches
 
 
-def _row_space(rows: Tensor) -> Tensor:
+def _span(rows: Tensor) -> Tensor:
     """Orthonormal columns [m, b] that span the rows [n, m]."""
     _, lengths, axes = torch.linalg.svd(rows.double(), full_matrices=False)
     return axes[lengths > VARIED * lengths[0]].T

@@ -195,7 +195,7 @@ def _wrapped(files: AdapterFiles, base: BaseModel) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws factors
             warnings.simplefilter("ignore")  # what PEFT warns of is checked here
-            return get_peft_model(copy.deepcopy(base.model), LoraConfig(**config))
+            return get_peft_model(copy.deepcopy(base.model), LoraConfig(**copy.deepcopy(config)))
     except Exception as error:  # PEFT checks nothing itself, so a damaged config raises any type of error
         raise R2FError(
             f"adapter '{files.folder}' has a configuration that PEFT cannot apply to base '{base.spec}': "

@@ -65,10 +65,10 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
-    z, weights, _, _ = inputs
+    z, weights, biases, _ = inputs
     ctx.decoders, ctx.linear_layers = len(z), len(weights)
     ctx.mark_non_differentiable(*output[1])
-    ctx.save_for_backward(*z, *weights, *output[1])
+    ctx.save_for_backward(*z, *weights, *biases, *output[1])
 
 
 def _backward(
@@ -76,9 +76,12 @@ def _backward(
 ) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor], None]:
     if torch.is_grad_enabled():
         raise RuntimeError("perceptrons has no second derivative: call backward or grad without create_graph.")
-    tensors, decoders, linear_layers = ctx.saved_tensors, ctx.decoders, ctx.linear_layers
-    z, weights = list(tensors[:decoders]), list(tensors[decoders : decoders + linear_layers])
-    saved, needs_inputs = list(tensors[decoders + linear_layers :]), any(ctx.needs_input_grad[0])
+    tensors, decoders, linear_layers = list(ctx.saved_tensors), ctx.decoders, ctx.linear_layers
+    z, weights = tensors[:decoders], tensors[decoders : decoders + linear_layers]
+    saved, needs_inputs = tensors[decoders + 2 * linear_layers :], any(ctx.needs_input_grad[0])
+    if not saved and linear_layers > decoders:  # the operator itself was called, without `with_saved`
+        biases = tensors[decoders + linear_layers : decoders + 2 * linear_layers]
+        saved = torch.ops.r2f.perceptrons(z, weights, biases, True)[1]
     to_z, to_weights, to_biases = torch.ops.r2f.perceptrons_backward(grads, z, weights, saved, needs_inputs)
     return to_z if needs_inputs else [None] * decoders, to_weights, to_biases, None
 

@@ -214,9 +214,9 @@ def adapter_forms(
         return []
     solved = []
     for victim in range(len(originals)):
-        own_a, own_b = ({name: each[victim] for name, each in of.items()} for of in (trained.a, trained.b))
-        start = {name: each.to(own_a[name]) for name, each in a.items()}
-        solved.append(invert_adapter_rowspace(target, LoraUpdate(own_a, own_b, start)).images)
+        victim_a, victim_b = ({name: each[victim] for name, each in of.items()} for of in (trained.a, trained.b))
+        start = {name: each.to(victim_a[name]) for name, each in a.items()}
+        solved.append(invert_adapter_rowspace(target, LoraUpdate(victim_a, victim_b, start)).images)
     psnr = psnr_db(torch.cat(solved), originals)
     return [Measured("psnr_db", psnr.tolist(), {"route": "adapter_rowspace", "stored": stored})]
 

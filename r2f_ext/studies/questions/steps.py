@@ -174,7 +174,7 @@ class Steps(Study):
         scene = scene_of(world, seed)
         training = training_of(setting)
         if setting["rank"] == ROWSPACE_RANK:
-            return _row_space(scene, setting, training, seed)
+            return _rowspace(scene, setting, training, seed)
         victims, owned = len(scene.private), owned_by(scene.private, scene.further, training.owned)
         both = joined(owned, strangers_of(owned, scene.strangers, seed))
         seen = victims_of(scene.target, scene.a, both, training, seed)
@@ -201,7 +201,7 @@ class Steps(Study):
 
     def conclude(self, world: World, table: Table) -> list[str]:
         parts = [_one_recipe(table, optimizer, images) for images in (ONE, FRESH) for optimizer in RATES]
-        parts += [_of_row_space(table, optimizer, stored) for optimizer, stored in ROWSPACE]
+        parts += [_of_rowspace(table, optimizer, stored) for optimizer, stored in ROWSPACE]
         return [sentence for bad, _ in parts for sentence in bad] + [each for _, good in parts for each in good]
 
 
@@ -239,7 +239,7 @@ def _own_recipe(
     return found
 
 
-def _row_space(scene: Scene, setting: Setting, training: Training, seed: int) -> list[Measured]:
+def _rowspace(scene: Scene, setting: Setting, training: Training, seed: int) -> list[Measured]:
     """The closed form on the movement of A; controls are the mean image and the estimate from a stranger's adapter."""
     base, dtype = scene.target.base, STORED[str(setting["stored"])]
     target = target_of(replace(base, model=copy.deepcopy(base.model).to(dtype)), ROWSPACE_RANK)
@@ -307,7 +307,7 @@ def _one_recipe(table: Table, optimizer: str, images: str) -> tuple[list[str], l
     return bad, good
 
 
-def _of_row_space(table: Table, optimizer: str, stored: str) -> tuple[list[str], list[str]]:
+def _of_rowspace(table: Table, optimizer: str, stored: str) -> tuple[list[str], list[str]]:
     keys = {"optimizer": optimizer, "stored": stored}
     rows = {int(row.keys["T"]): row for row in table.where("psnr_db", route="adapter_rowspace", **keys)}
     if not rows:
