@@ -23,45 +23,39 @@ class Case(NamedTuple):
     layers: list[tuple[int, int]]  # d_out, d_in
     trials: int
     tokens: int
-    factored: bool  # the observed gradient is given as factors too
 
     def __str__(self) -> str:
-        return f"{self.model}-T{self.trials}-{'factored' if self.factored else 'dense'}"
+        return f"{self.model}-T{self.trials}"
 
 
 CASES = [
-    *(Case("embedded", EMBEDDED, trials, EMBEDDED_TOKENS, f) for trials in (1, 8) for f in (False, True)),
-    *(Case("3 blocks of ViT-B", VIT_B_BLOCK * 3, 1, VIT_B_TOKENS, factored) for factored in (False, True)),
+    *(Case("embedded", EMBEDDED, trials, EMBEDDED_TOKENS) for trials in (1, 8)),
+    Case("3 blocks of ViT-B", VIT_B_BLOCK * 3, 1, VIT_B_TOKENS),
 ]
 
 
-def plain_forms(
-    observed: list[Tensor], star: list[Tensor]
-) -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
+def plain_forms(observed: list[Tensor]) -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
     """1 - cos averaged over layers. What depends on the observed gradient alone is prepared before the clock starts."""
-    dense = [d.mT @ o for o, d in zip(observed, star, strict=True)] if star else observed
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in dense])
-    stars = star or [None] * len(observed)
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in observed])
 
     def average(inner: list[Tensor], square: list[Tensor]) -> Tensor:
         return (1 - torch.stack(inner) / (torch.stack(square).clamp_min(0).sqrt() * norms)).mean(0)
 
-    def gram(x: Tensor, d: Tensor, y: Tensor, e: Tensor) -> Tensor:
-        return ((d @ e.mT) * (x @ y.mT)).sum((1, 2))
+    def square(x: Tensor, d: Tensor) -> Tensor:
+        return ((d @ d.mT) * (x @ x.mT)).sum((1, 2))
 
     def factors(xs: list[Tensor], ds: list[Tensor]) -> Tensor:
-        layers = list(zip(xs, ds, observed, stars, strict=True))
-        inner = [((d @ o) * x).sum((1, 2)) if e is None else gram(x, d, o, e) for x, d, o, e in layers]
-        return average(inner, [gram(x, d, x, d) for x, d, _, _ in layers])
+        inner = [((d @ o) * x).sum((1, 2)) for x, d, o in zip(xs, ds, observed, strict=True)]
+        return average(inner, [square(x, d) for x, d in zip(xs, ds, strict=True)])
 
     def written_out(xs: list[Tensor], ds: list[Tensor]) -> Tensor:
         gradients = [d.mT @ x for x, d in zip(xs, ds, strict=True)]
-        inner = [(g * o).sum((1, 2)) for g, o in zip(gradients, dense, strict=True)]
+        inner = [(g * o).sum((1, 2)) for g, o in zip(gradients, observed, strict=True)]
         return average(inner, [g.square().sum((1, 2)) for g in gradients])
 
     def half_written_out(xs: list[Tensor], ds: list[Tensor]) -> Tensor:  # the inner product by x G*^T
-        inner = [((x @ o.mT) * d).sum((1, 2)) for x, d, o in zip(xs, ds, dense, strict=True)]
-        return average(inner, [gram(x, d, x, d) for x, d in zip(xs, ds, strict=True)])
+        inner = [((x @ o.mT) * d).sum((1, 2)) for x, d, o in zip(xs, ds, observed, strict=True)]
+        return average(inner, [square(x, d) for x, d in zip(xs, ds, strict=True)])
 
     return {"factors": factors, "x G*^T": half_written_out, "written out": written_out}
 
@@ -73,29 +67,25 @@ def bench_factored_matching_loss(versus: Callable[..., None], device: str, case:
     def make() -> Functions:
         x = [torch.randn(trials, tokens, d_in, device=device).requires_grad_() for _, d_in in case.layers]
         delta = [torch.randn(trials, tokens, d_out, device=device).requires_grad_() for d_out, _ in case.layers]
-        star = [torch.randn(1, tokens, d_out, device=device) for d_out, _ in case.layers] if case.factored else []
-        observed = [
-            torch.randn(1, *((tokens, d_in) if case.factored else (d_out, d_in)), device=device)
-            for d_out, d_in in case.layers
-        ]
+        observed = [torch.randn(1, d_out, d_in, device=device) for d_out, d_in in case.layers]
         images = torch.rand(trials, 3, side, side, device=device).requires_grad_()
 
         def both(loss: Callable[[], Tensor]) -> Callable[[], object]:
             return lambda: torch.autograd.grad(loss().sum(), [*x, *delta, images])
 
         def ours() -> Tensor:
-            return factored_matching_loss(x, delta, observed, star or None, images=images, tv_weight=TV_WEIGHT)
+            return factored_matching_loss(x, delta, observed, images=images, tv_weight=TV_WEIGHT)
 
         def plain(form: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Callable[[], object]:
             return both(lambda: form(x, delta) + TV_WEIGHT * variation(images))
 
-        return {"ours": both(ours), **{name: plain(form) for name, form in plain_forms(observed, star).items()}}
+        return {"ours": both(ours), **{name: plain(form) for name, form in plain_forms(observed).items()}}
 
-    # Multiply-adds: half of the Gram matrices, forward and backward, and their products; dense: 3 products a layer.
+    # Multiply-adds: half of the Gram matrices, forward and backward, their products, and delta G* and x G*^T.
     grams = sum(tokens**2 * (d_out + d_in) for d_out, d_in in case.layers)
-    work = 2 * grams + (4 * grams if case.factored else 2 * tokens * sum(a * b for a, b in case.layers))
+    work = 2 * grams + 2 * tokens * sum(a * b for a, b in case.layers)
     versus(
-        f"factored_matching_loss + TV, {'factored' if case.factored else 'dense'} observed, {case.model}",
+        f"factored_matching_loss + TV, dense observed, {case.model}",
         [trials, tokens, len(case.layers)],
         make,
         flops=2 * trials * work,

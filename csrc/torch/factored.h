@@ -18,24 +18,14 @@ inline void check_factored_layer(const at::Tensor& x, const at::Tensor& delta, c
 }
 
 inline void check_factored(at::TensorList x, at::TensorList delta, at::TensorList observed,
-                           at::TensorList observed_delta, at::ArrayRef<double> weights) {
+                           at::ArrayRef<double> weights) {
   const size_t count = x.size();
-  TORCH_CHECK(count > 0 && delta.size() == count && observed.size() == count && weights.size() == count &&
-                  (observed_delta.empty() || observed_delta.size() == count),
+  TORCH_CHECK(count > 0 && delta.size() == count && observed.size() == count && weights.size() == count,
               "factored_matching_loss: as many x as delta, observed and weights, and at least one");
   for (size_t l = 0; l < count; ++l) {
     check_factored_layer(x[l], delta[l], observed[l], x[0]);
-    const at::Tensor& o = observed[l];
-    const int64_t d_in = x[l].size(2), d_out = delta[l].size(2);
-    if (observed_delta.empty()) {
-      TORCH_CHECK(o.size(1) == d_out && o.size(2) == d_in,
-                  "factored_matching_loss: observed must be tensors [T, d_out, d_in] or [1, d_out, d_in]");
-    } else {
-      const at::Tensor& d = observed_delta[l];
-      TORCH_CHECK(d.dim() == 3 && d.size(0) == o.size(0) && d.size(1) == o.size(1) && d.size(2) == d_out &&
-                      o.size(2) == d_in && d.scalar_type() == o.scalar_type() && d.device() == o.device(),
-                  "factored_matching_loss: observed must be [T, M, d_in] and observed_delta [T, M, d_out], T or 1");
-    }
+    TORCH_CHECK(observed[l].size(1) == delta[l].size(2) && observed[l].size(2) == x[l].size(2),
+                "factored_matching_loss: observed must be tensors [T, d_out, d_in] or [1, d_out, d_in]");
   }
 }
 

@@ -2,7 +2,7 @@
 // factored_matching_loss_cuda.cpp. The schemas and their meaning are in r2f_ext/ops.
 //
 // With G = delta^T x, D = delta delta^T and X = x x^T of a layer and trial, and G* the observed gradient:
-//   |G|^2 = sum D o X     <G, G*> = sum (delta G*) o x,   or sum (delta delta*^T) o (x x*^T) for G* = delta*^T x*
+//   |G|^2 = sum D o X,     <G, G*> = sum (delta G*) o x
 // and for a gradient dL/dG = a G* + b G of the loss
 //   dL/dx = a (delta G*) + b D x,      dL/ddelta = a (x G*^T) + b X delta.
 #include <ATen/ops/bmm.h>
@@ -31,31 +31,27 @@ double delta_unit(DType dtype) { return dtype == DType::kFloat64 ? 1.0 : 4294967
 
 // The inputs of one layer: contiguous, of the accumulation type, deltas in units.
 struct Layer {
-  at::Tensor x, delta;                  // [T, N, d_in], [T, N, d_out]
-  at::Tensor observed, observed_delta;  // [T, d_out, d_in], undefined; or [T, M, d_in], [T, M, d_out]; or 1 for T
-  // Views of the saved tensor: D and X [T, N, N]; delta G* [T, N, d_in] and x itself, or delta delta*^T and x x*^T.
-  at::Tensor delta_gram, x_gram, cross_delta, cross_x;
+  at::Tensor x, delta, observed;        // [T, N, d_in], [T, N, d_out], [T, d_out, d_in] or [1, d_out, d_in]
+  at::Tensor delta_gram, x_gram, cross;  // views of the saved tensor: D and X [T, N, N]; delta G* [T, N, d_in]
 };
 
 struct Call {
   std::vector<Layer> layers;
   DType dtype;
   MatchingKind kind;
-  bool dense = true;  // the observed gradients are dense
   int64_t count = 0, trials = 0;
   double unit = 1;
   at::TensorOptions result;
   Images images;
 };
 
-Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at::TensorList observed_delta,
-             at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, bool isotropic) {
-  check_factored(x, delta, observed, observed_delta, weights);
+Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at::ArrayRef<double> weights,
+             std::string_view kind, const at::Tensor& images, bool isotropic) {
+  check_factored(x, delta, observed, weights);
   const size_t count = x.size();
   Call call;
   call.dtype = dtype_of("factored_matching_loss", x[0]);
   call.kind = matching_kind("factored_matching_loss", kind);
-  call.dense = observed_delta.empty();
   call.count = static_cast<int64_t>(count), call.trials = x[0].size(0);
   call.unit = delta_unit(call.dtype);
   call.result = result_options(x[0]);
@@ -65,7 +61,6 @@ Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at
   for (size_t l = 0; l < count; ++l) {
     Layer layer;
     layer.x = wide(x[l]), layer.delta = in_units(delta[l]), layer.observed = wide(observed[l]);
-    if (!call.dense) layer.observed_delta = in_units(observed_delta[l]);
     call.layers.push_back(std::move(layer));
   }
   call.images = prepare_images("factored_matching_loss", images, call.trials, x[0].device(), isotropic);
@@ -73,14 +68,14 @@ Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at
 }
 
 // Elements of the saved tensor per trial of one layer.
-int64_t saved_size(const Call& call, const Layer& layer) {
-  const int64_t n = layer.x.size(1), m = layer.observed.size(1);
-  return 2 * n * n + (call.dense ? n * layer.x.size(2) : 2 * n * m);
+int64_t saved_size(const Layer& layer) {
+  const int64_t n = layer.x.size(1);
+  return 2 * n * n + n * layer.x.size(2);
 }
 
 int64_t saved_size(const Call& call) {
   int64_t size = 0;
-  for (const Layer& layer : call.layers) size += call.trials * saved_size(call, layer);
+  for (const Layer& layer : call.layers) size += call.trials * saved_size(layer);
   return size;
 }
 
@@ -93,10 +88,8 @@ void set_views(Call& call, const at::Tensor& saved) {
     return saved.narrow(0, offset - size, size).view({call.trials, rows, columns});
   };
   for (Layer& layer : call.layers) {
-    const int64_t n = layer.x.size(1), m = layer.observed.size(1);
-    layer.delta_gram = next(n, n), layer.x_gram = next(n, n);
-    layer.cross_delta = call.dense ? next(n, layer.x.size(2)) : next(n, m);
-    layer.cross_x = call.dense ? layer.x : next(n, m);
+    const int64_t n = layer.x.size(1);
+    layer.delta_gram = next(n, n), layer.x_gram = next(n, n), layer.cross = next(n, layer.x.size(2));
   }
 }
 
@@ -145,15 +138,11 @@ at::Tensor inner_products(const Pairs& pairs) {
   return result;
 }
 
-at::Tensor gram(const at::Tensor& a) { return at::bmm(a, a.mT()); }
-
 // |G*|^2 of each layer and trial: [layers, T].
 at::Tensor observed_squares(const Call& call) {
   Tensors squares;
   for (const Layer& layer : call.layers) {
-    const at::Tensor& o = layer.observed;
-    const at::Tensor square =
-        call.dense ? inner_products({{o, o}}) : inner_products({{gram(layer.observed_delta), gram(o)}}).clamp_min(0);
+    const at::Tensor square = inner_products({{layer.observed, layer.observed}});
     squares.push_back(square.select(0, 0).expand({call.trials}));
   }
   return at::stack(squares);
@@ -166,15 +155,13 @@ at::Tensor make_sums(Call& call, const at::Tensor& saved) {
   for (const Layer& layer : call.layers) {
     multiply(layer.delta, layer.delta.mT(), layer.delta_gram);
     multiply(layer.x, layer.x.mT(), layer.x_gram);
-    multiply(layer.delta, call.dense ? layer.observed : layer.observed_delta.mT(), layer.cross_delta);
-    if (!call.dense) multiply(layer.x, layer.observed.mT(), layer.cross_x);
+    multiply(layer.delta, layer.observed, layer.cross);
     candidate.emplace_back(layer.delta_gram, layer.x_gram);
-    inner.emplace_back(layer.cross_delta, layer.cross_x);
+    inner.emplace_back(layer.cross, layer.x);
   }
   const double one = 1 / call.unit;
   const at::Tensor c = inner_products(candidate).mul(one * one).clamp_min(0);  // NaN stays NaN
-  const at::Tensor i = inner_products(inner).mul(call.dense ? one : one * one);
-  const at::Tensor o = call.dense ? observed_squares(call) : observed_squares(call).mul(one * one);
+  const at::Tensor i = inner_products(inner).mul(one), o = observed_squares(call);
   return at::stack({i, c, o, c.sub(i, 2).add(o).clamp_min(0)}, -1);
 }
 
@@ -212,22 +199,20 @@ at::Tensor image_gradient(const Call& call, const at::Tensor& grad_loss, double 
   return result;
 }
 
-Forward forward(at::TensorList x, at::TensorList delta, at::TensorList observed, at::TensorList observed_delta,
-                at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, double tv_weight,
-                bool isotropic) {
+Forward forward(at::TensorList x, at::TensorList delta, at::TensorList observed, at::ArrayRef<double> weights,
+                std::string_view kind, const at::Tensor& images, double tv_weight, bool isotropic) {
   TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
-  Call call = prepare(x, delta, observed, observed_delta, weights, kind, images, isotropic);
+  Call call = prepare(x, delta, observed, weights, kind, images, isotropic);
   at::Tensor saved = at::empty({saved_size(call)}, call.result);
   at::Tensor sums = make_sums(call, saved);
   return {losses_of(call, sums, weights, tv_weight), std::move(sums), std::move(saved)};
 }
 
 Backward backward(const at::Tensor& grad_loss, at::TensorList x, at::TensorList delta, at::TensorList observed,
-                  at::TensorList observed_delta, const at::Tensor& sums, const at::Tensor& saved,
-                  at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, double tv_weight,
-                  bool isotropic) {
+                  const at::Tensor& sums, const at::Tensor& saved, at::ArrayRef<double> weights,
+                  std::string_view kind, const at::Tensor& images, double tv_weight, bool isotropic) {
   TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
-  Call call = prepare(x, delta, observed, observed_delta, weights, kind, images, isotropic);
+  Call call = prepare(x, delta, observed, weights, kind, images, isotropic);
   TORCH_CHECK(saved.is_contiguous() && saved.sizes() == at::IntArrayRef({saved_size(call)}) &&
                   saved.dtype() == call.result.dtype() && saved.device() == call.result.device(),
               "factored_matching_loss: saved must be what the forward returned");
@@ -236,20 +221,15 @@ Backward backward(const at::Tensor& grad_loss, at::TensorList x, at::TensorList 
   const at::Tensor a = coefficients.select(-1, 0), b = coefficients.select(-1, 1);
   const double one = 1 / call.unit;
   const at::Tensor factors =  // [4, layers, T, 1, 1]
-      at::stack({a.mul(call.dense ? one : one * one), b.mul(one * one), a.mul(call.dense ? 1 : one), b.mul(one)})
+      at::stack({a.mul(one), b.mul(one * one), a, b.mul(one)})
           .to(call.result.dtype().toScalarType())
           .view({4, call.count, call.trials, 1, 1});
   Tensors grad_x, grad_delta;
   for (size_t l = 0; l < call.layers.size(); ++l) {
     const Layer& layer = call.layers[l];
     const Tensors f = factors.select(1, static_cast<int64_t>(l)).unbind(0);
-    if (call.dense) {
-      grad_x.push_back(layer.cross_delta.mul(f[0]));
-      grad_delta.push_back(multiply(layer.x, layer.observed.mT()).mul_(f[2]));
-    } else {
-      grad_x.push_back(multiply(layer.cross_delta.mul(f[0]), layer.observed));
-      grad_delta.push_back(multiply(layer.cross_x.mul(f[2]), layer.observed_delta));
-    }
+    grad_x.push_back(layer.cross.mul(f[0]));
+    grad_delta.push_back(multiply(layer.x, layer.observed.mT()).mul_(f[2]));
     grad_x[l].baddbmm_(layer.delta_gram.mul(f[1]), layer.x);
     grad_delta[l].baddbmm_(layer.x_gram.mul(f[3]), layer.delta);
   }

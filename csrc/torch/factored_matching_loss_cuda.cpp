@@ -28,18 +28,17 @@ constexpr int64_t kScratch = int64_t{1} << 27;
 
 // The inputs in the accumulation type.
 struct Call {
-  Tensors x, delta;                  // [T, N, d_in], [T, N, d_out]
-  Tensors observed, observed_delta;  // [T, d_out, d_in], none; or [T, M, d_in], [T, M, d_out]; or 1 for T
-  DType dtype;                       // the accumulation type
+  Tensors x, delta, observed;  // [T, N, d_in], [T, N, d_out], [T, d_out, d_in] or [1, d_out, d_in]
+  DType dtype;                 // the accumulation type
   MatchingKind kind;
   int64_t count, trials;
   at::TensorOptions result;
   Images images;
 };
 
-Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at::TensorList observed_delta,
-             at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, bool isotropic) {
-  check_factored(x, delta, observed, observed_delta, weights);
+Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at::ArrayRef<double> weights,
+             std::string_view kind, const at::Tensor& images, bool isotropic) {
+  check_factored(x, delta, observed, weights);
   Call call;
   call.dtype = dtype_of(kName, x[0]) == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   call.kind = matching_kind(kName, kind);
@@ -50,8 +49,7 @@ Call prepare(at::TensorList x, at::TensorList delta, at::TensorList observed, at
     for (const at::Tensor& t : tensors) results.push_back(t.to(call.result.dtype().toScalarType()));
     return results;
   };
-  call.x = wide(x), call.delta = wide(delta);
-  call.observed = wide(observed), call.observed_delta = wide(observed_delta);
+  call.x = wide(x), call.delta = wide(delta), call.observed = wide(observed);
   call.images = prepare_images(kName, images, call.trials, x[0].device(), isotropic);
   return call;
 }
@@ -65,9 +63,7 @@ struct Batch {
 };
 
 void write_layer(const Call& call, size_t l, Batch& batch) {
-  const at::Tensor candidate = at::bmm(call.delta[l].mT(), call.x[l]);
-  const at::Tensor observed = call.observed_delta.empty() ? call.observed[l].contiguous()
-                                                          : at::bmm(call.observed_delta[l].mT(), call.observed[l]);
+  const at::Tensor candidate = at::bmm(call.delta[l].mT(), call.x[l]), observed = call.observed[l].contiguous();
   MatchingLayer layer;
   layer.candidate = candidate.const_data_ptr(), layer.observed = observed.const_data_ptr();
   layer.grad_candidate = data_or_null(candidate);
@@ -95,12 +91,11 @@ void for_batches(const Call& call, const Work& work) {
   }
 }
 
-Forward forward(at::TensorList x, at::TensorList delta, at::TensorList observed, at::TensorList observed_delta,
-                at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, double tv_weight,
-                bool isotropic) {
+Forward forward(at::TensorList x, at::TensorList delta, at::TensorList observed, at::ArrayRef<double> weights,
+                std::string_view kind, const at::Tensor& images, double tv_weight, bool isotropic) {
   TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
   const c10::DeviceGuard guard(x[0].device());
-  const Call call = prepare(x, delta, observed, observed_delta, weights, kind, images, isotropic);
+  const Call call = prepare(x, delta, observed, weights, kind, images, isotropic);
   void* stream = current_stream(x[0].device());
   at::Tensor sums = at::empty({call.count, call.trials, 4}, call.result.dtype(at::kDouble));
   MatchingSums* data = static_cast<MatchingSums*>(sums.mutable_data_ptr());
@@ -119,12 +114,11 @@ Forward forward(at::TensorList x, at::TensorList delta, at::TensorList observed,
 }
 
 Backward backward(const at::Tensor& grad_loss, at::TensorList x, at::TensorList delta, at::TensorList observed,
-                  at::TensorList observed_delta, const at::Tensor& sums, const at::Tensor&,
-                  at::ArrayRef<double> weights, std::string_view kind, const at::Tensor& images, double tv_weight,
-                  bool isotropic) {
+                  const at::Tensor& sums, const at::Tensor&, at::ArrayRef<double> weights, std::string_view kind,
+                  const at::Tensor& images, double tv_weight, bool isotropic) {
   TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
   const c10::DeviceGuard guard(x[0].device());
-  const Call call = prepare(x, delta, observed, observed_delta, weights, kind, images, isotropic);
+  const Call call = prepare(x, delta, observed, weights, kind, images, isotropic);
   void* stream = current_stream(x[0].device());
   const MatchingSums* data = checked_sums(kName, sums, grad_loss, call.count, call.trials, x[0].device());
   const at::Tensor grads = grad_loss.to(call.result).contiguous(), workspace = doubles_on(sums.device(), call.count);

@@ -139,7 +139,7 @@ def test_autocast_changes_no_result():
         (tangent,) = ops.lora_grad_tangent([x], [delta], [x[None]], [delta[None]], [a], scales=[2.0])
         (decoded,) = ops.perceptrons([x[0]], [torch.ones(4, 8), torch.ones(3, 4)], [torch.ones(4), torch.ones(3)])
         loss = ops.matching_loss([update], [update + 1], images=x[:, None])
-        factored = ops.factored_matching_loss([x], [delta], [x + 1], [delta], images=x[:, None])
+        factored = ops.factored_matching_loss([x], [delta], [total], images=x[:, None])
         return [total, update, tangent, decoded, loss, factored]
 
     plain = results()

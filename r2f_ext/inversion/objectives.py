@@ -52,7 +52,6 @@ class Distance:
         x: list[Tensor],
         delta: list[Tensor],
         observed: list[Tensor],
-        observed_delta: list[Tensor] | None,
         images: Tensor,
     ) -> Tensor:
         """Loss [T] of gradients given as factors, see `ops.factored_matching_loss`."""
@@ -60,7 +59,6 @@ class Distance:
             x,
             delta,
             observed,
-            observed_delta,
             images=images,
             weights=self.weights,
             kind=self.kind,
@@ -104,43 +102,36 @@ class GradientObjective:
     """Distance between full gradients. The gradient of a candidate given as factors is never formed.
 
     Args:
-        observed: dense[name] [V, d_out, d_in] by layer, or factors; or, to match gradients of any parameters of a whole
-            classifier, dense[name] [V, *shape] by parameter name. For cosines at any positive scale.
+        observed: dense[name] [V, d_out, d_in] by layer, or factors, which are written out; or, to match gradients of
+            any parameters of a whole classifier, dense[name] [V, *shape] by parameter name. For cosines at any positive
+            scale.
     """
 
     def __init__(self, observed: Candidate) -> None:
-        self.observed = observed
-        first = observed.dense if isinstance(observed, Gradient) else observed.delta
-        self.shapes = {name: tuple(self._dense(name).shape[1:]) for name in first}
+        if isinstance(observed, Gradient):
+            self.observed = observed.dense
+        else:
+            self.observed = {name: observed.dense(name) for name in observed.delta}
+        self.shapes = {name: tuple(each.shape[1:]) for name, each in self.observed.items()}
 
     def __call__(self, candidate: Candidate, images: Tensor, distance: Distance) -> Tensor:
-        names, seen = list(self.shapes), self.observed
         if isinstance(candidate, Gradient):
-            dense = [candidate.dense[name] for name in names]
-            return distance.of(dense, [self._dense(name).to(dense[0].dtype) for name in names], images)
-        x, delta = [candidate.x[name] for name in names], [candidate.delta[name] for name in names]
-        if isinstance(seen, Gradient):
-            observed, observed_delta = [seen.dense[name].to(x[0].dtype) for name in names], None
-        else:
-            observed = [seen.x[name].to(x[0].dtype) for name in names]
-            observed_delta = [seen.delta[name].to(x[0].dtype) for name in names]
-        return distance.of_factors(x, delta, observed, observed_delta, images)
+            found = [candidate.dense[name] for name in self.shapes]
+            return distance.of(found, self._observed(found[0].dtype), images)
+        x, delta = [candidate.x[name] for name in self.shapes], [candidate.delta[name] for name in self.shapes]
+        return distance.of_factors(x, delta, self._observed(x[0].dtype), images)
 
-    def _dense(self, name: str) -> Tensor:
-        return self.observed.dense[name] if isinstance(self.observed, Gradient) else self.observed.dense(name)
+    def _observed(self, dtype: torch.dtype) -> list[Tensor]:
+        return [each.to(dtype) for each in self.observed.values()]
 
     def norms(self) -> Tensor:
-        return torch.stack([self._dense(name).flatten(1).double().norm(dim=1) for name in self.shapes], dim=1)
+        return torch.stack([each.flatten(1).double().norm(dim=1) for each in self.observed.values()], dim=1)
 
     def repeat(self, restarts: int) -> GradientObjective:
-        seen = self.observed
-        if isinstance(seen, Gradient):
-            return GradientObjective(Gradient(_repeat(seen.dense, restarts)))
-        return GradientObjective(FactoredGradient(_repeat(seen.x, restarts), _repeat(seen.delta, restarts)))
+        return GradientObjective(Gradient(_repeat(self.observed, restarts)))
 
     def tensors(self) -> list[Tensor]:
-        seen = self.observed
-        return list(seen.dense.values()) if isinstance(seen, Gradient) else [*seen.x.values(), *seen.delta.values()]
+        return list(self.observed.values())
 
 
 class UpdateObjective:

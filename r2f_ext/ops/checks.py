@@ -174,14 +174,13 @@ def check_factored_matching_loss(
     x: Sequence[Tensor],
     delta: Sequence[Tensor],
     observed: Sequence[Tensor],
-    observed_delta: Sequence[Tensor],
     images: Tensor,
 ) -> None:
     op, count = "factored_matching_loss", len(x)
-    if not x or len(delta) != count or len(observed) != count or len(observed_delta) not in (0, count):
+    if not x or len(delta) != count or len(observed) != count:
         raise ValueError(
-            f"{op}: x, delta, observed and observed_delta must be lists of the same length, at least 1; "
-            f"got {count}, {len(delta)}, {len(observed)} and {len(observed_delta)}"
+            f"{op}: x, delta and observed must be lists of the same length, at least 1; "
+            f"got {count}, {len(delta)} and {len(observed)}"
         )
     dtype, device = x[0].dtype, x[0].device
     if dtype not in DTYPES:
@@ -194,16 +193,11 @@ def check_factored_matching_loss(
                 f"{op}: x must be tensors [T, N, d_in] and delta [T, N, d_out]; "
                 f"tensor {i} is {list(x_shape)} and {list(d_shape)}, T = {list(trials)}"
             )
-        if not observed_delta:
-            fits, words = o_shape[1:] == (d_shape[2], x_shape[2]), "observed must be tensors [T, d_out, d_in]"
-        else:
-            star = observed_delta[i]
-            fits = len(o_shape) == 3 and o_shape[2] == x_shape[2] and star.shape == (*o_shape[:2], d_shape[2])
-            words = "observed must be tensors [T, M, d_in] and observed_delta [T, M, d_out]"
-        if not fits or (o_shape[:1] != trials and o_shape[0] != 1):
-            raise ValueError(f"{op}: {words}, or 1 for T; tensor {i} is {list(o_shape)}")
-    lists = {"x": x, "delta": delta, "observed": observed, "observed_delta": observed_delta}
-    _check_alike(op, lists, dtype, device)
+        if o_shape[1:] != (d_shape[2], x_shape[2]) or (o_shape[:1] != trials and o_shape[0] != 1):
+            raise ValueError(
+                f"{op}: observed must be tensors [T, d_out, d_in], or 1 for T; tensor {i} is {list(o_shape)}"
+            )
+    _check_alike(op, {"x": x, "delta": delta, "observed": observed}, dtype, device)
     _check_images(op, images, trials[0], device)
 
 

@@ -19,7 +19,6 @@ def factored_matching_loss(
     x: Sequence[Tensor],
     delta: Sequence[Tensor],
     observed: Sequence[Tensor],
-    observed_delta: Sequence[Tensor] | None = None,
     *,
     images: Tensor,
     weights: Sequence[float] | None = None,
@@ -30,10 +29,9 @@ def factored_matching_loss(
     """`matching_loss` of the gradients G_l = delta_l^T x_l [T, d_out, d_in], which need not exist all at once: [T].
 
     On CUDA the gradients are written out, at most 2^27 elements (512 MiB in float32) or one layer at a time, because
-    that is faster there. On the CPU they are never formed. With G* the observed gradient of a layer, or its factors
-    x*, delta*:
+    that is faster there. On the CPU they are never formed. With G* the observed gradient of a layer:
 
-        <G, G*> = sum_n delta_n^T G* x_n,   or   sum (delta delta*^T) o (x x*^T)
+        <G, G*> = sum_n delta_n^T G* x_n
         |G|^2   = sum (delta delta^T) o (x x^T), at least 0
 
     Kinds, weights, images and total variation are those of `matching_loss`. On the CPU, `l2` computes |G - G*|^2 from
@@ -41,12 +39,11 @@ def factored_matching_loss(
     error.
 
     Shapes (L layers, N tokens):
-        x               L tensors [T, N, d_in]
-        delta           L tensors [T, N, d_out]
-        observed        L tensors [T, d_out, d_in]; with observed_delta L tensors x* [T, M, d_in]. Or 1 in place of T
-        observed_delta  L tensors delta* [T, M, d_out] (or 1 in place of T), or None
-        images          [T, c, h, w]
-        weights         L numbers >= 0, not all zero; None: all equal
+        x         L tensors [T, N, d_in]
+        delta     L tensors [T, N, d_out]
+        observed  L tensors [T, d_out, d_in], or 1 in place of T
+        images    [T, c, h, w]
+        weights   L numbers >= 0, not all zero; None: all equal
 
     All but images share one dtype: float32, float64 or bfloat16; images have any of these. Products are computed in
     float32 (float64 for float64), scaled so that squares of deltas (on CUDA, of entries of G) from 1e-28 to 1e9 are in
@@ -60,13 +57,11 @@ def factored_matching_loss(
             the backward, if observed requires a gradient.
         TypeError: dtypes that are not supported or differ from each other.
     """
-    star = observed_delta or []
     try:
         loss: Tensor = torch.ops.r2f.factored_matching_loss.default(
             x,
             delta,
             observed,
-            star,
             normalized_weights(len(x), weights),
             check_kind(kind),
             images,
@@ -74,41 +69,40 @@ def factored_matching_loss(
             isotropic,
         )[0]
     except Exception:
-        check_factored_matching_loss(x, delta, observed, star, images)  # raises an error that names the argument
+        check_factored_matching_loss(x, delta, observed, images)  # raises an error that names the argument
         raise
     return loss
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, delta, observed, observed_delta, weights, kind, images, *settings = inputs
+    x, delta, observed, weights, kind, images, *settings = inputs
     _, sums, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(sums, saved)
-    ctx.save_for_backward(*x, *delta, *observed, *observed_delta, images, sums, saved)
+    ctx.save_for_backward(*x, *delta, *observed, images, sums, saved)
     ctx.weights, ctx.kind, ctx.settings = weights, kind, settings
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    count, star_count = len(ctx.needs_input_grad[0]), len(ctx.needs_input_grad[3])
+    count = len(ctx.needs_input_grad[0])
     to_x: list[Tensor | None] = [None] * count
     to_delta: list[Tensor | None] = [None] * count
     to_images = None
-    check_constant("factored_matching_loss", [*ctx.needs_input_grad[2], *ctx.needs_input_grad[3]])
+    check_constant("factored_matching_loss", ctx.needs_input_grad[2])
     if grad_loss is not None:
         *tensors, images, sums, saved = ctx.saved_tensors
         x, delta, observed = (tensors[k * count : (k + 1) * count] for k in range(3))
-        observed_delta = tensors[3 * count :]
         if torch.is_grad_enabled():  # differentiable operators, so that the gradient has a graph
             backward = reference.factored_matching_loss_backward
-            sums = reference.factored_sums(x, delta, observed, observed_delta)
+            sums = reference.factored_sums(x, delta, observed)
         else:
             backward = torch.ops.r2f.factored_matching_loss_backward.default
         grad_x, grad_delta, grad_images = backward(
-            grad_loss, x, delta, observed, observed_delta, sums, saved, ctx.weights, ctx.kind, images, *ctx.settings
+            grad_loss, x, delta, observed, sums, saved, ctx.weights, ctx.kind, images, *ctx.settings
         )
         to_x, to_delta = list(cast_like(grad_x, x)), list(cast_like(grad_delta, delta))
-        to_images = grad_images.to(images.dtype) if ctx.needs_input_grad[6] else None
-    return to_x, to_delta, [None] * count, [None] * star_count, None, None, to_images, None, None
+        to_images = grad_images.to(images.dtype) if ctx.needs_input_grad[5] else None
+    return to_x, to_delta, [None] * count, None, None, to_images, None, None
 
 
 torch.library.register_autograd(f"{NAMESPACE}::factored_matching_loss", _backward, setup_context=_setup_context)
@@ -119,18 +113,17 @@ def _fake(
     x: list[Tensor],
     delta: list[Tensor],
     observed: list[Tensor],
-    observed_delta: list[Tensor],
     _weights: list[float],
     _kind: str,
     images: Tensor,
     *_settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_factored_matching_loss(x, delta, observed, observed_delta, images)
+    check_factored_matching_loss(x, delta, observed, images)
     trials, dtype = x[0].shape[0], accumulation_dtype(x[0].dtype)
     size = 0  # of the saved tensor, which only the CPU's backward reads
-    for t, o in zip(x, observed, strict=True) if images.device.type == "cpu" else ():
+    for t in x if images.device.type == "cpu" else ():
         tokens = t.shape[1]
-        size += trials * tokens * (2 * tokens + (2 * o.shape[1] if observed_delta else t.shape[2]))
+        size += trials * tokens * (2 * tokens + t.shape[2])
     sums = x[0].new_empty((len(x), trials, 4), dtype=torch.float64)
     return x[0].new_empty(trials, dtype=dtype), sums, x[0].new_empty(size, dtype=dtype)
 
@@ -139,5 +132,5 @@ def _fake(
 def _fake_backward(
     _: Tensor, x: list[Tensor], delta: list[Tensor], *inputs: Any
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    _observed, _observed_delta, _sums, _saved, _weights, _kind, images, *_settings = inputs
+    _observed, _sums, _saved, _weights, _kind, images, *_settings = inputs
     return empty_gradients(x), empty_gradients(delta), empty_gradients([images])[0]

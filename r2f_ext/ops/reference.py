@@ -180,7 +180,6 @@ def factored_matching_loss(
     x: Sequence[Tensor],
     delta: Sequence[Tensor],
     observed: Sequence[Tensor],
-    observed_delta: Sequence[Tensor],
     weights: Sequence[float],
     kind: str,
     images: Tensor,
@@ -188,43 +187,26 @@ def factored_matching_loss(
     isotropic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, sums, and the tensor that the CPU's compiled backward reads; the gradients delta^T x are not formed."""
-    check_factored_matching_loss(x, delta, observed, observed_delta, images)
+    check_factored_matching_loss(x, delta, observed, images)
     dtype = accumulation_dtype(x[0].dtype)
-    sums = factored_sums(x, delta, observed, observed_delta)
+    sums = factored_sums(x, delta, observed)
     loss = _with_variation(matching_value(sums, weights, kind), dtype, images, tv_weight, isotropic)
     saved = [loss.new_empty(0)]
-    layers = zip(x, delta, observed, _or_none(observed_delta, len(x)), strict=True)
-    for x_l, d, o, o_d in layers if loss.is_cpu else ():
+    for x_l, d, o in zip(x, delta, observed, strict=True) if loss.is_cpu else ():
         x_l, o, d = x_l.to(dtype), o.to(dtype), d.to(dtype) * DELTA_UNIT[dtype]
-        saved += [d @ d.mT, x_l @ x_l.mT]
-        saved += [d @ o] if o_d is None else [d @ (o_d.to(dtype) * DELTA_UNIT[dtype]).mT, x_l @ o.mT]
+        saved += [d @ d.mT, x_l @ x_l.mT, d @ o]
     return loss, sums, torch.cat([product.flatten() for product in saved])
 
 
-def factored_sums(
-    x: Sequence[Tensor], delta: Sequence[Tensor], observed: Sequence[Tensor], observed_delta: Sequence[Tensor]
-) -> Tensor:
-    """[L, T, 4]: <delta^T x, G*> = sum_n delta_n^T G* x_n, or by Gram matrices, like the squares."""
+def factored_sums(x: Sequence[Tensor], delta: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
+    """[L, T, 4]: <delta^T x, G*> = sum_n delta_n^T G* x_n; |delta^T x|^2 by Gram matrices."""
     layers = []
-    for x_l, d, o, o_d in zip(x, delta, observed, _or_none(observed_delta, len(x)), strict=True):
+    for x_l, d, o in zip(x, delta, observed, strict=True):
         x_l, d, o = x_l.double(), d.double(), o.double()
-        candidate = _gram_sum(d, d, x_l, x_l).clamp_min(0)
-        if o_d is None:
-            inner, square = ((d @ o) * x_l).sum((1, 2)), o.square().sum((1, 2))
-        else:
-            o_d = o_d.double()
-            inner, square = _gram_sum(d, o_d, x_l, o), _gram_sum(o_d, o_d, o, o).clamp_min(0)
-        square = square.expand(len(x_l))
+        candidate = ((d @ d.mT) * (x_l @ x_l.mT)).sum((1, 2)).clamp_min(0)
+        inner, square = ((d @ o) * x_l).sum((1, 2)), o.square().sum((1, 2)).expand(len(x_l))
         layers.append(torch.stack([inner, candidate, square, (candidate - 2 * inner + square).clamp_min(0)], dim=-1))
     return torch.stack(layers)
-
-
-def _or_none(tensors: Sequence[Tensor], count: int) -> Sequence[Tensor | None]:
-    return tensors or [None] * count
-
-
-def _gram_sum(a: Tensor, a_star: Tensor, b: Tensor, b_star: Tensor) -> Tensor:
-    return ((a @ a_star.mT) * (b @ b_star.mT)).sum((1, 2))
 
 
 def factored_matching_loss_backward(
@@ -232,7 +214,6 @@ def factored_matching_loss_backward(
     x: Sequence[Tensor],
     delta: Sequence[Tensor],
     observed: Sequence[Tensor],
-    observed_delta: Sequence[Tensor],
     sums: Tensor,
     saved: Tensor,
     weights: Sequence[float],
@@ -245,15 +226,10 @@ def factored_matching_loss_backward(
     dtype = accumulation_dtype(x[0].dtype)
     grads_x, grads_d = [], []
     terms = [(grad_loss.double() * k)[..., None, None] for k in matching_coefficients(sums, weights, kind)]
-    for x_l, d, o, o_d, a, b in zip(x, delta, observed, _or_none(observed_delta, len(x)), *terms, strict=True):
+    for x_l, d, o, a, b in zip(x, delta, observed, *terms, strict=True):
         x_l, d, o = x_l.double(), d.double(), o.double()
-        if o_d is None:
-            to_x, to_d = d @ o, x_l @ o.mT
-        else:
-            o_d = o_d.double()
-            to_x, to_d = (d @ o_d.mT) @ o, (x_l @ o.mT) @ o_d
-        grads_x.append((a * to_x + b * ((d @ d.mT) @ x_l)).to(dtype))
-        grads_d.append((a * to_d + b * ((x_l @ x_l.mT) @ d)).to(dtype))
+        grads_x.append((a * (d @ o) + b * ((d @ d.mT) @ x_l)).to(dtype))
+        grads_d.append((a * (x_l @ o.mT) + b * ((x_l @ x_l.mT) @ d)).to(dtype))
     return grads_x, grads_d, total_variation_backward(tv_weight * grad_loss, images, isotropic)
 
 

@@ -48,15 +48,15 @@ SCHEMAS: dict[str, str] = {
         "(Tensor grad_loss, Tensor[] candidate, Tensor[] observed, Tensor sums, float[] weights, str kind,"
         " Tensor images, float tv_weight, bool isotropic) -> (Tensor[] grad_candidate, Tensor grad_images)"
     ),
-    # The same for factored gradients G = delta^T x. observed_delta is [] if the observed gradients are dense.
+    # The same for factored gradients G = delta^T x.
     # saved: on the CPU, Gram matrices and products of all layers, for the backward; its layout is the kernel's own.
     # Elsewhere it is empty.
     "factored_matching_loss": (
-        "(Tensor[] x, Tensor[] delta, Tensor[] observed, Tensor[] observed_delta, float[] weights, str kind,"
+        "(Tensor[] x, Tensor[] delta, Tensor[] observed, float[] weights, str kind,"
         " Tensor images, float tv_weight, bool isotropic) -> (Tensor loss, Tensor sums, Tensor saved)"
     ),
     "factored_matching_loss_backward": (
-        "(Tensor grad_loss, Tensor[] x, Tensor[] delta, Tensor[] observed, Tensor[] observed_delta, Tensor sums,"
+        "(Tensor grad_loss, Tensor[] x, Tensor[] delta, Tensor[] observed, Tensor sums,"
         " Tensor saved, float[] weights, str kind, Tensor images, float tv_weight, bool isotropic)"
         " -> (Tensor[] grad_x, Tensor[] grad_delta, Tensor grad_images)"
     ),
