@@ -121,6 +121,7 @@ std::vector<Group> groups_of(at::TensorList inputs, at::TensorList weights, size
 }
 
 // input W^T + bias; input [b, in] or [decoders, b, in].
+// The activation is a call of its own: the library's fused epilogue computes GELU by tanh, this form has erf.
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
   return input.dim() == 2 ? at::linear(input, weight, bias) : at::baddbmm(bias.unsqueeze(1), input, weight.mT());
 }
