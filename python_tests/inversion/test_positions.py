@@ -101,6 +101,10 @@ def test_tokens_in_another_order_are_put_in_their_places(free):
     torch.testing.assert_close(free.placed(own), image.flatten(1), atol=1e-8, rtol=0)
 
 
+def test_tokens_that_are_not_finite_are_no_error(free):
+    assert free.placed(free.freed(torch.full((1, SHAPE.numel()), torch.nan, dtype=torch.float64))).isnan().all()
+
+
 def test_of_gray_images_patches_stay_gray():
     gray = torch.eye(256, dtype=torch.float64).repeat(3, 1)
     free = FreePositions.of(small_vit(), SHAPE, gray)
@@ -164,10 +168,20 @@ def test_a_pass_with_free_positions_never_raises_the_misfit(problem, monkeypatch
     task, image = problem
     monkeypatch.setattr(side_by_side, "FREED_STAGES", ((1e-5, 1),))
     monkeypatch.setattr(side_by_side, "PLACED_STAGES", ((1e-4, 1),))
-    monkeypatch.setattr(FreePositions, "placed", lambda self, freed: 1 - freed[:, : SHAPE.numel()])
-    start = (image + 0.01).clamp(0, 1)
-    found = after_one_pass(task, start, Kind.FREED)
-    assert found.residual == found.start_residual and torch.equal(found.image, start)
+    start, places = (image + 0.01).clamp(0, 1), FreePositions.placed
+    for placed, kept in ((lambda self, freed: 1 - freed[:, : SHAPE.numel()], True), (places, False)):
+        monkeypatch.setattr(FreePositions, "placed", placed)
+        (reached,) = side_by_side._reordered(task, torch.tensor([0]), start[None])
+        assert torch.equal(reached, start) == kept
+
+
+def test_where_the_patch_embedding_is_adapted_nothing_is_free(problem):
+    """Its update depends on the pixels of each patch."""
+    task, _ = problem
+    base = small_vit()
+    target = target_of(base, ("blocks.0.attn.qkv", "patch_embed.proj"), rank=4)
+    updates = UpdateMap(target, {each.name: torch.zeros(4, each.d_in).double() for each in target.layers}, SHAPE, 32)
+    assert _with_free_positions(task, updates, torch.tensor([3])) is task
 
 
 def test_positions_are_freed_where_descent_or_newton_stalls():

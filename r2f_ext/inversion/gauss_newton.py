@@ -35,6 +35,7 @@ from r2f_ext.inversion.exactness import (
     rounded,
     storage_precision,
 )
+from r2f_ext.inversion.geometry import PATCH_WEIGHT
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.newton import SOLVED, Search
 from r2f_ext.inversion.positions import FreePositions
@@ -221,8 +222,12 @@ def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Sub
 
 
 def _with_free_positions(task: Task, updates: UpdateMap, labels: Tensor) -> Task:
-    """A task that descends, and the one for freed images, if the base is a ViT."""
-    positions = FreePositions.of(updates.target.base, updates.shape, task.subspace.basis)
+    """A task that descends, and the one for freed images, if the base is a ViT.
+
+    None where the patch embedding is adapted: its update depends on the pixels of each patch, not on tokens alone.
+    """
+    adapted = PATCH_WEIGHT.removesuffix(".weight") in updates.target.names
+    positions = None if adapted else FreePositions.of(updates.target.base, updates.shape, task.subspace.basis)
     if positions is None:
         return task
     target = replace(updates.target, base=positions.base)

@@ -107,8 +107,9 @@ class FreePositions:
     def placed(self, freed: Tensor) -> Tensor:
         """The images [n, p] whose tokens are those of freed images [n, p'], each put where it fits best.
 
-        What a token has that neither the position embedding of its place nor a content in [0, 1] explains is its cost
-        there. The order of least total cost is found by `scipy.optimize.linear_sum_assignment`.
+        The cost of a token at a place is the square of what neither the place's position embedding nor pixels explain,
+        plus the square of what its pixels leave [0, 1] by. The order of least total cost is found by
+        `scipy.optimize.linear_sum_assignment`.
         """
         pixels = self.shape.numel()
         images, extras = freed[:, :pixels].unflatten(1, self.shape), freed[:, pixels:] - 0.5
@@ -128,7 +129,8 @@ class FreePositions:
             tokens - _onto(directions, tokens), self.positions - _onto(directions, self.positions)
         )
         cost = unexplained.square() + outside
-        one, other = linear_sum_assignment(cost.double().cpu().numpy())
+        # Points that are not finite end a search elsewhere; scipy refuses them.
+        one, other = linear_sum_assignment(cost.double().nan_to_num(nan=0, posinf=1e30).cpu().numpy())
         patches = tokens.new_empty(len(tokens), found.shape[2])
         patches[torch.as_tensor(other)] = found[torch.as_tensor(one), torch.as_tensor(other)]
         return patches
@@ -149,14 +151,11 @@ def _onto(directions: Tensor, vectors: Tensor) -> Tensor:
 def _with_channels(base: BaseModel, extra: Tensor, channels: int) -> BaseModel:
     """A copy of the base that reads further channels, of mean 0.5, through the weight extra [d, channels * h * w]."""
     model = deepcopy(base.model)
-    embed = model.get_submodule("patch_embed")
-    old = embed.get_submodule("proj")
+    old = model.get_submodule("patch_embed.proj")
     assert isinstance(old, nn.Conv2d)
     size = (old.kernel_size[0], old.kernel_size[1])
     weight = torch.cat([old.weight, extra.unflatten(1, (channels, *size))], dim=1)
-    new = nn.Conv2d(weight.shape[1], weight.shape[0], size, size)
-    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), old.bias
-    embed.proj = new
+    old.weight, old.in_channels = nn.Parameter(weight, requires_grad=False), weight.shape[1]
     count, height, width = base.input_shape
     mean, std = (*base.mean, *[0.5] * channels), (*base.std, *[1.0] * channels)
     return replace(base, model=model, input_shape=(count + channels, height, width), mean=mean, std=std)

@@ -131,8 +131,8 @@ def preconditioned_descent(
 ) -> Tensor:
     """The points [V, p] after steps of L-BFGS (Liu and Nocedal 1989) from points [V, p], along basis [p, q].
 
-    Pixels may leave [0, 1], as far as the misfit lets them. A point is returned as it is if its J^T J is zero or not
-    finite, or if its descent ends at numbers that are not finite.
+    Pixels may leave [0, 1], as far as the misfit lets them. A point is returned as it is if its J^T J is zero, not
+    finite or not positive definite with the damping, or if its descent ends at numbers that are not finite.
 
     Args:
         grams: [V, q, q] float64, or [1, q, q] for all: J^T J, J = dz along the columns of `basis`.
@@ -145,8 +145,11 @@ def preconditioned_descent(
     identity = torch.eye(basis.shape[1], dtype=torch.float64, device=points.device)
     grams = torch.where(usable[:, None, None], grams, identity)
     damped = grams + (dampings * largest_eigenvalues(grams))[:, None, None] * identity
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    usable &= failed == 0
+    lower = torch.where(usable[:, None, None], lower, identity)
     # Moves u of the image along rows of L^-1 basis^T have J^T J + damping = identity.
-    inverses = torch.linalg.solve_triangular(torch.linalg.cholesky(damped), identity, upper=False).to(basis.dtype)
+    inverses = torch.linalg.solve_triangular(lower, identity, upper=False).to(basis.dtype)
     found = _minimised(slopes_of, points, _Directions(inverses.expand(len(points), -1, -1), basis), enough, evaluations)
     return torch.where((usable & found.isfinite().all(1))[:, None], found, points)
 

@@ -35,7 +35,9 @@ DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
 CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for each
 # (damping, evaluations) of the descents with free positions, and of those from the images that come of them.
 FREED_STAGES, PLACED_STAGES = ((1e-5, 400), (1e-6, 800)), ((1e-4, 200), (1e-5, 200))
-FREE_TOGETHER = 4  # victims: each needs several matrices of the size of J^T J
+# Victims with free positions at a time on a CPU and on a GPU: each needs several matrices of the size of J^T J, about
+# 0.5 GB on the embedded base.
+FREE_TOGETHER, FREE_ON_GPU = 4, 32
 
 
 class Kind(Enum):
@@ -277,7 +279,8 @@ def _moved(
     if kind is Kind.DESCENT:
         return _descended(task, rows, points, axes, courses)
     if kind is Kind.FREED:
-        few = zip(rows.split(FREE_TOGETHER), points.split(FREE_TOGETHER), strict=True)
+        count = FREE_ON_GPU if points.is_cuda else FREE_TOGETHER
+        few = zip(rows.split(count), points.split(count), strict=True)
         reached = torch.cat([_reordered(task, *part) for part in few])
         return reached, task.update_of(reached, rows)
     points, values, clouds = linearised_steps(
@@ -362,8 +365,11 @@ def _grams(task: Task, rows: Tensor, points: Tensor) -> Tensor:
 
 def _rough_grams(task: Task, rows: Tensor, points: Tensor) -> Tensor:
     """The same in the precision of J, in half the time: as a preconditioner it is good enough."""
-    jacobians = (task.jacobian_of(int(victim), point) for victim, point in zip(rows, points, strict=True))
-    return torch.stack([(jacobian @ jacobian.T).double() for jacobian in jacobians])
+
+    def gram(jacobian: Tensor) -> Tensor:
+        return (jacobian @ jacobian.T).double()
+
+    return torch.stack([gram(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)])
 
 
 def victims_together(device: torch.device, directions: int, numbers: int) -> int:
