@@ -38,9 +38,8 @@ from r2f_ext.inversion import gauss_newton as module
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.exactness import REPRODUCED, Bound, exactness_of
 from r2f_ext.inversion.gauss_newton import UpdateBound, gauss_newton
-from r2f_ext.inversion.start import onto_span
 from r2f_ext.inversion.task import GaussNewtonConfig
-from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, onto_span
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.types import BaseModel, Reconstruction, Target
 

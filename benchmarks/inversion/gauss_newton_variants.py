@@ -40,10 +40,9 @@ from r2f_ext.inversion.gauss_newton import gauss_newton, search
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.side_by_side import CPU_TOGETHER
-from r2f_ext.inversion.start import onto_span
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
-from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, onto_span
 from r2f_ext.models import load_base
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, Victims, simulate

@@ -70,7 +70,7 @@ def bench_perceptrons(versus: Callable[..., None], device: str, kind: str, batch
         versus(f"perceptrons {kind}", [batch, len(widths)], make, traffic=4.0 * read, flops=2.0 * batch * read)
 
 
-def bench_decode_training(versus: Callable[..., None], device: str) -> None:
+def bench_perceptrons_training(versus: Callable[..., None], device: str) -> None:
     """Forward and backward to the weights and biases, as a step of the MLP decoder's training."""
     widths, batch = [d_out * RANK for d_out, _ in EMBEDDED], 64
 

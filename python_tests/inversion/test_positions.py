@@ -171,7 +171,8 @@ def test_a_pass_with_free_positions_never_raises_the_misfit(problem, monkeypatch
     start, places = (image + 0.01).clamp(0, 1), FreePositions.placed
     for placed, kept in ((lambda self, freed: 1 - freed[:, : SHAPE.numel()], True), (places, False)):
         monkeypatch.setattr(FreePositions, "placed", placed)
-        (reached,) = side_by_side._reordered(task, torch.tensor([0]), start[None])
+        rows = torch.tensor([0])
+        (reached,), _ = side_by_side._reordered(task, rows, start[None], task.update_of(start[None], rows))
         assert torch.equal(reached, start) == kept
 
 

@@ -7,7 +7,8 @@ from route_cases import posed
 
 from r2f_ext.data import load_images
 from r2f_ext.inversion.route import Public
-from r2f_ext.inversion.start import best_estimate, onto_span, search_start
+from r2f_ext.inversion.start import best_estimate, search_start
+from r2f_ext.inversion.update_map import onto_span
 from r2f_ext.types import Reconstruction
 
 

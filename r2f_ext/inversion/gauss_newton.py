@@ -35,14 +35,14 @@ from r2f_ext.inversion.exactness import (
     rounded,
     storage_precision,
 )
-from r2f_ext.inversion.geometry import PATCH_WEIGHT
+from r2f_ext.inversion.geometry import PATCH_EMBED
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.newton import SOLVED, Search
 from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.saved_searches import SavedSearches, by_victim, files_of
 from r2f_ext.inversion.searches import search_each
 from r2f_ext.inversion.side_by_side import Kind, search_together, victims_together
-from r2f_ext.inversion.task import NEAR, GaussNewtonConfig, Task
+from r2f_ext.inversion.task import NEAR, Freed, GaussNewtonConfig, Task
 from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.progress import Advance, no_progress
 from r2f_ext.types import Reconstruction, Target
@@ -222,18 +222,19 @@ def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Sub
 
 
 def _with_free_positions(task: Task, updates: UpdateMap, labels: Tensor) -> Task:
-    """A task that descends, and the one for freed images, if the base is a ViT.
+    """A task that descends, with the one for freed images if the base is a ViT.
 
-    None where the patch embedding is adapted: its update depends on the pixels of each patch, not on tokens alone.
+    Without it where the patch embedding is adapted, whose update depends on the pixels of each patch, not on tokens
+    alone.
     """
-    adapted = PATCH_WEIGHT.removesuffix(".weight") in updates.target.names
+    adapted = PATCH_EMBED in updates.target.names
     positions = None if adapted else FreePositions.of(updates.target.base, updates.shape, task.subspace.basis)
     if positions is None:
         return task
     target = replace(updates.target, base=positions.base)
     freed = UpdateMap(target, updates.a, positions.freed_shape, updates.directions)
-    space = Subspace(positions.basis)
-    return replace(task, positions=positions, freed=_task_of(freed, task.observed, labels, space, descends=True))
+    own = _task_of(freed, task.observed, labels, Subspace(positions.basis), descends=True)
+    return replace(task, freed=Freed(positions, own))
 
 
 def moved_layers(target: Target, observed: dict[str, Tensor]) -> Target:

@@ -17,7 +17,8 @@ from r2f_ext.types import BaseModel, Target
 
 FIRST_QKV = "blocks.0.attn.qkv"
 QKV_WEIGHT = f"{FIRST_QKV}.weight"
-PATCH_WEIGHT, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+PATCH_EMBED = "patch_embed.proj"
+PATCH_WEIGHT, POSITIONS = f"{PATCH_EMBED}.weight", "pos_embed"
 PROBES = 2  # random images on which the tokens of a gradient are counted
 MANY = 1 << 20  # tokens of a layer of an unknown structure: no limit is claimed
 NORMS = (nn.LayerNorm, RmsNorm)

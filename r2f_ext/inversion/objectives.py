@@ -117,15 +117,12 @@ class GradientObjective:
     def __call__(self, candidate: Candidate, images: Tensor, distance: Distance) -> Tensor:
         if isinstance(candidate, Gradient):
             found = [candidate.dense[name] for name in self.shapes]
-            return distance.of(found, self._observed(found[0].dtype), images)
+            return distance.of(found, _cast(self.observed, found[0].dtype), images)
         x, delta = [candidate.x[name] for name in self.shapes], [candidate.delta[name] for name in self.shapes]
-        return distance.of_factors(x, delta, self._observed(x[0].dtype), images)
-
-    def _observed(self, dtype: torch.dtype) -> list[Tensor]:
-        return [each.to(dtype) for each in self.observed.values()]
+        return distance.of_factors(x, delta, _cast(self.observed, x[0].dtype), images)
 
     def norms(self) -> Tensor:
-        return torch.stack([each.flatten(1).double().norm(dim=1) for each in self.observed.values()], dim=1)
+        return _norms(self.observed)
 
     def repeat(self, restarts: int) -> GradientObjective:
         return GradientObjective(Gradient(_repeat(self.observed, restarts)))
@@ -165,17 +162,25 @@ class UpdateObjective:
         else:
             found = project(self.target, candidate, self.a)
         updates = [found[name] for name in self.shapes]
-        observed = [self.observed[name].to(updates[0].dtype) for name in self.shapes]
-        return distance.of(updates, observed, images)
+        return distance.of(updates, _cast(self.observed, updates[0].dtype), images)
 
     def norms(self) -> Tensor:
-        return torch.stack([update.flatten(1).double().norm(dim=1) for update in self.observed.values()], dim=1)
+        return _norms(self.observed)
 
     def repeat(self, restarts: int) -> UpdateObjective:
         return UpdateObjective(self.target, self.a, _repeat(self.observed, restarts))
 
     def tensors(self) -> list[Tensor]:
         return [*self.observed.values(), *(self.a[name] for name in self.observed)]
+
+
+def _cast(observed: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [each.to(dtype) for each in observed.values()]
+
+
+def _norms(observed: dict[str, Tensor]) -> Tensor:
+    """[V, L] of L tensors [V, ...]."""
+    return torch.stack([each.flatten(1).double().norm(dim=1) for each in observed.values()], dim=1)
 
 
 def _repeat(observed: dict[str, Tensor], restarts: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, base_geometry
+from r2f_ext.inversion.geometry import PATCH_EMBED, PATCH_WEIGHT, POSITIONS, base_geometry
 from r2f_ext.inversion.patches import fold_patches, unfold_patches
 from r2f_ext.types import BaseModel
 
@@ -116,24 +116,28 @@ class FreePositions:
         extras = extras.unflatten(1, (-1, *self.shape[1:]))
         tokens = unfold_patches(images, self.size) @ self.weight.T + self.positions
         tokens = tokens + unfold_patches(extras, self.size) @ self.extra.T
-        patches = torch.stack([self._assigned(each) for each in tokens])
-        return fold_patches(patches, self.size, self.grid).flatten(1)
-
-    def _assigned(self, tokens: Tensor) -> Tensor:
-        """The contents [N, c * height * width] of patches, of the tokens [N, d] in the order of least cost."""
         directions = self.weight @ self.contents
         to_contents = (self.contents.double() @ torch.linalg.pinv(directions.double())).to(tokens)
-        found = (tokens @ to_contents.T)[:, None] - self.positions @ to_contents.T  # of token i at position j
-        outside = (found - found.clamp(0, 1)).square().sum(2)
-        unexplained = torch.cdist(
-            tokens - _onto(directions, tokens), self.positions - _onto(directions, self.positions)
-        )
-        cost = unexplained.square() + outside
-        # Points that are not finite end a search elsewhere; scipy refuses them.
-        one, other = linear_sum_assignment(cost.double().nan_to_num(nan=0, posinf=1e30).cpu().numpy())
-        patches = tokens.new_empty(len(tokens), found.shape[2])
-        patches[torch.as_tensor(other)] = found[torch.as_tensor(one), torch.as_tensor(other)]
-        return patches
+        own, shifts = tokens @ to_contents.T, self.positions @ to_contents.T
+        left, places = tokens - _onto(directions, tokens), self.positions - _onto(directions, self.positions)
+        patches = [_assigned(one[:, None] - shifts, rest, places) for one, rest in zip(own, left, strict=True)]
+        return fold_patches(torch.stack(patches), self.size, self.grid).flatten(1)
+
+
+def _assigned(contents: Tensor, left: Tensor, places: Tensor) -> Tensor:
+    """The contents [N, m] of an image's patches in the order of least cost.
+
+    Args:
+        contents: [N, N, m], of token i at place j; left, places: [N, d], the parts of tokens and of position embeddings
+            that no content gives.
+    """
+    outside = (contents - contents.clamp(0, 1)).square().sum(2)
+    cost = torch.cdist(left, places).square() + outside
+    # Points that are not finite end a search elsewhere; scipy refuses them.
+    one, other = linear_sum_assignment(cost.double().nan_to_num(nan=0, posinf=1e30).cpu().numpy())
+    patches = torch.empty_like(contents[0])
+    patches[torch.as_tensor(other)] = contents[torch.as_tensor(one), torch.as_tensor(other)]
+    return patches
 
 
 def _span(rows: Tensor) -> Tensor:
@@ -143,7 +147,7 @@ def _span(rows: Tensor) -> Tensor:
 
 
 def _onto(directions: Tensor, vectors: Tensor) -> Tensor:
-    """The parts of vectors [n, d] in the span of directions [d, b]."""
+    """The parts of vectors [..., d] in the span of directions [d, b]."""
     frame = torch.linalg.qr(directions.double())[0].to(vectors)
     return vectors @ frame @ frame.T
 
@@ -151,7 +155,7 @@ def _onto(directions: Tensor, vectors: Tensor) -> Tensor:
 def _with_channels(base: BaseModel, extra: Tensor, channels: int) -> BaseModel:
     """A copy of the base that reads further channels, of mean 0.5, through the weight extra [d, channels * h * w]."""
     model = deepcopy(base.model)
-    old = model.get_submodule("patch_embed.proj")
+    old = model.get_submodule(PATCH_EMBED)
     assert isinstance(old, nn.Conv2d)
     size = (old.kernel_size[0], old.kernel_size[1])
     weight = torch.cat([old.weight, extra.unflatten(1, (channels, *size))], dim=1)

@@ -135,7 +135,7 @@ def preconditioned_descent(
     finite or not positive definite with the damping, or if its descent ends at numbers that are not finite.
 
     Args:
-        grams: [V, q, q] float64, or [1, q, q] for all: J^T J, J = dz along the columns of `basis`.
+        grams: [V, q, q] float64: J^T J, J = dz along the columns of `basis`.
         dampings: [V] float64, or [1] for all: added to J^T J, relative to its largest eigenvalue.
         enough: misfit below which a descent ends.
         evaluations: maximum number of evaluations of the misfit.
@@ -150,7 +150,7 @@ def preconditioned_descent(
     lower = torch.where(usable[:, None, None], lower, identity)
     # Moves u of the image along rows of L^-1 basis^T have J^T J + damping = identity.
     inverses = torch.linalg.solve_triangular(lower, identity, upper=False).to(basis.dtype)
-    found = _minimised(slopes_of, points, _Directions(inverses.expand(len(points), -1, -1), basis), enough, evaluations)
+    found = _minimised(slopes_of, points, _Directions(inverses, basis), enough, evaluations)
     return torch.where((usable & found.isfinite().all(1))[:, None], found, points)
 
 

@@ -107,6 +107,8 @@ def _in_turn(
         if search is not None:
             yield victim, search, remark
     missing = [victim for victim, (search, _) in enumerate(kept) if search is None]
+    if not missing:
+        return
     for victim, search in find(missing, points[missing], labels[missing]):
         yield victim, search, kept[victim][1] + _write(victim, search, files)
 

@@ -24,6 +24,7 @@ from r2f_ext.inversion.linearisation import Axes, Cloud, drawn, linearised_steps
 from r2f_ext.inversion.newton import PRECISE, SOLVED, STALLED, Search
 from r2f_ext.inversion.preconditioned import Expected, annealed_descent, preconditioned_descent
 from r2f_ext.inversion.task import NEAR, GaussNewtonConfig, Task
+from r2f_ext.inversion.update_map import onto_span
 from r2f_ext.linalg import precise_gram
 
 # Relative residual above which passes are descents and clouds only. Between NEAR and FAR, descent (without a slope,
@@ -56,7 +57,7 @@ Choice = Callable[[Kind | None, float, float], Kind]  # last kind, residuals bef
 def next_kind(last: Kind | None, before: float, residual: float, descends: bool, frees: bool = False) -> Kind:
     """Newton below NEAR; farther away descent until it stalls, then clouds. Without descent, clouds from the start.
 
-    Where descent and Newton stall below FAR, patches may change places, if the model has any.
+    Where descent and Newton stall below FAR, patches may change places, if there are any.
 
     Args:
         last: None at the start of the first search.
@@ -272,17 +273,13 @@ def _moved(
 ) -> tuple[Tensor, Tensor]:
     """One pass of the victims `rows`, with the axes and course of each: the next points [n, p] and values [n, R]."""
     if kind is Kind.NEWTON:
-        n = newtons_together(points.device, task.subspace.basis.shape[1], values.shape[1])
-        parts = zip(rows.split(n), points.split(n), values.split(n), strict=True)
-        moved = [newton_steps(task, *part, config) for part in parts]
-        return torch.cat([point for point, _ in moved]), torch.cat([value for _, value in moved])
+        few = newtons_together(points.device, task.subspace.basis.shape[1], values.shape[1])
+        return _in_parts(few, partial(newton_steps, task, config=config), rows, points, values)
+    if kind is Kind.FREED:
+        few = FREE_ON_GPU if points.is_cuda else FREE_TOGETHER
+        return _in_parts(few, partial(_reordered, task), rows, points, values)
     if kind is Kind.DESCENT:
         return _descended(task, rows, points, axes, courses)
-    if kind is Kind.FREED:
-        count = FREE_ON_GPU if points.is_cuda else FREE_TOGETHER
-        few = zip(rows.split(count), points.split(count), strict=True)
-        reached = torch.cat([_reordered(task, *part) for part in few])
-        return reached, task.update_of(reached, rows)
     points, values, clouds = linearised_steps(
         lambda images, owners: task.update_of(images, rows[owners]),
         task.observed[rows],
@@ -295,6 +292,19 @@ def _moved(
     for course, cloud in zip(courses, clouds, strict=True):
         course.cloud = cloud
     return points, values
+
+
+def _in_parts(
+    few: int,
+    move: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    rows: Tensor,
+    points: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The points and values that `move` gives for a few victims at a time."""
+    parts = zip(rows.split(few), points.split(few), values.split(few), strict=True)
+    moved = [move(*part) for part in parts]
+    return torch.cat([point for point, _ in moved]), torch.cat([value for _, value in moved])
 
 
 def _descended(
@@ -320,23 +330,20 @@ def _descended(
     return reached, task.update_of(reached, rows)
 
 
-def _reordered(task: Task, rows: Tensor, points: Tensor) -> Tensor:
-    """Images [n, p] reached from points [n, p] with free positions, where their misfits are lower; else the points."""
-    positions, freed, basis = task.positions, task.freed, task.subspace.basis
-    assert positions is not None and freed is not None
+def _reordered(task: Task, rows: Tensor, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [n, p] reached from points [n, p] with free positions, where their misfits are lower, else the points; and
+    the values [n, R] there."""
+    freed, basis = task.freed, task.subspace.basis
+    assert freed is not None
     images = points.clamp(0, 1)  # Newton's steps may have left the box far behind
-    begun = positions.freed(images)
-    placed = positions.placed(_softened(freed, rows, begun, _rough_grams(freed, rows, begun), FREED_STAGES))
-    along = basis / basis.norm(dim=0)
-    placed = (images + (placed - images) @ along @ along.T).clamp(0, 1)
+    begun = freed.positions.freed(images)
+    moved = _softened(freed.task, rows, begun, _grams(freed.task, rows, begun, _rough_gram), FREED_STAGES)
+    placed = onto_span(freed.positions.placed(moved), images, basis).clamp(0, 1)
     reached = _softened(task, rows, placed, _grams(task, rows, placed), PLACED_STAGES)
-    lower = _misfits(task, reached, rows) < _misfits(task, points, rows)
-    return torch.where(lower[:, None], reached, points)
-
-
-def _misfits(task: Task, points: Tensor, rows: Tensor) -> Tensor:
-    """|z - z*|^2 [n] of the victims `rows` at points [n, p]."""
-    return (task.update_of(points, rows) - task.observed[rows]).square().sum(1)
+    found = task.update_of(reached, rows)
+    before, after = (points.new_tensor(task.residuals(each, rows)) for each in (values, found))
+    lower = (after < before)[:, None]
+    return torch.where(lower, reached, points), torch.where(lower, found, values)
 
 
 def _softened(task: Task, rows: Tensor, points: Tensor, grams: Tensor, stages: Sequence[tuple[float, int]]) -> Tensor:
@@ -356,20 +363,16 @@ def _softened(task: Task, rows: Tensor, points: Tensor, grams: Tensor, stages: S
     return points
 
 
-def _grams(task: Task, rows: Tensor, points: Tensor) -> Tensor:
+def _grams(task: Task, rows: Tensor, points: Tensor, gram_of: Callable[[Tensor], Tensor] = precise_gram) -> Tensor:
     """J^T J of the victims `rows` at points [n, p]: [n, q, q] float64."""
     return torch.stack(
-        [precise_gram(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
+        [gram_of(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
     )
 
 
-def _rough_grams(task: Task, rows: Tensor, points: Tensor) -> Tensor:
-    """The same in the precision of J, in half the time: as a preconditioner it is good enough."""
-
-    def gram(jacobian: Tensor) -> Tensor:
-        return (jacobian @ jacobian.T).double()
-
-    return torch.stack([gram(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)])
+def _rough_gram(rows: Tensor) -> Tensor:
+    """`precise_gram` in the precision of the rows, in half the time: as a preconditioner it is good enough."""
+    return (rows @ rows.T).double()
 
 
 def victims_together(device: torch.device, directions: int, numbers: int) -> int:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from r2f_ext.inversion.route import Problem
-from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, onto_span
 from r2f_ext.types import Reconstruction
 
 
@@ -49,9 +48,3 @@ def best_estimate(problem: Problem, routes: Sequence[str]) -> Reconstruction:
     """Among the estimates that these routes found, the one from most pairs of a victim's label."""
     found = [problem.found[name] for name in routes if name in problem.found]
     return max(found, key=lambda each: each.details.get("pairs_a_victim", 0.0))
-
-
-def onto_span(points: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
-    """The nearest points of mean + span(basis) to points [n, p]; mean [p], basis [p, q] with orthogonal columns."""
-    shifts = (points - mean) @ basis / basis.square().sum(0)
-    return mean + shifts @ basis.mT

@@ -53,8 +53,7 @@ class Task:
         update_of: images [n, p] and the victim of each int64 [n] -> updates [n, R].
         jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
         slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p]; None: there is no descent.
-        positions: of the patches, if the model is a ViT; None: they are never free.
-        freed: the task for freed images, see `FreePositions`; it needs slopes.
+        freed: the same for freed images, if the model is a ViT; None: patches keep their places. It needs slopes.
     """
 
     observed: Tensor
@@ -63,8 +62,7 @@ class Task:
     update_of: Callable[[Tensor, Tensor], Tensor]
     jacobian_of: Callable[[int, Tensor], Tensor]
     slopes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    positions: FreePositions | None = None
-    freed: Task | None = None
+    freed: Freed | None = None
 
     @property
     def handed_over(self) -> float:
@@ -75,3 +73,11 @@ class Task:
         """|z - z*| over the square root of the number of layers, of the victims `rows`, whose values are [n, R]."""
         lengths: list[float] = ((values - self.observed[rows]).norm(dim=1) / self.layers**0.5).tolist()
         return lengths
+
+
+@dataclass(frozen=True)
+class Freed:
+    """A task for images whose patches may change places (see `FreePositions`), of the same victims."""
+
+    positions: FreePositions
+    task: Task

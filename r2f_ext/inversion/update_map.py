@@ -55,6 +55,13 @@ class Subspace:
         return Subspace((axes[:, varied] * variance[varied].sqrt()).to(images.dtype))
 
 
+def onto_span(points: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """The nearest points of mean + span(basis) to points [n, p]; mean [p], or [n, p] for each; basis [p, q] with
+    orthogonal columns."""
+    shifts = (points - mean) @ basis / basis.square().sum(0)
+    return mean + shifts @ basis.mT
+
+
 def too_large(pixels: int) -> str:
     """Why the dense search does not accept images of this many pixel values, as a clause."""
     return f"an image has {pixels} numbers, and the search, which is dense, takes up to {MAX_PIXELS}"
