@@ -31,7 +31,7 @@ double delta_unit(DType dtype) { return dtype == DType::kFloat64 ? 1.0 : 4294967
 
 // The inputs of one layer: contiguous, of the accumulation type, deltas in units.
 struct Layer {
-  at::Tensor x, delta, observed;        // [T, N, d_in], [T, N, d_out], [T, d_out, d_in] or [1, d_out, d_in]
+  at::Tensor x, delta, observed;         // [T, N, d_in], [T, N, d_out], [T, d_out, d_in] or [1, d_out, d_in]
   at::Tensor delta_gram, x_gram, cross;  // views of the saved tensor: D and X [T, N, N]; delta G* [T, N, d_in]
 };
 
@@ -209,8 +209,8 @@ Forward forward(at::TensorList x, at::TensorList delta, at::TensorList observed,
 }
 
 Backward backward(const at::Tensor& grad_loss, at::TensorList x, at::TensorList delta, at::TensorList observed,
-                  const at::Tensor& sums, const at::Tensor& saved, at::ArrayRef<double> weights,
-                  std::string_view kind, const at::Tensor& images, double tv_weight, bool isotropic) {
+                  const at::Tensor& sums, const at::Tensor& saved, at::ArrayRef<double> weights, std::string_view kind,
+                  const at::Tensor& images, double tv_weight, bool isotropic) {
   TORCH_CHECK(!x.empty(), "factored_matching_loss: at least one x");
   Call call = prepare(x, delta, observed, weights, kind, images, isotropic);
   TORCH_CHECK(saved.is_contiguous() && saved.sizes() == at::IntArrayRef({saved_size(call)}) &&
