@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 _aten = torch.ops.aten
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
@@ -30,7 +30,7 @@ _VIEWS = {_aten.view.default, _aten.expand.default, _aten.alias.default, _aten._
 
 
 class Traced:
-    """A function of (nested) tensors, traced and simplified once for each combination of shapes and dtypes.
+    """A function of (nested) tensors, traced and simplified once for each combination of structure, shapes and dtypes.
 
     Without this, the interpreter of torch.func's transforms costs more than the arithmetic of small tensors.
     """
@@ -41,7 +41,8 @@ class Traced:
 
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> Any:
-        key = tuple((each.shape, each.dtype) for each in tree_leaves(inputs))
+        leaves, structure = tree_flatten(inputs)
+        key = (structure, *((each.shape, each.dtype) for each in leaves))
         if key not in self._graphs:
             # make_fx takes a plain function, not a method.
             plain: Any = functionalize(lambda *inputs: self._function(*inputs))

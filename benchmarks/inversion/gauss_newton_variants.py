@@ -8,8 +8,8 @@ Victims are trained by `simulate`, which equals PEFT. The attacker knows A befor
 unless a victim takes one plain step, whose update the recipe only scales. Each victim is searched for from two starts:
 `amortised`, the start of an attacker, for victims that own one image, fitted to pairs that are trained by the victim's
 recipe; and `oracle`, the original plus smooth noise at --oracle-db, with the true label. The oracle is not an attack:
-it separates the reach of the search from the quality of the start. Searches for one plain step run side by side and
-include the descent; the others run one by one, without it. Rows are written as they come; those in the file are not
+it separates the reach of the search from the quality of the start. Searches for one plain step run side by side, the
+others one by one. Rows are written as they come; those in the file are not
 computed again.
 """
 
@@ -36,7 +36,7 @@ from r2f_ext.capture import Capture
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.exactness import REPRODUCED
-from r2f_ext.inversion.gauss_newton import gauss_newton, search
+from r2f_ext.inversion.gauss_newton import free_positions, gauss_newton, search
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.side_by_side import CPU_TOGETHER
@@ -290,6 +290,7 @@ def from_training(
     subspace = side_by_side(subspace, case.training.owned)
     training = ONE_STEP if case.reads_adamw else case.training
     unrolled = UnrolledMap(target, a0, target.base.input_shape, training, DIRECTIONS)
+    positions = free_positions(unrolled, subspace)
 
     def find(victim: int, start: Tensor, labels: Tensor, errors: Tensor | None) -> Search:
         a, b = ({name: each[victim] for name, each in factors.items()} for factors in (victims.a, victims.b))
@@ -299,7 +300,7 @@ def from_training(
         else:
             weighed = unrolled.weighing(a_weights=movement_weights(a0, a))
         a, b = ({name: each[None] for name, each in factors.items()} for factors in (a, b))
-        return search(weighed, weighed.observation(a, b)[0], start, labels, subspace, config, errors)
+        return search(weighed, weighed.observation(a, b)[0], start, labels, subspace, config, errors, None, positions)
 
     return find
 

@@ -13,7 +13,7 @@ from r2f_ext.inversion.update_map import UpdateMap, flat_units
 def test_newton_steps_move_each_victim_as_its_own_do():
     target, a, observed, images, labels, subspace = small_problem()
     updates, config = UpdateMap(target, a, SHAPE, 32), GaussNewtonConfig()
-    task = _task_of(updates, flat_units(observed), labels, subspace, descends=False)
+    task = _task_of(updates, flat_units(observed), labels, subspace)
     points, both = start_near(images, labels, subspace, 0.02).images.flatten(1), torch.arange(2)
     values = task.update_of(points, both)
     together, reached = newton_steps(task, both, points, values, config)

@@ -144,7 +144,7 @@ def task_of(problem, victim):
     """The search for one victim in float64."""
     target, a, observed, _, labels, subspace = problem
     own = slice(victim, victim + 1)
-    return _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed)[own], labels[own], subspace, descends=False)
+    return _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed)[own], labels[own], subspace)
 
 
 def test_the_end_of_a_search_goes_on_in_float64(problem):

@@ -1,5 +1,7 @@
 """Free positions: the tokens of freed images, the places that fit tokens, and searches that only they free."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import target_of
@@ -11,12 +13,12 @@ from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.inversion import positions as module
 from r2f_ext.inversion import side_by_side
-from r2f_ext.inversion.gauss_newton import _task_of, _with_free_positions
+from r2f_ext.inversion.gauss_newton import _task_of, free_positions
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.patches import fold_patches, unfold_patches
 from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.side_by_side import Kind, next_kind, search_together
-from r2f_ext.inversion.task import GaussNewtonConfig
+from r2f_ext.inversion.task import Freed, GaussNewtonConfig
 from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.types import BaseModel
@@ -146,8 +148,10 @@ def problem():
     with Capture(target) as capture:
         observed = flat_units(project(target, capture(images[:, None], labels[:, None]), a))
     updates = UpdateMap(target, a, SHAPE, 32)
-    task = _task_of(updates, observed, labels, Subspace(every_direction()), descends=True)
-    return _with_free_positions(task, updates, labels), images.flatten()
+    positions = free_positions(updates, Subspace(every_direction()))
+    own = _task_of(updates.on(positions.base), observed, labels, Subspace(positions.basis))
+    task = _task_of(updates, observed, labels, Subspace(every_direction()))
+    return replace(task, freed=Freed(positions, own)), images.flatten()
 
 
 def after_one_pass(task, start, kind):
@@ -176,19 +180,22 @@ def test_a_pass_with_free_positions_never_raises_the_misfit(problem, monkeypatch
         assert torch.equal(reached, start) == kept
 
 
-def test_where_the_patch_embedding_is_adapted_nothing_is_free(problem):
-    """Its update depends on the pixels of each patch."""
-    task, _ = problem
+def test_where_the_patch_embedding_is_adapted_or_a_point_is_two_images_nothing_is_free():
+    """The update of a patch embedding depends on the pixels of each patch."""
     base = small_vit()
     target = target_of(base, ("blocks.0.attn.qkv", "patch_embed.proj"), rank=4)
     updates = UpdateMap(target, {each.name: torch.zeros(4, each.d_in).double() for each in target.layers}, SHAPE, 32)
-    assert _with_free_positions(task, updates, torch.tensor([3])) is task
+    assert free_positions(updates, Subspace(every_direction())) is None
+    target = target_of(base, ("blocks.0.attn.qkv",), rank=4)
+    updates = UpdateMap(target, updates.a, SHAPE, 32)
+    assert free_positions(updates, Subspace(every_direction())) is not None
+    assert free_positions(updates, Subspace(torch.block_diag(every_direction(), every_direction()))) is None
 
 
 def test_positions_are_freed_where_descent_or_newton_stalls():
     kinds, last, before = [], None, torch.inf
     for residual in (0.5, 0.05, 0.049, 0.02, 0.019, 0.0189, 0.005, 0.0049, 0.0048, 0.001):
-        last, before = next_kind(last, before, residual, True, frees=True), residual
+        last, before = next_kind(last, before, residual, frees=True), residual
         kinds.append(last.value)
     expected = "descent descent freed descent freed cloud newton freed newton newton"
     assert kinds == expected.split()

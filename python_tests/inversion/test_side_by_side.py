@@ -20,9 +20,9 @@ def problem():
     return small_problem()
 
 
-def task_of(problem, descends=True):
+def task_of(problem):
     target, a, observed, _, labels, subspace = problem
-    return _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed), labels, subspace, descends)
+    return _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed), labels, subspace)
 
 
 def found(problem, distance=1.0, task=None, together=2, **settings):
@@ -34,28 +34,22 @@ def found(problem, distance=1.0, task=None, together=2, **settings):
     return [ended[victim] for victim in range(2)]
 
 
-def kinds(descends, *residuals):
+def kinds(*residuals, frees=False):
     """The kinds of the passes that begin at these residuals, the first of which is a start."""
     last, before, taken = None, torch.inf, []
     for residual in residuals:
-        last = next_kind(last, before, residual, descends)
+        last = next_kind(last, before, residual, frees)
         before = residual
         taken.append(last.value)
     return taken
 
 
 def test_descent_and_clouds_take_turns_where_passes_stall():
-    far = kinds(True, 0.9, 0.5, 0.45, 0.09, 0.085, 0.084)
+    far = kinds(0.9, 0.5, 0.45, 0.09, 0.085, 0.084)
     assert far == ["descent", "descent", "cloud", "cloud", "descent", "cloud"]
-    near = kinds(True, BETWEEN, 0.5 * NEAR, 0.3 * NEAR, 0.29 * NEAR, 0.2 * NEAR)
+    near = kinds(BETWEEN, 0.5 * NEAR, 0.3 * NEAR, 0.29 * NEAR, 0.2 * NEAR)
     assert near == ["descent", "newton", "newton", "descent", "newton"]
-    assert kinds(True, 0.5, torch.nan) == ["descent", "cloud"]
-
-
-def test_without_descent_clouds_and_derivatives_take_turns():
-    """Newton below NEAR, a cloud above FAR; between them the other one after a pass that stalls."""
-    residuals = (2 * FAR, BETWEEN, 0.95 * BETWEEN, 0.5 * BETWEEN, 0.5 * BETWEEN, 0.5 * NEAR, 2 * FAR)
-    assert kinds(False, *residuals) == ["cloud", "cloud", "newton", "newton", "cloud", "newton", "cloud"]
+    assert kinds(0.5, torch.nan) == ["descent", "cloud"]
 
 
 def test_descent_that_stalls_is_damped_more_before_a_cloud_takes_its_place():
@@ -64,7 +58,7 @@ def test_descent_that_stalls_is_damped_more_before_a_cloud_takes_its_place():
     seen = []
     for before, residual in ((0.5, 0.3), (0.3, 0.2), (0.2, 0.19), (0.19, 0.18), (0.18, 0.17)):
         course.residual = residual
-        module._choose(course, before, lambda *given: next_kind(*given, True))
+        module._choose(course, before, lambda *given: next_kind(*given, frees=False))
         seen.append((course.kind.value, round(course.damping, 9)))
     assert seen == [
         ("descent", 1e-4),
@@ -76,9 +70,17 @@ def test_descent_that_stalls_is_damped_more_before_a_cloud_takes_its_place():
 
 
 def test_both_images_are_found_by_descent_and_by_clouds(problem):
-    images = problem[3].flatten(1)
-    for descends in (True, False):
-        for victim, search in enumerate(found(problem, 0.3, task_of(problem, descends))):
+    images, task = problem[3].flatten(1), task_of(problem)
+    *_, labels, subspace = problem
+    starts = start_near(problem[3], labels, subspace, 0.3).images.flatten(1)
+
+    def clouds_and_newton(last, before, residual):
+        return Kind.NEWTON if residual < NEAR else Kind.CLOUD
+
+    for choose in (None, clouds_and_newton):
+        axes = [Axes.of(subspace.basis)] * 2
+        ended = dict(search_together(task, starts, GaussNewtonConfig(), axes, 2, choose))
+        for victim, search in ended.items():
             assert search.residual < 1e-5 < search.start_residual and not search.stopped
             assert (search.image - images[victim]).abs().max() < 1e-4
 
@@ -95,7 +97,7 @@ def test_where_a_search_ends_the_next_victim_takes_its_place(problem, monkeypatc
     *_, images, labels, subspace = problem
     passes, victims = [], torch.tensor([0, 0, 1])
     target, a, observed, *_ = problem
-    task = _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed)[victims], labels[victims], subspace, True)
+    task = _task_of(UpdateMap(target, a, SHAPE, 32), flat_units(observed)[victims], labels[victims], subspace)
     images = images.flatten(1)[victims]
     starts = images.clone()
     starts[1:] = starts[1:].flip(1)

@@ -9,7 +9,7 @@ from r2f_ext.inversion.exactness import REPRODUCED
 from r2f_ext.inversion.gauss_newton import search
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
-from r2f_ext.inversion.update_map import Subspace, flat_units
+from r2f_ext.inversion.update_map import LEASH, Subspace, flat_units
 from r2f_ext.pairs import Training, simulate
 
 RECIPES = {
@@ -38,6 +38,29 @@ def test_derivatives_of_victims_that_equal_peft(training):
     found = updates.jacobian(images.flatten(), labels, columns[:3].T)
     ahead, behind = (updates(images.flatten() + s * step * columns[:3], labels) for s in (1, -1))
     torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-4, atol=1e-5 * float(found.abs().max()))
+
+
+@pytest.mark.parametrize("training", RECIPES.values(), ids=RECIPES.keys())
+def test_slopes_of_the_misfits_are_the_jacobians_times_the_errors(training):
+    """Reverse mode through all steps against forward mode, with weights on B and on A; outside of [0, 1] as well."""
+    base = tiny_base()
+    target, a = peft_start(base, target_modules=["patch_embed.proj", "blocks.1.attn.qkv"])
+    weights = {layer.name: torch.rand(layer.d_out, layer.rank, dtype=torch.float64) for layer in target.layers}
+    plain = UnrolledMap(target, a, base.input_shape, training, directions=64)
+    updates = plain.weighing(weights, dict.fromkeys(target.names[:1], 0.5))
+    images, labels = samples(training.owned, base)
+    points = torch.stack([images.flatten(), 1.2 * images.flatten() - 0.1])
+    observed = updates(points.flip(1), labels)
+    for _ in range(2):  # traced, and as it was traced
+        misfits, slopes = updates.slopes(points, labels, observed)
+        for place, point in enumerate(points):
+            errors, outside = updates(point[None], labels)[0] - observed[place], point - point.clamp(0, 1)
+            expected = updates.jacobian(point, labels, torch.eye(len(point)).double()) @ errors + LEASH * outside
+            torch.testing.assert_close(slopes[place], expected)
+            torch.testing.assert_close(misfits[place], (errors.square().sum() + LEASH * outside.square().sum()) / 2)
+    apart, _ = plain.slopes(points, labels, plain(points.flip(1), labels))  # the graphs are shared, the weights are not
+    errors = (plain(points, labels) - plain(points.flip(1), labels)).square().sum(1) / 2
+    torch.testing.assert_close(apart, errors + LEASH / 2 * (points - points.clamp(0, 1)).square().sum(1))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ from r2f_ext.inversion.side_by_side import Kind, search_together, victims_togeth
 from r2f_ext.inversion.task import NEAR, Freed, GaussNewtonConfig, Task
 from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.progress import Advance, no_progress
-from r2f_ext.types import Reconstruction, Target
+from r2f_ext.types import BaseModel, Reconstruction, Target
 
 ROUTE = "gauss_newton"
 # Multiple of the rounding error from which on a residual that is not below NEAR belongs to no solution nearby.
@@ -55,37 +56,63 @@ FULL_BITS = 32  # of the dtype that PEFT draws A in
 FINISH = GaussNewtonConfig(passes=6, patience=1)
 
 
+class SearchMap(DenseMap, Protocol):
+    """A map that can be searched: `UpdateMap` or `unrolled.UnrolledMap`.
+
+    Attributes:
+        shape: (c, h, w) of an image; a point holds one image or, in an `UnrolledMap`, several.
+    """
+
+    shape: torch.Size
+
+    def slopes(self, points: Tensor, label: Tensor, observed: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Misfits [n] of points [n, p] to observed [n, R], all of one label [1], and their slopes [n, p]."""
+        ...
+
+    def on(self, base: BaseModel, /) -> SearchMap:
+        """The same map for the images of another base with the same layers."""
+        ...
+
+
 def search(
-    updates: DenseMap,
+    updates: SearchMap,
     observed: Tensor,
     start: Tensor,
     label: Tensor,
     subspace: Subspace,
     config: GaussNewtonConfig,
     loo_errors: Tensor | None = None,
-    precise: DenseMap | None = None,
+    precise: SearchMap | None = None,
+    positions: FreePositions | None = None,
 ) -> Search:
-    """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1], without descent.
+    """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
 
     Args:
         loo_errors: [n, c * h * w], leave-one-out errors of the start's route on proxies: the first cloud's shape.
         precise: the map in float64, see `finished`.
+        positions: `free_positions` of the map; None: patches keep their places.
     """
-    task, axes = _task_of_one(updates, observed, label, subspace), [Axes.of(subspace.basis, loo_errors)]
+    axes, task = [Axes.of(subspace.basis, loo_errors)], _task_of_one(updates, observed, label, subspace)
+    if positions is not None:
+        own = _task_of_one(updates.on(positions.base), observed, label, Subspace(positions.basis))
+        task = replace(task, freed=Freed(positions, own))
     ((_, found),) = search_together(task, start[None], config, axes, together=1)
     if precise is None:
         return found
     return finished(_task_of_one(precise, observed.double(), label, subspace.double()), found)
 
 
-def _task_of_one(updates: DenseMap, observed: Tensor, label: Tensor, subspace: Subspace) -> Task:
+def _task_of_one(updates: SearchMap, observed: Tensor, label: Tensor, subspace: Subspace) -> Task:
     def update_of(images: Tensor, _: Tensor) -> Tensor:
         return torch.cat([updates(part, label) for part in images.split(updates.directions)])
 
     def jacobian_of(_: int, point: Tensor) -> Tensor:
         return updates.jacobian(point, label, subspace.basis)
 
-    return Task(observed[None], len(updates.target.layers), subspace, update_of, jacobian_of)
+    def slopes_of(points: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        return updates.slopes(points, label, observed.expand(len(points), -1))
+
+    return Task(observed[None], len(updates.target.layers), subspace, update_of, jacobian_of, slopes_of)
 
 
 def finished(task: Task, found: Search) -> Search:
@@ -192,22 +219,26 @@ def gauss_newton(
     updates = UpdateMap(target, a, start.images.shape[1:], config.directions)
     targets = flat_units({layer.name: observed[layer.name] for layer in target.layers})
     bound = UpdateBound(updates, observed)
+    positions = free_positions(updates, subspace)
     together = victims_together(targets.device, subspace.basis.shape[1], targets.shape[1])
 
     def find(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[tuple[int, Search]]:
         wanted = targets[list(victims)]
-        task = _with_free_positions(_task_of(updates, wanted, labels, subspace, descends=True), updates, labels)
+        task = _task_of(updates, wanted, labels, subspace)
+        if positions is not None:
+            own = _task_of(updates.on(positions.base), wanted, labels, Subspace(positions.basis))
+            task = replace(task, freed=Freed(positions, own))
         axes = [Axes.of(subspace.basis, start.loo_errors.get(label)) for label in labels.tolist()]
         for place, found in search_together(task, points, config, axes, together):
             own = slice(place, place + 1)
-            alone = _task_of(bound.precise, wanted[own].double(), labels[own], subspace.double(), descends=False)
+            alone = _task_of(bound.precise, wanted[own].double(), labels[own], subspace.double())
             yield victims[place], finished(alone, found)
 
     files = files_of(saved, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
     return search_each(ROUTE, start, find, bound, advance, doubt, files)
 
 
-def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Subspace, descends: bool) -> Task:
+def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Subspace) -> Task:
     def update_of(images: Tensor, owners: Tensor) -> Tensor:
         return updates(images, labels[owners])
 
@@ -217,24 +248,17 @@ def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Sub
     def slopes_of(points: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
         return updates.slopes(points, labels[owners], observed[owners])
 
-    task = Task(observed, len(updates.target.layers), subspace, update_of, jacobian_of)
-    return replace(task, slopes_of=slopes_of) if descends else task
+    return Task(observed, len(updates.target.layers), subspace, update_of, jacobian_of, slopes_of)
 
 
-def _with_free_positions(task: Task, updates: UpdateMap, labels: Tensor) -> Task:
-    """A task that descends, with the one for freed images if the base is a ViT.
+def free_positions(updates: SearchMap, subspace: Subspace) -> FreePositions | None:
+    """How patches may change places, if the base is a ViT and a point is one image.
 
-    Without it where the patch embedding is adapted, whose update depends on the pixels of each patch, not on tokens
-    alone.
+    None where the patch embedding is adapted, whose update depends on the pixels of each patch, not on tokens alone.
     """
-    adapted = PATCH_EMBED in updates.target.names
-    positions = None if adapted else FreePositions.of(updates.target.base, updates.shape, task.subspace.basis)
-    if positions is None:
-        return task
-    target = replace(updates.target, base=positions.base)
-    freed = UpdateMap(target, updates.a, positions.freed_shape, updates.directions)
-    own = _task_of(freed, task.observed, labels, Subspace(positions.basis), descends=True)
-    return replace(task, freed=Freed(positions, own))
+    if PATCH_EMBED in updates.target.names or len(subspace.basis) != updates.shape.numel():
+        return None
+    return FreePositions.of(updates.target.base, updates.shape, subspace.basis)
 
 
 def moved_layers(target: Target, observed: dict[str, Tensor]) -> Target:

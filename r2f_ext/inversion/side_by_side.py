@@ -54,32 +54,30 @@ class Kind(Enum):
 Choice = Callable[[Kind | None, float, float], Kind]  # last kind, residuals before and after it -> the next kind
 
 
-def next_kind(last: Kind | None, before: float, residual: float, descends: bool, frees: bool = False) -> Kind:
-    """Newton below NEAR; farther away descent until it stalls, then clouds. Without descent, clouds from the start.
+def next_kind(last: Kind | None, before: float, residual: float, frees: bool) -> Kind:
+    """Newton below NEAR; farther away descent until it stalls, then clouds.
 
     Where descent and Newton stall below FAR, patches may change places, if there are any.
 
     Args:
         last: None at the start of the first search.
         before: infinite at the start of a search.
-        frees: whether patches can be freed; only with descent.
+        frees: whether patches can be freed.
     """
     stalled = not residual <= STALLED * before  # also where it is NaN
     if residual < NEAR:
-        if not (descends and last is Kind.NEWTON and stalled):
+        if not (last is Kind.NEWTON and stalled):
             return Kind.NEWTON
         return Kind.FREED if frees else Kind.DESCENT
     if last is None:
-        return Kind.DESCENT if descends else Kind.CLOUD
+        return Kind.DESCENT
     if residual > FAR:
         return Kind.DESCENT if last is Kind.DESCENT and not stalled else Kind.CLOUD
     if not stalled:
         return Kind.DESCENT if last is Kind.FREED else last
     if frees and last is Kind.DESCENT:
         return Kind.FREED
-    if descends:
-        return Kind.DESCENT if last is Kind.CLOUD else Kind.CLOUD
-    return Kind.CLOUD if last is Kind.NEWTON else Kind.NEWTON
+    return Kind.DESCENT if last is Kind.CLOUD else Kind.CLOUD
 
 
 @dataclass
@@ -136,7 +134,7 @@ def search_together(
     Yields:
         (victim, its best point and figures), in the order in which the searches end.
     """
-    choose = choose or partial(next_kind, descends=task.slopes_of is not None, frees=task.freed is not None)
+    choose = choose or partial(next_kind, frees=task.freed is not None)
     searches = _Searches(task, starts, config, axes, choose, restarts)
     waiting, active = deque(range(len(starts))), list[int]()
     while waiting or active:
@@ -216,8 +214,7 @@ class _Searches:
 
     def _begin_again(self, victim: int) -> None:
         course, axes = self.courses[victim], self.axes[victim]
-        spread = self.config.spread if self.task.slopes_of else 0.0  # new random clouds alone change the search
-        self.points[victim] = _nearby(course.start, axes, spread, course.generator)
+        self.points[victim] = _nearby(course.start, axes, self.config.spread, course.generator)
         (residual,) = self._evaluated([victim])
         course.begin(residual, axes, self.choose)
 
@@ -311,11 +308,9 @@ def _descended(
     task: Task, rows: Tensor, points: Tensor, axes: Sequence[Axes], courses: Sequence[_Course]
 ) -> tuple[Tensor, Tensor]:
     """Descent from points [n, p], pulled towards the searches' starts; pixels may leave [0, 1]."""
-    slopes_of = task.slopes_of
-    assert slopes_of is not None
     grams = _grams(task, rows, points)
     reached = annealed_descent(
-        lambda images, places: slopes_of(images, rows[places]),
+        lambda images, places: task.slopes_of(images, rows[places]),
         Expected.of_covariances(
             torch.stack([course.start for course in courses]),
             axes[0].directions,
@@ -348,11 +343,9 @@ def _reordered(task: Task, rows: Tensor, points: Tensor, values: Tensor) -> tupl
 
 def _softened(task: Task, rows: Tensor, points: Tensor, grams: Tensor, stages: Sequence[tuple[float, int]]) -> Tensor:
     """The points [n, p] after descents of smaller and smaller damping, all with J^T J [n, q, q] of the first points."""
-    slopes_of = task.slopes_of
-    assert slopes_of is not None
     for damping, evaluations in stages:
         points = preconditioned_descent(
-            lambda images, places: slopes_of(images, rows[places]),
+            lambda images, places: task.slopes_of(images, rows[places]),
             points,
             grams,
             task.subspace.basis,

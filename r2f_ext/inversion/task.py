@@ -52,8 +52,8 @@ class Task:
         observed: [V, R]; layers: number of layers, whose updates of norm 1 are concatenated in it.
         update_of: images [n, p] and the victim of each int64 [n] -> updates [n, R].
         jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
-        slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p]; None: there is no descent.
-        freed: the same for freed images, if the model is a ViT; None: patches keep their places. It needs slopes.
+        slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p].
+        freed: the same for freed images, if the model is a ViT; None: patches keep their places.
     """
 
     observed: Tensor
@@ -61,7 +61,7 @@ class Task:
     subspace: Subspace
     update_of: Callable[[Tensor, Tensor], Tensor]
     jacobian_of: Callable[[int, Tensor], Tensor]
-    slopes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    slopes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     freed: Freed | None = None
 
     @property

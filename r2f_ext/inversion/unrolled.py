@@ -24,16 +24,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad, jvp, vmap
+from torch.func import grad, grad_and_value, jvp, vmap
 
 from r2f_ext.capture.hooks import as_tokens
 from r2f_ext.capture.tangents import ReplacedOutputs
 from r2f_ext.errors import R2FError
 from r2f_ext.graph_optimizer import Traced
 from r2f_ext.inversion.newton import dense_jacobian
-from r2f_ext.inversion.update_map import Subspace, unit_tangent
+from r2f_ext.inversion.update_map import LEASH, Subspace, unit_tangent
 from r2f_ext.pairs import Training, simulate
-from r2f_ext.types import Target
+from r2f_ext.types import BaseModel, Target
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which `Training` keeps
 ROUNDINGS = 2.0  # of AdamW's own arithmetic, in units of the dtype's eps
@@ -43,6 +43,7 @@ TRUSTED_ROUNDINGS = 10.0
 TINY_SQUARE = 1e-36  # far below EPS squared: keeps the derivative of a root at zero finite
 
 State = dict[str, dict[str, Tensor]]  # "a", "b" and the optimizer's buffers -> name -> tensor
+Norms = dict[str, dict[str, Tensor]]  # "b" and "a" -> name -> the norm of that part of z; A's unknown changes have none
 
 
 class UnrolledMap:
@@ -78,8 +79,11 @@ class UnrolledMap:
         self.a0 = {layer.name: a0[layer.name].to(dtype) for layer in target.layers}
         self.weights: dict[str, Tensor] = {}
         self.a_weights: dict[str, float] = {}
+        self.shape = torch.Size(shape)
         self._shape = (training.owned, *shape)
-        self._step = Traced(_Step(target, training).along)
+        self._others: dict[BaseModel, UnrolledMap] = {}
+        self._steps = _Step(target, training)
+        self._step, self._slopes = Traced(self._steps.along), Traced(self._slopes_of)
 
     def weighing(
         self, weights: dict[str, Tensor] | None = None, a_weights: dict[str, float] | None = None
@@ -93,6 +97,13 @@ class UnrolledMap:
         other = copy.copy(self)
         other.weights, other.a_weights = weights or {}, a_weights or {}
         return other
+
+    def on(self, base: BaseModel) -> UnrolledMap:
+        """The same map for the images of another base with the same layers; made once, because tracing takes long."""
+        if base not in self._others:
+            target = replace(self.target, base=base)
+            self._others[base] = UnrolledMap(target, self.a0, base.input_shape, self.training, self.directions)
+        return self._others[base].weighing(self.weights, self.a_weights)
 
     def __call__(self, points: Tensor, labels: Tensor) -> Tensor:
         """Points [n, owned * c * h * w] in [0, 1], all of the labels [owned] -> [n, R]."""
@@ -113,28 +124,56 @@ class UnrolledMap:
         Raises:
             R2FError: a part that did not move or is not finite.
         """
-        parts = self._parts(a, b)
-        for part in parts:
+        parts = _parts(_changes(self.a0, a, b), self.weights, self._norms())
+        for _, part in parts:
             if not torch.isfinite(part).all() or not part.any(dim=1).all():
                 raise R2FError("a factor has not moved or is not finite: the adapter is untrained or damaged.")
-        units = [norm * F.normalize(part, dim=1, eps=1e-30) for norm, part in zip(self._norms(), parts, strict=True)]
-        return torch.cat(units, dim=1)
+        return torch.cat([norm * F.normalize(part, dim=1, eps=1e-30) for norm, part in parts], dim=1)
 
     def jacobian(self, point: Tensor, labels: Tensor, basis: Tensor) -> Tensor:
         """dz along the columns of basis [owned * c * h * w, q] at point [owned * c * h * w]: [q, R], exactly."""
         images = point.view(self._shape)
         return dense_jacobian(lambda rows: self._tangents(images, labels, rows), basis, self.directions, self._shape)
 
-    def _norms(self) -> list[float]:
-        """Norms of the parts: B's of all layers, then A's of the weighted ones; a layer's two have norm 1 together."""
-        of_b = [(1 + self.a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names]
-        weighted = [name for name in self.target.names if name in self.a_weights]
-        return of_b + [(1 + self.a_weights[name] ** -2) ** -0.5 for name in weighted]
+    def slopes(self, points: Tensor, labels: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """Misfits [n] of points [n, owned * c * h * w], all of the labels [owned], and their slopes; see `UpdateMap`.
 
-    def _parts(self, a: dict[str, Tensor], b: dict[str, Tensor], tangent: bool = False) -> list[Tensor]:
-        parts = [(b[name] * self.weights.get(name, 1.0)).flatten(1) for name in self.target.names]
-        weighted = [name for name in self.target.names if name in self.a_weights]
-        return parts + [(a[name] if tangent else a[name] - self.a0[name]).flatten(1) for name in weighted]
+        Args:
+            observed: [n, R].
+        """
+        slopes, misfits = self._slopes(points, labels, observed, self.a0, self.weights, self._norms())
+        outside = points - points.clamp(0, 1)
+        return misfits + LEASH / 2 * outside.square().sum(1), slopes + LEASH * outside
+
+    def _slopes_of(
+        self,
+        points: Tensor,
+        labels: Tensor,
+        observed: Tensor,
+        a0: dict[str, Tensor],
+        weights: dict[str, Tensor],
+        norms: Norms,
+    ) -> tuple[Tensor, Tensor]:
+        """The slopes [n, owned * c * h * w] of |z - observed|^2 / 2, and its values [n], by reverse mode."""
+
+        def misfit(point: Tensor, observed: Tensor) -> Tensor:
+            images, state = point.view(self._shape), _start(self.target, a0, self.training)
+            for step, rate in enumerate(self.training.rates()):
+                index = self.training.batch_of(step)
+                state = self._steps.after(images[index], labels[index], state, _numbers(images, step, rate))
+            a, b = ({name: each[None] for name, each in state[factor].items()} for factor in "ab")
+            parts = _parts(_changes(a0, a, b), weights, norms)
+            units = torch.cat([norm * F.normalize(part[0], dim=0, eps=1e-30) for norm, part in parts])
+            return (units - observed).square().sum() / 2
+
+        return vmap(grad_and_value(misfit))(points, observed)  # type: ignore[no-any-return]
+
+    def _norms(self) -> Norms:
+        """The norms of B's parts and of A's weighted ones; a layer's two have norm 1 together."""
+        of_b = {name: (1 + self.a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names}
+        of_a = {name: (1 + self.a_weights[name] ** -2) ** -0.5 for name in self.target.names if name in self.a_weights}
+        like = next(iter(self.a0.values()))
+        return {f: {n: like.new_tensor(norm) for n, norm in each.items()} for f, each in (("b", of_b), ("a", of_a))}
 
     def along(self, images: Tensor, labels: Tensor, directions: Tensor) -> tuple[State, State]:
         """The state after training, and its derivatives along K directions.
@@ -153,17 +192,36 @@ class UnrolledMap:
         }
         for step, rate in enumerate(self.training.rates()):
             index = self.training.batch_of(step)
-            numbers = images.new_tensor([rate, *(1 - beta ** (step + 1) for beta in BETAS)])
+            numbers = _numbers(images, step, rate)
             state, moved = self._step(images[index], labels[index], state, numbers, directions[:, index], moved)
         return state, moved
 
     def _tangents(self, images: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
         state, moved = self.along(images, labels, directions)
         a, b = ({name: each[None] for name, each in state[kind].items()} for kind in "ab")
-        values = self._parts(a, b)
-        tangents = self._parts(moved["a"], moved["b"], tangent=True)
-        parts = zip(self._norms(), values, tangents, strict=True)
-        return torch.cat([norm * unit_tangent(value[0], tangent) for norm, value, tangent in parts], dim=1)
+        norms = self._norms()
+        values = _parts(_changes(self.a0, a, b), self.weights, norms)
+        tangents = _parts({kind: moved[kind] for kind in "ab"}, self.weights, norms)
+        parts = zip(values, tangents, strict=True)
+        return torch.cat([norm * unit_tangent(value[0], tangent) for (norm, value), (_, tangent) in parts], dim=1)
+
+
+def _changes(a0: dict[str, Tensor], a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The changes of both factors by training."""
+    return {"a": {name: each - a0[name] for name, each in a.items()}, "b": b}
+
+
+def _parts(
+    changes: dict[str, dict[str, Tensor]], weights: dict[str, Tensor], norms: Norms
+) -> list[tuple[Tensor, Tensor]]:
+    """The norm of each part of z, and its values [V, m] before they are scaled to it: of B, then of A."""
+    of_b = [(norm, (changes["b"][name] * weights.get(name, 1.0)).flatten(1)) for name, norm in norms["b"].items()]
+    return of_b + [(norm, changes["a"][name].flatten(1)) for name, norm in norms["a"].items()]
+
+
+def _numbers(like: Tensor, step: int, rate: float) -> Tensor:
+    """What `_stepped` needs to know of a step: its size, and 1 - beta^t for AdamW's two averages."""
+    return like.new_tensor([rate, *(1 - beta ** (step + 1) for beta in BETAS)])
 
 
 def movement_weights(a0: dict[str, Tensor], a: dict[str, Tensor]) -> dict[str, float]:
@@ -202,13 +260,13 @@ class _Step:
         """images [b, c, h, w], labels [b], state, numbers [3], and the tangents of images and state, K of each."""
 
         def along(direction: Tensor, change: State) -> tuple[State, State]:
-            step = lambda images, state: self._after(images, labels, state, numbers)  # noqa: E731
+            step = lambda images, state: self.after(images, labels, state, numbers)  # noqa: E731
             return jvp(step, (images, state), (direction, change))  # type: ignore[return-value]
 
         value_once_and_all_tangents: Any = (None, 0)
         return vmap(along, out_dims=value_once_and_all_tangents)(directions, moved)
 
-    def _after(self, images: Tensor, labels: Tensor, state: State, numbers: Tensor) -> State:
+    def after(self, images: Tensor, labels: Tensor, state: State, numbers: Tensor) -> State:
         """The state after one more step."""
 
         def loss(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:

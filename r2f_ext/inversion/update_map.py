@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from r2f_ext.cuda_graph import Replayed
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.newton import dense_jacobian
 from r2f_ext.ops import lora_grad_tangent
-from r2f_ext.types import Target
+from r2f_ext.types import BaseModel, Target
 
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
@@ -79,6 +79,10 @@ class UpdateMap:
         self.tangents = CaptureTangents(target)
         self._tangents, self._slopes = Replayed(self._tangents_of), Replayed(self._slopes_of)
 
+    def on(self, base: BaseModel) -> UpdateMap:
+        """The same map for the images of another base with the same layers."""
+        return UpdateMap(replace(self.target, base=base), self.a, torch.Size(base.input_shape), self.directions)
+
     def __call__(self, points: Tensor, labels: Tensor) -> Tensor:
         """Points [n, c * h * w] in [0, 1], labels [n], or [1] where all have one -> [n, R]."""
         return self.together(points[:, None], labels)
@@ -105,7 +109,7 @@ class UpdateMap:
         """Misfits of n points and their slopes; a further call overwrites the results of this one.
 
         Args:
-            points: [n, c * h * w]; labels: [n]; observed: [n, R].
+            points: [n, c * h * w]; labels: [n], or [1] where all have one; observed: [n, R].
 
         Returns:
             |z(x) - observed|^2 / 2 + LEASH |x - clamp(x)|^2 / 2 of every point [n], and its slope [n, c * h * w].
@@ -113,7 +117,7 @@ class UpdateMap:
         Raises:
             RuntimeError: a module of the model has no second derivative.
         """
-        count = len(points)
+        count, labels = len(points), labels.expand(len(points))
         if points.device.type == "cuda":  # padded to one of a few sizes, because each size is captured separately
             more = few_sizes(count) - count
             points, labels, observed = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from r2f_ext.inversion.counting import doubt, search_verdict
 from r2f_ext.inversion.exactness import DRAWS, Bound, arithmetic_errors, bound_error, in_float64, rounded
-from r2f_ext.inversion.gauss_newton import search
+from r2f_ext.inversion.gauss_newton import free_positions, search
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.inversion.saved_searches import files_of
@@ -48,13 +48,14 @@ class GaussNewtonUnrolled(Route):
         start, subspace, config = begun.estimate, begun.subspace, problem.gauss_newton
         modelled = Training() if _reads_adamw(training) else training
         unrolled = UnrolledMap(problem.target, a0, problem.base.input_shape, modelled, config.directions)
+        positions = free_positions(unrolled, subspace)
         precise = UnrolledMap(in_float64(problem.target), a0, problem.base.input_shape, modelled, config.directions)
 
         def find(victim: int, image: Tensor, label: Tensor) -> Search:
             updates, observed = _observation(unrolled, adapters[victim], training)
             errors = start.loo_errors.get(int(label))
             finishing = _observation(precise, adapters[victim], training)[0]
-            return search(updates, observed, image, label, subspace, config, errors, finishing)
+            return search(updates, observed, image, label, subspace, config, errors, finishing, positions)
 
         def bound(victim: int, image: Tensor, label: Tensor) -> Bound:
             return _bound(unrolled, precise, adapters[victim], training, image, label)
