@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.capture import Capture
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.inversion.amortised import invert_by_label
-from r2f_ext.inversion.exactness import REPRODUCED
-from r2f_ext.inversion.gauss_newton import free_positions, gauss_newton, search
+from r2f_ext.inversion.exactness import Bound
+from r2f_ext.inversion.gauss_newton import gauss_newton
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.side_by_side import CPU_TOGETHER
 from r2f_ext.inversion.task import GaussNewtonConfig
-from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
+from r2f_ext.inversion.unrolled_search import UnrolledSearch
 from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, onto_span
 from r2f_ext.models import load_base
 from r2f_ext.models.timm_base import unfuse_attention
@@ -53,7 +54,8 @@ DIRECTIONS = 64
 ONE_STEP = Training()
 
 
-Find = Callable[[int, Tensor, Tensor, Tensor | None], Search]  # victim, start, labels, the start's errors on proxies
+Found = tuple[Search, Bound]
+Find = Callable[[int, Tensor, Tensor, Tensor | None], Found]  # victim, start, labels, the start's errors on proxies
 
 
 def embedded(device: str) -> BaseModel:
@@ -82,10 +84,6 @@ class Case:
     proxy: str | None = None
     base: Callable[[str], BaseModel] = embedded
     exact_gradients: bool = False
-
-    @property
-    def reads_adamw(self) -> bool:
-        return self.training.optimizer == "adamw" and self.training.steps == 1
 
     @property
     def has_amortised(self) -> bool:
@@ -134,7 +132,7 @@ class Problem:
 
     originals: Tensor
     starts: dict[str, Start]
-    search: Callable[[list[int], Start], Iterator[tuple[int, Search]]]
+    search: Callable[[list[int], Start], Iterator[tuple[int, Found]]]
 
 
 def main() -> None:
@@ -147,6 +145,7 @@ def main() -> None:
     parser.add_argument("--oracle-db", type=float, default=26.0)
     parser.add_argument("--passes", type=int, default=20, help="of one search, at most")
     parser.add_argument("--minutes", type=float, help="after which a search of one plain step begins no other pass")
+    parser.add_argument("--without-bounds", action="store_true", help="of images that are searched for one by one")
     parser.add_argument("--start-images", type=int, help="most public images of a label that a start is made from")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
@@ -180,17 +179,18 @@ def rows_of(name: str, known: list[dict[str, Any]], options: argparse.Namespace)
     problem = posed(case, options, [s for s in wanted if missing[s]])
     for start, victims in missing.items():
         for victim, found in problem.search(victims, problem.starts[start]) if victims else ():
-            yield {"case": name, "start": start, "victim": victim, **row_of(problem, start, victim, found)}
+            yield {"case": name, "start": start, "victim": victim, **row_of(problem, start, victim, *found)}
 
 
-def row_of(problem: Problem, start: str, victim: int, found: Search) -> dict[str, Any]:
+def row_of(problem: Problem, start: str, victim: int, found: Search, bound: Bound) -> dict[str, Any]:
     original, image = problem.originals[victim], problem.starts[start].images[victim]
     return {
         "start_psnr_db": float(psnr_db(image, original).mean()),
         "psnr_db": float(psnr_db(found.image.view_as(original), original).mean()),
         "start_residual": found.start_residual,
         "residual": found.residual,
-        "said_exact": found.residual < REPRODUCED,
+        "said_exact": None if isnan(bound.free) and found.improved else bound.exact,  # None: there is no bound
+        "bound_db": None if isnan(bound.db) else bound.db,
         "passes": found.passes,
         "seconds": found.seconds,
     }
@@ -218,7 +218,7 @@ def posed(case: Case, options: argparse.Namespace, starts: list[str]) -> Problem
         if case.training == ONE_STEP:
             search = side_by_side_search(target, victims, subspace, config)
         else:
-            search = one_by_one(from_training(case, target, a0, victims, subspace, config))
+            search = one_by_one(from_training(case, target, a0, victims, subspace, config, not options.without_bounds))
         made["amortised"] = lambda: amortised(case, target, a0, victims, public, some, subspace, options.start_images)
     return Problem(images, {name: made[name]() for name in starts}, search)
 
@@ -247,8 +247,8 @@ def stored(victims: Victims, dtype: torch.dtype) -> Victims:
     return replace(victims, a=a, b=b)
 
 
-def one_by_one(find: Find) -> Callable[[list[int], Start], Iterator[tuple[int, Search]]]:
-    def search_each(victims: list[int], start: Start) -> Iterator[tuple[int, Search]]:
+def one_by_one(find: Find) -> Callable[[list[int], Start], Iterator[tuple[int, Found]]]:
+    def search_each(victims: list[int], start: Start) -> Iterator[tuple[int, Found]]:
         for victim in victims:
             label = start.labels[victim]
             yield victim, find(victim, start.images[victim].flatten(), label, start.loo_errors.get(int(label[0])))
@@ -258,11 +258,11 @@ def one_by_one(find: Find) -> Callable[[list[int], Start], Iterator[tuple[int, S
 
 def side_by_side_search(
     target: Target, victims: Victims, subspace: Subspace, config: GaussNewtonConfig
-) -> Callable[[list[int], Start], Iterator[tuple[int, Search]]]:
+) -> Callable[[list[int], Start], Iterator[tuple[int, Found]]]:
     """The search of the route itself. If the image of a search does not replace its start, the start is returned."""
     a = {name: each[0] for name, each in victims.a.items()}
 
-    def search_all(chosen: list[int], start: Start) -> Iterator[tuple[int, Search]]:
+    def search_all(chosen: list[int], start: Start) -> Iterator[tuple[int, Found]]:
         together = len(chosen) if target.base.device.type == "cuda" else CPU_TOGETHER
         for some in (chosen[first : first + together] for first in range(0, len(chosen), together)):
             rows = torch.tensor(some, device=target.base.device)
@@ -271,10 +271,12 @@ def side_by_side_search(
             )
             observed = {name: -each[rows] for name, each in victims.b.items()}
             found = gauss_newton(target, a, observed, begin, subspace, config)
-            names = "residual", "start_residual", "passes", "stopped", "search_seconds"
-            figures = zip(*(found.per_victim[name].tolist() for name in names), strict=True)
-            for victim, image, (left, first, passes, stopped, seconds) in zip(some, found.images, figures, strict=True):
-                yield victim, Search(image, left, first, int(passes), bool(stopped), seconds)
+            for place, victim in enumerate(some):
+                known = {name: float(each[place]) for name, each in found.per_victim.items()}
+                bound = Bound(known["bound_db"], known["free_directions"], known["misfit"])
+                passes, stopped = int(known["passes"]), bool(known["stopped"])
+                left = known["residual"], known["start_residual"]
+                yield victim, (Search(found.images[place], *left, passes, stopped, known["search_seconds"]), bound)
 
     return search_all
 
@@ -286,21 +288,15 @@ def from_training(
     victims: Victims,
     subspace: Subspace,
     config: GaussNewtonConfig,
+    bounds: bool,
 ) -> Find:
-    subspace = side_by_side(subspace, case.training.owned)
-    training = ONE_STEP if case.reads_adamw else case.training
-    unrolled = UnrolledMap(target, a0, target.base.input_shape, training, DIRECTIONS)
-    positions = free_positions(unrolled, subspace)
+    searches = UnrolledSearch(target, a0, case.training, subspace, config)
 
-    def find(victim: int, start: Tensor, labels: Tensor, errors: Tensor | None) -> Search:
+    def find(victim: int, start: Tensor, labels: Tensor, errors: Tensor | None) -> Found:
         a, b = ({name: each[victim] for name, each in factors.items()} for factors in (victims.a, victims.b))
-        if case.reads_adamw:
-            read = first_adamw_step(b, case.training)
-            b, weighed = {name: -each for name, each in read.gradient.items()}, unrolled.weighing(read.weights)
-        else:
-            weighed = unrolled.weighing(a_weights=movement_weights(a0, a))
-        a, b = ({name: each[None] for name, each in factors.items()} for factors in (a, b))
-        return search(weighed, weighed.observation(a, b)[0], start, labels, subspace, config, errors, None, positions)
+        found = searches.find(a, b, start, labels, errors)
+        judged = bounds and found.improved and case.training.owned == 1  # no bound for several images
+        return found, searches.bound(a, b, found.image, labels) if judged else Bound()
 
     return find
 
@@ -310,10 +306,10 @@ def from_gradients(target: Target, images: Tensor, labels: Tensor, subspace: Sub
     updates, coordinates = GradientMap(target, initial_a(target), target.base.input_shape), ProxyCoordinates(subspace)
     config = MatrixFreeConfig(points=passes)
 
-    def find(victim: int, start: Tensor, label: Tensor, errors: Tensor | None) -> Search:
+    def find(victim: int, start: Tensor, label: Tensor, errors: Tensor | None) -> Found:
         with Capture(target) as capture:
             gradient = capture(images[victim][None], labels[victim][None])
-        return search_matrix_free(
+        found = search_matrix_free(
             updates,
             updates.observation(updates.parts(gradient)),
             start,
@@ -322,6 +318,7 @@ def from_gradients(target: Target, images: Tensor, labels: Tensor, subspace: Sub
             config,
             lambda residual: print(f"  residual {residual:.2e}", flush=True),
         )
+        return found, Bound()
 
     return find
 
@@ -373,8 +370,9 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "psnr_db": float(psnr.mean()),
                 "psnr_db_median": float(psnr.quantile(0.5)),
                 "at_least_40_db": float((psnr >= 40).float().mean()),
-                "said_exact": sum(row["said_exact"] for row in own),
-                "wrongly_said_exact": sum(row["said_exact"] and row["psnr_db"] < 40 for row in own),
+                "bounded": sum(row["said_exact"] is not None for row in own),
+                "said_exact": sum(row["said_exact"] is True for row in own),
+                "wrongly_said_exact": sum(row["said_exact"] is True and row["psnr_db"] < 40 for row in own),
                 "seconds_mean": sum(row["seconds"] for row in own) / len(own),
             }
         )

@@ -58,7 +58,7 @@ def test_descent_that_stalls_is_damped_more_before_a_cloud_takes_its_place():
     seen = []
     for before, residual in ((0.5, 0.3), (0.3, 0.2), (0.2, 0.19), (0.19, 0.18), (0.18, 0.17)):
         course.residual = residual
-        module._choose(course, before, lambda *given: next_kind(*given, frees=False))
+        module._choose(course, before, lambda *given: next_kind(*given, frees=False), NEAR)
         seen.append((course.kind.value, round(course.damping, 9)))
     assert seen == [
         ("descent", 1e-4),

@@ -8,7 +8,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exactness import REPRODUCED
 from r2f_ext.inversion.gauss_newton import search
 from r2f_ext.inversion.task import GaussNewtonConfig
-from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights, side_by_side
+from r2f_ext.inversion.unrolled import UnrolledMap, movement_weights, side_by_side
 from r2f_ext.inversion.update_map import LEASH, Subspace, flat_units
 from r2f_ext.pairs import Training, simulate
 
@@ -99,44 +99,6 @@ def test_finds_the_images_of_a_victim(few_unknowns, training):
     assert found.residual < REPRODUCED and (found.image - images.flatten()).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_adamws_first_step_still_shows_its_small_entries(dtype):
-    gradient = 10 ** -(2 + 4 * torch.rand(40, 8, dtype=torch.float64)) * torch.randn(40, 8).sign()
-    b = torch.zeros(40, 8, dtype=dtype, requires_grad=True)
-    b.grad = gradient.to(dtype)
-    torch.optim.AdamW([b], lr=1e-3, weight_decay=0.01).step()
-    found = first_adamw_step({"layer": b.detach()}, Training(optimizer="adamw", lr=1e-3))
-    read, weights = found.gradient["layer"].double(), found.weights["layer"]
-    trusted = weights > 0.1  # whose error is said to be up to 10 AIM of a typical entry
-    assert trusted.float().mean() > (0.4 if dtype == torch.float32 else 0.99)
-    error = (read - gradient).abs()[trusted].max() / gradient.square().mean().sqrt()
-    assert error < (2e-2 if dtype == torch.float32 else 1e-6)
-    assert weights.min() >= 0 and weights.max() <= 1
-
-
-@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize("factor", [0.9995, 1.0005, 1.1])
-def test_a_wrong_learning_rate_is_refused_and_the_one_in_b_is_named(scale, factor):
-    gradient = torch.randn(96, 8, dtype=torch.float64) * scale
-    b = {"layer": -1e-3 * gradient / (gradient.abs() + 1e-8)}
-    with pytest.raises(R2FError, match=f"largest entry is 0.000999.*the recipe says {1e-3 * factor:.9g}"):
-        first_adamw_step(b, Training(optimizer="adamw", lr=1e-3 * factor))
-    read = first_adamw_step(b, Training(optimizer="adamw", lr=1e-3)).gradient["layer"]
-    torch.testing.assert_close(read, gradient, rtol=1e-4, atol=0)
-
-
-def test_finds_the_image_of_adamws_first_step(few_unknowns):
-    target, a, subspace, images = few_unknowns
-    shape, label = target.base.input_shape, torch.tensor([2])
-    training = Training(optimizer="adamw", lr=1e-3)
-    victim = simulate(target, a, images[:1].view(1, 1, *shape), label[None], training)
-    step = first_adamw_step({name: b[0] for name, b in victim.b.items()}, training)
-    updates = UnrolledMap(target, a, shape, Training(), directions=20).weighing(step.weights)
-    observed = updates.observation({}, {name: -g[None] for name, g in step.gradient.items()})[0]
-    found = found_from_near(updates, observed, images[:1], label, subspace)
-    assert found.residual < REPRODUCED and (found.image - images[0]).abs().max() < 1e-4
-
-
 def test_one_plain_step_is_the_update_map(few_unknowns):
     target, a, _, images = few_unknowns
     training, shape, label = Training(), target.base.input_shape, torch.tensor([3])
@@ -155,7 +117,3 @@ def test_bad_input_is_refused(few_unknowns):
     b = {layer.name: torch.ones(1, layer.d_out, layer.rank, dtype=torch.float64) for layer in target.layers}
     with pytest.raises(R2FError, match="not moved"):
         updates.observation(still, b)
-    with pytest.raises(R2FError, match="only the first step"):
-        first_adamw_step(b, Training(steps=2, optimizer="adamw"))
-    with pytest.raises(R2FError, match="pass the victim's own"):
-        first_adamw_step(b, Training(optimizer="adamw"))

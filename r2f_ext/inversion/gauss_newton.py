@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import hypot
 from typing import Protocol
 
 import torch
@@ -38,7 +39,7 @@ from r2f_ext.inversion.exactness import (
 )
 from r2f_ext.inversion.geometry import PATCH_EMBED
 from r2f_ext.inversion.linearisation import Axes
-from r2f_ext.inversion.newton import SOLVED, Search
+from r2f_ext.inversion.newton import NEARLY_ARRIVED, SOLVED, Search
 from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.saved_searches import SavedSearches, by_victim, files_of
 from r2f_ext.inversion.searches import search_each
@@ -82,27 +83,27 @@ def search(
     subspace: Subspace,
     config: GaussNewtonConfig,
     loo_errors: Tensor | None = None,
-    precise: SearchMap | None = None,
     positions: FreePositions | None = None,
+    noise: float = 0.0,
 ) -> Search:
     """Find the image whose update is observed [R] from start [c * h * w] in [0, 1] and label [1].
 
     Args:
         loo_errors: [n, c * h * w], leave-one-out errors of the start's route on proxies: the first cloud's shape.
-        precise: the map in float64, see `finished`.
         positions: `free_positions` of the map; None: patches keep their places.
+        noise: residual that errors of `observed` leave at the image itself.
     """
-    axes, task = [Axes.of(subspace.basis, loo_errors)], _task_of_one(updates, observed, label, subspace)
+    axes, task = [Axes.of(subspace.basis, loo_errors)], task_of_one(updates, observed, label, subspace, noise)
     if positions is not None:
-        own = _task_of_one(updates.on(positions.base), observed, label, Subspace(positions.basis))
-        task = replace(task, freed=Freed(positions, own))
+        freed = task_of_one(updates.on(positions.base), observed, label, Subspace(positions.basis), noise)
+        task = replace(task, freed=Freed(positions, freed))
     ((_, found),) = search_together(task, start[None], config, axes, together=1)
-    if precise is None:
-        return found
-    return finished(_task_of_one(precise, observed.double(), label, subspace.double()), found)
+    return found
 
 
-def _task_of_one(updates: SearchMap, observed: Tensor, label: Tensor, subspace: Subspace) -> Task:
+def task_of_one(updates: SearchMap, observed: Tensor, label: Tensor, subspace: Subspace, noise: float = 0.0) -> Task:
+    """The task of `search`."""
+
     def update_of(images: Tensor, _: Tensor) -> Tensor:
         return torch.cat([updates(part, label) for part in images.split(updates.directions)])
 
@@ -112,7 +113,8 @@ def _task_of_one(updates: SearchMap, observed: Tensor, label: Tensor, subspace: 
     def slopes_of(points: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         return updates.slopes(points, label, observed.expand(len(points), -1))
 
-    return Task(observed[None], len(updates.target.layers), subspace, update_of, jacobian_of, slopes_of)
+    layers = len(updates.target.layers)
+    return Task(observed[None], layers, subspace, update_of, jacobian_of, slopes_of, noise=noise)
 
 
 def finished(task: Task, found: Search) -> Search:
@@ -122,16 +124,17 @@ def finished(task: Task, found: Search) -> Search:
     is kept.
 
     Args:
-        task: of this victim alone, in float64.
+        task: of this victim alone, in float64; it may weight the update otherwise, and so have less noise.
     """
-    if found.stopped or not SOLVED < found.residual < NEAR:
+    if found.stopped or not SOLVED < found.residual < hypot(NEAR, NEARLY_ARRIVED * found.noise):
         return found
     start, axes = found.image.double()[None], [Axes.of(task.subspace.basis)]
     newton = lambda *_: Kind.NEWTON  # noqa: E731
     ((_, better),) = search_together(task, start, FINISH, axes, together=1, choose=newton, restarts=False)
     both = replace(found, passes=found.passes + better.passes, seconds=found.seconds + better.seconds)
-    if better.residual < found.residual:
-        return replace(both, image=better.image.to(found.image.dtype), residual=better.residual)
+    if better.residual < better.start_residual:
+        image = better.image.to(found.image.dtype)
+        return replace(both, image=image, residual=better.residual, noise=task.noise)
     return both
 
 
@@ -226,8 +229,8 @@ def gauss_newton(
         wanted = targets[list(victims)]
         task = _task_of(updates, wanted, labels, subspace)
         if positions is not None:
-            own = _task_of(updates.on(positions.base), wanted, labels, Subspace(positions.basis))
-            task = replace(task, freed=Freed(positions, own))
+            freed = _task_of(updates.on(positions.base), wanted, labels, Subspace(positions.basis))
+            task = replace(task, freed=Freed(positions, freed))
         axes = [Axes.of(subspace.basis, start.loo_errors.get(label)) for label in labels.tolist()]
         for place, found in search_together(task, points, config, axes, together):
             own = slice(place, place + 1)

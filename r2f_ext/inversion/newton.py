@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import hypot
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ PRECISE = 1e-4  # relative residual below which a search that no longer improves
 IMPROVED = (
     0.03  # ratio to the start's residual below which an image that does not reproduce its update replaces the start
 )
+# Multiples of the expected noise that take the place of SOLVED and PRECISE where the update itself has errors.
+ARRIVED, NEARLY_ARRIVED = 1.05, 1.2
 STALLED = 0.8  # ratio to the lowest residual so far below which a pass counts as an improvement
 
 
@@ -39,6 +42,7 @@ class Search:
         passes: number of passes taken.
         stopped: the time limit ended it.
         seconds: time of its passes; that of a pass that several victims take together is divided among them.
+        noise: residual that is expected at the image itself, from errors of the update.
     """
 
     image: Tensor
@@ -47,11 +51,12 @@ class Search:
     passes: int
     stopped: bool = False
     seconds: float = 0.0
+    noise: float = 0.0
 
     @property
     def improved(self) -> bool:
         """Whether the image should replace the start."""
-        return self.residual < max(REPRODUCED, IMPROVED * self.start_residual)
+        return self.residual < hypot(max(REPRODUCED, IMPROVED * self.start_residual), ARRIVED * self.noise)
 
 
 def dense_jacobian(

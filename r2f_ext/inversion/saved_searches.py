@@ -68,7 +68,7 @@ class SearchFiles:
         Raises:
             R2FError: the file cannot be written.
         """
-        numbers = found.residual, found.start_residual, found.passes, found.stopped, found.seconds
+        numbers = found.residual, found.start_residual, found.passes, found.stopped, found.seconds, found.noise
         figures = torch.tensor(numbers, dtype=torch.float64)
         about = {"made_for": self.keys[victim], "sha256": sha256_of([found.image, figures])}
         write_tensors(self.path(victim), {"image": found.image, "figures": figures}, about)
@@ -92,13 +92,13 @@ class SearchFiles:
                 image, figures = file.get_tensor("image"), file.get_tensor("figures")
         except (SafetensorError, OSError) as error:
             raise ValueError("unreadable") from error
-        if (image.dtype, figures.dtype, figures.shape) != (start.dtype, torch.float64, (5,)):
+        if (image.dtype, figures.dtype, figures.shape) != (start.dtype, torch.float64, (6,)):
             raise ValueError("made for another search")
         inside = bool(((image >= 0) & (image <= 1)).all())
         if about.get("sha256") != sha256_of([image, figures]) or not inside:
             raise ValueError("changed since it was written")
-        residual, start_residual, passes, stopped, seconds = figures.tolist()
-        return Search(image.to(start.device), residual, start_residual, int(passes), bool(stopped), seconds)
+        residual, start_residual, passes, stopped, seconds, noise = figures.tolist()
+        return Search(image.to(start.device), residual, start_residual, int(passes), bool(stopped), seconds, noise)
 
 
 def files_of(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from itertools import cycle
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from r2f_ext.inversion.dense_newton import newton_steps, newtons_together
 from r2f_ext.inversion.linearisation import Axes, Cloud, drawn, linearised_steps
-from r2f_ext.inversion.newton import PRECISE, SOLVED, STALLED, Search
+from r2f_ext.inversion.newton import ARRIVED, NEARLY_ARRIVED, PRECISE, SOLVED, STALLED, Search
 from r2f_ext.inversion.preconditioned import Expected, annealed_descent, preconditioned_descent
 from r2f_ext.inversion.task import NEAR, GaussNewtonConfig, Task
 from r2f_ext.inversion.update_map import onto_span
 from r2f_ext.linalg import precise_gram
 
-# Relative residual above which passes are descents and clouds only. Between NEAR and FAR, descent (without a slope,
-# Newton) and clouds alternate whenever one stalls.
+# Relative residual above which passes are descents and clouds only. Between NEAR and FAR, descent (and a pass with free
+# positions) and clouds alternate whenever one stalls.
 FAR = 0.1
 # Shares of J^T J's largest eigenvalue: the damping of the first descent and the smallest damping; and the factor from
 # one damping to the next. With less damping from the start, steps leave the valley.
@@ -54,8 +54,8 @@ class Kind(Enum):
 Choice = Callable[[Kind | None, float, float], Kind]  # last kind, residuals before and after it -> the next kind
 
 
-def next_kind(last: Kind | None, before: float, residual: float, frees: bool) -> Kind:
-    """Newton below NEAR; farther away descent until it stalls, then clouds.
+def next_kind(last: Kind | None, before: float, residual: float, frees: bool, near: float = NEAR) -> Kind:
+    """Newton below `near`; farther away descent until it stalls, then clouds.
 
     Where descent and Newton stall below FAR, patches may change places, if there are any.
 
@@ -65,7 +65,7 @@ def next_kind(last: Kind | None, before: float, residual: float, frees: bool) ->
         frees: whether patches can be freed.
     """
     stalled = not residual <= STALLED * before  # also where it is NaN
-    if residual < NEAR:
+    if residual < near:
         if not (last is Kind.NEWTON and stalled):
             return Kind.NEWTON
         return Kind.FREED if frees else Kind.DESCENT
@@ -134,7 +134,7 @@ def search_together(
     Yields:
         (victim, its best point and figures), in the order in which the searches end.
     """
-    choose = choose or partial(next_kind, frees=task.freed is not None)
+    choose = choose or partial(next_kind, frees=task.freed is not None, near=task.near)
     searches = _Searches(task, starts, config, axes, choose, restarts)
     waiting, active = deque(range(len(starts))), list[int]()
     while waiting or active:
@@ -169,6 +169,7 @@ class _Searches:
         self.choose, self.restarts = choose, restarts
         self.points, self.best, self.values = starts.clone(), starts.clone(), torch.empty_like(task.observed)
         self.courses: dict[int, _Course] = {}
+        self.solved, self.precise = max(SOLVED, ARRIVED * task.noise), max(PRECISE, NEARLY_ARRIVED * task.noise)
 
     def enter(self, victims: Sequence[int]) -> None:
         """Begin the searches of these victims."""
@@ -176,7 +177,7 @@ class _Searches:
             generator = torch.Generator(self.starts.device).manual_seed(self.config.seed)
             course = _Course(self.starts[victim], residual, cycle(self.config.samples), generator)
             course.begin(residual, self.axes[victim], self.choose)
-            course.ended = not residual > SOLVED or self.config.passes < 1
+            course.ended = not residual > self.solved or self.config.passes < 1
             self.courses[victim] = course
             self._stop_where_time_is_up(course)
 
@@ -186,13 +187,14 @@ class _Searches:
         courses, axes = [self.courses[victim] for victim in victims], [self.axes[victim] for victim in victims]
         points, values = _moved(kind, self.task, rows, self.points[rows], self.values[rows], config, axes, courses)
         self.points[rows], self.values[rows] = points, values
-        images = points.clamp(0, 1)  # solutions outside the box are not the image
-        reached = self.task.residuals(self.task.update_of(images, rows), rows)
-        residuals = self.task.residuals(values, rows)
+        images, residuals = points.clamp(0, 1), self.task.residuals(values, rows)
+        # Solutions outside the box are not the image. But where the update has errors, the best fit has errors too,
+        # and clamping its pixels can raise the residual far more than it lowers them: points are compared as they are.
+        reached = residuals if self.task.noise else self.task.residuals(self.task.update_of(images, rows), rows)
         for place, (victim, course) in enumerate(zip(victims, courses, strict=True)):
             if reached[place] < course.least:
                 course.least, self.best[victim] = reached[place], images[place]
-            if _judged(course, residuals[place], config, self.choose, self.restarts):
+            if self._judged(course, residuals[place]):
                 self._begin_again(victim)
         seconds = (time.perf_counter() - began) / len(victims)
         for course in courses:
@@ -201,7 +203,24 @@ class _Searches:
 
     def found(self, victim: int) -> Search:
         """What a victim's search has found so far."""
-        return self.courses[victim].found(self.best[victim].clone())
+        return replace(self.courses[victim].found(self.best[victim].clone()), noise=self.task.noise)
+
+    def _judged(self, course: _Course, residual: float) -> bool:
+        """Record a pass that ended at `residual`, choose the next one, and return whether the search begins again."""
+        before, course.residual = course.residual, residual
+        course.count += 1
+        improved = residual < STALLED * course.lowest
+        course.lowest, course.since = (residual, 0) if improved else (course.lowest, course.since + 1)
+        arrived = course.least <= self.solved or (course.least < self.precise and course.since == 2)
+        if arrived or course.count >= self.config.passes:
+            course.ended = True
+        elif course.since < self.config.patience:
+            _choose(course, before, self.choose, self.task.near)
+        elif self.restarts:
+            return True
+        else:
+            course.ended = True
+        return False
 
     def _rows(self, victims: Sequence[int]) -> Tensor:
         return torch.tensor(victims, device=self.starts.device)
@@ -224,30 +243,13 @@ class _Searches:
             course.ended = course.stopped = True
 
 
-def _judged(course: _Course, residual: float, config: GaussNewtonConfig, choose: Choice, restarts: bool) -> bool:
-    """Record a pass that ended at `residual`, choose the next one, and return whether the search begins again."""
-    before, course.residual = course.residual, residual
-    course.count += 1
-    improved = residual < STALLED * course.lowest
-    course.lowest, course.since = (residual, 0) if improved else (course.lowest, course.since + 1)
-    if course.least <= SOLVED or course.count >= config.passes or (course.least < PRECISE and course.since == 2):
-        course.ended = True
-    elif course.since < config.patience:
-        _choose(course, before, choose)
-    elif restarts:
-        return True
-    else:
-        course.ended = True
-    return False
-
-
-def _choose(course: _Course, before: float, choose: Choice) -> None:
+def _choose(course: _Course, before: float, choose: Choice, near: float) -> None:
     """The next pass's kind and damping: a descent that stalls is first damped more, any other descent is damped
     less."""
     if course.kind is Kind.DESCENT:
         stalled, last = not course.residual <= STALLED * before, course.damping
         course.damping = min(max(last / SOFTER if stalled else last * SOFTER, LEAST_DAMPING), DAMPING)
-        if stalled and course.damping > last and course.residual >= NEAR:
+        if stalled and course.damping > last and course.residual >= near:
             return
     course.kind = choose(course.kind, before, course.residual)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import hypot
 
 from torch import Tensor
 
@@ -54,6 +55,7 @@ class Task:
         jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
         slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p].
         freed: the same for freed images, if the model is a ViT; None: patches keep their places.
+        noise: residual that is expected at the images themselves, from errors of `observed`.
     """
 
     observed: Tensor
@@ -63,11 +65,17 @@ class Task:
     jacobian_of: Callable[[int, Tensor], Tensor]
     slopes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     freed: Freed | None = None
+    noise: float = 0.0
 
     @property
     def handed_over(self) -> float:
         """The misfit at which a descent ends and Newton steps take over."""
-        return self.layers * (HANDED_OVER * NEAR) ** 2 / 2
+        return self.layers * ((HANDED_OVER * NEAR) ** 2 + self.noise**2) / 2
+
+    @property
+    def near(self) -> float:
+        """The residual below which the derivative at the point is a good enough model."""
+        return hypot(NEAR, self.noise)
 
     def residuals(self, values: Tensor, rows: Tensor) -> list[float]:
         """|z - z*| over the square root of the number of layers, of the victims `rows`, whose values are [n, R]."""

@@ -6,19 +6,14 @@ optimizer's buffers, and their tangents along a block of directions.
 
 The learning rate of one plain SGD step cancels; here it does not, so the recipe must be known, and A_0 as well.
 
-AdamW's first step is B_1 = -lr u with u = g / (|g| + eps): nearly the sign of g. In exact arithmetic g follows from u,
-as eps u / (1 - |u|). Float32 stores u to about 2e-7, so with eps = 1e-8 it determines g to a relative error of about
-24 |g|: 0.2 % for an entry of 1e-4, a quarter for 1e-2, nothing above 0.04. `first_adamw_step` recovers g in this way,
-and the search runs on a plain step whose entries are weighted by their precision. The map x -> u itself cannot be
-searched: its derivative, eps / (|g| + eps)^2, is zero to rounding nearly everywhere and huge at sign changes. From the
-second step on AdamW's movement holds ratios of gradients, which are smooth except where an entry is near zero at all
-steps.
+AdamW's first step is nearly the sign of the gradient, which `adamw_step` reads. From the second step on its movement
+holds ratios of gradients, which are smooth except where an entry is near zero at all steps.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,15 +25,13 @@ from r2f_ext.capture.hooks import as_tokens
 from r2f_ext.capture.tangents import ReplacedOutputs
 from r2f_ext.errors import R2FError
 from r2f_ext.graph_optimizer import Traced
+from r2f_ext.inversion.adamw_step import EPS
 from r2f_ext.inversion.newton import dense_jacobian
 from r2f_ext.inversion.update_map import LEASH, Subspace, unit_tangent
 from r2f_ext.pairs import Training, simulate
 from r2f_ext.types import BaseModel, Target
 
-BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which `Training` keeps
-ROUNDINGS = 2.0  # of AdamW's own arithmetic, in units of the dtype's eps
-PEAK = 2.5  # least ratio of a layer's largest gradient entry to the root mean square
-AIM = 1e-3  # bound on the errors of a weighted gradient, in units of its typical entry
+BETAS = (0.9, 0.999)  # torch.optim.AdamW's default, which `Training` keeps
 TRUSTED_ROUNDINGS = 10.0
 TINY_SQUARE = 1e-36  # far below EPS squared: keeps the derivative of a root at zero finite
 
@@ -166,7 +159,7 @@ class UnrolledMap:
             units = torch.cat([norm * F.normalize(part[0], dim=0, eps=1e-30) for norm, part in parts])
             return (units - observed).square().sum() / 2
 
-        return vmap(grad_and_value(misfit))(points, observed)  # type: ignore[no-any-return]
+        return vmap(grad_and_value(misfit))(points, observed)
 
     def _norms(self) -> Norms:
         """The norms of B's parts and of A's weighted ones; a layer's two have norm 1 together."""
@@ -316,65 +309,3 @@ def _stepped(
 def side_by_side(subspace: Subspace, images: int) -> Subspace:
     """The subspace of `images` concatenated images, block-diagonal in that of one image."""
     return Subspace(torch.block_diag(*[subspace.basis] * images))
-
-
-@dataclass(frozen=True)
-class FirstAdamWStep:
-    """The gradient recovered from AdamW's first step, for one victim.
-
-    Attributes:
-        gradient: name -> gradient at B [d_out, r]; zero where the step determines the sign alone.
-        weights: name -> [d_out, r] in [0, 1], falling from 1 where the error of an entry passes `AIM` of the layer's
-            typical entry; 0 where the step determines the sign alone.
-    """
-
-    gradient: dict[str, Tensor]
-    weights: dict[str, Tensor]
-
-
-def first_adamw_step(b: dict[str, Tensor], training: Training) -> FirstAdamWStep:
-    """Recover the gradient from B after AdamW's first step from B = 0, from how far each entry is from +-lr.
-
-    With u = -B / lr = g / (|g| + eps): g = eps u / (1 - |u|), known to (|g| + eps)^2 / eps times the error of u, which
-    is a few roundings of B's dtype. The largest |B| equals the learning rate up to a relative difference of eps / |g|.
-    A rate that is too large, by a fraction c, gives all entries above eps / c the size eps / c, so that no entry stands
-    out. A rate that is too large by less than eps over the largest |g| cannot be told from the right one: every rate
-    from the largest |B| upwards fits some gradient.
-
-    Args:
-        b: name -> B [d_out, r], in the dtype that it was trained in.
-        training: AdamW's first step; its learning rate to all digits.
-
-    Raises:
-        R2FError: another recipe, or a learning rate that did not make this B; the sentence names the one that did.
-    """
-    if training.optimizer != "adamw" or training.steps != 1:
-        raise R2FError("only the first step of AdamW can be read: later ones mix several gradients.")
-    rate = training.rates()[0]
-    _check_rate(b, rate)
-    gradient, weights = {}, {}
-    for name, each in b.items():
-        rounding = ROUNDINGS * torch.finfo(each.dtype).eps
-        u = -each.double() / rate
-        determined = u.abs() < 1 - rounding
-        size = torch.where(determined, EPS * u.abs() / (1 - u.abs()).clamp_min(rounding), 0.0)
-        typical = size[determined].square().mean().sqrt() if determined.any() else size.new_ones(())
-        error = (size + EPS).square() / EPS * rounding / typical
-        gradient[name] = (size * u.sign()).to(each.dtype)
-        weights[name] = torch.where(determined, 1 / (1 + error / AIM), 0.0).to(each.dtype)
-    return FirstAdamWStep(gradient, weights)
-
-
-def _check_rate(b: dict[str, Tensor], rate: float) -> None:
-    """Refuse a rate below the largest |B|, or above it where the gradient entries then read have no peak."""
-    largest = max(b.values(), key=lambda each: float(each.abs().max()))
-    rounding = ROUNDINGS * torch.finfo(largest.dtype).eps
-    u = largest.double().abs() / rate
-    peak = float(u.max())
-    size = EPS * u / (1 - u).clamp_min(1e-300)
-    reached = abs(peak - 1) <= rounding
-    if not reached and (peak > 1 or float(size.max()) < PEAK * float(size.square().mean().sqrt())):
-        raise R2FError(
-            f"B's largest entry is {rate * peak:.9g}, which is the learning rate of AdamW's first step, and the recipe "
-            f"says {rate:.9g}: pass the victim's own."
-        )

@@ -30,10 +30,8 @@ def test_finds_the_images_from_the_amortised_start(training: Training) -> None:
     else:
         found = run_routes(problem, verdicts_of(problem), ["gauss_newton_unrolled"]).reconstructions[-1]
     assert found.route == "gauss_newton_unrolled" and found.per_victim["exact"].tolist() == [0, 0]
-    if training.optimizer == "adamw":
-        assert "AdamW's first step" in exactness_of(found, 0).words
-    else:
-        assert found.per_victim["free_directions"].min() >= 384  # patches of 48 numbers are embedded in 24
+    assert found.per_victim["free_directions"].min() >= 384  # patches of 48 numbers are embedded in 24
+    assert exactness_of(found, 0).words.startswith("determined up to ")
     assert worst_psnr(found.images, images) > 60
 
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
-import torch
 from torch import Tensor
 
+from r2f_ext.inversion.adamw_step import reads_adamw
 from r2f_ext.inversion.counting import doubt, search_verdict
-from r2f_ext.inversion.exactness import DRAWS, Bound, arithmetic_errors, bound_error, in_float64, rounded
-from r2f_ext.inversion.gauss_newton import free_positions, search
+from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.inversion.saved_searches import files_of
 from r2f_ext.inversion.searches import one_by_one, search_each
 from r2f_ext.inversion.start import search_start
-from r2f_ext.inversion.unrolled import UnrolledMap, first_adamw_step, movement_weights
+from r2f_ext.inversion.unrolled_search import UnrolledSearch
 from r2f_ext.inversion.update_map import MAX_PIXELS, too_large
 from r2f_ext.pairs import Training
 from r2f_ext.progress import Advance
-from r2f_ext.types import LoraUpdate, Reconstruction
+from r2f_ext.types import Reconstruction
 
 
 class GaussNewtonUnrolled(Route):
@@ -46,24 +46,24 @@ class GaussNewtonUnrolled(Route):
         assert problem.initial is not None and problem.initial.found is not None and training is not None
         adapters, a0 = problem.adapters, problem.initial.found.a
         start, subspace, config = begun.estimate, begun.subspace, problem.gauss_newton
-        modelled = Training() if _reads_adamw(training) else training
-        unrolled = UnrolledMap(problem.target, a0, problem.base.input_shape, modelled, config.directions)
-        positions = free_positions(unrolled, subspace)
-        precise = UnrolledMap(in_float64(problem.target), a0, problem.base.input_shape, modelled, config.directions)
+        searches = UnrolledSearch(problem.target, a0, training, subspace, config)
 
         def find(victim: int, image: Tensor, label: Tensor) -> Search:
-            updates, observed = _observation(unrolled, adapters[victim], training)
             errors = start.loo_errors.get(int(label))
-            finishing = _observation(precise, adapters[victim], training)[0]
-            return search(updates, observed, image, label, subspace, config, errors, finishing, positions)
+            return searches.find(adapters[victim].a, adapters[victim].b, image, label, errors)
 
         def bound(victim: int, image: Tensor, label: Tensor) -> Bound:
-            return _bound(unrolled, precise, adapters[victim], training, image, label)
+            return searches.bound(adapters[victim].a, adapters[victim].b, image, label)
 
         factors = [{f"{name}.{side}": t for side in "ab" for name, t in getattr(one, side).items()} for one in adapters]
         settings = config, training
         files = files_of(problem.saved, self.name, settings, problem.target, a0, factors, start.labels)
         return search_each(self.name, start, one_by_one(find), bound, advance, _doubt(problem, training), files)
+
+
+def _doubt(problem: Problem, training: Training) -> str | None:
+    """As `doubt`; but that B shows little more than signs is no obstacle where AdamW's step is read for the rest."""
+    return doubt(replace(problem, evidence=None) if reads_adamw(training) else problem)
 
 
 def _refusal(problem: Problem) -> str | None:
@@ -85,46 +85,3 @@ def _refusal(problem: Problem) -> str | None:
     if problem.initial is not None and problem.initial.found is None:
         return "A before the first step is unknown; pass --initial FOLDER or --a0-seed N"
     return None
-
-
-def _reads_adamw(training: Training) -> bool:
-    return training.optimizer == "adamw" and training.steps == 1
-
-
-def _doubt(problem: Problem, training: Training) -> str | None:
-    if _reads_adamw(training):
-        return "AdamW's first step shows little more than the signs of the gradient"
-    return doubt(problem)
-
-
-def _bound(
-    unrolled: UnrolledMap,
-    precise: UnrolledMap,
-    adapter: LoraUpdate,
-    training: Training,
-    image: Tensor,
-    label: Tensor,
-) -> Bound:
-    """Bound the error of the image found for one adapter, from the rounding of both of its factors."""
-    rough, (weighed, observed) = _observation(unrolled, adapter, training)[0], _observation(precise, adapter, training)
-    generator = torch.Generator().manual_seed(0)
-    a, b = (
-        {name: torch.stack([rounded(each, generator) for _ in range(DRAWS)]) for name, each in factors.items()}
-        for factors in (adapter.a, adapter.b)
-    )
-    errors = weighed.observation(a, b) - observed + arithmetic_errors(rough, weighed, image, label)
-    return bound_error(weighed, observed, errors, image, label, rough)
-
-
-def _observation(unrolled: UnrolledMap, adapter: LoraUpdate, training: Training) -> tuple[UnrolledMap, Tensor]:
-    """The map with weights for the precision of one adapter, and the value [R] of the map that the adapter shows."""
-    if _reads_adamw(training):
-        step = first_adamw_step(adapter.b, training)
-        weighed, a = unrolled.weighing(step.weights), adapter.a
-        b = {name: -gradient for name, gradient in step.gradient.items()}
-    else:
-        a, b = adapter.a, adapter.b
-        weighed = unrolled.weighing(a_weights=movement_weights(unrolled.a0, a))
-    dtype = next(iter(unrolled.a0.values())).dtype
-    a, b = ({name: each[None].to(dtype) for name, each in factors.items()} for factors in (a, b))
-    return weighed, weighed.observation(a, b)[0]
