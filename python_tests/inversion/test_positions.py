@@ -46,7 +46,7 @@ def reordered(image):
 def with_tokens(free, tokens):
     """A freed image [p'] with these tokens [N, d]: contents first, then extra numbers for what is left."""
     wanted = tokens - free.positions
-    contents = wanted @ torch.linalg.pinv(free.weight).T
+    contents = wanted @ torch.linalg.pinv(free.weight @ free.contents).T @ free.contents.T
     left = wanted - contents @ free.weight.T
     extras = left @ torch.linalg.pinv(free.extra).T + 0.5
     channels = free.freed_shape[0] - 3
@@ -103,6 +103,20 @@ def test_tokens_in_another_order_are_put_in_their_places(free):
     torch.testing.assert_close(free.placed(own), image.flatten(1), atol=1e-8, rtol=0)
 
 
+def test_a_channel_that_never_varies_stays_as_it_is_at_each_place():
+    """In the blue channel every patch has its own brightness, of which no search coordinate knows."""
+    two = every_direction()[:, :512]
+    free, image = FreePositions.of(small_vit(), SHAPE, two), smooth_images(1, 16).double()
+    assert free.contents.shape == (48, 32)
+    red_green = image.clone()
+    red_green[:, 2] = 0
+    tokens = unfold_patches(red_green, SIZE)[0] @ free.weight.T + free.positions
+    freed = with_tokens(free, tokens[ORDER])
+    blue = freed.view(1, *free.freed_shape)
+    blue[:, 2] = image[:, 2]  # the tokens that a search sees hold it too, but none of it moves
+    torch.testing.assert_close(free.placed(blue.flatten(1))[0], image.flatten(), atol=1e-8, rtol=0)
+
+
 def test_tokens_that_are_not_finite_are_no_error(free):
     assert free.placed(free.freed(torch.full((1, SHAPE.numel()), torch.nan, dtype=torch.float64))).isnan().all()
 
@@ -111,7 +125,8 @@ def test_of_gray_images_patches_stay_gray():
     gray = torch.eye(256, dtype=torch.float64).repeat(3, 1)
     free = FreePositions.of(small_vit(), SHAPE, gray)
     assert free.contents.shape == (48, 16)
-    placed = free.placed(free.freed(smooth_images(1, 16).double().flatten(1)) + 0.05 * free.basis.sum(1))
+    images = smooth_images(1, 16).double().mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    placed = free.placed(free.freed(images.flatten(1)) + 0.05 * free.basis.sum(1))
     assert (placed.view(3, 256) - placed.view(3, 256).mean(0)).abs().max() < 1e-9
 
 

@@ -7,6 +7,7 @@ import torch
 from cases import target_of, tiny_base
 from safetensors.torch import load_file, save_file
 
+from r2f_ext.inversion import saved_searches as module
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.saved_searches import SavedSearches, SearchFiles, by_victim, files_of
 
@@ -59,7 +60,7 @@ def test_what_was_not_written_for_the_search_is_refused(harm, words, tmp_path):
     assert own.read(1, START) is not None
 
 
-def test_everything_that_decides_a_search_is_in_its_name(tmp_path):
+def test_everything_that_decides_a_search_is_in_its_name(tmp_path, monkeypatch):
     base = tiny_base()
     target, other = target_of(base, ("blocks.0.attn.qkv",)), target_of(base, ("blocks.0.attn.qkv",), scale=1.0)
     a, seen, labels = {"l": torch.ones(4, 24)}, {"l": torch.rand(2, 72, 4)}, torch.tensor([1, 2])
@@ -78,10 +79,13 @@ def test_everything_that_decides_a_search_is_in_its_name(tmp_path):
     with torch.no_grad():
         base.model.head.bias.add_(1)
     variants.append(files_of(kept, "gauss_newton", "settings", target, a, by_victim(seen), labels))
+    with monkeypatch.context() as other_code:
+        other_code.setattr(module, "_code", lambda: "another form of the search")
+        variants.append(files_of(kept, "gauss_newton", "settings", target, a, by_victim(seen), labels))
     assert not set(plain) & {key for each in variants for key in each.keys}
     # The other victims of a run play no part.
     last = files_of(kept, "gauss_newton", "settings", target, a, by_victim(seen)[1:], labels[1:])
-    assert last.keys == variants[-1].keys[1:]
+    assert last.keys == variants[-2].keys[1:]
     assert files_of(None, "gauss_newton", "settings", target, a, by_victim(seen), labels) is None
 
 

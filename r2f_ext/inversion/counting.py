@@ -92,7 +92,7 @@ def doubt(problem: Problem) -> str | None:
     if dropped:
         return f"'{dropped[0].name}' was trained with dropout, whose random draws are unknown"
     if problem.evidence is not None and problem.evidence.signs_only:
-        return "B shows little more than the signs of the gradient, as after the first step of Adam"
+        return "B holds mostly signs of the gradient, as after the first step of Adam, and a plain step is modelled"
     return None
 
 

@@ -109,28 +109,34 @@ class FreePositions:
 
         The cost of a token at a place is the square of what neither the place's position embedding nor pixels explain,
         plus the square of what its pixels leave [0, 1] by. The order of least total cost is found by
-        `scipy.optimize.linear_sum_assignment`.
+        `scipy.optimize.linear_sum_assignment`. What no content of a patch gives, such as a channel that never varies,
+        stays in its place.
         """
         pixels = self.shape.numel()
         images, extras = freed[:, :pixels].unflatten(1, self.shape), freed[:, pixels:] - 0.5
         extras = extras.unflatten(1, (-1, *self.shape[1:]))
-        tokens = unfold_patches(images, self.size) @ self.weight.T + self.positions
-        tokens = tokens + unfold_patches(extras, self.size) @ self.extra.T
+        patches = unfold_patches(images, self.size)
+        varied = patches @ self.contents @ self.contents.T
+        tokens = varied @ self.weight.T + self.positions + unfold_patches(extras, self.size) @ self.extra.T
         directions = self.weight @ self.contents
         to_contents = (self.contents.double() @ torch.linalg.pinv(directions.double())).to(tokens)
         own, shifts = tokens @ to_contents.T, self.positions @ to_contents.T
         left, places = tokens - _onto(directions, tokens), self.positions - _onto(directions, self.positions)
-        patches = [_assigned(one[:, None] - shifts, rest, places) for one, rest in zip(own, left, strict=True)]
-        return fold_patches(torch.stack(patches), self.size, self.grid).flatten(1)
+        found = [
+            _assigned(one[:, None] - shifts, rest, places, fixed)
+            for one, rest, fixed in zip(own, left, patches - varied, strict=True)
+        ]
+        return fold_patches(torch.stack(found), self.size, self.grid).flatten(1)
 
 
-def _assigned(contents: Tensor, left: Tensor, places: Tensor) -> Tensor:
-    """The contents [N, m] of an image's patches in the order of least cost.
+def _assigned(contents: Tensor, left: Tensor, places: Tensor, fixed: Tensor) -> Tensor:
+    """The patches [N, m] of an image in the order of least cost.
 
     Args:
         contents: [N, N, m], of token i at place j; left, places: [N, d], the parts of tokens and of position embeddings
-            that no content gives.
+            that no content gives; fixed: [N, m], the part of the pixels of place j that no content gives.
     """
+    contents = contents + fixed
     outside = (contents - contents.clamp(0, 1)).square().sum(2)
     cost = torch.cdist(left, places).square() + outside
     # Points that are not finite end a search elsewhere; scipy refuses them.

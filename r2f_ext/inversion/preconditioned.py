@@ -261,7 +261,8 @@ def _evaluated(
 ) -> tuple[Tensor, Tensor]:
     """Losses [n] at moves [n, q] from images [n, p] along n victims' directions, and their slopes [n, q]; float64."""
     losses, slopes = slopes_of(directions.moved(start, move), victim)
-    return losses.double(), directions.along(slopes)
+    # A copy: a replayed CUDA graph overwrites its results, and float64 losses would not be copied otherwise.
+    return losses.to(torch.float64, copy=True), directions.along(slopes)
 
 
 def _minimised(slopes_of: SlopesOf, points: Tensor, directions: _Directions, enough: float, evaluations: int) -> Tensor:

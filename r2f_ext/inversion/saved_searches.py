@@ -1,7 +1,8 @@
 """Finished searches, kept in a folder until all searches of a run are finished, so that a killed run can continue.
 
-The name of a file is a hash of everything that decides the search, so another adapter, base, proxy, setting or version
-never finds it. Only the point and the residuals are kept; whether the image is exact is computed anew from the adapter.
+The name of a file is a hash of everything that decides the search, so another adapter, base, proxy, setting or form of
+the code never finds it. Only the point and the residuals are kept; whether the image is exact is computed anew from the
+adapter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -122,7 +124,7 @@ def files_of(
         return None
     base = target.base
     shared = (
-        *(__version__, saved.decided_by, route, repr(settings), repr(target.layers)),
+        *(__version__, _code(), saved.decided_by, route, repr(settings), repr(target.layers)),
         *(base.device.type, repr((base.mean, base.std)), sha256_of(base.model.state_dict().values()), _hashed(common)),
     )
     keys = (
@@ -135,6 +137,13 @@ def files_of(
 def by_victim(observed: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """name -> [V, ...] as V mappings name -> [...]."""
     return [dict(zip(observed, parts, strict=True)) for parts in zip(*observed.values(), strict=True)]
+
+
+@cache
+def _code() -> str:
+    """A hash of this package's modules of inversion: between two releases they change, and their number does not."""
+    modules = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
 
 
 def _hashed(tensors: dict[str, Tensor]) -> list[str]:
