@@ -1,5 +1,7 @@
 """Gauss-Newton in LoRA space: on a small ViT in float64, against the images that the updates were made from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import target_of
@@ -169,6 +171,22 @@ def test_an_end_in_float64_that_is_no_better_changes_nothing(problem, monkeypatc
     kept = finished(task_of(problem, 0), found)
     assert torch.equal(kept.image, found.image) and kept.residual == found.residual
     assert (kept.passes, kept.seconds) == (11, 3)
+
+
+def test_an_end_that_weighs_the_update_otherwise_counts_by_the_weights_of_the_search(problem, monkeypatch):
+    """It is kept where the search's own task finds it hardly worse: what that task fits best has errors of its own."""
+    rough, image = replace(task_of(problem, 0), noise=0.02), problem[3][0].flatten()
+    one = torch.zeros(1, dtype=torch.int64)
+    for step, kept in ((1e-9, True), (0.05, False)):
+        end = (image + step).clamp(0, 1)
+        monkeypatch.setattr(
+            module, "search_together", lambda *_, end=end, **__: iter([(0, Search(end, 0.3, 0.5, 1, noise=1e-3))])
+        )
+        (own,) = rough.residuals(rough.update_of(end[None], one), one)
+        found = Search((image + 1e-3).clamp(0, 1), 0.0199, 0.5, 4, noise=0.02)
+        ended = finished(replace(rough, noise=1e-3), found, rough)
+        assert torch.equal(ended.image, end if kept else found.image) and ended.noise == 0.02
+        assert ended.residual == pytest.approx(own if kept else 0.0199) and ended.passes == 5
 
 
 @pytest.mark.parametrize(

@@ -103,18 +103,19 @@ def test_tokens_in_another_order_are_put_in_their_places(free):
     torch.testing.assert_close(free.placed(own), image.flatten(1), atol=1e-8, rtol=0)
 
 
-def test_a_channel_that_never_varies_stays_as_it_is_at_each_place():
-    """In the blue channel every patch has its own brightness, of which no search coordinate knows."""
-    two = every_direction()[:, :512]
-    free, image = FreePositions.of(small_vit(), SHAPE, two), smooth_images(1, 16).double()
+def test_a_channel_that_never_varies_stays_as_it_is():
+    """A blue channel of 0.3 everywhere, of which no search coordinate knows."""
+    free, image = FreePositions.of(small_vit(), SHAPE, every_direction()[:, :512]), smooth_images(1, 16).double()
     assert free.contents.shape == (48, 32)
-    red_green = image.clone()
-    red_green[:, 2] = 0
-    tokens = unfold_patches(red_green, SIZE)[0] @ free.weight.T + free.positions
-    freed = with_tokens(free, tokens[ORDER])
-    blue = freed.view(1, *free.freed_shape)
-    blue[:, 2] = image[:, 2]  # the tokens that a search sees hold it too, but none of it moves
-    torch.testing.assert_close(free.placed(blue.flatten(1))[0], image.flatten(), atol=1e-8, rtol=0)
+    image[:, 2], blue = 0.3, torch.zeros_like(image)
+    blue[:, 2] = 0.3
+    tokens = unfold_patches(image, SIZE)[0] @ free.weight.T + free.positions
+    freed = with_tokens(free, tokens[ORDER] - unfold_patches(blue, SIZE)[0] @ free.weight.T)
+    freed = freed.view(1, *free.freed_shape)
+    freed[:, 2] = 0.3
+    seen = tokens_of(free.base, freed)[0] - tokens_of(small_vit(), image)[0]
+    torch.testing.assert_close(seen, tokens[ORDER] - tokens)  # the image's own tokens in another order
+    torch.testing.assert_close(free.placed(freed.flatten(1))[0], image.flatten(), atol=1e-8, rtol=0)
 
 
 def test_tokens_that_are_not_finite_are_no_error(free):

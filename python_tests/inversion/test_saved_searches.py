@@ -1,5 +1,6 @@
 """Kept searches: found again by the same inputs alone, and refused when they are not what was written."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.saved_searches import SavedSearches, SearchFiles, by_victim, files_of
 
 START = torch.full((5,), 0.5)
-FOUND = Search(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), 2e-6, 0.1, 9)
+FOUND = Search(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), 2e-6, 0.1, 9, stopped=True, seconds=1.5, noise=3e-3)
 KEYS = ("a" * 64, "b" * 64)
 
 
@@ -24,7 +25,7 @@ def test_a_search_comes_back_as_it_was(tmp_path):
     files(tmp_path).write(1, FOUND)
     found = files(tmp_path).read(1, START)
     assert torch.equal(found.image, FOUND.image)
-    assert (found.residual, found.start_residual, found.passes) == (2e-6, 0.1, 9)
+    assert replace(found, image=FOUND.image) == FOUND
     assert files(tmp_path).read(0, START) is None
 
 

@@ -1,5 +1,7 @@
 """Searches that take their passes together: which pass comes next, when they end and begin again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gauss_newton_cases import SHAPE, small_problem, start_near
@@ -83,6 +85,47 @@ def test_both_images_are_found_by_descent_and_by_clouds(problem):
         for victim, search in ended.items():
             assert search.residual < 1e-5 < search.start_residual and not search.stopped
             assert (search.image - images[victim]).abs().max() < 1e-4
+
+
+def test_near_is_wider_where_the_update_has_errors():
+    assert next_kind(Kind.DESCENT, 1.0, 2 * NEAR, False) is Kind.DESCENT
+    assert next_kind(Kind.DESCENT, 1.0, 2 * NEAR, False, near=3 * NEAR) is Kind.NEWTON
+
+
+def test_a_search_ends_at_the_noise_of_its_update_but_not_before_newtons_steps(problem, monkeypatch):
+    """Passes that bring the point to where the residual is the noise, or 1.4 times that."""
+    images, task = problem[3].flatten(1), task_of(problem)
+    rows = torch.arange(2)
+    (first, second) = task.residuals(task.update_of(images + 1e-3, rows), rows)
+    kinds = []
+
+    def at_once(kind, task, rows, points, values, config, axes, courses):
+        kinds.append(kind)
+        return images[rows] + 1e-3, task.update_of(images[rows] + 1e-3, rows)
+
+    monkeypatch.setattr(module, "_moved", at_once)
+    noisy = replace(task, noise=max(first, second))
+    for search in found(problem, task=noisy, patience=3):
+        assert search.passes == 2 and search.noise == noisy.noise and search.improved
+    assert kinds == [Kind.DESCENT, Kind.NEWTON]
+    above = replace(task, noise=min(first, second) / 1.4)
+    assert all(search.passes == 6 for search in found(problem, task=above, patience=3, passes=6))
+
+
+def test_points_with_errors_are_compared_before_they_are_clamped(problem, monkeypatch):
+    """Only near [0, 1], and what is said of the image is its own residual."""
+    task, images = task_of(problem), problem[3].flatten(1)
+    targets = task.update_of(images - 0.5, torch.arange(2))  # of images whose pixels are partly below 0
+    task = replace(task, observed=targets)
+    monkeypatch.setattr(module, "_moved", lambda kind, task, rows, *_: (images[rows] - 0.5, targets[rows]))
+    for noise, outside in ((0.0, 1.0), (1e-4, 1.0), (1e-4, 0.0)):
+        monkeypatch.setattr(module, "OUTSIDE", outside)
+        for victim, search in enumerate(found(problem, task=replace(task, noise=noise), passes=2)):
+            clamped = (images[victim] - 0.5).clamp(0, 1)
+            (own,) = task.residuals(task.update_of(search.image[None], torch.tensor([victim])), torch.tensor([victim]))
+            assert search.residual == pytest.approx(own, rel=1e-6)
+            if noise and outside:
+                assert torch.equal(search.image, clamped)
 
 
 def test_searches_count_their_passes_and_stop_at_their_limits(problem):

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
-from cases import peft_start, samples, tiny_base
+from cases import peft_start, samples, target_of, tiny_base
+from vit_cases import small_vit
 
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exactness import REPRODUCED
 from r2f_ext.inversion.gauss_newton import search
+from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unrolled import UnrolledMap, movement_weights, side_by_side
 from r2f_ext.inversion.update_map import LEASH, Subspace, flat_units
+from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, simulate
 
 RECIPES = {
@@ -61,6 +64,25 @@ def test_slopes_of_the_misfits_are_the_jacobians_times_the_errors(training):
     apart, _ = plain.slopes(points, labels, plain(points.flip(1), labels))  # the graphs are shared, the weights are not
     errors = (plain(points, labels) - plain(points.flip(1), labels)).square().sum(1) / 2
     torch.testing.assert_close(apart, errors + LEASH / 2 * (points - points.clamp(0, 1)).square().sum(1))
+
+
+def test_slopes_on_the_base_of_freed_images_are_the_jacobians_times_the_errors():
+    """Through two steps; a further call takes the map that was made, with the weights of the one that calls."""
+    base = small_vit(depth=1)
+    unfuse_attention(base.model)
+    target = target_of(base, ("blocks.0.attn.qkv",), rank=4)
+    a0 = {one.name: torch.rand(one.rank, one.d_in, dtype=torch.float64) for one in target.layers}
+    plain = UnrolledMap(target, a0, base.input_shape, Training(steps=2, lr=0.3), directions=64)
+    positions = FreePositions.of(base, plain.shape, 0.2 * torch.eye(768, dtype=torch.float64))
+    updates, labels = plain.weighing(a_weights=dict.fromkeys(a0, 0.5)).on(positions.base), torch.tensor([3])
+    point = (positions.freed(torch.rand(1, 768).double()) + 0.05 * positions.basis.sum(1)).detach()
+    observed = updates(point.flip(1), labels)
+    _, slopes = updates.slopes(point, labels, observed)
+    errors, outside = updates(point, labels)[0] - observed[0], point[0] - point[0].clamp(0, 1)
+    expected = updates.jacobian(point[0], labels, torch.eye(point.shape[1]).double()) @ errors + LEASH * outside
+    torch.testing.assert_close(slopes[0], expected)
+    same = plain.on(positions.base)
+    assert same._step is updates._step and not same.a_weights
 
 
 @pytest.fixture(scope="module")

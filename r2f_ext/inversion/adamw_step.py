@@ -1,4 +1,4 @@
-"""The gradient that AdamW's first step shows (docs/methods.md, 3f).
+"""The gradient that AdamW's first step shows (docs/methods.md, 4).
 
 AdamW's first step is B_1 = -lr u with u = g / (|g| + eps): nearly the sign of g. In exact arithmetic g follows from u,
 as eps u / (1 - |u|). Float32 computes and stores u to about 1e-7, so with eps = 1e-8 it determines g to a relative
@@ -20,12 +20,13 @@ from r2f_ext.inversion.exactness import storage_precision
 from r2f_ext.pairs import Training
 
 EPS = 1e-8  # torch.optim.AdamW's default, which `Training` keeps
-FULL_BITS = 32  # of the dtype that adapters are trained in
 ROUNDINGS = 2.0  # largest error of the rate that is read from B, in units of the dtype's eps
-SIZES = 10.0 ** -torch.arange(1.5, 5.5, 1e-4, dtype=torch.float64)  # of gradients that show AdamW's own arithmetic
+KNOWN = 8.0  # least ratio of 1 - |u| to the spread of its errors: below, errors of g are large and not symmetric
+SIZES = 10.0 ** -torch.arange(1.5, 5.5, 1e-4, dtype=torch.float64)  # of g, at which the errors of u are measured
 PEAK = 2.5  # least ratio of a layer's largest gradient entry to the root mean square
-# Bounds on the errors of a weighted gradient, in units of its typical entry, for a search and for its end. With the
-# lower one few precise entries decide, which is ill conditioned; model gradients in float32 are no more precise.
+# Weights reduce the errors of large entries to this share of a layer's typical entry: in a search, and at its end. The
+# smaller share lets few, precise entries decide, and their equations are ill conditioned. Gradients computed in float32
+# are themselves no more precise than it.
 AIM, FINE_AIM = 1e-3, 1e-6
 
 
@@ -34,7 +35,7 @@ class FirstAdamWStep:
     """The gradient recovered from AdamW's first step, for one victim.
 
     Attributes:
-        gradient: name -> gradient at B [d_out, r]; zero where the step determines the sign alone.
+        gradient: name -> gradient at B [d_out, r]; zero where the sign alone is known.
         errors: name -> root mean square errors of its entries [d_out, r]; infinite where the sign alone is known.
     """
 
@@ -72,7 +73,9 @@ def first_adamw_step(b: dict[str, Tensor], training: Training) -> FirstAdamWStep
 
     With u = -B / lr = g / (|g| + eps): g = eps u / (1 - |u|), known to (|g| + eps)^2 / eps times the error of u. That
     error, of AdamW's arithmetic and of storing B, has a mean, which is subtracted, and a spread; `_arithmetic` finds
-    both. The largest |B| equals the learning rate up to a relative difference of eps / |g|.
+    both. Entries whose 1 - |u| is less than KNOWN times the spread count as signs.
+
+    The largest |B| equals the learning rate up to a relative difference of eps over the largest |g|.
     A rate that is too large, by a fraction c, gives all entries above eps / c the size eps / c, so that no entry stands
     out. A rate that is too large by less than eps over the largest |g| cannot be told from the right one: every rate
     from the largest |B| upwards fits some gradient.
@@ -86,20 +89,20 @@ def first_adamw_step(b: dict[str, Tensor], training: Training) -> FirstAdamWStep
 
     Raises:
         R2FError: another recipe; a B that was stored with less precision than float32; a learning rate that did not
-            make this B (the sentence names the one that did); or a layer of which only signs are known.
+            make this B (the sentence names the one that did); or a layer in which no size other than 0 is known.
     """
     if not reads_adamw(training):
         raise R2FError("only the first step of AdamW can be read: later ones mix several gradients.")
-    if rough := [name for name, each in b.items() if storage_precision(each).bits < FULL_BITS]:
+    if rough := [name for name, each in b.items() if storage_precision(each).bits < 32]:
         raise R2FError(f"B of {rough[0]} has half precision, which keeps only the signs of AdamW's first step.")
     rate = training.rates()[0]
     _check_rate(b, rate)
     gradient, errors = {}, {}
     for name, each in b.items():
-        shift, spread = _arithmetic(rate, training.weight_decay, each.dtype)
+        shift, spread = _arithmetic(rate, each.dtype)
         u = each.double().abs() / rate
-        known = u - shift < 1 - spread
-        if not known.any():
+        known = 1 - (u - shift) > KNOWN * spread
+        if not (known & (u > 0)).any():
             raise R2FError(f"AdamW's first step keeps only the signs of {name}'s gradient, whose entries are large.")
         u = torch.where(known, u - shift, 0.0).clamp_min(0)
         size = EPS * u / (1 - u)
@@ -114,11 +117,11 @@ def reads_adamw(training: Training) -> bool:
 
 
 @cache
-def _arithmetic(rate: float, weight_decay: float, dtype: torch.dtype) -> tuple[float, float]:
+def _arithmetic(rate: float, dtype: torch.dtype) -> tuple[float, float]:
     """Mean and standard deviation of the errors of |B| / rate by torch's AdamW, for gradient entries of `SIZES`."""
     b = torch.zeros(len(SIZES), dtype=dtype, requires_grad=True)
     b.grad = SIZES.to(dtype)
-    torch.optim.AdamW([b], lr=rate, weight_decay=weight_decay).step()
+    torch.optim.AdamW([b], lr=rate).step()  # weight decay changes nothing at B = 0
     exact = b.grad.double() / (b.grad.double() + EPS)
     errors = b.detach().double().abs() / rate - exact
     return float(errors.mean()), max(float(errors.std()), torch.finfo(dtype).eps / 4)

@@ -87,12 +87,12 @@ def several_steps(problem: Problem) -> str | None:
 
 
 def doubt(problem: Problem) -> str | None:
-    """Why no image of these adapters can be called exact by a search that models their training, as a clause."""
+    """Why no image of these adapters can be called exact by a route that models SGD, as a clause."""
     dropped = [facts for facts in problem.facts if facts.dropout > 0]
     if dropped:
         return f"'{dropped[0].name}' was trained with dropout, whose random draws are unknown"
     if problem.evidence is not None and problem.evidence.signs_only:
-        return "B holds mostly signs of the gradient, as after the first step of Adam, and a plain step is modelled"
+        return "B holds mostly signs of the gradient, as after the first step of Adam, and the search models SGD"
     return None
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import hypot
 from typing import Protocol
 
 import torch
@@ -39,7 +38,7 @@ from r2f_ext.inversion.exactness import (
 )
 from r2f_ext.inversion.geometry import PATCH_EMBED
 from r2f_ext.inversion.linearisation import Axes
-from r2f_ext.inversion.newton import NEARLY_ARRIVED, SOLVED, Search
+from r2f_ext.inversion.newton import ARRIVED, CREDIBLE, SOLVED, Search
 from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.saved_searches import SavedSearches, by_victim, files_of
 from r2f_ext.inversion.searches import search_each
@@ -117,25 +116,29 @@ def task_of_one(updates: SearchMap, observed: Tensor, label: Tensor, subspace: S
     return Task(observed[None], layers, subspace, update_of, jacobian_of, slopes_of, noise=noise)
 
 
-def finished(task: Task, found: Search) -> Search:
+def finished(task: Task, found: Search, rough: Task | None = None) -> Search:
     """Continue a search in float64 if it ended near the image, but above the residual that float32 can reach.
 
     Where J^T J is badly conditioned, float32's errors in J stop Newton's steps early. The better of the two end points
     is kept.
 
     Args:
-        task: of this victim alone, in float64; it may weight the update otherwise, and so have less noise.
+        task: of this victim alone, in float64.
+        rough: the task of the search, where `task` weights the update otherwise: images are then compared by it, and
+            the one from `task` is kept unless it fits clearly worse. None: both weight it alike.
     """
-    if found.stopped or not SOLVED < found.residual < hypot(NEAR, NEARLY_ARRIVED * found.noise):
+    if found.stopped or not SOLVED < found.residual < max(NEAR, CREDIBLE * found.noise):
         return found
     start, axes = found.image.double()[None], [Axes.of(task.subspace.basis)]
     newton = lambda *_: Kind.NEWTON  # noqa: E731
     ((_, better),) = search_together(task, start, FINISH, axes, together=1, choose=newton, restarts=False)
     both = replace(found, passes=found.passes + better.passes, seconds=found.seconds + better.seconds)
-    if better.residual < better.start_residual:
-        image = better.image.to(found.image.dtype)
-        return replace(both, image=image, residual=better.residual, noise=task.noise)
-    return both
+    image, residual, limit = better.image.to(found.image.dtype), better.residual, found.residual
+    if rough is not None:
+        victim = torch.zeros(1, dtype=torch.int64, device=image.device)
+        (residual,) = rough.residuals(rough.update_of(image[None], victim), victim)
+        limit = ARRIVED * found.residual
+    return replace(both, image=image, residual=residual) if residual < limit else both
 
 
 class UpdateBound:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import hypot
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,9 @@ PRECISE = 1e-4  # relative residual below which a search that no longer improves
 IMPROVED = (
     0.03  # ratio to the start's residual below which an image that does not reproduce its update replaces the start
 )
-# Multiples of the expected noise that take the place of SOLVED and PRECISE where the update itself has errors.
-ARRIVED, NEARLY_ARRIVED = 1.05, 1.2
+# Where the update itself has errors: multiples of the residual that they leave, in place of SOLVED and PRECISE, and up
+# to which an image replaces the start.
+ARRIVED, NEARLY_ARRIVED, CREDIBLE = 1.05, 1.2, 2.0
 STALLED = 0.8  # ratio to the lowest residual so far below which a pass counts as an improvement
 
 
@@ -35,14 +35,14 @@ class Search:
     """The result of one victim's search.
 
     Attributes:
-        image: [c * h * w] in [0, 1], the point with the lowest residual.
-        residual: |z(x) - z*| over the square root of the number of layers: 0 where the image's update is the observed
-            one, about 1 for an unrelated image. It does not say whether another image has the same update.
+        image: [c * h * w] in [0, 1].
+        residual: of the image, |z(x) - z*| over the square root of the number of layers: 0 where the image's update is
+            the observed one, about 1 for an unrelated image. It does not say whether another image has the same update.
         start_residual: the same at the start.
         passes: number of passes taken.
         stopped: the time limit ended it.
         seconds: time of its passes; that of a pass that several victims take together is divided among them.
-        noise: residual that is expected at the image itself, from errors of the update.
+        noise: residual that errors of the update leave at the victim's own image.
     """
 
     image: Tensor
@@ -56,7 +56,7 @@ class Search:
     @property
     def improved(self) -> bool:
         """Whether the image should replace the start."""
-        return self.residual < hypot(max(REPRODUCED, IMPROVED * self.start_residual), ARRIVED * self.noise)
+        return self.residual < max(REPRODUCED, IMPROVED * self.start_residual, CREDIBLE * self.noise)
 
 
 def dense_jacobian(

@@ -116,15 +116,16 @@ class FreePositions:
         images, extras = freed[:, :pixels].unflatten(1, self.shape), freed[:, pixels:] - 0.5
         extras = extras.unflatten(1, (-1, *self.shape[1:]))
         patches = unfold_patches(images, self.size)
-        varied = patches @ self.contents @ self.contents.T
-        tokens = varied @ self.weight.T + self.positions + unfold_patches(extras, self.size) @ self.extra.T
+        tokens = patches @ self.weight.T + self.positions + unfold_patches(extras, self.size) @ self.extra.T
+        fixed = patches - patches @ self.contents @ self.contents.T
+        shown = self.positions + fixed @ self.weight.T  # what each place adds to the contents of its patch
         directions = self.weight @ self.contents
         to_contents = (self.contents.double() @ torch.linalg.pinv(directions.double())).to(tokens)
-        own, shifts = tokens @ to_contents.T, self.positions @ to_contents.T
-        left, places = tokens - _onto(directions, tokens), self.positions - _onto(directions, self.positions)
+        own, shifts = tokens @ to_contents.T, shown @ to_contents.T
+        left, places = tokens - _onto(directions, tokens), shown - _onto(directions, shown)
         found = [
-            _assigned(one[:, None] - shifts, rest, places, fixed)
-            for one, rest, fixed in zip(own, left, patches - varied, strict=True)
+            _assigned(one[:, None] - shift, *rest)
+            for one, shift, *rest in zip(own, shifts, left, places, fixed, strict=True)
         ]
         return fold_patches(torch.stack(found), self.size, self.grid).flatten(1)
 

@@ -1,8 +1,8 @@
 """Finished searches, kept in a folder until all searches of a run are finished, so that a killed run can continue.
 
-The name of a file is a hash of everything that decides the search, so another adapter, base, proxy, setting or form of
-the code never finds it. Only the point and the residuals are kept; whether the image is exact is computed anew from the
-adapter.
+The name of a file is a hash of everything that decides the search but the compiled extension, so another adapter, base,
+proxy, setting or form of the Python code never finds it. Only the point and the residuals are kept; whether the image
+is exact is computed anew from the adapter.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+import r2f_ext
 from r2f_ext import __version__
 from r2f_ext.files import sha256_of, write_tensors
 from r2f_ext.inversion.newton import Search
@@ -141,9 +142,12 @@ def by_victim(observed: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 @cache
 def _code() -> str:
-    """A hash of this package's modules of inversion: between two releases they change, and their number does not."""
-    modules = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
+    """A hash of the package's Python modules: between two releases they change, and the version does not."""
+    folder = Path(r2f_ext.__file__).parent
+    found = hashlib.sha256()
+    for module in sorted(folder.rglob("*.py")):
+        found.update(f"{module.relative_to(folder)}\n".encode() + module.read_bytes())
+    return found.hexdigest()
 
 
 def _hashed(tensors: dict[str, Tensor]) -> list[str]:

@@ -33,6 +33,7 @@ FAR = 0.1
 # Shares of J^T J's largest eigenvalue: the damping of the first descent and the smallest damping; and the factor from
 # one damping to the next. With less damping from the start, steps leave the valley.
 DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
+OUTSIDE = 0.02  # root mean square distance to [0, 1] up to which a point counts as an image with errors
 CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for each
 # (damping, evaluations) of the descents with free positions, and of those from the images that come of them.
 FREED_STAGES, PLACED_STAGES = ((1e-5, 400), (1e-6, 800)), ((1e-4, 200), (1e-5, 200))
@@ -82,8 +83,8 @@ def next_kind(last: Kind | None, before: float, residual: float, frees: bool, ne
 
 @dataclass
 class _Course:
-    """The state of one search: its start [p], and four residuals: at the start, now, the lowest since it last began,
-    and the lowest of any image."""
+    """The state of one search: its start [p], and five residuals: at the start, now, the lowest since it last began,
+    the lowest by which images were compared, and that of the best image."""
 
     start: Tensor
     first: float
@@ -94,6 +95,7 @@ class _Course:
     residual: float = field(init=False)
     lowest: float = field(init=False)
     least: float = field(init=False)
+    reached: float = field(init=False)
     count: int = 0
     since: int = 0
     seconds: float = 0.0
@@ -102,7 +104,7 @@ class _Course:
     stopped: bool = False
 
     def __post_init__(self) -> None:
-        self.least = self.first
+        self.least = self.reached = self.first
 
     def begin(self, residual: float, axes: Axes, choose: Choice) -> None:
         """Begin a search, the first or a further one, at a point of this residual."""
@@ -111,7 +113,7 @@ class _Course:
         self.cloud, self.kind = Cloud(axes.covariance, samples=next(self.samples)), choose(None, inf, residual)
 
     def found(self, image: Tensor) -> Search:
-        return Search(image, self.least, self.first, self.count, self.stopped, self.seconds)
+        return Search(image, self.reached, self.first, self.count, self.stopped, self.seconds)
 
 
 def search_together(
@@ -177,7 +179,7 @@ class _Searches:
             generator = torch.Generator(self.starts.device).manual_seed(self.config.seed)
             course = _Course(self.starts[victim], residual, cycle(self.config.samples), generator)
             course.begin(residual, self.axes[victim], self.choose)
-            course.ended = not residual > self.solved or self.config.passes < 1
+            course.ended = not residual > SOLVED or self.config.passes < 1
             self.courses[victim] = course
             self._stop_where_time_is_up(course)
 
@@ -187,13 +189,17 @@ class _Searches:
         courses, axes = [self.courses[victim] for victim in victims], [self.axes[victim] for victim in victims]
         points, values = _moved(kind, self.task, rows, self.points[rows], self.values[rows], config, axes, courses)
         self.points[rows], self.values[rows] = points, values
-        images, residuals = points.clamp(0, 1), self.task.residuals(values, rows)
-        # Solutions outside the box are not the image. But where the update has errors, the best fit has errors too,
-        # and clamping its pixels can raise the residual far more than it lowers them: points are compared as they are.
-        reached = residuals if self.task.noise else self.task.residuals(self.task.update_of(images, rows), rows)
+        images = points.clamp(0, 1)  # solutions outside the box are not the image
+        reached = self.task.residuals(self.task.update_of(images, rows), rows)
+        residuals = self.task.residuals(values, rows)
+        outside = (points - images).square().mean(1).sqrt().tolist()
         for place, (victim, course) in enumerate(zip(victims, courses, strict=True)):
-            if reached[place] < course.least:
-                course.least, self.best[victim] = reached[place], images[place]
+            # Where the update has errors, so have the pixels of the best fit, and those that are clamped then fit
+            # worse than before: points that are nearly inside are compared as they are.
+            unclamped = self.task.noise > 0 and outside[place] < OUTSIDE
+            compared = residuals[place] if unclamped else reached[place]
+            if compared < course.least:
+                course.least, course.reached, self.best[victim] = compared, reached[place], images[place]
             if self._judged(course, residuals[place]):
                 self._begin_again(victim)
         seconds = (time.perf_counter() - began) / len(victims)
@@ -211,7 +217,9 @@ class _Searches:
         course.count += 1
         improved = residual < STALLED * course.lowest
         course.lowest, course.since = (residual, 0) if improved else (course.lowest, course.since + 1)
-        arrived = course.least <= self.solved or (course.least < self.precise and course.since == 2)
+        # A descent that ends at the noise is not yet the best fit: directions that the update hardly shows are open.
+        settled = course.kind is Kind.NEWTON or not self.task.noise
+        arrived = (settled and course.least <= self.solved) or (course.least < self.precise and course.since == 2)
         if arrived or course.count >= self.config.passes:
             course.ended = True
         elif course.since < self.config.patience:

@@ -8,6 +8,7 @@ from math import hypot
 
 from torch import Tensor
 
+from r2f_ext.inversion.newton import ARRIVED
 from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.update_map import Subspace
 
@@ -55,7 +56,7 @@ class Task:
         jacobian_of: a victim and its point [p] -> dz along the subspace's basis [q, R].
         slopes_of: points [n, p] and the victim of each -> misfits [n] and slopes [n, p].
         freed: the same for freed images, if the model is a ViT; None: patches keep their places.
-        noise: residual that is expected at the images themselves, from errors of `observed`.
+        noise: residual that errors of `observed` leave at the victims' own images.
     """
 
     observed: Tensor
@@ -75,7 +76,7 @@ class Task:
     @property
     def near(self) -> float:
         """The residual below which the derivative at the point is a good enough model."""
-        return hypot(NEAR, self.noise)
+        return hypot(NEAR, ARRIVED * self.noise)
 
     def residuals(self, values: Tensor, rows: Tensor) -> list[float]:
         """|z - z*| over the square root of the number of layers, of the victims `rows`, whose values are [n, R]."""

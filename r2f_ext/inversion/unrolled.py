@@ -1,6 +1,6 @@
 """Updates of victims that took several steps, used batches or other optimizers, and their exact derivatives.
 
-`UnrolledMap` takes the place of `gauss_newton.UpdateMap`: the update after T training steps as a function of all images
+`UnrolledMap` takes the place of `update_map.UpdateMap`: the update after T training steps as a function of all images
 that the victim owns. It is differentiated in forward mode through every step: each step carries the factors, the
 optimizer's buffers, and their tangents along a block of directions.
 
@@ -72,6 +72,7 @@ class UnrolledMap:
         self.a0 = {layer.name: a0[layer.name].to(dtype) for layer in target.layers}
         self.weights: dict[str, Tensor] = {}
         self.a_weights: dict[str, float] = {}
+        self._norms = self._norms_by({})
         self.shape = torch.Size(shape)
         self._shape = (training.owned, *shape)
         self._others: dict[BaseModel, UnrolledMap] = {}
@@ -84,11 +85,12 @@ class UnrolledMap:
         """The same map with weights for the precision of one victim's factors; traced graphs are shared.
 
         Args:
-            weights: name -> factors [d_out, r] on B, see `first_adamw_step`; None: 1.
+            weights: name -> factors [d_out, r] on B, see `FirstAdamWStep.weights`; None: 1.
             a_weights: name -> weight of A's change relative to B's, see `movement_weights`; None: A is ignored.
         """
         other = copy.copy(self)
         other.weights, other.a_weights = weights or {}, a_weights or {}
+        other._norms = self._norms_by(other.a_weights)
         return other
 
     def on(self, base: BaseModel) -> UnrolledMap:
@@ -117,7 +119,7 @@ class UnrolledMap:
         Raises:
             R2FError: a part that did not move or is not finite.
         """
-        parts = _parts(_changes(self.a0, a, b), self.weights, self._norms())
+        parts = _parts(_changes(self.a0, a, b), self.weights, self._norms)
         for _, part in parts:
             if not torch.isfinite(part).all() or not part.any(dim=1).all():
                 raise R2FError("a factor has not moved or is not finite: the adapter is untrained or damaged.")
@@ -134,7 +136,7 @@ class UnrolledMap:
         Args:
             observed: [n, R].
         """
-        slopes, misfits = self._slopes(points, labels, observed, self.a0, self.weights, self._norms())
+        slopes, misfits = self._slopes(points, labels, observed, self.a0, self.weights, self._norms)
         outside = points - points.clamp(0, 1)
         return misfits + LEASH / 2 * outside.square().sum(1), slopes + LEASH * outside
 
@@ -161,10 +163,10 @@ class UnrolledMap:
 
         return vmap(grad_and_value(misfit))(points, observed)
 
-    def _norms(self) -> Norms:
+    def _norms_by(self, a_weights: dict[str, float]) -> Norms:
         """The norms of B's parts and of A's weighted ones; a layer's two have norm 1 together."""
-        of_b = {name: (1 + self.a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names}
-        of_a = {name: (1 + self.a_weights[name] ** -2) ** -0.5 for name in self.target.names if name in self.a_weights}
+        of_b = {name: (1 + a_weights.get(name, 0.0) ** 2) ** -0.5 for name in self.target.names}
+        of_a = {name: (1 + a_weights[name] ** -2) ** -0.5 for name in self.target.names if name in a_weights}
         like = next(iter(self.a0.values()))
         return {f: {n: like.new_tensor(norm) for n, norm in each.items()} for f, each in (("b", of_b), ("a", of_a))}
 
@@ -192,9 +194,8 @@ class UnrolledMap:
     def _tangents(self, images: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
         state, moved = self.along(images, labels, directions)
         a, b = ({name: each[None] for name, each in state[kind].items()} for kind in "ab")
-        norms = self._norms()
-        values = _parts(_changes(self.a0, a, b), self.weights, norms)
-        tangents = _parts({kind: moved[kind] for kind in "ab"}, self.weights, norms)
+        values = _parts(_changes(self.a0, a, b), self.weights, self._norms)
+        tangents = _parts({kind: moved[kind] for kind in "ab"}, self.weights, self._norms)
         parts = zip(values, tangents, strict=True)
         return torch.cat([norm * unit_tangent(value[0], tangent) for (norm, value), (_, tangent) in parts], dim=1)
 

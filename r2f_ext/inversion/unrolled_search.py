@@ -37,7 +37,8 @@ class UnrolledSearch:
     def __init__(
         self, target: Target, a0: Factors, training: Training, subspace: Subspace, config: GaussNewtonConfig
     ) -> None:
-        modelled, shape = Training() if reads_adamw(training) else training, target.base.input_shape
+        plain = Training(batch=training.batch, samples=training.samples)
+        modelled, shape = plain if reads_adamw(training) else training, target.base.input_shape
         self.training, self.config = training, config
         self.updates = UnrolledMap(target, a0, shape, modelled, config.directions)
         self.precise = UnrolledMap(in_float64(target), a0, shape, modelled, config.directions)
@@ -57,7 +58,8 @@ class UnrolledSearch:
         given = seen.updates, seen.values, start, labels, self.subspace
         found = search(*given, self.config, loo_errors, self.positions, seen.noise)
         end = task_of_one(fine.updates, fine.values, labels, self.subspace.double(), fine.noise)
-        return finished(end, found)
+        same = seen.noise == 0  # then both weigh the update alike
+        return finished(end, found, None if same else task_of_one(*given[:2], labels, self.subspace, seen.noise))
 
     def bound(self, a: Factors, b: Factors, image: Tensor, label: Tensor) -> Bound:
         """Bound the error of the image [c * h * w] found for an adapter, from what its factors leave unknown."""
@@ -74,7 +76,7 @@ class Seen:
     Attributes:
         updates: the map with weights for the precision of this adapter's factors.
         values: [R], the value of the map that the adapter shows.
-        noise: residual that errors of the values, beyond the rounding of stored factors, leave at the victim's images.
+        noise: residual that errors of a gradient that was read leave at the victim's images; 0 where none was read.
         draws: (count, generator) -> values [count, R] float64 that the victim could have had for these factors.
     """
 
@@ -84,9 +86,7 @@ class Seen:
     draws: Callable[[int, torch.Generator], Tensor]
 
 
-def seen_of(
-    unrolled: UnrolledMap, a: dict[str, Tensor], b: dict[str, Tensor], training: Training, aim: float = AIM
-) -> Seen:
+def seen_of(unrolled: UnrolledMap, a: Factors, b: Factors, training: Training, aim: float = AIM) -> Seen:
     """What an adapter of factors a[name] [r, d_in], b[name] [d_out, r] shows to the map of its modelled training.
 
     Args:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
 from torch import Tensor
 
-from r2f_ext.inversion.adamw_step import reads_adamw
+from r2f_ext.errors import R2FError
+from r2f_ext.inversion.adamw_step import first_adamw_step, reads_adamw
 from r2f_ext.inversion.counting import doubt, search_verdict
 from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.newton import Search
@@ -19,7 +21,7 @@ from r2f_ext.inversion.unrolled_search import UnrolledSearch
 from r2f_ext.inversion.update_map import MAX_PIXELS, too_large
 from r2f_ext.pairs import Training
 from r2f_ext.progress import Advance
-from r2f_ext.types import Reconstruction
+from r2f_ext.types import LoraUpdate, Reconstruction
 
 
 class GaussNewtonUnrolled(Route):
@@ -62,8 +64,8 @@ class GaussNewtonUnrolled(Route):
 
 
 def _doubt(problem: Problem, training: Training) -> str | None:
-    """As `doubt`; but that B shows little more than signs is no obstacle where AdamW's step is read for the rest."""
-    return doubt(replace(problem, evidence=None) if reads_adamw(training) else problem)
+    """As `doubt`; that B shows mostly signs is none where AdamW itself is modelled."""
+    return doubt(replace(problem, evidence=None) if training.optimizer == "adamw" else problem)
 
 
 def _refusal(problem: Problem) -> str | None:
@@ -84,4 +86,14 @@ def _refusal(problem: Problem) -> str | None:
         return f"no route gives a start for each of the {training.owned} images of a victim"
     if problem.initial is not None and problem.initial.found is None:
         return "A before the first step is unknown; pass --initial FOLDER or --a0-seed N"
+    return _unreadable(problem.adapters or (), training) if reads_adamw(training) else None
+
+
+def _unreadable(adapters: Sequence[LoraUpdate], training: Training) -> str | None:
+    """Why AdamW's first step cannot be read from one of the adapters."""
+    for place, adapter in enumerate(adapters, 1):
+        try:
+            first_adamw_step(adapter.b, training)
+        except R2FError as error:
+            return f"of adapter {place}, {str(error).rstrip('.')}"
     return None
