@@ -1,9 +1,9 @@
 """The gradient that AdamW's first step shows (docs/methods.md, 4).
 
 AdamW's first step is B_1 = -lr u with u = g / (|g| + eps): nearly the sign of g. In exact arithmetic g follows from u,
-as eps u / (1 - |u|). Float32 computes and stores u to about 1e-7, so with eps = 1e-8 it determines g to a relative
-error of about 10 |g|: 0.1 % for an entry of 1e-4, a tenth for 1e-2, nothing above 0.05. `first_adamw_step` recovers g
-in this way, and the search runs on a plain step whose entries are weighted by their precision. The map x -> u itself
+as eps u / (1 - |u|). Float32 computes and stores u to about 7e-8, so with eps = 1e-8 it determines g to a relative
+error of about 7 |g|: 0.1 % for an entry of 1e-4, 7 % for 1e-2, nothing above 0.02. `first_adamw_step` recovers g in
+this way, and the search runs on a plain step whose entries are weighted by their precision. The map x -> u itself
 cannot be searched: its derivative, eps / (|g| + eps)^2, is zero to rounding nearly everywhere and huge at sign changes.
 """
 
