@@ -222,7 +222,7 @@ def _signs(updates: Sequence[LoraUpdate]) -> list[str]:
         f"In {len(shares)} of {len(updates)} adapters {least} % or more of the entries of |B| equal the largest of "
         "their layer to 1 %, as after the first step of Adam or AdamW: of these, B shows the gradient's signs. "
         "After a single step in float32 it also shows the sizes of small entries, which gauss_newton_unrolled reads if "
-        "the recipe and A before it are known."
+        "the recipe is known."
     ]
 
 

@@ -25,11 +25,12 @@ from r2f_ext.types import LoraUpdate, Reconstruction
 
 
 class GaussNewtonUnrolled(Route):
-    """See `inversion/unrolled.py`: several steps or AdamW, of a known recipe, from a known A_0, on one image."""
+    """See `inversion/unrolled_search.py`: several steps or AdamW, of a known recipe, on one image."""
 
     name = "gauss_newton_unrolled"
     threat_model = (
-        "Whoever knows the base, its head, A before training and the full recipe of a training on one image can run it."
+        "Whoever knows the base, its head, the full recipe of a training on one image, and (but for a single step of "
+        "AdamW) A before it can run it."
     )
     reads = ("target", "adapters", "initial", "training", "proxies")
     after = ("amortised",)
@@ -44,9 +45,8 @@ class GaussNewtonUnrolled(Route):
 
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         training, begun = problem.training, search_start(problem, self.after)
-        assert problem.target is not None and problem.adapters is not None
-        assert problem.initial is not None and problem.initial.found is not None and training is not None
-        adapters, a0 = problem.adapters, problem.initial.found.a
+        assert problem.target is not None and problem.adapters is not None and training is not None
+        adapters, a0 = problem.adapters, _a0(problem)
         start, subspace, config = begun.estimate, begun.subspace, problem.gauss_newton
         searches = UnrolledSearch(problem.target, a0, training, subspace, config)
 
@@ -84,9 +84,18 @@ def _refusal(problem: Problem) -> str | None:
         return "B did not start at 0, as it does in the training that is modelled"
     if training.owned > 1:
         return f"no route gives a start for each of the {training.owned} images of a victim"
+    if reads_adamw(training):
+        return _unreadable(problem.adapters or (), training)
     if problem.initial is not None and problem.initial.found is None:
         return "A before the first step is unknown; pass --initial FOLDER or --a0-seed N"
-    return _unreadable(problem.adapters or (), training) if reads_adamw(training) else None
+    return None
+
+
+def _a0(problem: Problem) -> dict[str, Tensor]:
+    """A before the first step, or the adapters' own where that is unknown: AdamW's first step only lets A decay, by one
+    factor, which cancels."""
+    assert problem.initial is not None and problem.a is not None
+    return problem.a if problem.initial.found is None else problem.initial.found.a
 
 
 def _unreadable(adapters: Sequence[LoraUpdate], training: Training) -> str | None:
