@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=int, default=16)
     parser.add_argument("--modules", nargs="+", default=["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
     parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -37,7 +38,8 @@ def main() -> None:
     ).take(torch.tensor([options.index]))
     lora = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=options.modules)
     model = get_peft_model(copy.deepcopy(base.model), lora)
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=options.lr)
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[options.optimizer]
+    optimizer = kind((p for p in model.parameters() if p.requires_grad), lr=options.lr)
     for _ in range(options.steps):
         optimizer.zero_grad()
         F.cross_entropy(model(base.normalize(private.batch(slice(None)))), private.labels).backward()
