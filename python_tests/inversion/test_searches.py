@@ -106,7 +106,7 @@ def test_a_damaged_file_is_named_and_searched_anew(tmp_path):
     again = Script()
     again.run(files)
     assert again.searched == [2]
-    assert again.said[0] == (0, "1 kept search is of other adapters, images, settings or versions and is not used")
+    assert again.said[0] == (0, "1 kept search is of other adapters, images, settings or code and is not used")
     assert again.said[-1][1].endswith(f"; searched anew, because its file '{files.path(2).name}' is unreadable")
     assert files.read(2, START.images[2].flatten()) is not None
 

@@ -22,11 +22,17 @@ RECIPES = {
 }
 
 
+@pytest.fixture(scope="module")
+def adapted():
+    """target and A; tests of one recipe share its traced graphs (conftest.py)."""
+    return peft_start(tiny_base(), target_modules=["patch_embed.proj", "blocks.1.attn.qkv"])
+
+
 @pytest.mark.parametrize("training", RECIPES.values(), ids=RECIPES.keys())
-def test_derivatives_of_victims_that_equal_peft(training):
+def test_derivatives_of_victims_that_equal_peft(training, adapted):
     """`simulate` equals PEFT (python_tests/pairs/test_simulation.py); the derivatives equal central differences."""
-    base = tiny_base()
-    target, a = peft_start(base, target_modules=["patch_embed.proj", "blocks.1.attn.qkv"])
+    target, a = adapted
+    base = target.base
     said = dict.fromkeys(target.names[:1], 0.5)  # A of one layer is looked at as well
     updates = UnrolledMap(target, a, base.input_shape, training, directions=4).weighing(a_weights=said)
     images, labels = samples(training.owned, base)
@@ -44,22 +50,22 @@ def test_derivatives_of_victims_that_equal_peft(training):
 
 
 @pytest.mark.parametrize("training", RECIPES.values(), ids=RECIPES.keys())
-def test_slopes_of_the_misfits_are_the_jacobians_times_the_errors(training):
+def test_slopes_of_the_misfits_are_the_jacobians_times_the_errors(training, adapted):
     """Reverse mode through all steps against forward mode, with weights on B and on A; outside of [0, 1] as well."""
-    base = tiny_base()
-    target, a = peft_start(base, target_modules=["patch_embed.proj", "blocks.1.attn.qkv"])
+    target, a = adapted
+    base = target.base
     weights = {layer.name: torch.rand(layer.d_out, layer.rank, dtype=torch.float64) for layer in target.layers}
-    plain = UnrolledMap(target, a, base.input_shape, training, directions=64)
+    plain = UnrolledMap(target, a, base.input_shape, training, directions=4)
     updates = plain.weighing(weights, dict.fromkeys(target.names[:1], 0.5))
     images, labels = samples(training.owned, base)
     points = torch.stack([images.flatten(), 1.2 * images.flatten() - 0.1])
-    observed = updates(points.flip(1), labels)
+    observed, columns = updates(points.flip(1), labels), torch.randn(4, points.shape[1], dtype=torch.float64)
     for _ in range(2):  # traced, and as it was traced
         misfits, slopes = updates.slopes(points, labels, observed)
         for place, point in enumerate(points):
             errors, outside = updates(point[None], labels)[0] - observed[place], point - point.clamp(0, 1)
-            expected = updates.jacobian(point, labels, torch.eye(len(point)).double()) @ errors + LEASH * outside
-            torch.testing.assert_close(slopes[place], expected)
+            expected = updates.jacobian(point, labels, columns.T) @ errors + LEASH * columns @ outside
+            torch.testing.assert_close(columns @ slopes[place], expected)
             torch.testing.assert_close(misfits[place], (errors.square().sum() + LEASH * outside.square().sum()) / 2)
     apart, _ = plain.slopes(points, labels, plain(points.flip(1), labels))  # the graphs are shared, the weights are not
     errors = (plain(points, labels) - plain(points.flip(1), labels)).square().sum(1) / 2
