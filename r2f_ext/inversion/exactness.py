@@ -52,7 +52,7 @@ SKETCH = 4  # numbers kept of z per pixel; a random sketch of more is as good an
 
 
 class DenseMap(Protocol):
-    """A map z from images to updates with a dense Jacobian: `gauss_newton.UpdateMap` or `unrolled.UnrolledMap`.
+    """A map z from images to updates with a dense Jacobian: `update_map.UpdateMap` or `unrolled.UnrolledMap`.
 
     Attributes:
         directions: batch size of images, or of tangents.

@@ -1,8 +1,8 @@
 """Updates of victims that took several steps, used batches or other optimizers, and their exact derivatives.
 
 `UnrolledMap` takes the place of `update_map.UpdateMap`: the update after T training steps as a function of all images
-that the victim owns. It is differentiated in forward mode through every step: each step carries the factors, the
-optimizer's buffers, and their tangents along a block of directions.
+that the victim owns. Its Jacobian is found in forward mode through every step: each step carries the factors, the
+optimizer's buffers, and their tangents along a block of directions. The slopes of its misfit are found in reverse mode.
 
 The learning rate of one plain SGD step cancels; here it does not, so the recipe must be known, and A_0 as well.
 
@@ -27,7 +27,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.graph_optimizer import Traced
 from r2f_ext.inversion.adamw_step import EPS
 from r2f_ext.inversion.newton import dense_jacobian
-from r2f_ext.inversion.update_map import LEASH, Subspace, unit_tangent
+from r2f_ext.inversion.update_map import Subspace, leashed, unit_tangent
 from r2f_ext.pairs import Training, simulate
 from r2f_ext.types import BaseModel, Target
 
@@ -123,7 +123,7 @@ class UnrolledMap:
         for _, part in parts:
             if not torch.isfinite(part).all() or not part.any(dim=1).all():
                 raise R2FError("a factor has not moved or is not finite: the adapter is untrained or damaged.")
-        return torch.cat([norm * F.normalize(part, dim=1, eps=1e-30) for norm, part in parts], dim=1)
+        return _units(parts)
 
     def jacobian(self, point: Tensor, labels: Tensor, basis: Tensor) -> Tensor:
         """dz along the columns of basis [owned * c * h * w, q] at point [owned * c * h * w]: [q, R], exactly."""
@@ -137,8 +137,7 @@ class UnrolledMap:
             observed: [n, R].
         """
         slopes, misfits = self._slopes(points, labels, observed, self.a0, self.weights, self._norms)
-        outside = points - points.clamp(0, 1)
-        return misfits + LEASH / 2 * outside.square().sum(1), slopes + LEASH * outside
+        return leashed(points, misfits, slopes)
 
     def _slopes_of(
         self,
@@ -158,8 +157,7 @@ class UnrolledMap:
                 state = self._steps.after(images[index], labels[index], state, _numbers(images, step, rate))
             a, b = ({name: each[None] for name, each in state[factor].items()} for factor in "ab")
             parts = _parts(_changes(a0, a, b), weights, norms)
-            units = torch.cat([norm * F.normalize(part[0], dim=0, eps=1e-30) for norm, part in parts])
-            return (units - observed).square().sum() / 2
+            return (_units(parts)[0] - observed).square().sum() / 2
 
         return vmap(grad_and_value(misfit))(points, observed)
 
@@ -211,6 +209,11 @@ def _parts(
     """The norm of each part of z, and its values [V, m] before they are scaled to it: of B, then of A."""
     of_b = [(norm, (changes["b"][name] * weights.get(name, 1.0)).flatten(1)) for name, norm in norms["b"].items()]
     return of_b + [(norm, changes["a"][name].flatten(1)) for name, norm in norms["a"].items()]
+
+
+def _units(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """z [V, R] from its parts [V, m], each scaled to its norm."""
+    return torch.cat([norm * F.normalize(part, dim=1, eps=1e-30) for norm, part in parts], dim=1)
 
 
 def _numbers(like: Tensor, step: int, rate: float) -> Tensor:

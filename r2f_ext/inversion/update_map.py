@@ -132,8 +132,7 @@ class UpdateMap:
             errors = self._updates(capture, points[:, None], labels, create_graph=True) - observed
             misfits = errors.square().sum(1) / 2
             (slopes,) = torch.autograd.grad(misfits.sum(), [points])
-        outside = points.detach() - points.detach().clamp(0, 1)
-        return misfits.detach() + LEASH / 2 * outside.square().sum(1), slopes + LEASH * outside
+        return leashed(points.detach(), misfits.detach(), slopes)
 
     def _tangents_of(self, image: Tensor, label: Tensor, directions: Tensor) -> Tensor:
         gradient, moved = self.tangents(image, label, directions)
@@ -145,6 +144,12 @@ class UpdateMap:
         )
         found = zip(update.values(), tangents, strict=True)
         return torch.cat([unit_tangent(value.flatten(), tangent.flatten(1)) for value, tangent in found], dim=1)
+
+
+def leashed(points: Tensor, misfits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Misfits [n] of points [n, p], and their slopes [n, p], with LEASH |x - clamp(x)|^2 / 2 added."""
+    outside = points - points.clamp(0, 1)
+    return misfits + LEASH / 2 * outside.square().sum(1), slopes + LEASH * outside
 
 
 def few_sizes(count: int) -> int:
