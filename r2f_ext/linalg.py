@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r2f_ext.errors import R2FError
 
-BLOCK = 1000
+BLOCK = 256  # rows of a block; smaller ones compute less of what is mirrored, but in slower products
 GRAM_COLUMNS = 4096  # columns that are copied to float64 at a time
 POWERS = 30  # steps of the power iterations
 INVERSE_VECTORS = 8  # start vectors of the inverse one
@@ -29,7 +29,7 @@ def gram(rows: Tensor) -> Tensor:
 
 def precise_gram(rows: Tensor) -> Tensor:
     """rows @ rows.T [n, n] in float64 for rows [n, k] of any dtype; few columns at a time are copied to float64."""
-    return sum_in_place(part @ part.T for part in map(Tensor.double, rows.split(GRAM_COLUMNS, dim=1)))
+    return sum_in_place(gram(part) for part in map(Tensor.double, rows.split(GRAM_COLUMNS, dim=1)))
 
 
 def largest_eigenvalues(matrices: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from r2f_ext.inversion.gauss_newton import gauss_newton
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.side_by_side import CPU_TOGETHER
+from r2f_ext.inversion.start import spanning
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unrolled_search import UnrolledSearch
 from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, onto_span
@@ -177,6 +178,8 @@ def rows_of(name: str, known: list[dict[str, Any]], options: argparse.Namespace)
         return
     problem = posed(case, options, [s for s in wanted if missing[s]])
     for start, victims in missing.items():
+        psnr = psnr_db(problem.starts[start].images.flatten(0, 1), problem.originals.flatten(0, 1))
+        print(f"{name}, {start}: {psnr.mean():.2f} dB in the mean of {len(psnr)} starts", flush=True)
         for victim, found in problem.search(victims, problem.starts[start]) if victims else ():
             yield {"case": name, "start": start, "victim": victim, **row_of(problem, start, victim, *found)}
 
@@ -201,25 +204,30 @@ def posed(case: Case, options: argparse.Namespace, starts: list[str]) -> Problem
     proxy = case.proxy or options.proxy
     private = load_images(case.private, role="private", count=options.victims * owned)
     # Each image of the procedural proxy is used for every label.
-    public = drop_private(load_images(proxy, count=6000 if proxy == "procedural" else None), private)
+    public = drop_private(load_images(proxy, count=8000 if proxy == "procedural" else None), private)
     some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public)))).batch(slice(None), base.device)
-    subspace = Subspace.of(some)
     images = private.batch(slice(None), base.device).unflatten(0, (-1, owned))
     labels = private.labels.to(base.device).unflatten(0, (-1, owned))
     target = target_of(base, case)
-    made = {"oracle": lambda: Start(near(images, subspace, options.oracle_db), labels)}
-    config = GaussNewtonConfig(passes=options.passes, minutes=options.minutes)
-    if case.exact_gradients:
-        search = one_by_one(from_gradients(target, images, labels, subspace, options.passes))
-    else:
-        a0 = initial_a(target)
+    a0 = initial_a(target)
+    victims = estimate = None
+    if not case.exact_gradients:
         victims = stored(simulate(target, a0, images, labels, case.training), case.storage)
-        if case.training == ONE_STEP:
-            search = side_by_side_search(target, victims, subspace, config)
-        else:
-            search = one_by_one(from_training(case, target, a0, victims, subspace, config, not options.without_bounds))
-        made["amortised"] = lambda: amortised(case, target, a0, victims, public, some, subspace, options.start_images)
-    return Problem(images, {name: made[name]() for name in starts}, search)
+    if victims is not None and "amortised" in starts:
+        estimate = estimated(case, target, a0, victims, public, options.start_images)
+        some = spanning(some, estimate.images)
+    subspace = Subspace.of(some)
+    made = {"oracle": Start(near(images, subspace, options.oracle_db), labels)}
+    if estimate is not None:
+        made["amortised"] = in_span(estimate, some, subspace)
+    config = GaussNewtonConfig(passes=options.passes, minutes=options.minutes)
+    if victims is None:
+        search = one_by_one(from_gradients(target, images, labels, subspace, options.passes))
+    elif case.training == ONE_STEP:
+        search = side_by_side_search(target, victims, subspace, config)
+    else:
+        search = one_by_one(from_training(case, target, a0, victims, subspace, config, not options.without_bounds))
+    return Problem(images, made, search)
 
 
 def target_of(base: BaseModel, case: Case) -> Target:
@@ -322,25 +330,23 @@ def from_gradients(target: Target, images: Tensor, labels: Tensor, subspace: Sub
     return find
 
 
-def amortised(
-    case: Case,
-    target: Target,
-    a0: dict[str, Tensor],
-    victims: Victims,
-    public: ImageSet,
-    some: Tensor,
-    subspace: Subspace,
-    most: int | None,
-) -> Start:
-    """The estimate of the amortised route from pairs of the victims' recipe, moved into the span of the subspace."""
+def estimated(
+    case: Case, target: Target, a0: dict[str, Tensor], victims: Victims, public: ImageSet, most: int | None
+) -> Reconstruction:
+    """The estimate of the amortised route from pairs of the victims' recipe."""
     began = time.perf_counter()
     observed, training = {name: -b for name, b in victims.b.items()}, case.training
     found = invert_by_label(
         target, a0, public, observed, most=most, training=None if training == ONE_STEP else training
     ).reconstruction
+    print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
+    return found
+
+
+def in_span(found: Reconstruction, some: Tensor, subspace: Subspace) -> Start:
+    """An estimate, moved into the span of the subspace, which is that of images [n, c, h, w]."""
     assert found.labels is not None
     images = onto_span(found.images.flatten(1), some.flatten(1).mean(0), subspace.basis).clamp(0, 1)
-    print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
     return Start(images.view_as(found.images)[:, None], found.labels[:, None], found.loo_errors)
 
 

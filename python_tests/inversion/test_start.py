@@ -3,12 +3,24 @@
 from dataclasses import replace
 
 import torch
+from cases import peft_start
 from route_cases import posed
 
 from r2f_ext.data import load_images
+from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.route import Public
-from r2f_ext.inversion.start import best_estimate, search_start
+from r2f_ext.inversion.start import (
+    MIN_GRAY,
+    NEARLY_GRAY,
+    ONLY_GRAY,
+    best_estimate,
+    remarked,
+    search_start,
+    spanning,
+)
 from r2f_ext.inversion.update_map import onto_span
+from r2f_ext.models import load_base
+from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import Reconstruction
 
 
@@ -52,3 +64,42 @@ def test_the_space_is_that_of_the_public_images_where_there_are_any() -> None:
     public = load_images("procedural", input_shape=(3, 16, 16), num_classes=5, count=60)
     found = search_start(replace(problem, public=Public(public), found={"a": estimate("a", images, 1)}), ["a"])
     assert found.subspace.basis.shape == (768, 59) and found.subspace.basis.dtype == images.dtype
+
+
+def test_gray_estimates_are_searched_for_among_gray_images() -> None:
+    """Estimates from images of which a third are in colour are not quite gray; one in colour asks for all images."""
+    torch.manual_seed(0)
+    gray = torch.rand(MIN_GRAY, 1, 8, 8).expand(-1, 3, -1, -1)
+    images = torch.cat([torch.rand(500, 3, 8, 8), gray])
+    estimates = gray[:2] + 0.01 * torch.randn(2, 3, 8, 8)
+    assert torch.equal(spanning(images, estimates), gray)
+    assert spanning(images, torch.cat([estimates, images[:1]])) is images
+    assert spanning(images[:-1], estimates) is not gray and len(spanning(images[:-1], estimates)) == 1499
+
+
+def test_a_search_among_gray_images_says_so() -> None:
+    problem, images = posed()
+    public = load_images("procedural", input_shape=(3, 16, 16), num_classes=5, count=2 * MIN_GRAY)
+    gray = images.mean(1, keepdim=True).expand_as(images)
+    for estimated, remark in ((gray, ONLY_GRAY), (images, "")):
+        found = search_start(replace(problem, public=Public(public), found={"a": estimate("a", estimated, 1)}), ["a"])
+        assert found.remark == remark and remarked(found.estimate, found.remark).why.endswith(remark)
+        channels = found.subspace.basis.unflatten(0, (3, 256))
+        assert bool(((channels - channels[:1]).abs() < 1e-3).all()) is bool(remark)
+
+
+def test_most_estimates_of_generated_images_show_whether_these_are_gray() -> None:
+    """Of held-out images, from updates of one step of the embedded base. Faint colours go unseen, see the document."""
+    base = load_base("embedded")
+    target, a = peft_start(base)
+    images = load_images("procedural", count=1100)
+    label = images.take(torch.arange(1100)).relabelled(3)
+    victims = label.take(torch.arange(1000, 1100))
+    (batch,) = GeneratedPairs(target, a, victims).batches()
+    found = invert_by_label(target, a, label.take(torch.arange(1000)), batch.updates, labels=victims.labels)
+    colour = victims.batch(slice(None)).std(1, unbiased=False).square().mean((1, 2)).sqrt()
+    seen = found.reconstruction.images.std(1, unbiased=False).square().mean((1, 2)).sqrt()
+    gray, strong = colour < 1e-3, colour > 0.08
+    assert gray.sum() > 50 and strong.sum() >= 5
+    assert (seen[gray] < NEARLY_GRAY).float().mean() > 0.9, seen[gray]
+    assert (seen[strong] > NEARLY_GRAY).float().mean() > 0.9, seen[strong]

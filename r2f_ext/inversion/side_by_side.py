@@ -25,7 +25,7 @@ from r2f_ext.inversion.newton import ARRIVED, NEARLY_ARRIVED, PRECISE, SOLVED, S
 from r2f_ext.inversion.preconditioned import Expected, annealed_descent, preconditioned_descent
 from r2f_ext.inversion.task import NEAR, GaussNewtonConfig, Task
 from r2f_ext.inversion.update_map import onto_span
-from r2f_ext.linalg import precise_gram
+from r2f_ext.linalg import gram, precise_gram
 
 # Relative residual above which passes are descents and clouds only. Between NEAR and FAR, descent (and a pass with free
 # positions) and clouds alternate whenever one stalls.
@@ -375,7 +375,7 @@ def _grams(task: Task, rows: Tensor, points: Tensor, gram_of: Callable[[Tensor],
 
 def _rough_gram(rows: Tensor) -> Tensor:
     """`precise_gram` in the precision of the rows, in half the time: as a preconditioner it is good enough."""
-    return (rows @ rows.T).double()
+    return gram(rows).double()
 
 
 def victims_together(device: torch.device, directions: int, numbers: int) -> int:

@@ -7,7 +7,7 @@ from math import prod
 from r2f_ext.inversion.counting import doubt, search_verdict, several_steps
 from r2f_ext.inversion.gauss_newton import ROUTE, gauss_newton
 from r2f_ext.inversion.route import Problem, Route, Verdict
-from r2f_ext.inversion.start import search_start
+from r2f_ext.inversion.start import remarked, search_start
 from r2f_ext.inversion.update_map import MAX_PIXELS, too_large
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
@@ -37,7 +37,7 @@ class GaussNewton(Route):
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.target is not None and problem.a is not None and problem.observed is not None
         start = search_start(problem, self.after)
-        return gauss_newton(
+        found = gauss_newton(
             problem.target,
             problem.a,
             problem.observed,
@@ -48,3 +48,4 @@ class GaussNewton(Route):
             doubt(problem),
             problem.saved,
         )
+        return remarked(found, start.remark)

@@ -22,7 +22,7 @@ from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.inversion.saved_searches import by_victim, files_of
 from r2f_ext.inversion.searches import one_by_one, search_each
-from r2f_ext.inversion.start import best_estimate, search_start
+from r2f_ext.inversion.start import best_estimate, remarked, search_start
 from r2f_ext.inversion.update_map import MAX_PIXELS, UpdateMap
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
@@ -52,7 +52,7 @@ class GaussNewtonMatrixFree(Route):
         observed, config, shape = problem.observed, problem.matrix_free, problem.base.input_shape
         target = moved_layers(problem.target, observed)
         updates = GradientMap(target, problem.a, shape)
-        start, coordinates = _start(problem, self.after)
+        start, coordinates, remark = _start(problem, self.after)
         dense = UpdateMap(target, problem.a, torch.Size(shape), problem.gauss_newton.directions)
         bound = UpdateBound(dense, observed) if prod(shape) <= MAX_PIXELS else _unknown
 
@@ -61,7 +61,8 @@ class GaussNewtonMatrixFree(Route):
             return search_matrix_free(updates, wanted, image, label, coordinates, config)
 
         files = files_of(problem.saved, self.name, config, target, problem.a, by_victim(observed), start.labels)
-        return search_each(self.name, start, one_by_one(find), bound, advance, doubt(problem), files)
+        found = search_each(self.name, start, one_by_one(find), bound, advance, doubt(problem), files)
+        return remarked(found, remark)
 
 
 def _unknown(victim: int, image: Tensor, label: Tensor) -> Bound:
@@ -69,11 +70,11 @@ def _unknown(victim: int, image: Tensor, label: Tensor) -> Bound:
     return Bound()
 
 
-def _start(problem: Problem, routes: Sequence[str]) -> tuple[Reconstruction, Coordinates]:
-    """The start, and coordinates from the variation of public images if its basis fits into memory, otherwise from the
-    mean spectrum of natural images."""
+def _start(problem: Problem, routes: Sequence[str]) -> tuple[Reconstruction, Coordinates, str]:
+    """The start, coordinates, and a remark on both (see `Start`). The coordinates are from the variation of public
+    images if its basis fits into memory, otherwise from the mean spectrum of natural images."""
     shape = problem.base.input_shape
     if prod(shape) > MAX_PIXELS:
-        return best_estimate(problem, routes), SpectrumCoordinates(shape)
+        return best_estimate(problem, routes), SpectrumCoordinates(shape), ""
     start = search_start(problem, routes)
-    return start.estimate, ProxyCoordinates(start.subspace)
+    return start.estimate, ProxyCoordinates(start.subspace), start.remark

@@ -16,7 +16,7 @@ from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.inversion.saved_searches import files_of
 from r2f_ext.inversion.searches import one_by_one, search_each
-from r2f_ext.inversion.start import search_start
+from r2f_ext.inversion.start import remarked, search_start
 from r2f_ext.inversion.unrolled_search import UnrolledSearch
 from r2f_ext.inversion.update_map import MAX_PIXELS, too_large
 from r2f_ext.pairs import Training
@@ -60,7 +60,8 @@ class GaussNewtonUnrolled(Route):
         factors = [{f"{name}.{side}": t for side in "ab" for name, t in getattr(one, side).items()} for one in adapters]
         settings = config, training
         files = files_of(problem.saved, self.name, settings, problem.target, a0, factors, start.labels)
-        return search_each(self.name, start, one_by_one(find), bound, advance, _doubt(problem, training), files)
+        found = search_each(self.name, start, one_by_one(find), bound, advance, _doubt(problem, training), files)
+        return remarked(found, begun.remark)
 
 
 def _doubt(problem: Problem, training: Training) -> str | None:
