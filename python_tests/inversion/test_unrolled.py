@@ -17,8 +17,8 @@ from r2f_ext.pairs import Training, simulate
 
 RECIPES = {
     "two steps on two images": Training(steps=2, batch=2, lr=0.5),
-    "momentum, decay, cosine": Training(steps=3, momentum=0.9, weight_decay=0.05, schedule="cosine"),
-    "adamw, linear": Training(steps=3, optimizer="adamw", lr=0.01, weight_decay=0.1, schedule="linear"),
+    "momentum, decay, cosine": Training(steps=2, momentum=0.9, weight_decay=0.05, schedule="cosine"),
+    "adamw, linear": Training(steps=2, optimizer="adamw", lr=0.01, weight_decay=0.1, schedule="linear"),
 }
 
 

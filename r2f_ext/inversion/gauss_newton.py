@@ -3,7 +3,7 @@
 The updates z_l = D_l^T (X_l A_l^T) of all layers are a smooth and heavily overdetermined function of the image, so the
 image is the root of z(x) = z*. Each update is divided by its norm: the victim's learning rate is unknown and cancels.
 
-Besides the damping described in `newton`, convergence from a start of about 20 dB depends on three choices:
+Besides the damping described in `newton`, convergence from a start of 15 to 20 dB depends on three choices:
 * Coordinates have unit variance over the proxies, and directions without variance are excluded (`Subspace`).
 * Far from the image, where a derivative is a poor model, many short steps with exact gradients follow the valley of
   the misfit, at first held near the start (`preconditioned`); where they stall, a regression over a cloud of images
