@@ -15,7 +15,7 @@ class AuditConfig:
     """Sizes and seeds of one audit.
 
     Attributes:
-        pairs: proxy pairs for the amortised route.
+        pairs: proxy pairs to ask for, for the amortised route; a smaller proxy gives fewer.
         decoder_pairs: how many of them the decoders are fitted to.
         held_out: further pairs that decoders are scored on.
         matching: gradient matching from the decoded gradient.

@@ -18,8 +18,8 @@ namespace {
 using simd::VectorOf;
 
 constexpr int64_t kBlock = 1024;  // elements
-constexpr int64_t kOnePass =
-    1 << 17;  // a layer of up to this many elements stays in a core's cache between two passes over it
+// A layer of up to this many elements stays in a core's cache between two passes over it.
+constexpr int64_t kOnePass = 1 << 17;
 constexpr int64_t kCaches = 8 << 20;            // bytes of gradients that stay in the caches until they are read
 constexpr double kLeast = 1e-24, kMost = 1e36;  // safe range of a block's sums of squares in float32
 constexpr double kLeastFactor = 1e-30, kMostFactor = 1e30;

@@ -64,6 +64,10 @@ def test_audit_keeps_private_images_out_of_the_proxy(adapter_folder, tmp_path, m
     assert len(seen[0]) == 48 and not set(content_hashes(seen[0].images)) & set(content_hashes(private.images))
     shown = " ".join(capsys.readouterr().out.split())
     assert "2 images of" in shown and "were private ones" in shown and "flatters" in shown
+    assert run("audit", "--replay", tmp_path / "o" / "report.json", "--out", tmp_path / "again") == 0
+    first, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("o", "again"))
+    assert again["pairs"]["count"] == first["pairs"]["count"] == 48
+    assert again["decoders"] == first["decoders"]
 
 
 def test_audit_without_originals_and_with_an_odd_name_says_why_no_row_space_is_taken(adapter_folder, tmp_path, capsys):

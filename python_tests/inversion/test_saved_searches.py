@@ -96,6 +96,6 @@ def test_searches_of_others_are_counted_and_all_are_cleared(tmp_path):
     SearchFiles(tmp_path, "gauss_newton_unrolled", ("d" * 64,)).write(0, FOUND)
     for name in ("search-mine.safetensors", "report.json"):
         (tmp_path / name).write_text("")
-    assert files(tmp_path).strangers() == 1
+    assert files(tmp_path).unrelated() == 1
     SavedSearches(tmp_path, "").clear()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "search-mine.safetensors"]

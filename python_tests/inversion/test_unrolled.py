@@ -11,7 +11,7 @@ from r2f_ext.inversion.gauss_newton import search
 from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unrolled import UnrolledMap, movement_weights, side_by_side
-from r2f_ext.inversion.update_map import LEASH, Subspace, flat_units
+from r2f_ext.inversion.update_map import BOX_PENALTY, Subspace, flat_units
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, simulate
 
@@ -64,12 +64,14 @@ def test_slopes_of_the_misfits_are_the_jacobians_times_the_errors(training, adap
         misfits, slopes = updates.slopes(points, labels, observed)
         for place, point in enumerate(points):
             errors, outside = updates(point[None], labels)[0] - observed[place], point - point.clamp(0, 1)
-            expected = updates.jacobian(point, labels, columns.T) @ errors + LEASH * columns @ outside
+            expected = updates.jacobian(point, labels, columns.T) @ errors + BOX_PENALTY * columns @ outside
             torch.testing.assert_close(columns @ slopes[place], expected)
-            torch.testing.assert_close(misfits[place], (errors.square().sum() + LEASH * outside.square().sum()) / 2)
+            torch.testing.assert_close(
+                misfits[place], (errors.square().sum() + BOX_PENALTY * outside.square().sum()) / 2
+            )
     apart, _ = plain.slopes(points, labels, plain(points.flip(1), labels))  # the graphs are shared, the weights are not
     errors = (plain(points, labels) - plain(points.flip(1), labels)).square().sum(1) / 2
-    torch.testing.assert_close(apart, errors + LEASH / 2 * (points - points.clamp(0, 1)).square().sum(1))
+    torch.testing.assert_close(apart, errors + BOX_PENALTY / 2 * (points - points.clamp(0, 1)).square().sum(1))
 
 
 def test_slopes_on_the_base_of_freed_images_are_the_jacobians_times_the_errors():
@@ -85,7 +87,7 @@ def test_slopes_on_the_base_of_freed_images_are_the_jacobians_times_the_errors()
     observed = updates(point.flip(1), labels)
     _, slopes = updates.slopes(point, labels, observed)
     errors, outside = updates(point, labels)[0] - observed[0], point[0] - point[0].clamp(0, 1)
-    expected = updates.jacobian(point[0], labels, torch.eye(point.shape[1]).double()) @ errors + LEASH * outside
+    expected = updates.jacobian(point[0], labels, torch.eye(point.shape[1]).double()) @ errors + BOX_PENALTY * outside
     torch.testing.assert_close(slopes[0], expected)
     same = plain.on(positions.base)
     assert same._step is updates._step and not same.a_weights

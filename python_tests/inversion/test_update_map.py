@@ -8,7 +8,7 @@ import torch
 from gauss_newton_cases import SHAPE, small_problem
 
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion.update_map import LEASH, Subspace, UpdateMap, few_sizes, flat_units
+from r2f_ext.inversion.update_map import BOX_PENALTY, Subspace, UpdateMap, few_sizes, flat_units
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def test_the_slopes_of_the_misfits_are_the_jacobians_times_the_errors(problem):
     losses, slopes = updates.slopes(points, labels, wanted)
     for victim, (point, label) in enumerate(zip(points, labels, strict=True)):
         error, outside = updates(point[None], label[None])[0] - wanted[victim], point - point.clamp(0, 1)
-        torch.testing.assert_close(losses[victim], error.square().sum() / 2 + LEASH / 2 * outside.square().sum())
-        expected = updates.jacobian(point, label[None], subspace.basis) @ error + LEASH * outside @ subspace.basis
+        torch.testing.assert_close(losses[victim], error.square().sum() / 2 + BOX_PENALTY / 2 * outside.square().sum())
+        expected = updates.jacobian(point, label[None], subspace.basis) @ error + BOX_PENALTY * outside @ subspace.basis
         torch.testing.assert_close(slopes[victim] @ subspace.basis, expected, rtol=1e-6, atol=1e-9)
     assert (points[1] > 1).any() and (points[0] <= 1).all()
 

@@ -68,7 +68,10 @@ class Inputs:
 
 
 def command_of(inputs: Inputs, config: AuditConfig) -> str:
-    """The command line that repeats an audit, for a shell in the folder that the paths are relative to."""
+    """The command line of an audit, for a shell in the folder that the paths are relative to.
+
+    Settings of `config` that have no option, such as those of matching, are left out; `--replay` repeats them.
+    """
     plain = AuditConfig()
     words = ["r2f", "audit", *inputs.adapters, "--base", inputs.base, "--proxy", inputs.proxy]
     named = {

@@ -45,7 +45,7 @@ class AuditReport:
         phase0: closed forms on exact gradients, for comparison.
         facts: what the adapters' folders say beside their factors, one per adapter.
         date: when the audit began, UTC, ISO 8601.
-        command: the command line that repeats it, with paths as in `inputs`; None where there is none.
+        command: the command line, with paths as in `inputs`; None where there is none. See `command_of`.
     """
 
     results: dict[str, AuditResult]

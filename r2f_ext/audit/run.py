@@ -83,7 +83,7 @@ class AuditResult:
         failed: what failed, by its name in `CONSEQUENCES` -> a sentence on what is missing because of it, and why.
         base_check: whether the updates can come from the base's weights.
         seconds: stage -> wall time.
-        config: the sizes and seeds used, after `fit_to_memory`.
+        config: the seeds and sizes used, after `fit_to_memory`; `pairs` as asked for, see `pair_count`.
         notes: sentences that qualify the figures, those of `failed` first.
     """
 
@@ -151,14 +151,15 @@ def run_audit_stages(
     check_runnable(problem, verdicts, names, later=LATER)
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)
-    config = replace(config, pairs=count, decoder_pairs=fitted, held_out=held_out)
+    # `pairs` stays as asked for: a replay must load the same images before it drops private ones.
+    config = replace(config, decoder_pairs=fitted, held_out=held_out)
     if problem.public is not None:
         most = config.start_images or start_images(target, count, len(problem.public.images))
         config = replace(config, start_images=most)
         problem = replace(problem, public=replace(problem.public, most=most, precision=config.precision))
 
     failed: dict[str, str] = {}
-    updates, scored = _updates_and_decoders(problem, pairs, proxy.labels, config, stages, failed)
+    updates, scored = _updates_and_decoders(problem, pairs, count, proxy.labels, config, stages, failed)
     proxies = None
     if updates is not None:
         device = target.base.device
@@ -196,17 +197,18 @@ def run_audit_stages(
 def _updates_and_decoders(
     problem: Problem,
     pairs: PairSource,
+    count: int,
     labels: Tensor,
     config: AuditConfig,
     stages: Stages,
     failed: dict[str, str],
 ) -> tuple[dict[str, Tensor] | None, Scored]:
-    """The updates of all pairs, name -> [count, d_out * r], and the decoders' figures and decoded gradients.
+    """The updates of `count` pairs, name -> [count, d_out * r], and the decoders' figures and decoded gradients.
 
     If the pairs fail, both are missing; a decoder that fails is left out. `failed` gets the reasons.
     """
     assert problem.observed is not None
-    count, fitted, held_out = config.pairs, config.decoder_pairs, config.held_out
+    fitted, held_out = config.decoder_pairs, config.held_out
     learners: dict[str, Learner] = {kind: KINDS[kind]() for kind in DEFAULT_KINDS}
     learners[CLASS_MEAN] = ClassMeans(labels[:count], fitted, held_out)
     try:

@@ -177,9 +177,14 @@ def _without_estimates(part: SetReport, failed: Mapping[str, str], private: Imag
     part = replace(part, judgement=LeakVerdict(None, sentences=(f"Not judged: {why[:1].lower()}{why[1:]}",)))
     if private is None or not part.reconstructions:
         return part
-    pairing = pair_up(private, part.reconstructions[0].images)
+    pairing = pair_up(private, _most_exact(part.reconstructions).images)
     labels = pairing.originals.labels if pairing.originals.labels_known else None
     return replace(part, originals=pairing.originals.batch(slice(None)), labels=labels, pairing=pairing.sentence)
+
+
+def _most_exact(found: list[Reconstruction]) -> Reconstruction:
+    """The reconstruction with the most images that are exact, the first among equals."""
+    return max(found, key=lambda one: float(one.per_victim.get("exact", torch.zeros(1)).sum()))
 
 
 def _true_cosines(result: AuditResult, rows: slice, originals: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:

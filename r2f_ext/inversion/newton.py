@@ -21,9 +21,8 @@ from r2f_ext.inversion.exactness import REPRODUCED
 DAMPINGS = tuple(10.0**-k for k in range(2, 14))  # relative to J^T J's largest eigenvalue
 SOLVED = 1e-5  # relative residual below which float32 holds no more information
 PRECISE = 1e-4  # relative residual below which a search that no longer improves has reached float32's precision
-IMPROVED = (
-    0.03  # ratio to the start's residual below which an image that does not reproduce its update replaces the start
-)
+# Ratio to the start's residual below which an image that does not reproduce its update replaces the start.
+IMPROVED = 0.03
 # Where the update itself has errors: multiples of the residual that they leave, in place of SOLVED and PRECISE, and up
 # to which an image replaces the start.
 ARRIVED, NEARLY_ARRIVED, CREDIBLE = 1.05, 1.2, 2.0

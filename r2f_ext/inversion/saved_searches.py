@@ -59,7 +59,7 @@ class SearchFiles:
     def path(self, victim: int) -> Path:
         return self.folder / f"search-{self.route}-{self.keys[victim]}.safetensors"
 
-    def strangers(self) -> int:
+    def unrelated(self) -> int:
         """How many searches by this route the folder keeps that other inputs, settings or versions made."""
         own = {self.path(victim).name for victim in range(len(self.keys))}
         found = (path.name for path in self.folder.glob(f"search-{self.route}-*.safetensors"))

@@ -60,9 +60,9 @@ def search_each(
     began = time.perf_counter()
     if start.labels is None:
         raise R2FError(f"{route} needs labels: start it from a route that finds them.")
-    if files is not None and (strangers := files.strangers()):
-        which, verb = ("search", "is") if strangers == 1 else ("searches", "are")
-        others = f"{strangers} kept {which} {verb} of other adapters, images, settings or code"
+    if files is not None and (unrelated := files.unrelated()):
+        which, verb = ("search", "is") if unrelated == 1 else ("searches", "are")
+        others = f"{unrelated} kept {which} {verb} of other adapters, images, settings or code"
         advance(0, f"{others} and {verb} not used")
     figures: list[dict[str, float]] = [{} for _ in start.images]
     images = start.images.clone()

@@ -27,7 +27,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.graph_optimizer import Traced
 from r2f_ext.inversion.adamw_step import EPS
 from r2f_ext.inversion.newton import dense_jacobian
-from r2f_ext.inversion.update_map import Subspace, leashed, unit_tangent
+from r2f_ext.inversion.update_map import Subspace, unit_tangent, with_box_penalty
 from r2f_ext.pairs import Training, simulate
 from r2f_ext.types import BaseModel, Target
 
@@ -137,7 +137,7 @@ class UnrolledMap:
             observed: [n, R].
         """
         slopes, misfits = self._slopes(points, labels, observed, self.a0, self.weights, self._norms)
-        return leashed(points, misfits, slopes)
+        return with_box_penalty(points, misfits, slopes)
 
     def _slopes_of(
         self,

@@ -22,7 +22,7 @@ SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 GPU_DIRECTIONS, GPU_IMAGES = 400, 2048  # tangents and images in one pass of a GPU
 # Weight of half the squared distance to [0, 1]^p in the misfit of a descent: without it many searches end outside, at
 # images that are nearly solutions.
-LEASH = 0.1
+BOX_PENALTY = 0.1
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class UpdateMap:
             points: [n, c * h * w]; labels: [n], or [1] where all have one; observed: [n, R].
 
         Returns:
-            |z(x) - observed|^2 / 2 + LEASH |x - clamp(x)|^2 / 2 of every point [n], and its slope [n, c * h * w].
+            |z(x) - observed|^2 / 2 + BOX_PENALTY |x - clamp(x)|^2 / 2 of every point [n], and its slope [n, c * h * w].
 
         Raises:
             RuntimeError: a module of the model has no second derivative.
@@ -132,7 +132,7 @@ class UpdateMap:
             errors = self._updates(capture, points[:, None], labels, create_graph=True) - observed
             misfits = errors.square().sum(1) / 2
             (slopes,) = torch.autograd.grad(misfits.sum(), [points])
-        return leashed(points.detach(), misfits.detach(), slopes)
+        return with_box_penalty(points.detach(), misfits.detach(), slopes)
 
     def _tangents_of(self, image: Tensor, label: Tensor, directions: Tensor) -> Tensor:
         gradient, moved = self.tangents(image, label, directions)
@@ -146,10 +146,10 @@ class UpdateMap:
         return torch.cat([unit_tangent(value.flatten(), tangent.flatten(1)) for value, tangent in found], dim=1)
 
 
-def leashed(points: Tensor, misfits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """Misfits [n] of points [n, p], and their slopes [n, p], with LEASH |x - clamp(x)|^2 / 2 added."""
+def with_box_penalty(points: Tensor, misfits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Misfits [n] of points [n, p], and their slopes [n, p], with BOX_PENALTY |x - clamp(x)|^2 / 2 added."""
     outside = points - points.clamp(0, 1)
-    return misfits + LEASH / 2 * outside.square().sum(1), slopes + LEASH * outside
+    return misfits + BOX_PENALTY / 2 * outside.square().sum(1), slopes + BOX_PENALTY * outside
 
 
 def few_sizes(count: int) -> int:
