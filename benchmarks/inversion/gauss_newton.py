@@ -38,8 +38,9 @@ from r2f_ext.inversion import gauss_newton as module
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.exactness import REPRODUCED, Bound, exactness_of
 from r2f_ext.inversion.gauss_newton import UpdateBound, gauss_newton
+from r2f_ext.inversion.start import start_among
 from r2f_ext.inversion.task import GaussNewtonConfig
-from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, onto_span
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.types import BaseModel, Reconstruction, Target
 
@@ -112,11 +113,12 @@ def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], pr
     began = time.perf_counter()
     start = invert_by_label(target, a, public, observed).reconstruction
     some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public)))).batch(slice(None), device)
-    subspace, originals = Subspace.of(some), private.batch(slice(None), device)
-    points = onto_span(start.images.flatten(1), some.flatten(1).mean(0), subspace.basis).clamp(0, 1)
-    start = replace(start, images=points.view_as(originals))
-    print(f"start: {psnr_db(start.images, originals).mean():.2f} dB, {time.perf_counter() - began:.0f} s", flush=True)
-    return Problem(target, a, observed, start, subspace, originals)
+    begun, originals = start_among(some, start), private.batch(slice(None), device)
+    print(
+        f"start: {psnr_db(begun.estimate.images, originals).mean():.2f} dB, {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
+    return Problem(target, a, observed, begun.estimate, begun.subspace, originals)
 
 
 PROBLEM: Problem | None = None  # of a worker

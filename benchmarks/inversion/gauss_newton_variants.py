@@ -41,10 +41,10 @@ from r2f_ext.inversion.gauss_newton import gauss_newton
 from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.side_by_side import CPU_TOGETHER
-from r2f_ext.inversion.start import spanning
+from r2f_ext.inversion.start import start_among
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unrolled_search import UnrolledSearch
-from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, onto_span
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
 from r2f_ext.models import load_base
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, Victims, simulate
@@ -210,16 +210,17 @@ def posed(case: Case, options: argparse.Namespace, starts: list[str]) -> Problem
     labels = private.labels.to(base.device).unflatten(0, (-1, owned))
     target = target_of(base, case)
     a0 = initial_a(target)
-    victims = estimate = None
+    victims = begun = None
     if not case.exact_gradients:
         victims = stored(simulate(target, a0, images, labels, case.training), case.storage)
     if victims is not None and "amortised" in starts:
-        estimate = estimated(case, target, a0, victims, public, options.start_images)
-        some = spanning(some, estimate.images)
-    subspace = Subspace.of(some)
+        begun = start_among(some, estimated(case, target, a0, victims, public, options.start_images))
+    subspace = Subspace.of(some) if begun is None else begun.subspace
     made = {"oracle": Start(near(images, subspace, options.oracle_db), labels)}
-    if estimate is not None:
-        made["amortised"] = in_span(estimate, some, subspace)
+    if begun is not None:
+        found = begun.estimate
+        assert found.labels is not None
+        made["amortised"] = Start(found.images[:, None], found.labels[:, None], found.loo_errors)
     config = GaussNewtonConfig(passes=options.passes, minutes=options.minutes)
     if victims is None:
         search = one_by_one(from_gradients(target, images, labels, subspace, options.passes))
@@ -341,13 +342,6 @@ def estimated(
     ).reconstruction
     print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
     return found
-
-
-def in_span(found: Reconstruction, some: Tensor, subspace: Subspace) -> Start:
-    """An estimate, moved into the span of the subspace, which is that of images [n, c, h, w]."""
-    assert found.labels is not None
-    images = onto_span(found.images.flatten(1), some.flatten(1).mean(0), subspace.basis).clamp(0, 1)
-    return Start(images.view_as(found.images)[:, None], found.labels[:, None], found.loo_errors)
 
 
 def near(images: Tensor, subspace: Subspace, decibels: float) -> Tensor:

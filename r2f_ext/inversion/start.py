@@ -15,7 +15,7 @@ from r2f_ext.types import Reconstruction
 # Root mean square deviation of the channels from their mean up to which an image is gray: of a public image, and of an
 # estimate, which mixes public images in colour.
 GRAY, NEARLY_GRAY = 1e-3, 0.02
-ONLY_GRAY = "The estimates are gray, so the search is among gray images only: it cannot find one in colour."
+ONLY_GRAY = "The estimates look gray, so the search is among gray images only: it cannot find one in colour."
 MIN_GRAY = 1000  # gray images; fewer do not span what images vary along
 
 
@@ -53,21 +53,32 @@ def search_start(problem: Problem, routes: Sequence[str]) -> Start:
     else:
         assert problem.proxies is not None
         images = problem.proxies.images
+    return start_among(images, estimate)
+
+
+def start_among(images: Tensor, estimate: Reconstruction) -> Start:
+    """The estimate, moved to the nearest point of the span of public images [n, c, h, w], see `spanning`.
+
+    Raises:
+        R2FError: see `Subspace.of`.
+    """
     chosen = spanning(images, estimate.images)
     subspace = Subspace.of(chosen)
     moved = onto_span(estimate.images.flatten(1), chosen.flatten(1).mean(0), subspace.basis)
-    remark = ONLY_GRAY if len(chosen) < len(images) else ""
+    remark = "" if chosen is images else ONLY_GRAY
     return Start(replace(estimate, images=moved.clamp(0, 1).view_as(estimate.images)), subspace, remark)
 
 
 def spanning(images: Tensor, estimates: Tensor) -> Tensor:
-    """The public images [n, c, h, w] whose span a search moves in: the gray ones alone, if all estimates are gray.
+    """The public images [n, c, h, w] whose span a search moves in: the gray ones alone, if all estimates look gray.
 
     The update of a gray image shows that it is gray, so the estimates [V, c, h, w] are. Directions of colour would make
     a search slower and harder: generated images span 2,570 directions, the gray ones among them 1,024.
     """
-    gray = images[_colour(images) < GRAY]
-    return gray if len(gray) >= MIN_GRAY and bool((_colour(estimates) < NEARLY_GRAY).all()) else images
+    if not bool((_colour(estimates) < NEARLY_GRAY).all()):
+        return images
+    gray = _colour(images) < GRAY
+    return images[gray] if MIN_GRAY <= int(gray.sum()) < len(images) else images
 
 
 def _colour(images: Tensor) -> Tensor:
