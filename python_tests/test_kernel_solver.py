@@ -23,6 +23,16 @@ def test_it_solves_the_system():
     torch.testing.assert_close(RidgeSystem.of(kernel.clone(), 0.3).solve(wanted), expected)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_predictions_are_the_same_whichever_side_is_solved_for(rows):
+    kernel, wanted = problem()
+    features = torch.randn(rows, 9).double()
+    expected = features @ torch.linalg.solve(kernel + 0.3 * torch.eye(9), wanted)
+    system = RidgeSystem.of(kernel.clone(), 0.3)
+    torch.testing.assert_close(system.predictions(features, wanted), expected)
+    assert system.predictions(features.float(), wanted).dtype == torch.float32
+
+
 def test_leave_one_out_errors_are_those_of_fits_without_the_row():
     kernel, wanted = problem()
     system = RidgeSystem.of(kernel.clone(), 0.3)

@@ -44,6 +44,15 @@ class RidgeSystem:
         """w [n, k] of right-hand sides y [n, k]."""
         return torch.cholesky_solve(right, self.factor)
 
+    def predictions(self, features: Tensor, right: Tensor) -> Tensor:
+        """features @ w [m, k] of features [m, n] for right-hand sides [n, k], in the dtype of the features.
+
+        The system is solved for the columns of `right` or for the rows of `features`, whichever are fewer.
+        """
+        if right.shape[1] <= len(features):
+            return features @ self.solve(right).to(features.dtype)
+        return (self.solve(features.mT.to(right.dtype)).mT @ right).to(features.dtype)
+
     def leave_one_out_errors(self, dual: Tensor) -> Tensor:
         """y_i minus its prediction by a fit to all rows but i, [n, k], computed from the solution w [n, k] for y.
 
@@ -73,8 +82,8 @@ def best_ridge(
     features, true = held_out
     best = ridges[-1], float("-inf")
     for ridge in ridges:
-        solution = RidgeSystem.of(matrix.clone(), ridge).solve(right)
-        if (found := score(features @ solution.to(features.dtype), true)) > best[1]:
+        predicted = RidgeSystem.of(matrix.clone(), ridge).predictions(features, right)
+        if (found := score(predicted, true)) > best[1]:
             best = ridge, found
     return best
 

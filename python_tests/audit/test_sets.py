@@ -121,6 +121,20 @@ def test_updates_of_another_base_stand_behind_a_leak_and_before_all_else(judged)
     assert of(0, None).sentences == (UNSCORED,)
 
 
+def test_images_that_came_nearer_by_a_route_that_is_not_tested_are_mentioned(judged):
+    result, proxy, clothes, _ = judged
+    blank = torch.full_like(result.estimates.images, 0.5)
+    blank[NOISE : NOISE + 2] = (clothes.batch(slice(0, 2)) + 0.01).clamp(0, 1)
+    searched = replace(result.reconstructions[0], route="gauss_newton", images=blank)
+    result = replace(result, reconstructions=[*result.reconstructions, searched])
+    found, other = (
+        set_report("x", result, proxy, clothes.take(torch.arange(2)), slice(first, first + 2)).judgement
+        for first in (NOISE, 0)
+    )
+    assert found.sentences[1].startswith("Not part of the test: gauss_newton came nearer, to 4")
+    assert not any("came nearer" in sentence for sentence in other.sentences)  # gray images are not near
+
+
 def test_a_class_without_proxies_is_said(judged):
     result, proxy, clothes, _ = judged
     label = int(clothes.labels[0])

@@ -12,6 +12,7 @@ from r2f_ext.audit.verdict import (
     compare,
     conclude,
     judge,
+    with_nearer_routes,
 )
 
 NEAR = torch.zeros(1, dtype=torch.bool)
@@ -112,6 +113,18 @@ def test_the_other_adapters_reconstruction_counts_for_several_victims_only():
 
 def test_the_same_seed_gives_the_same_verdict():
     assert judge(scores(16.0), controls(1), NEAR, 7) == judge(scores(16.0), controls(1), NEAR, 7)
+
+
+def test_a_route_that_is_not_tested_and_came_much_nearer_is_said_after_the_conclusion():
+    verdict = judge(scores(12.0), controls(1), NEAR, 0)
+    found = with_nearer_routes(
+        verdict, scores(12.0), {"amortised": scores(12.0), "gauss_newton": scores(29.8), "matching": scores(14.9)}
+    )
+    said = "Not part of the test: gauss_newton came nearer, to 29.8 dB, where the judged route has 12.0 dB."
+    assert found.sentences == (verdict.sentences[0], said, *verdict.sentences[1:])
+    assert found.leak is False
+    two = with_nearer_routes(verdict, scores(12.0, 14.0), {"matching": scores(12.0, 20.0)})
+    assert "matching came nearer, to 16.0 dB in the mean, where the judged route has 13.0 dB" in two.sentences[1]
 
 
 def exact_image(victim: int, bound: float | None = 78.4, exact: bool = True) -> ExactImage:

@@ -83,6 +83,15 @@ def test_reaches_the_image_that_the_dense_search_reaches(problem, maps, kind):
         torch.testing.assert_close(found.image, dense.image, rtol=0, atol=1e-4)
 
 
+def test_no_point_is_linearised_after_the_time_limit(problem, maps):
+    _, _, image, start, subspace = problem
+    observed = maps["lora"](image[None], LABEL)[0]
+    config = MatrixFreeConfig(krylov=2, minutes=1e-9)
+    found = search_matrix_free(maps["lora"], observed, start, LABEL, ProxyCoordinates(subspace), config)
+    assert found.stopped and found.passes == 0
+    torch.testing.assert_close(found.image, start, rtol=0, atol=0)
+
+
 def test_krylov_holds_the_damped_solution():
     rows = torch.randn(30, 30, dtype=torch.float64)
     matrix, start = rows @ rows.T, torch.randn(30, dtype=torch.float64)

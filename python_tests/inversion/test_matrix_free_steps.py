@@ -68,7 +68,7 @@ def script(*residuals):
 
 def searched(move, start=1.0) -> Search:
     begin, observed = torch.full((1,), start, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    return run_search(lambda points: points, move, observed, begin, 1, passes=10, patience=2)
+    return run_search(lambda points: points, move, observed, begin, 1, MatrixFreeConfig(points=10, stalled=2))
 
 
 def test_the_best_point_is_returned_not_the_last():

@@ -128,6 +128,26 @@ def test_points_with_errors_are_compared_before_they_are_clamped(problem, monkey
                 assert torch.equal(search.image, clamped)
 
 
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 2), (torch.float64, 3)])
+def test_in_float32_no_pass_follows_a_newton_pass_from_a_solved_point(problem, monkeypatch, dtype, passes):
+    """The point reproduces the update; its clamped pixels do so up to 5e-5, which no pass in float32 changes."""
+    task, starts = task_of(problem), problem[3].flatten(1).to(dtype)
+    observed = task.observed.to(dtype)
+    clamped = observed + 5e-5 * (task.layers / observed.shape[1]) ** 0.5
+    task = replace(task, observed=observed, update_of=lambda points, rows: clamped[rows])
+    kinds = []
+
+    def solved(kind, task, rows, points, values, config, axes, courses):
+        kinds.append(kind)
+        return points, observed[rows]
+
+    monkeypatch.setattr(module, "_moved", solved)
+    axes = [Axes.of(problem[-1].basis)] * 2
+    for _, search in search_together(task, starts, GaussNewtonConfig(), axes, 2):
+        assert search.passes == passes and search.residual == pytest.approx(5e-5, rel=1e-2)
+    assert kinds == [Kind.NEWTON] * passes
+
+
 def test_searches_count_their_passes_and_stop_at_their_limits(problem):
     assert [search.passes for search in found(problem, passes=1, steps=1)] == [1, 1]
     stopped = found(problem, minutes=0.0)

@@ -15,7 +15,15 @@ from r2f_ext.audit.controls import Controls, has_class, make_controls, simulated
 from r2f_ext.audit.inputs import pair_up
 from r2f_ext.audit.metrics import Score, psnr_db, ssim
 from r2f_ext.audit.run import AuditResult
-from r2f_ext.audit.verdict import ANOTHER_BASE, JUDGED_ROUTE, UNSCORED, ExactImage, LeakVerdict, judge
+from r2f_ext.audit.verdict import (
+    ANOTHER_BASE,
+    JUDGED_ROUTE,
+    UNSCORED,
+    ExactImage,
+    LeakVerdict,
+    judge,
+    with_nearer_routes,
+)
 from r2f_ext.data import ImageSet
 from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.types import Reconstruction
@@ -155,7 +163,11 @@ def set_report(
         scores |= {name: simulated_psnr(pool, originals, candidates) for name, pool in pools.items()}
     # After matching, the set of the other adapters' reconstructions is the same, so this control tests nothing.
     tested = {control: one for control, one in scores.items() if control != "shuffled_adapter" or not matched}
-    judgement = judge(psnr_db(estimate, originals), tested, far, result.config.seed, foreign)
+    judged = psnr_db(estimate, originals)
+    judgement = judge(judged, tested, far, result.config.seed, foreign)
+    if not bool(foreign.any()):
+        others = {found.route: psnr_db(found.images.cpu(), originals) for found in parts}
+        judgement = with_nearer_routes(judgement, judged, others)
     return replace(
         part,
         originals=originals,

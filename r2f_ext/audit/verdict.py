@@ -27,6 +27,7 @@ CONTROL_WORDS = {
 }
 NO_PROOF = "This is no proof of safety: another proxy, more proxy images or another attack may recover more."
 ANOTHER_BASE = "Not judged: what is estimated at another base's weights says nothing of the private images."
+NEARER_DB = 3.0  # mean PSNR above the judged route's from which on a report mentions a route that is not tested
 UNSCORED = "No private images were given, so nothing is scored; look at the pictures."
 
 
@@ -167,6 +168,23 @@ def _sentences(leak: bool, found: dict[str, Comparison], far: Tensor) -> tuple[s
             f"{left_out} of {len(far)} updates {verb} far from every proxy update: the test leaves them out."
         )
     return tuple(sentences)
+
+
+def with_nearer_routes(verdict: LeakVerdict, judged: Tensor, others: Mapping[str, Tensor]) -> LeakVerdict:
+    """The verdict with a sentence on each route whose images are clearly nearer than the judged ones, after the first.
+
+    The test says nothing of such a route. Without the sentence, "no leak is shown" would stand alone beside its images.
+
+    Args:
+        judged: [n], PSNR of the judged route in dB; others: route -> [n].
+    """
+    sentences = [
+        f"Not part of the test: {route} came nearer, to {float(scores.mean()):.1f} dB"
+        f"{' in the mean' if len(scores) > 1 else ''}, where the judged route has {float(judged.mean()):.1f} dB."
+        for route, scores in others.items()
+        if route != JUDGED_ROUTE and float(scores.mean() - judged.mean()) >= NEARER_DB
+    ]
+    return replace(verdict, sentences=(*verdict.sentences[:1], *sentences, *verdict.sentences[1:]))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Protocol
 
 import torch
@@ -35,6 +35,7 @@ class MatrixFreeConfig:
 
     Attributes:
         points: maximum number of points at which z is linearised.
+        minutes: time after which z is linearised at no further point; None: no limit.
         steps: maximum number of steps per point.
         contraction: largest accepted ratio of the norm of the next correction to that of the present one.
         stalled: consecutive points without a reduction of the residual by a fifth after which the search ends.
@@ -42,6 +43,7 @@ class MatrixFreeConfig:
     """
 
     points: int = 14
+    minutes: float | None = None
     steps: int = 8
     contraction: float = 0.75
     stalled: int = 4
@@ -211,25 +213,24 @@ def run_search(
     observed: Tensor,
     start: Tensor,
     layers: int,
-    passes: int,
-    patience: int,
+    config: MatrixFreeConfig,
 ) -> Search:
     """Take passes from start [p] in [0, 1] to the image whose update is observed [R]; the best point is returned.
 
     Args:
         layers: number of layers, whose updates of norm 1 are concatenated in `observed`.
-        passes: maximum number of passes.
-        patience: passes without an improvement after which the search ends.
     """
-    began = time.perf_counter()
+    began, limit = time.perf_counter(), inf if config.minutes is None else 60 * config.minutes
 
     def misfit(value: Tensor) -> float:
         return float((value - observed).norm()) / layers**0.5
 
     point, value = start[None], update_of(start[None])
     first = residual = lowest = misfit(value)
-    best, least, count, since = point, residual, 0, 0
-    while least > SOLVED and count < passes and since < patience and not (least < PRECISE and since == 2):
+    best, least, count, since, stopped = point, residual, 0, 0, False
+    while least > SOLVED and count < config.points and since < config.stalled and not (least < PRECISE and since == 2):
+        if stopped := time.perf_counter() - began >= limit:
+            break
         point, value = move(point, value)
         residual = misfit(value)
         count += 1
@@ -237,7 +238,7 @@ def run_search(
         if (reached := misfit(update_of(image))) < least:  # solutions outside the box are not the image
             best, least = image, reached
         lowest, since = (residual, 0) if residual < STALLED * lowest else (lowest, since + 1)
-    return Search(best[0], least, first, count, seconds=time.perf_counter() - began)
+    return Search(best[0], least, first, count, stopped, seconds=time.perf_counter() - began)
 
 
 def search_matrix_free(
@@ -260,9 +261,7 @@ def search_matrix_free(
     config = config or MatrixFreeConfig()
     steps = KrylovSteps(updates, observed, label, coordinates, config)
     layers = len(updates.target.layers)
-    return run_search(
-        lambda images: updates(images, label), steps, observed, start, layers, config.points, config.stalled
-    )
+    return run_search(lambda images: updates(images, label), steps, observed, start, layers, config)
 
 
 class KrylovSteps:

@@ -219,7 +219,12 @@ class _Searches:
         course.lowest, course.since = (residual, 0) if improved else (course.lowest, course.since + 1)
         # A descent that ends at the noise is not yet the best fit: directions that the update hardly shows are open.
         settled = course.kind is Kind.NEWTON or not self.task.noise
-        arrived = (settled and course.least <= self.solved) or (course.least < self.precise and course.since == 2)
+        fits, precise = course.least <= self.solved, course.least < self.precise
+        # Along directions that the update hardly shows, the point keeps errors that float32 cannot remove; they show
+        # when its pixels are clamped. `finished` goes on from there in float64.
+        single = self.points.dtype == torch.float32
+        at_limit = single and course.kind is Kind.NEWTON and before <= self.solved
+        arrived = (settled and fits) or (precise and (at_limit or course.since == 2))
         if arrived or course.count >= self.config.passes:
             course.ended = True
         elif course.since < self.config.patience:
