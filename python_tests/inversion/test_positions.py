@@ -196,6 +196,29 @@ def test_a_pass_with_free_positions_never_raises_the_misfit(problem, monkeypatch
         assert torch.equal(reached, start) == kept
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+def test_free_positions_go_on_far_below_the_residual_of_the_wrong_order(problem, monkeypatch, noise):
+    """Each victim to a twentieth of its own residual, or to where Newton's steps take over, or to the noise."""
+    task, image = problem
+    task, starts = replace(task, noise=noise), torch.stack([(image + 1e-3).clamp(0, 1), 1 - image])
+    task = replace(task, observed=task.observed.expand(2, -1), freed=replace(task.freed, task=task.freed.task))
+    rows, limits = torch.arange(2), []
+
+    def seen(slopes_of, points, grams, basis, dampings, enough, evaluations):
+        limits.append(enough)
+        return points
+
+    monkeypatch.setattr(side_by_side, "preconditioned_descent", seen)
+    one_label = replace(task, update_of=lambda images, _: task.update_of(images, torch.zeros(len(images)).long()))
+    values = one_label.update_of(starts, rows)
+    monkeypatch.setattr(side_by_side, "_grams", lambda task, rows, points, *_: torch.eye(3).expand(len(rows), 3, 3))
+    side_by_side._reordered(one_label, rows, starts, values)
+    near, far = one_label.residuals(values, rows)
+    assert 0.05 * far > (2 * task.handed_over / task.layers) ** 0.5 > 0.05 * near
+    expected = [task.layers * ((0.05 * near) ** 2 + noise**2) / 2, task.handed_over]
+    assert len(limits) == 4 and all(each.tolist() == pytest.approx(expected) for each in limits)
+
+
 def test_where_the_patch_embedding_is_adapted_or_a_point_is_two_images_nothing_is_free():
     """The update of a patch embedding depends on the pixels of each patch."""
     base = small_vit()

@@ -147,6 +147,11 @@ def test_a_victim_that_does_not_gain_or_need_to_leaves_the_descent():
     taken.clear()
     preconditioned_descent(slopes_of, torch.zeros_like(wanted), grams, basis, dampings, enough=1e6)
     assert taken == [[0, 1]] * (1 + CHECK_EVERY)
+    taken.clear()
+    own = torch.tensor([0.0, 1e6], dtype=torch.float64)  # one for each victim
+    preconditioned_descent(slopes_of, torch.zeros_like(wanted), grams, basis, dampings, enough=own)
+    assert taken[: 1 + CHECK_EVERY] == [[0, 1]] * (1 + CHECK_EVERY)
+    assert [0] in taken and taken.count([0, 1]) == 1 + CHECK_EVERY and [1] not in taken
 
 
 def expected_at(centres, covariances):

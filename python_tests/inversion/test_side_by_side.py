@@ -11,7 +11,7 @@ from r2f_ext.inversion.exactness import REPRODUCED
 from r2f_ext.inversion.gauss_newton import _task_of
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.side_by_side import FAR, Kind, next_kind, search_together
-from r2f_ext.inversion.task import NEAR, GaussNewtonConfig
+from r2f_ext.inversion.task import NEAR, Freed, GaussNewtonConfig
 from r2f_ext.inversion.update_map import UpdateMap, flat_units
 
 BETWEEN = (NEAR * FAR) ** 0.5
@@ -54,21 +54,23 @@ def test_descent_and_clouds_take_turns_where_passes_stall():
     assert kinds(0.5, torch.nan) == ["descent", "cloud"]
 
 
-def test_descent_that_stalls_is_damped_more_before_a_cloud_takes_its_place():
-    course = module._Course(None, 0.5, None, None)
-    course.kind = Kind.DESCENT
+@pytest.mark.parametrize("frees", [False, True])
+def test_descent_that_stalls_is_damped_more_before_another_kind_takes_its_place(problem, frees):
+    """Unless it stalls where patches can be freed."""
+    task, course = task_of(problem), module._Course(None, 0.5, None, None)
+    task = replace(task, freed=Freed(None, task) if frees else None)
     seen = []
-    for before, residual in ((0.5, 0.3), (0.3, 0.2), (0.2, 0.19), (0.19, 0.18), (0.18, 0.17)):
-        course.residual = residual
-        module._choose(course, before, lambda *given: next_kind(*given, frees=False), NEAR)
-        seen.append((course.kind.value, round(course.damping, 9)))
-    assert seen == [
-        ("descent", 1e-4),
-        ("descent", 1e-5),
-        ("descent", 1e-4),
-        ("descent", 1e-3),
-        ("cloud", 1e-3),
-    ]
+    for scale in (1.0, 0.1):
+        course.kind, course.damping = Kind.DESCENT, module.DAMPING
+        for before, residual in ((0.5, 0.3), (0.3, 0.2), (0.2, 0.19), (0.19, 0.18), (0.18, 0.17)):
+            course.residual = scale * residual
+            module._choose(course, scale * before, lambda *given: next_kind(*given, frees=frees), task)
+            seen.append((course.kind.value, round(course.damping, 9)))
+            if course.kind is not Kind.DESCENT:
+                break
+    far = [("descent", 1e-4), ("descent", 1e-5), ("descent", 1e-4), ("descent", 1e-3), ("cloud", 1e-3)]
+    near = [("descent", 1e-4), ("descent", 1e-5), ("freed", 1e-4)]
+    assert seen == far + (near if frees else far)
 
 
 def test_both_images_are_found_by_descent_and_by_clouds(problem):

@@ -126,7 +126,7 @@ def preconditioned_descent(
     grams: Tensor,
     basis: Tensor,
     dampings: Tensor,
-    enough: float = 0.0,
+    enough: float | Tensor = 0.0,
     evaluations: int = EVALUATIONS,
 ) -> Tensor:
     """The points [V, p] after steps of L-BFGS (Liu and Nocedal 1989) from points [V, p], along basis [p, q].
@@ -137,7 +137,7 @@ def preconditioned_descent(
     Args:
         grams: [V, q, q] float64: J^T J, J = dz along the columns of `basis`.
         dampings: [V] float64, or [1] for all: added to J^T J, relative to its largest eigenvalue.
-        enough: misfit below which a descent ends.
+        enough: misfit below which a descent ends; one for all, or [V].
         evaluations: maximum number of evaluations of the misfit.
     """
     traces = grams.diagonal(dim1=1, dim2=2).sum(1)
@@ -150,7 +150,8 @@ def preconditioned_descent(
     lower = torch.where(usable[:, None, None], lower, identity)
     # Moves u of the image along rows of L^-1 basis^T have J^T J + damping = identity.
     inverses = torch.linalg.solve_triangular(lower, identity, upper=False).to(basis.dtype)
-    found = _minimised(slopes_of, points, _Directions(inverses, basis), enough, evaluations)
+    limits = torch.as_tensor(enough, dtype=torch.float64, device=points.device).expand(len(points))
+    found = _minimised(slopes_of, points, _Directions(inverses, basis), limits, evaluations)
     return torch.where((usable & found.isfinite().all(1))[:, None], found, points)
 
 
@@ -265,17 +266,19 @@ def _evaluated(
     return losses.to(torch.float64, copy=True), directions.along(slopes)
 
 
-def _minimised(slopes_of: SlopesOf, points: Tensor, directions: _Directions, enough: float, evaluations: int) -> Tensor:
+def _minimised(
+    slopes_of: SlopesOf, points: Tensor, directions: _Directions, enough: Tensor, evaluations: int
+) -> Tensor:
     """L-BFGS from images [V, p] along their directions, with step lengths by backtracking; the images [V, p].
 
-    Each evaluation is one trial step of every victim. A victim whose misfit no longer falls much, or is low enough,
-    takes no further steps.
+    Each evaluation is one trial step of every victim. A victim whose misfit no longer falls much, or is below its
+    `enough` [V], takes no further steps.
     """
     found, state = points.clone(), _State.at(slopes_of, points, directions)
     for number in range(1, evaluations + 1):
         state = _tried(slopes_of, state)
         if number % CHECK_EVERY == 0:
-            going = (state.loss > enough) & (state.loss < GAIN * state.mark)
+            going = (state.loss > enough[state.victim]) & (state.loss < GAIN * state.mark)
             if not bool(going.all()):
                 found[state.victim] = state.images()
                 state = state.of(going)

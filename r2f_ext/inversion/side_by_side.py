@@ -37,6 +37,9 @@ OUTSIDE = 0.02  # root mean square distance to [0, 1] up to which a point counts
 CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for each
 # (damping, evaluations) of the descents with free positions, and of those from the images that come of them.
 FREED_STAGES, PLACED_STAGES = ((1e-5, 400), (1e-6, 800)), ((1e-4, 200), (1e-5, 200))
+# Share of the residual at which a pass with free positions begins, to which its descents go on: an order of the patches
+# that is nearly right fits to 1e-3 and less.
+ELSEWHERE = 0.05
 # Victims with free positions at a time on a CPU and on a GPU: each needs several matrices of the size of J^T J, about
 # 0.5 GB on the embedded base.
 FREE_TOGETHER, FREE_ON_GPU = 4, 32
@@ -228,7 +231,7 @@ class _Searches:
         if arrived or course.count >= self.config.passes:
             course.ended = True
         elif course.since < self.config.patience:
-            _choose(course, before, self.choose, self.task.near)
+            _choose(course, before, self.choose, self.task)
         elif self.restarts:
             return True
         else:
@@ -256,13 +259,14 @@ class _Searches:
             course.ended = course.stopped = True
 
 
-def _choose(course: _Course, before: float, choose: Choice, near: float) -> None:
-    """The next pass's kind and damping: a descent that stalls is first damped more, any other descent is damped
-    less."""
+def _choose(course: _Course, before: float, choose: Choice, task: Task) -> None:
+    """The next pass's kind and damping: any descent but one that stalls is damped less. One that stalls is damped more,
+    and taken again, unless it is near or patches can be freed instead."""
     if course.kind is Kind.DESCENT:
         stalled, last = not course.residual <= STALLED * before, course.damping
         course.damping = min(max(last / SOFTER if stalled else last * SOFTER, LEAST_DAMPING), DAMPING)
-        if stalled and course.damping > last and course.residual >= near:
+        frees = task.freed is not None and course.residual <= FAR
+        if stalled and course.damping > last and course.residual >= task.near and not frees:
             return
     course.kind = choose(course.kind, before, course.residual)
 
@@ -345,19 +349,27 @@ def _reordered(task: Task, rows: Tensor, points: Tensor, values: Tensor) -> tupl
     the values [n, R] there."""
     freed, basis = task.freed, task.subspace.basis
     assert freed is not None
+    before = points.new_tensor(task.residuals(values, rows))
+    # Far enough below the residual of the wrong order for the tokens to belong to another one.
+    enough = (task.layers * ((ELSEWHERE * before).double() ** 2 + task.noise**2) / 2).clamp_max(task.handed_over)
     images = points.clamp(0, 1)  # Newton's steps may have left the box far behind
     begun = freed.positions.freed(images)
-    moved = _softened(freed.task, rows, begun, _grams(freed.task, rows, begun, _rough_gram), FREED_STAGES)
+    moved = _softened(freed.task, rows, begun, _grams(freed.task, rows, begun, _rough_gram), FREED_STAGES, enough)
     placed = onto_span(freed.positions.placed(moved), images, basis).clamp(0, 1)
-    reached = _softened(task, rows, placed, _grams(task, rows, placed), PLACED_STAGES)
+    reached = _softened(task, rows, placed, _grams(task, rows, placed), PLACED_STAGES, enough)
     found = task.update_of(reached, rows)
-    before, after = (points.new_tensor(task.residuals(each, rows)) for each in (values, found))
-    lower = (after < before)[:, None]
+    lower = (points.new_tensor(task.residuals(found, rows)) < before)[:, None]
     return torch.where(lower, reached, points), torch.where(lower, found, values)
 
 
-def _softened(task: Task, rows: Tensor, points: Tensor, grams: Tensor, stages: Sequence[tuple[float, int]]) -> Tensor:
-    """The points [n, p] after descents of smaller and smaller damping, all with J^T J [n, q, q] of the first points."""
+def _softened(
+    task: Task, rows: Tensor, points: Tensor, grams: Tensor, stages: Sequence[tuple[float, int]], enough: Tensor
+) -> Tensor:
+    """The points [n, p] after descents of smaller and smaller damping, all with J^T J [n, q, q] of the first points.
+
+    Args:
+        stages: (damping, evaluations) of each; enough: [n], the misfits below which they end.
+    """
     for damping, evaluations in stages:
         points = preconditioned_descent(
             lambda images, places: task.slopes_of(images, rows[places]),
@@ -365,7 +377,7 @@ def _softened(task: Task, rows: Tensor, points: Tensor, grams: Tensor, stages: S
             grams,
             task.subspace.basis,
             grams.new_tensor([damping]),
-            task.handed_over,
+            enough,
             evaluations,
         )
     return points
