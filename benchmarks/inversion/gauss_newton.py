@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--private", default="fashion-mnist")
+    parser.add_argument("--only", type=int, nargs="+", help="the victims to search for, from 0 on (default: all)")
     parser.add_argument("--minutes", type=float, help="limit of a search, see Search.seconds")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -72,7 +73,7 @@ def main() -> None:
     config = GaussNewtonConfig(minutes=options.minutes)
     record = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
     done = {row["victim"] - options.first for row in record["rows"]}
-    missing = [v for v in range(options.victims) if v not in done]
+    missing = [v for v in options.only or range(options.victims) if v not in done]
     if missing:
         with tempfile.TemporaryDirectory() as folder:
             file = options.problem or Path(folder) / "problem.pt"
