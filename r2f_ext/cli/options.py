@@ -221,7 +221,7 @@ def _audit(commands: Commands) -> None:
 
 def _demo(commands: Commands) -> None:
     _command(
-        commands, "demo", "train 24 real victims with PEFT and audit them; about 8 minutes on 2 cores", out="for it"
+        commands, "demo", "train 24 real victims with PEFT and audit them; about 7 minutes on 2 cores", out="for it"
     )
 
 
