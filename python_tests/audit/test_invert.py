@@ -32,6 +32,7 @@ def test_the_settings_reach_the_routes(stages):
     problem = invert(stages.adapter, stages.pairs, config=CONFIG).problem
     assert (problem.refinement, problem.matching) == (CONFIG.refinement, CONFIG.matching)
     assert problem.gauss_newton == CONFIG.search and problem.saved is None
+    assert problem.matrix_free.minutes == CONFIG.search.minutes == 1.0
 
 
 def test_the_images_are_written_only_into_a_folder_that_was_named(stages, tmp_path, monkeypatch):

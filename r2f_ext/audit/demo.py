@@ -142,8 +142,7 @@ def _searched(
         with stages.stage(route.name, route.units(problem)) as advance:
             problem = replace(problem, found={**problem.found, route.name: route.run(problem, advance)})
     searched = replace(result, reconstructions=[problem.found["gauss_newton"]])
-    own = private.take(torch.arange(len(amortised[0].images)))
-    return (set_report("fashion_mnist_searched", searched, proxy, own, first),)
+    return (set_report("fashion_mnist_searched", searched, proxy, _first(private, SEARCHED), first),)
 
 
 def _first(images: ImageSet, most: int | None) -> ImageSet:

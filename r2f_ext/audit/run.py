@@ -271,7 +271,13 @@ def _reasons(not_run: Mapping[str, str], problem: Problem, failed: Mapping[str, 
 
 def with_settings(problem: Problem, config: AuditConfig) -> Problem:
     """The problem with the settings that `config` has for its routes."""
-    return replace(problem, matching=config.matching, refinement=config.refinement, gauss_newton=config.search)
+    return replace(
+        problem,
+        matching=config.matching,
+        refinement=config.refinement,
+        gauss_newton=config.search,
+        matrix_free=replace(problem.matrix_free, minutes=config.search.minutes),  # one limit for every search
+    )
 
 
 def chosen_routes(config: AuditConfig) -> tuple[str, ...]:

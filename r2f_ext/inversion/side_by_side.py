@@ -351,7 +351,7 @@ def _reordered(task: Task, rows: Tensor, points: Tensor, values: Tensor) -> tupl
     assert freed is not None
     before = points.new_tensor(task.residuals(values, rows))
     # Far enough below the residual of the wrong order for the tokens to belong to another one.
-    enough = (task.layers * ((ELSEWHERE * before).double() ** 2 + task.noise**2) / 2).clamp_max(task.handed_over)
+    enough = task.misfit(ELSEWHERE * before.double()).clamp_max(task.handed_over)
     images = points.clamp(0, 1)  # Newton's steps may have left the box far behind
     begun = freed.positions.freed(images)
     moved = _softened(freed.task, rows, begun, _grams(freed.task, rows, begun, _rough_gram), FREED_STAGES, enough)

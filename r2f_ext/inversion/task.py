@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import hypot
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from r2f_ext.inversion.update_map import Subspace
 
 NEAR = 0.007  # relative residual below which the derivative at the point is a good enough model
 HANDED_OVER = 0.1  # share of NEAR at which a descent ends and Newton steps take over
+
+Residual = TypeVar("Residual", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,11 @@ class Task:
     @property
     def handed_over(self) -> float:
         """The misfit at which a descent ends and Newton steps take over."""
-        return self.layers * ((HANDED_OVER * NEAR) ** 2 + self.noise**2) / 2
+        return self.misfit(HANDED_OVER * NEAR)
+
+    def misfit(self, residual: Residual) -> Residual:
+        """The misfit of points whose residuals, beside those that the noise leaves, are these."""
+        return self.layers * (residual**2 + self.noise**2) / 2
 
     @property
     def near(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 
 import torch
@@ -50,8 +49,7 @@ class GaussNewtonMatrixFree(Route):
 
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.target is not None and problem.a is not None and problem.observed is not None
-        observed, shape = problem.observed, problem.base.input_shape
-        config = replace(problem.matrix_free, minutes=problem.gauss_newton.minutes)  # one limit for every search
+        observed, config, shape = problem.observed, problem.matrix_free, problem.base.input_shape
         target = moved_layers(problem.target, observed)
         updates = GradientMap(target, problem.a, shape)
         start, coordinates, remark = _start(problem, self.after)
