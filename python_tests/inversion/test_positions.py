@@ -11,8 +11,8 @@ from vit_cases import small_vit, smooth_images
 
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
+from r2f_ext.inversion import descents
 from r2f_ext.inversion import positions as module
-from r2f_ext.inversion import side_by_side
 from r2f_ext.inversion.gauss_newton import _task_of, free_positions
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.patches import fold_patches, unfold_patches
@@ -186,13 +186,13 @@ def test_a_search_that_begins_with_six_patches_out_of_place_finds_the_image_only
 def test_a_pass_with_free_positions_never_raises_the_misfit(problem, monkeypatch):
     """Where the places found are wrong, the search goes on from where it was."""
     task, image = problem
-    monkeypatch.setattr(side_by_side, "FREED_STAGES", ((1e-5, 1),))
-    monkeypatch.setattr(side_by_side, "PLACED_STAGES", ((1e-4, 1),))
+    monkeypatch.setattr(descents, "FREED_STAGES", ((1e-5, 1),))
+    monkeypatch.setattr(descents, "PLACED_STAGES", ((1e-4, 1),))
     start, places = (image + 0.01).clamp(0, 1), FreePositions.placed
     for placed, kept in ((lambda self, freed: 1 - freed[:, : SHAPE.numel()], True), (places, False)):
         monkeypatch.setattr(FreePositions, "placed", placed)
         rows = torch.tensor([0])
-        (reached,), _ = side_by_side._reordered(task, rows, start[None], task.update_of(start[None], rows))
+        (reached,), _ = descents.freed_descents(task, rows, start[None], task.update_of(start[None], rows))
         assert torch.equal(reached, start) == kept
 
 
@@ -208,11 +208,11 @@ def test_free_positions_go_on_far_below_the_residual_of_the_wrong_order(problem,
         limits.append(enough)
         return points
 
-    monkeypatch.setattr(side_by_side, "preconditioned_descent", seen)
+    monkeypatch.setattr(descents, "preconditioned_descent", seen)
     one_label = replace(task, update_of=lambda images, _: task.update_of(images, torch.zeros(len(images)).long()))
     values = one_label.update_of(starts, rows)
-    monkeypatch.setattr(side_by_side, "_grams", lambda task, rows, points, *_: torch.eye(3).expand(len(rows), 3, 3))
-    side_by_side._reordered(one_label, rows, starts, values)
+    monkeypatch.setattr(descents, "_grams", lambda task, rows, points, *_: torch.eye(3).expand(len(rows), 3, 3))
+    descents.freed_descents(one_label, rows, starts, values)
     near, far = one_label.residuals(values, rows)
     assert 0.05 * far > (2 * task.handed_over / task.layers) ** 0.5 > 0.05 * near
     expected = [task.layers * ((0.05 * near) ** 2 + noise**2) / 2, task.handed_over]

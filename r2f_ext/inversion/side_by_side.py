@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from r2f_ext.inversion.dense_newton import newton_steps, newtons_together
+from r2f_ext.inversion.descents import descents, freed_descents, in_parts
 from r2f_ext.inversion.linearisation import Axes, Cloud, drawn, linearised_steps
 from r2f_ext.inversion.newton import ARRIVED, NEARLY_ARRIVED, PRECISE, SOLVED, STALLED, Search
-from r2f_ext.inversion.preconditioned import Expected, annealed_descent, preconditioned_descent
 from r2f_ext.inversion.task import NEAR, GaussNewtonConfig, Task
-from r2f_ext.inversion.update_map import onto_span
-from r2f_ext.linalg import gram, precise_gram
 
 # Relative residual above which passes are descents and clouds only. Between NEAR and FAR, descent (and a pass with free
 # positions) and clouds alternate whenever one stalls.
@@ -35,14 +33,6 @@ FAR = 0.1
 DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
 OUTSIDE = 0.02  # root mean square distance to [0, 1] up to which a point counts as an image with errors
 CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for each
-# (damping, evaluations) of the descents with free positions, and of those from the images that come of them.
-FREED_STAGES, PLACED_STAGES = ((1e-5, 400), (1e-6, 800)), ((1e-4, 200), (1e-5, 200))
-# Share of the residual at which a pass with free positions begins, to which its descents go on: an order of the patches
-# that is nearly right fits to 1e-3 and less.
-ELSEWHERE = 0.05
-# Victims with free positions at a time on a CPU and on a GPU: each needs several matrices of the size of J^T J, about
-# 0.5 GB on the embedded base.
-FREE_TOGETHER, FREE_ON_GPU = 4, 32
 
 
 class Kind(Enum):
@@ -290,12 +280,13 @@ def _moved(
     """One pass of the victims `rows`, with the axes and course of each: the next points [n, p] and values [n, R]."""
     if kind is Kind.NEWTON:
         few = newtons_together(points.device, task.subspace.basis.shape[1], values.shape[1])
-        return _in_parts(few, partial(newton_steps, task, config=config), rows, points, values)
+        return in_parts(few, partial(newton_steps, task, config=config), rows, points, values)
     if kind is Kind.FREED:
-        few = FREE_ON_GPU if points.is_cuda else FREE_TOGETHER
-        return _in_parts(few, partial(_reordered, task), rows, points, values)
+        return freed_descents(task, rows, points, values)
     if kind is Kind.DESCENT:
-        return _descended(task, rows, points, axes, courses)
+        starts = torch.stack([course.start for course in courses])
+        dampings = points.new_tensor([course.damping for course in courses], dtype=torch.float64)
+        return descents(task, rows, points, starts, dampings, axes)
     points, values, clouds = linearised_steps(
         lambda images, owners: task.update_of(images, rows[owners]),
         task.observed[rows],
@@ -308,91 +299,6 @@ def _moved(
     for course, cloud in zip(courses, clouds, strict=True):
         course.cloud = cloud
     return points, values
-
-
-def _in_parts(
-    few: int,
-    move: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    rows: Tensor,
-    points: Tensor,
-    values: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The points and values that `move` gives for a few victims at a time."""
-    parts = zip(rows.split(few), points.split(few), values.split(few), strict=True)
-    moved = [move(*part) for part in parts]
-    return torch.cat([point for point, _ in moved]), torch.cat([value for _, value in moved])
-
-
-def _descended(
-    task: Task, rows: Tensor, points: Tensor, axes: Sequence[Axes], courses: Sequence[_Course]
-) -> tuple[Tensor, Tensor]:
-    """Descent from points [n, p], pulled towards the searches' starts; pixels may leave [0, 1]."""
-    grams = _grams(task, rows, points)
-    reached = annealed_descent(
-        lambda images, places: task.slopes_of(images, rows[places]),
-        Expected.of_covariances(
-            torch.stack([course.start for course in courses]),
-            axes[0].directions,
-            torch.stack([own.covariance for own in axes]),
-        ),
-        points,
-        grams,
-        task.subspace.basis,
-        points.new_tensor([course.damping for course in courses], dtype=torch.float64),
-        enough=task.handed_over,
-    )
-    return reached, task.update_of(reached, rows)
-
-
-def _reordered(task: Task, rows: Tensor, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [n, p] reached from points [n, p] with free positions, where their misfits are lower, else the points; and
-    the values [n, R] there."""
-    freed, basis = task.freed, task.subspace.basis
-    assert freed is not None
-    before = points.new_tensor(task.residuals(values, rows))
-    # Far enough below the residual of the wrong order for the tokens to belong to another one.
-    enough = task.misfit(ELSEWHERE * before.double()).clamp_max(task.handed_over)
-    images = points.clamp(0, 1)  # Newton's steps may have left the box far behind
-    begun = freed.positions.freed(images)
-    moved = _softened(freed.task, rows, begun, _grams(freed.task, rows, begun, _rough_gram), FREED_STAGES, enough)
-    placed = onto_span(freed.positions.placed(moved), images, basis).clamp(0, 1)
-    reached = _softened(task, rows, placed, _grams(task, rows, placed), PLACED_STAGES, enough)
-    found = task.update_of(reached, rows)
-    lower = (points.new_tensor(task.residuals(found, rows)) < before)[:, None]
-    return torch.where(lower, reached, points), torch.where(lower, found, values)
-
-
-def _softened(
-    task: Task, rows: Tensor, points: Tensor, grams: Tensor, stages: Sequence[tuple[float, int]], enough: Tensor
-) -> Tensor:
-    """The points [n, p] after descents of smaller and smaller damping, all with J^T J [n, q, q] of the first points.
-
-    Args:
-        stages: (damping, evaluations) of each; enough: [n], the misfits below which they end.
-    """
-    for damping, evaluations in stages:
-        points = preconditioned_descent(
-            lambda images, places: task.slopes_of(images, rows[places]),
-            points,
-            grams,
-            task.subspace.basis,
-            grams.new_tensor([damping]),
-            enough,
-            evaluations,
-        )
-    return points
-
-
-def _grams(task: Task, rows: Tensor, points: Tensor, gram_of: Callable[[Tensor], Tensor] = precise_gram) -> Tensor:
-    """J^T J of the victims `rows` at points [n, p]: [n, q, q] float64."""
-    return torch.stack(
-        [gram_of(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
-    )
-
-
-def _rough_gram(rows: Tensor) -> Tensor:
-    """`precise_gram` in the precision of the rows, in half the time: as a preconditioner it is good enough."""
-    return gram(rows).double()
 
 
 def victims_together(device: torch.device, directions: int, numbers: int) -> int:

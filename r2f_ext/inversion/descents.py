@@ -1,0 +1,119 @@
+"""The two passes of a Gauss-Newton search that descend along the misfit (docs/methods.md, 3f): of images, and of images
+whose patches are free to change places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from r2f_ext.inversion.linearisation import Axes
+from r2f_ext.inversion.preconditioned import Expected, annealed_descent, preconditioned_descent
+from r2f_ext.inversion.task import Task
+from r2f_ext.inversion.update_map import onto_span
+from r2f_ext.linalg import gram, precise_gram
+
+# (damping, evaluations) of the descents with free positions, and of those from the images that come of them.
+FREED_STAGES, PLACED_STAGES = ((1e-5, 400), (1e-6, 800)), ((1e-4, 200), (1e-5, 200))
+# Share of the residual at which a pass with free positions begins, to which its descents go on: an order of the patches
+# that is nearly right fits to 1e-3 and less.
+ELSEWHERE = 0.05
+# Victims with free positions at a time on a CPU and on a GPU: each needs several matrices of the size of J^T J, about
+# 0.5 GB on the embedded base.
+FREE_TOGETHER, FREE_ON_GPU = 4, 32
+
+
+def descents(
+    task: Task, rows: Tensor, points: Tensor, starts: Tensor, dampings: Tensor, axes: Sequence[Axes]
+) -> tuple[Tensor, Tensor]:
+    """Descent of the victims `rows` from points [n, p], pulled towards their starts; pixels may leave [0, 1].
+
+    Args:
+        starts: [n, p], of the searches; dampings: [n] float64, see `preconditioned_descent`; axes: of each victim.
+
+    Returns:
+        Points [n, p] and the values [n, R] there.
+    """
+    covariances = torch.stack([own.covariance for own in axes])
+    reached = annealed_descent(
+        lambda images, places: task.slopes_of(images, rows[places]),
+        Expected.of_covariances(starts, axes[0].directions, covariances),
+        points,
+        _grams(task, rows, points),
+        task.subspace.basis,
+        dampings,
+        enough=task.handed_over,
+    )
+    return reached, task.update_of(reached, rows)
+
+
+def freed_descents(task: Task, rows: Tensor, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [n, p] reached from points [n, p] with free positions, where their misfits are lower than those of values
+    [n, R], else the points; and the values [n, R] there. A few victims take such a pass together."""
+    few = FREE_ON_GPU if points.is_cuda else FREE_TOGETHER
+    return in_parts(few, lambda *part: _reordered(task, *part), rows, points, values)
+
+
+def in_parts(
+    few: int,
+    move: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    rows: Tensor,
+    points: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The points and values that `move` gives for a few victims at a time."""
+    parts = zip(rows.split(few), points.split(few), values.split(few), strict=True)
+    moved = [move(*part) for part in parts]
+    return torch.cat([point for point, _ in moved]), torch.cat([value for _, value in moved])
+
+
+def _reordered(task: Task, rows: Tensor, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [n, p] reached from points [n, p] with free positions, where their misfits are lower, else the points; and
+    the values [n, R] there."""
+    freed, basis = task.freed, task.subspace.basis
+    assert freed is not None
+    before = points.new_tensor(task.residuals(values, rows))
+    # Far enough below the residual of the wrong order for the tokens to belong to another one.
+    enough = task.misfit(ELSEWHERE * before.double()).clamp_max(task.handed_over)
+    images = points.clamp(0, 1)  # Newton's steps may have left the box far behind
+    begun = freed.positions.freed(images)
+    moved = _softened(freed.task, rows, begun, _grams(freed.task, rows, begun, _rough_gram), FREED_STAGES, enough)
+    placed = onto_span(freed.positions.placed(moved), images, basis).clamp(0, 1)
+    reached = _softened(task, rows, placed, _grams(task, rows, placed), PLACED_STAGES, enough)
+    found = task.update_of(reached, rows)
+    lower = (points.new_tensor(task.residuals(found, rows)) < before)[:, None]
+    return torch.where(lower, reached, points), torch.where(lower, found, values)
+
+
+def _softened(
+    task: Task, rows: Tensor, points: Tensor, grams: Tensor, stages: Sequence[tuple[float, int]], enough: Tensor
+) -> Tensor:
+    """The points [n, p] after descents of smaller and smaller damping, all with J^T J [n, q, q] of the first points.
+
+    Args:
+        stages: (damping, evaluations) of each; enough: [n], the misfits below which they end.
+    """
+    for damping, evaluations in stages:
+        points = preconditioned_descent(
+            lambda images, places: task.slopes_of(images, rows[places]),
+            points,
+            grams,
+            task.subspace.basis,
+            grams.new_tensor([damping]),
+            enough,
+            evaluations,
+        )
+    return points
+
+
+def _grams(task: Task, rows: Tensor, points: Tensor, gram_of: Callable[[Tensor], Tensor] = precise_gram) -> Tensor:
+    """J^T J of the victims `rows` at points [n, p]: [n, q, q] float64."""
+    return torch.stack(
+        [gram_of(task.jacobian_of(int(victim), point)) for victim, point in zip(rows, points, strict=True)]
+    )
+
+
+def _rough_gram(rows: Tensor) -> Tensor:
+    """`precise_gram` in the precision of the rows, in half the time: as a preconditioner it is good enough."""
+    return gram(rows).double()
