@@ -47,6 +47,9 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
         "procedural",
         "embedded",
     ]
+    again = report["reconstruction"]["fashion_mnist_searched"]
+    assert again["leak"] is None and again["verdict"].startswith("Not judged again") and again["controls"]
+    assert report["verdict"]["leak"] is not None
     assert set(report["proxies"]) == {"embedded", "procedural"}
     assert AuditConfig.from_json(report["config"]) == config
     assert report["decoders"] == report["proxies"]["embedded"]["decoders"]

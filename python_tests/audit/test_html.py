@@ -7,16 +7,19 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from page_cases import EXACT, closed_forms, report, victims
+from page_cases import EXACT, LAYERS, closed_forms, report, victims
 from PIL import Image
 
 from r2f_ext.audit import html as module
 from r2f_ext.audit.html import write_html
+from r2f_ext.audit.schema import NotTried
+from r2f_ext.models import AdapterFacts
 
 EVIL = "<script>alert(1)</script>' onerror=\"x"
 FILES = {"report.html": "this page", "gradients.safetensors": "the decoded gradients"}
@@ -58,9 +61,9 @@ class Reader(HTMLParser):
             self.headings.append((int(self.open[-1][1]), data))
 
 
-def page_of(path, sets, phase0=(), data=None):
+def page_of(path, sets, phase0=(), figures=None):
     """(its text, what is read from it)."""
-    write_html(path, data or report(sets, phase0), [part for part, _ in sets], phase0, FILES)
+    write_html(path, figures or report(sets, phase0), [part for part, _ in sets], phase0, FILES)
     text = path.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
@@ -96,20 +99,32 @@ def test_it_loads_nothing_and_is_in_order(pages, name):
 
 def test_everything_from_outside_is_escaped(tmp_path):
     part, figures = victims(2, name=EVIL)
-    figures |= {"proxy": EVIL, "pairing": EVIL, "notes": [EVIL], "verdict": EVIL, "judged_route": EVIL}
-    for values in figures["routes"].values():
-        values["why"] = EVIL
-        values["exact"] = values["exact"] and [{**EXACT, "words": EVIL}] * 2
-    facts = [{"name": EVIL, "notes": [EVIL], "leaks": [EVIL], "dropout": 0.0, "init": EVIL}] * 2
-    data = report([(part, figures)], adapters=facts)
-    data["verdict"] |= {"sentences": [EVIL, EVIL], "tried": [EVIL], "not_tried": [{"route": EVIL, "why": EVIL}]}
-    data["verdict"]["threat_model"] = {"amortised": EVIL}
-    data["target"] |= {"base": EVIL, "identifiable": {EVIL: True}, "why": {EVIL: EVIL}}
-    decoders = {EVIL: next(iter(data["decoders"].values()))}
-    data |= {"proxies": {EVIL: {**data["proxies"]["procedural"], "decoders": decoders}}, "notes": [EVIL]}
-    data |= {"spectra": {EVIL: next(iter(data["spectra"].values()))}, "command": EVIL, "date": EVIL, "device": EVIL}
-    data["inputs"] = {"adapters": [EVIL], "base": EVIL}
-    text, reader = page_of(tmp_path / "r.html", [(part, figures)], data=data)
+    routes = {
+        route: replace(values, why=EVIL, exact=values.exact and [replace(EXACT, words=EVIL)] * 2)
+        for route, values in figures.routes.items()
+    }
+    figures = replace(figures, routes=routes, proxy=EVIL, pairing=EVIL, notes=[EVIL], verdict=EVIL, judged_route=EVIL)
+    whole = report([(part, figures)], adapters=[AdapterFacts(EVIL, (EVIL,), (EVIL,), init=EVIL)] * 2)
+    proxy = whole.proxies["procedural"]
+    whole = replace(
+        whole,
+        verdict=replace(
+            whole.verdict,
+            sentences=[EVIL, EVIL],
+            tried=[EVIL],
+            not_tried=[NotTried(EVIL, EVIL)],
+            threat_model={"amortised": EVIL},
+        ),
+        target=replace(whole.target, base=EVIL, identifiable={EVIL: True}, why={EVIL: EVIL}),
+        proxies={EVIL: replace(proxy, decoders={EVIL: proxy.decoders[LAYERS[0]]})},
+        spectra={EVIL: whole.spectra[LAYERS[0]]},
+        inputs=replace(whole.inputs, adapters=(EVIL,), base=EVIL),
+        notes=[EVIL],
+        command=EVIL,
+        date=EVIL,
+        device=EVIL,
+    )
+    text, reader = page_of(tmp_path / "r.html", [(part, figures)], figures=whole)
     assert "<script" not in text and not {name for name in reader.attributes if name.startswith("on")}
     assert reader.text.count(EVIL) >= 35
     assert all(EVIL in image["alt"] for image in reader.images)
@@ -131,11 +146,11 @@ def test_the_verdict_comes_first_and_exactness_before_all(pages):
 @pytest.mark.parametrize(("leak", "heading"), [(True, "Leak"), (False, "No leak shown"), (None, "Not judged")], ids=str)
 def test_without_an_exact_image_the_heading_is_the_leak(tmp_path, leak, heading):
     sets = [victims(1, private=leak is not None, exact=False)]
-    data = report(sets)
-    data["verdict"]["leak"] = leak
+    whole = report(sets)
+    verdict = replace(whole.verdict, leak=leak)
     if leak is None:
-        data["verdict"] |= {"beyond_control_db": None, "interval_db": None}
-    _, reader = page_of(tmp_path / "r.html", sets, data=data)
+        verdict = replace(verdict, beyond_control_db=None, interval_db=None)
+    _, reader = page_of(tmp_path / "r.html", sets, figures=replace(whole, verdict=verdict))
     assert reader.headings[1] == (2, heading) and "no proof of safety" in reader.text
     assert "safe" not in reader.text.replace("proof of safety", "").replace("safetensors", "")
 
@@ -189,12 +204,12 @@ def test_layers_are_plotted_with_what_they_are_compared_with(pages):
 
 def test_marks_of_figures_that_are_missing_are_left_out(tmp_path):
     sets = [victims(1)]
-    data = report(sets)
-    for kinds in data["proxies"]["procedural"]["decoders"].values():
+    whole = report(sets)
+    for kinds in whole.proxies["procedural"].decoders.values():
         for figures in kinds.values():
             figures |= {"victim_true": None, "class_mean_cosine": -0.2}
             del figures["floor_cosine"]
-    text, reader = page_of(tmp_path / "r.html", sets, data=data)
+    text, reader = page_of(tmp_path / "r.html", sets, figures=whole)
     assert "on the private images" not in reader.text and "floor" not in reader.text and "-0.200" in reader.text
     assert 'x1="0.00%"' in text and "-20" not in text
 
@@ -221,11 +236,10 @@ def test_how_it_was_made_and_what_was_not_tried(pages):
 
 def test_adapters_of_which_the_same_is_said_share_an_entry(tmp_path):
     def facts(i):
-        leaks = ["Rare."] if i == 1 else []
-        return {"name": f"a{i}", "notes": [], "leaks": leaks, "dropout": 0.1 * (i == 2), "init": "true"}
+        return AdapterFacts(f"a{i}", leaks=("Rare.",) * (i == 1), dropout=0.1 * (i == 2))
 
     sets = [victims(4)]
-    _, reader = page_of(tmp_path / "r.html", sets, data=report(sets, adapters=[facts(i) for i in range(4)]))
+    _, reader = page_of(tmp_path / "r.html", sets, figures=report(sets, adapters=[facts(i) for i in range(4)]))
     folders = [text for level, text in reader.headings if level == 3 and text.startswith("a")]
     assert folders == ["a0, a3", "a1", "a2"] and "lora_dropout 0.1" in reader.text
     first = reader.text[: reader.text.index("Pictures")]
@@ -240,8 +254,7 @@ def test_what_the_folder_gives_away_stands_beside_the_verdict(tmp_path, pages):
         assert who in first and "optimizer.pt lies beside it." in first
         assert reader.text.count("optimizer.pt lies beside it.") == 1
     sets = [victims(1, private=False, exact=False)]
-    plain = [{"name": "a", "notes": [], "leaks": [], "dropout": 0.0, "init": "true"}]
-    _, reader = page_of(tmp_path / "r.html", sets, data=report(sets, adapters=plain))
+    _, reader = page_of(tmp_path / "r.html", sets, figures=report(sets, adapters=[AdapterFacts("a")]))
     assert (
         "also give" not in reader.text and "none" in reader.text and "no route that could show one ran" in reader.text
     )

@@ -3,6 +3,7 @@
 from r2f_ext.audit.controls import Controls
 from r2f_ext.audit.names import CONTROLS, counted, layers_in_words, row_name, span
 from r2f_ext.inversion.routes import registry
+from r2f_ext.types import AdaptedLayer
 
 
 def test_every_control_has_a_name():
@@ -23,7 +24,7 @@ def test_spans_and_counts():
 
 
 def test_layers_in_words_keep_whole_layers_apart():
-    lora, whole = {"rank": 8, "scale": 2.0, "saved": False}, {"rank": 3072, "scale": 1.0, "saved": True}
+    lora, whole = AdaptedLayer("a", 4, 4, 8, 2.0), AdaptedLayer("b", 4, 4, 3072, 1.0, saved=True)
     assert layers_in_words([lora]) == "1 adapted layer, rank 8, scale 2"
     assert layers_in_words([lora, whole]) == "1 adapted layer, rank 8, scale 2, 1 layer saved whole"
     assert layers_in_words([whole, whole]) == "2 layers saved whole"

@@ -18,18 +18,18 @@ def images(count: int, size: int) -> ImageSet:
 
 def test_figures_are_those_of_the_pictures(embedded, private):
     reports, verdicts = phase0(embedded, private)
-    assert [report.route for report in reports] == ["attention_rowspace", "patch_position"]
+    assert [report.figures.route for report in reports] == ["attention_rowspace", "patch_position"]
     for report, floor in zip(reports, (45, 80), strict=True):
-        psnr = psnr_db(report.images, private.batch(slice(None)))
-        assert report.psnr_db_mean == pytest.approx(float(psnr.mean()))
-        assert report.psnr_db_min == pytest.approx(float(psnr.min())) and report.psnr_db_min >= floor
-        assert report.images.dtype == torch.float32 and report.seconds > 0 and report.why.endswith(".")
-        assert "images" not in report.to_json() and verdicts[report.route].identifiable
+        psnr, figures = psnr_db(report.images, private.batch(slice(None))), report.figures
+        assert figures.psnr_db_mean == pytest.approx(float(psnr.mean()))
+        assert figures.psnr_db_min == pytest.approx(float(psnr.min())) and figures.psnr_db_min >= floor
+        assert report.images.dtype == torch.float32 and figures.seconds > 0 and figures.why.endswith(".")
+        assert verdicts[figures.route].identifiable
 
 
 def test_refused_routes_are_left_to_the_verdicts() -> None:
     reports, verdicts = phase0(small_vit(embed_dim=64), images(2, 16))
-    assert [r.route for r in reports] == ["patch_position"]
+    assert [r.figures.route for r in reports] == ["patch_position"]
     assert not verdicts["attention_rowspace"].identifiable
     resnet = timm.create_model("resnet10t", num_classes=10).eval().requires_grad_(False)
     base = BaseModel(resnet, "resnet", (3, 32, 32), (0.5,) * 3, (0.5,) * 3, 10)

@@ -13,6 +13,7 @@ from r2f_ext.audit.metrics import psnr_db, ssim
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.record import Inputs
 from r2f_ext.audit.report import AuditReport
+from r2f_ext.audit.schema import ClosedFormFigures
 from r2f_ext.audit.sets import set_report
 from r2f_ext.audit.write import write_report
 from r2f_ext.capture import Capture
@@ -35,7 +36,7 @@ def part(audited):
 @pytest.fixture(scope="module")
 def report(audited, part, tmp_path_factory):
     """Read back from the file."""
-    phase0 = [Phase0Report("patch_position", 100.0, 90.0, 0.1, "test.", part.originals)]
+    phase0 = [Phase0Report(ClosedFormFigures("patch_position", 100.0, 90.0, 0.1, "test."), part.originals)]
     seconds = {"pairs": 1.0, "total": 2.0}
     folder = tmp_path_factory.mktemp("report")
     write_report(folder, report_of(audited, part, seconds=seconds, inputs=INPUTS, notes=("n",), phase0=phase0))
@@ -107,7 +108,7 @@ def test_figures_of_each_victim_are_cut_to_the_set(audited):
     found = replace(named(audited.result.reconstructions, "matching"), per_victim={"residual": residuals})
     result = replace(audited.result, reconstructions=[named(audited.result.reconstructions, "amortised"), found])
     part = set_report("x", result, audited.proxy, None, slice(1, 3))
-    assert part.to_json()["routes"]["matching"]["per_victim"] == {"residual": [2.0, 3.0]}
+    assert part.figures().routes["matching"].per_victim == {"residual": [2.0, 3.0]}
     assert len(part.reconstructions[1].labels) == 2
     assert part.reconstructions[1].why.endswith("(all 3 adapters together)")
 
@@ -121,11 +122,11 @@ def test_what_one_victim_shows_is_not_said_of_another_set(audited):
         per_victim={"expected_error": torch.tensor([9.0, 1.0, 2.0])},
     )
     result = replace(audited.result, reconstructions=[worst])
-    whole, part = (set_report("x", result, audited.proxy, None, rows).to_json() for rows in (slice(None), slice(1, 3)))
-    assert whole["routes"]["matching"]["details"]["expected_error"] == 9.0
-    figures = part["routes"]["matching"]
-    assert figures["details"] == {"seconds": 1.0} and figures["per_victim"] == {"expected_error": [1.0, 2.0]}
-    assert whole["routes"]["matching"]["why"] == "The worst of all." != figures["why"]
+    whole, part = (set_report("x", result, audited.proxy, None, rows).figures() for rows in (slice(None), slice(1, 3)))
+    assert whole.routes["matching"].details["expected_error"] == 9.0
+    figures = part.routes["matching"]
+    assert figures.details == {"seconds": 1.0} and figures.per_victim == {"expected_error": [1.0, 2.0]}
+    assert whole.routes["matching"].why == "The worst of all." != figures.why
 
 
 def test_more_private_images_than_victims_are_paired_by_the_estimate_whatever_the_order_of_routes(audited):

@@ -117,14 +117,26 @@ def test_the_same_seed_gives_the_same_verdict():
 
 def test_a_route_that_is_not_tested_and_came_much_nearer_is_said_after_the_conclusion():
     verdict = judge(scores(12.0), controls(1), NEAR, 0)
-    found = with_nearer_routes(
-        verdict, scores(12.0), {"amortised": scores(12.0), "gauss_newton": scores(29.8), "matching": scores(14.9)}
-    )
+    others = {"amortised": scores(12.0), "gauss_newton": scores(29.8), "matching": scores(14.9)}
+    found = with_nearer_routes(verdict, scores(12.0), others, {"gauss_newton": torch.tensor([False])})
     said = "Not part of the test: gauss_newton came nearer, to 29.8 dB, where the judged route has 12.0 dB."
     assert found.sentences == (verdict.sentences[0], said, *verdict.sentences[1:])
     assert found.leak is False
-    two = with_nearer_routes(verdict, scores(12.0, 14.0), {"matching": scores(12.0, 20.0)})
+    two = with_nearer_routes(verdict, scores(12.0, 14.0), {"matching": scores(12.0, 20.0)}, {})
     assert "matching came nearer, to 16.0 dB in the mean, where the judged route has 13.0 dB" in two.sentences[1]
+
+
+def test_of_exact_images_it_is_not_said_that_they_came_nearer():
+    verdict, judged = judge(scores(12.0), controls(1), NEAR, 0), scores(12.0, 14.0, 13.0)
+
+    def said(exact, *found):
+        whole = with_nearer_routes(verdict, judged, {"gauss_newton": scores(*found)}, {"gauss_newton": exact})
+        return [sentence for sentence in whole.sentences if "came nearer" in sentence]
+
+    assert said(torch.tensor([True] * 3), 99.0, 99.0, 99.0) == []
+    assert said(torch.tensor([True, False, False]), 99.0, 14.0, 14.0) == []  # the others are no nearer
+    (one,) = said(torch.tensor([True, False, True]), 99.0, 20.0, 99.0)
+    assert "gauss_newton came nearer on what is not exact, to 20.0 dB, where the judged route has 14.0 dB." in one
 
 
 def exact_image(victim: int, bound: float | None = 78.4, exact: bool = True) -> ExactImage:

@@ -3,14 +3,17 @@
 import errno
 import importlib
 import io
+from dataclasses import replace
 
 import pytest
 from cli_cases import commands_with_out, run
 from page_cases import closed_forms, report, victims
 from rich.console import Console
 
+from r2f_ext.audit.schema import TargetFigures
 from r2f_ext.cli import display
 from r2f_ext.progress import Stages
+from r2f_ext.types import AdaptedLayer
 
 
 @pytest.fixture
@@ -27,15 +30,15 @@ def screen(monkeypatch):
     return make
 
 
-def target(**changes):
-    layers = [{"scale": 12.5, "rank": 8, "saved": False}, {"scale": 1.0, "rank": 16, "saved": False}]
-    return {"base": "b", "layers": layers, "tokens": 65, "steps": "one", "identifiable": {}, "why": {}, **changes}
+def target(base="b", scales=(12.5, 1.0)):
+    layers = [AdaptedLayer("l", 4, 4, 8 + 8 * i, scale) for i, scale in enumerate(scales)]
+    return TargetFigures(base, 16, layers, 65, {}, {})
 
 
 def test_markup_in_names_is_text(screen):
     file = screen()
     display.table("title [/b] [red]", ["layer", "x"], [["[bold]name[/wrong]", "1"], ["control: mean", "2"]])
-    display.print_target(target(base="[/x]", layers=[{"scale": 2.0, "rank": 8, "saved": False}]))
+    display.print_target(target(base="[/x]", scales=(2.0,)), "one")
     shown = file.getvalue()
     assert "title [/b] [red]" in shown and "[bold]name[/wrong]" in shown
     assert "base [/x], 1 adapted layer, rank 8, scale 2, 65 tokens" in shown
@@ -43,7 +46,7 @@ def test_markup_in_names_is_text(screen):
 
 def test_ranks_and_scales_that_differ_are_all_said(screen):
     file = screen()
-    display.print_target(target())
+    display.print_target(target(), "one")
     assert "2 adapted layers, ranks 8-16, scales 1-12.5," in file.getvalue()
 
 
@@ -105,9 +108,9 @@ def test_a_failed_stage_leaves_the_terminal_usable(screen):
 
 def test_a_report_begins_with_the_verdict_in_bold(screen):
     file = screen(terminal=True)
-    data = report([victims(3)])
-    data["verdict"]["sentences"][0] = "It leaks [/b]."
-    display.print_report(data)
+    figures = report([victims(3)])
+    figures.verdict.sentences[0] = "It leaks [/b]."
+    display.print_report(figures)
     assert file.getvalue().startswith("\x1b[1mIt leaks [/b].\x1b[0m\n") and "(0.4 to 2.2)" in file.getvalue()
 
 
@@ -149,13 +152,14 @@ def test_an_unscored_report_has_no_table_of_scores_and_says_what_is_exact(screen
 
 def test_figures_that_are_missing_are_left_out(screen):
     file = screen()
-    data = report([victims(2)])
-    for kinds in data["proxies"]["procedural"]["decoders"].values():
+    whole = report([victims(2)])
+    for kinds in whole.proxies["procedural"].decoders.values():
         for figures in kinds.values():
             figures["victim_true"] = None
             del figures["victim_estimate"]
-    data["reconstruction"]["my-adapter"]["control_intervals"]["shuffled_adapter"]["interval_db"] = None
-    display.print_report(data)
+    intervals = whole.reconstruction["my-adapter"].control_intervals
+    intervals["shuffled_adapter"] = replace(intervals["shuffled_adapter"], interval_db=None)
+    display.print_report(whole)
     shown = file.getvalue()
     assert "private images" not in shown.split("Decoders")[1] and "estimate" not in shown and "floor" in shown
     assert "+1.3\n" in shown.replace(" ", "")

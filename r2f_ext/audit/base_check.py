@@ -13,8 +13,7 @@ relation is tested on updates of proxy images at this base.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +107,6 @@ class BaseCheck:
     def confirmed(self) -> Tensor:
         """Bool [V]: victims whose update fits the tested weights."""
         return torch.tensor([one is True for one in self.fits])
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def check_base(problem: Problem) -> BaseCheck:

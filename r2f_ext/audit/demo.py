@@ -14,6 +14,7 @@ from r2f_ext.audit.phase0 import phase0
 from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.run import AuditResult
 from r2f_ext.audit.sets import SetReport, set_report
+from r2f_ext.audit.verdict import LeakVerdict
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
@@ -28,6 +29,10 @@ from r2f_ext.types import BaseModel, LoraUpdate
 
 FASHION_VICTIMS, FACE_VICTIMS = 16, 8
 SEARCHED = 4  # victims whose image is searched for by Gauss-Newton, the first ones
+JUDGED_BEFORE = (
+    f"Not judged again: these are the first {SEARCHED} victims of fashion_mnist, searched for with all public images "
+    "that the package ships."
+)
 # Half the pairs of an audit and a quarter of the fitted pairs: figures are a little lower, and minutes are saved.
 # Most images that the search finds take no more than six passes.
 DEMO = AuditConfig(
@@ -142,7 +147,8 @@ def _searched(
         with stages.stage(route.name, route.units(problem)) as advance:
             problem = replace(problem, found={**problem.found, route.name: route.run(problem, advance)})
     searched = replace(result, reconstructions=[problem.found["gauss_newton"]])
-    return (set_report("fashion_mnist_searched", searched, proxy, _first(private, SEARCHED), first),)
+    part = set_report("fashion_mnist_searched", searched, proxy, _first(private, SEARCHED), first)
+    return (replace(part, judgement=LeakVerdict(None, sentences=(JUDGED_BEFORE,))),)
 
 
 def _first(images: ImageSet, most: int | None) -> ImageSet:

@@ -17,8 +17,10 @@ from torch import Tensor
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.audit.names import row_name
 from r2f_ext.audit.phase0 import Phase0Report
+from r2f_ext.audit.schema import ReportFigures, SetFigures
 from r2f_ext.audit.sets import SetReport
 from r2f_ext.files import write_atomically
+from r2f_ext.inversion.exactness import Exactness
 
 MAX_COLUMNS = 16
 DPI = 110
@@ -54,31 +56,25 @@ class Row:
         return lines if words is None else [*lines, (f"✓ {words}", True)]
 
 
-def rows_of(part: SetReport, figures: dict[str, Any]) -> list[Row]:
-    """Rows of a set from top to bottom: the originals, the routes, the controls.
-
-    Args:
-        figures: the set's entry in report.json.
-    """
+def rows_of(part: SetReport, figures: SetFigures) -> list[Row]:
+    """Rows of a set and its figures, from top to bottom: the originals, the routes, the controls."""
     rows = [] if part.originals is None else [Row("original", part.originals)]
     for found in reversed(part.reconstructions):
-        rows.append(_row(found.route, found.images, part.originals, figures["routes"][found.route].get("exact")))
+        rows.append(_row(found.route, found.images, part.originals, figures.routes[found.route].exact))
     if part.controls is not None:
         rows += [_row(name, images, part.originals) for name, images in part.controls.items().items()]
     return rows
 
 
-def _row(
-    key: str, images: Tensor, originals: Tensor | None, exact: Sequence[dict[str, Any] | None] | None = None
-) -> Row:
+def _row(key: str, images: Tensor, originals: Tensor | None, exact: Sequence[Exactness] | None = None) -> Row:
     psnr = () if originals is None else tuple(psnr_db(images.cpu(), originals).tolist())
-    words = tuple(one["words"] if one is not None and one["exact"] else None for one in exact or ())
+    words = tuple(one.words if one.exact else None for one in exact or ())
     return Row(key, images, psnr, words)
 
 
 def closed_form_rows(phase0: Sequence[Phase0Report]) -> list[Row]:
     """Rows of what exact gradients give away."""
-    return [Row(one.route, one.images) for one in phase0]
+    return [Row(one.figures.route, one.images) for one in phase0]
 
 
 def png_bytes(image: Tensor) -> bytes:
@@ -95,17 +91,17 @@ def has_pictures(sets: Sequence[SetReport], phase0: Sequence[Phase0Report]) -> b
 
 
 def write_reconstructions(
-    path: Path, data: dict[str, Any], sets: Sequence[SetReport], phase0: Sequence[Phase0Report]
+    path: Path, figures: ReportFigures, sets: Sequence[SetReport], phase0: Sequence[Phase0Report]
 ) -> None:
     """One PNG: a block for each set, a column for each victim, a row for each route and control.
 
     Args:
-        data: of report.json.
+        figures: of the same sets.
         phase0: what exact gradients give away, drawn under the first set.
     """
     blocks = []
     for i, part in enumerate(sets):
-        rows = rows_of(part, data["reconstruction"][part.name]) + (closed_form_rows(phase0) if i == 0 else [])
+        rows = rows_of(part, figures.reconstruction[part.name]) + (closed_form_rows(phase0) if i == 0 else [])
         shown = f"; the first {MAX_COLUMNS} of {part.count} victims" if part.count > MAX_COLUMNS else ""
         if rows:
             blocks.append((f"{part.name}  (proxy: {part.proxy}{shown})", rows))

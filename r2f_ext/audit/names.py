@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 from r2f_ext.inversion.routes import registry
+from r2f_ext.types import AdaptedLayer
 
 CONTROLS = {
     "mean_image": "mean image",
@@ -36,11 +36,12 @@ def span(name: str, values: Sequence[float]) -> str:
     return f"{name} {low:g}" if low == high else f"{name}s {low:g}-{high:g}"
 
 
-def layers_in_words(layers: Sequence[dict[str, Any]]) -> str:
-    """The `layers` of report.json's target: `16 adapted layers, ranks 8-16, scale 2, 1 layer saved whole`."""
-    adapted = [layer for layer in layers if not layer["saved"]]
+def layers_in_words(layers: Sequence[AdaptedLayer]) -> str:
+    """`16 adapted layers, ranks 8-16, scale 2, 1 layer saved whole`."""
+    adapted = [layer for layer in layers if not layer.saved]
     words = [counted(len(adapted), "adapted layer")] if adapted else []
-    words += [span(key, [layer[key] for layer in adapted]) for key in ("rank", "scale") if adapted]
+    if adapted:
+        words += [span("rank", [layer.rank for layer in adapted]), span("scale", [layer.scale for layer in adapted])]
     if len(adapted) < len(layers):
         words.append(f"{counted(len(layers) - len(adapted), 'layer')} saved whole")
     return ", ".join(words)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from r2f_ext.audit.metrics import psnr_db
+from r2f_ext.audit.schema import ClosedFormFigures
 from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exact_gradients import exact_gradients
@@ -18,17 +18,10 @@ from r2f_ext.types import BaseModel
 
 @dataclass(frozen=True)
 class Phase0Report:
-    """One closed form on exact gradients: PSNR of n images in dB, seconds, and images [n, c, h, w] on the CPU."""
+    """One closed form on exact gradients, and its images [n, c, h, w] on the CPU."""
 
-    route: str
-    psnr_db_mean: float
-    psnr_db_min: float
-    seconds: float
-    why: str
+    figures: ClosedFormFigures
     images: Tensor
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "images"}
 
 
 def phase0(base: BaseModel, private: ImageSet) -> tuple[list[Phase0Report], dict[str, Verdict]]:
@@ -53,7 +46,6 @@ def phase0(base: BaseModel, private: ImageSet) -> tuple[list[Phase0Report], dict
     for found in run_routes(problem, verdicts, names).found():
         images = found.images.cpu()
         psnr = psnr_db(images, originals)
-        reports.append(
-            Phase0Report(found.route, float(psnr.mean()), float(psnr.min()), found.seconds, found.why, images)
-        )
+        figures = ClosedFormFigures(found.route, float(psnr.mean()), float(psnr.min()), found.seconds, found.why)
+        reports.append(Phase0Report(figures, images))
     return reports, verdicts

@@ -9,7 +9,8 @@ from typing import Any
 
 from r2f_ext.audit.entry import Prepared, audit
 from r2f_ext.audit.record import Inputs
-from r2f_ext.audit.report import SCHEMA, AuditReport
+from r2f_ext.audit.report import AuditReport
+from r2f_ext.audit.schema import SCHEMA
 from r2f_ext.config import AuditConfig
 from r2f_ext.errors import R2FError
 from r2f_ext.progress import Stages

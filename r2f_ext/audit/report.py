@@ -1,13 +1,11 @@
-"""The report of an audit: sets of victims beside their originals and controls, and report.json (schema 2).
-
-Later versions of the schema only add fields.
-"""
+"""The report of an audit: sets of victims beside their originals and controls; see `schema` for what it shows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +14,15 @@ from r2f_ext.audit.accuracy import Figures
 from r2f_ext.audit.phase0 import Phase0Report
 from r2f_ext.audit.record import Inputs, public_name
 from r2f_ext.audit.run import LATER, AuditResult
+from r2f_ext.audit.schema import (
+    SCHEMA,
+    NotTried,
+    PairFigures,
+    ProxyFigures,
+    ReportFigures,
+    TargetFigures,
+    VerdictFigures,
+)
 from r2f_ext.audit.sets import SetReport
 from r2f_ext.audit.spectra import spectra_of
 from r2f_ext.audit.verdict import JUDGED_ROUTE, LeakVerdict, conclude
@@ -27,7 +34,6 @@ from r2f_ext.models import AdapterFacts
 from r2f_ext.ops.schemas import SCHEMAS
 from r2f_ext.types import Target
 
-SCHEMA = 2
 NOT_ASKED = "Not asked for: name it with --routes."
 LOADED_IF_ASKED = (*LATER, "public")  # what a problem lacks without being the reason why a route did not run
 
@@ -108,64 +114,62 @@ class AuditReport:
         exact = [one for part in self.sets for one in part.exact()]
         return conclude({part.name: part.judgement for part in self.sets}, exact)
 
-    def to_json(self) -> dict[str, Any]:
-        """The data of report.json: plain dicts, lists, numbers and strings."""
+    @cached_property
+    def figures(self) -> ReportFigures:
+        """What report.json holds, computed once."""
         first = self.first
         target, adapters = first.problem.target, first.problem.adapters
         assert target is not None and adapters is not None
-        information = environment()
-        device = target.base.device.type
-        return {
-            "schema": SCHEMA,
-            "date": self.date,
-            "command": self.command,
-            "verdict": self._verdict_to_json(),
-            "failed": self.failed,
-            "incomplete": self.incomplete,
-            "versions": information["versions"],
-            "backend": {op: information["backends"][op][device] for op in SCHEMAS},
-            "target": target_to_json(target, first.verdicts),
-            "phase0": [figures.to_json() for figures in self.phase0],
-            "decoders": self._decoders_to_json(next(iter(self.results))),
-            "reconstruction": {part.name: part.to_json() for part in self.sets},
-            "pairs": _pairs_to_json(first),
-            "seconds": self.seconds,
-            "proxies": {
-                name: {
-                    "decoders": self._decoders_to_json(name),
-                    "pairs": _pairs_to_json(result),
-                    "seconds": result.seconds,
-                }
+        information, device = environment(), target.base.device.type
+        return ReportFigures(
+            schema=SCHEMA,
+            date=self.date,
+            command=self.command,
+            verdict=self._verdict_figures(),
+            failed=self.failed,
+            incomplete=self.incomplete,
+            versions=information["versions"],
+            backend={op: information["backends"][op][device] for op in SCHEMAS},
+            target=target_figures(target, first.verdicts),
+            phase0=[one.figures for one in self.phase0],
+            decoders=self._decoders(next(iter(self.results))),
+            reconstruction={part.name: part.figures() for part in self.sets},
+            pairs=_pair_figures(first),
+            seconds=self.seconds,
+            proxies={
+                name: ProxyFigures(self._decoders(name), _pair_figures(result), result.seconds)
                 for name, result in self.results.items()
             },
-            "spectra": {layer: asdict(one) for layer, one in spectra_of(target.without_saved(), adapters).items()},
-            "config": asdict(first.config),
-            "inputs": None if self.inputs is None else asdict(self.inputs),
-            "base_check": first.base_check.to_json(),
-            "notes": list(self.notes),
-            "adapters": [asdict(one) for one in self.facts],
-            "device": device if information["cuda_device"] is None else information["cuda_device"],
-            "lpips": "unavailable: its backbone's weights are not shipped",
-        }
+            spectra=spectra_of(target.without_saved(), adapters),
+            config=first.config,
+            inputs=self.inputs,
+            base_check=first.base_check,
+            notes=list(self.notes),
+            adapters=list(self.facts),
+            device=device if information["cuda_device"] is None else information["cuda_device"],
+        )
 
-    def _verdict_to_json(self) -> dict[str, Any]:
-        found = self.verdict()
-        tried, not_tried, routes = self.tried, self.not_tried, registry()
-        return {
-            "leak": found.leak,
-            "beyond_control_db": found.beyond_control_db,
-            "interval_db": found.interval_db,
-            "confidence": found.confidence,
-            "p_value": found.p_value,
-            "judged_route": JUDGED_ROUTE,
-            "exact": [asdict(one) for part in self.sets for one in part.exact()],
-            "threat_model": {route: routes[route].threat_model for route in (*tried, *not_tried)},
-            "tried": tried,
-            "not_tried": [{"route": route, "why": why} for route, why in not_tried.items()],
-            "sentences": list(found.sentences),
-        }
+    def to_json(self) -> dict[str, Any]:
+        """The data of report.json: plain dicts, lists, numbers and strings."""
+        return self.figures.to_json()
 
-    def _decoders_to_json(self, proxy: str) -> Figures:
+    def _verdict_figures(self) -> VerdictFigures:
+        found, tried, not_tried, routes = self.verdict(), self.tried, self.not_tried, registry()
+        return VerdictFigures(
+            leak=found.leak,
+            beyond_control_db=found.beyond_control_db,
+            interval_db=found.interval_db,
+            confidence=found.confidence,
+            p_value=found.p_value,
+            judged_route=JUDGED_ROUTE,
+            exact=[one for part in self.sets for one in part.exact()],
+            threat_model={route: routes[route].threat_model for route in (*tried, *not_tried)},
+            tried=tried,
+            not_tried=[NotTried(route, why) for route, why in not_tried.items()],
+            sentences=list(found.sentences),
+        )
+
+    def _decoders(self, proxy: str) -> Figures:
         """The decoders' figures with one proxy, and the victims' true cosine over all its sets."""
         parts = [part.true_cosines for part in self.sets if part.proxy == proxy and part.true_cosines]
         figures: Figures = {}
@@ -177,17 +181,17 @@ class AuditReport:
         return figures
 
 
-def target_to_json(target: Target, verdicts: dict[str, Verdict]) -> dict[str, Any]:
+def target_figures(target: Target, verdicts: dict[str, Verdict]) -> TargetFigures:
     """Base, rank, layers and tokens of the adapter, and the verdict of every route."""
-    return {
-        "base": public_name(target.base.spec),
-        "rank": max((layer.rank for layer in target.layers if not layer.saved), default=0),
-        "layers": [asdict(layer) for layer in target.layers],
-        "tokens": tokens_of(target.base),
-        "identifiable": {route: verdict.identifiable for route, verdict in verdicts.items()},
-        "why": {route: verdict.why for route, verdict in verdicts.items()},
-    }
+    return TargetFigures(
+        base=public_name(target.base.spec),
+        rank=max((layer.rank for layer in target.layers if not layer.saved), default=0),
+        layers=list(target.layers),
+        tokens=tokens_of(target.base),
+        identifiable={route: verdict.identifiable for route, verdict in verdicts.items()},
+        why={route: verdict.why for route, verdict in verdicts.items()},
+    )
 
 
-def _pairs_to_json(result: AuditResult) -> dict[str, Any]:
-    return {"count": result.pair_count, "per_second": result.pairs_per_second}
+def _pair_figures(result: AuditResult) -> PairFigures:
+    return PairFigures(result.pair_count, result.pairs_per_second)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from r2f_ext.audit.controls import Controls, has_class, make_controls, simulated
 from r2f_ext.audit.inputs import pair_up
 from r2f_ext.audit.metrics import Score, psnr_db, ssim
 from r2f_ext.audit.run import AuditResult
+from r2f_ext.audit.schema import RouteFigures, SetFigures
 from r2f_ext.audit.verdict import (
     ANOTHER_BASE,
     JUDGED_ROUTE,
@@ -25,7 +25,7 @@ from r2f_ext.audit.verdict import (
     with_nearer_routes,
 )
 from r2f_ext.data import ImageSet
-from r2f_ext.inversion.exactness import exactness_of
+from r2f_ext.inversion.exactness import Exactness, exactness_of
 from r2f_ext.types import Reconstruction
 
 
@@ -74,59 +74,47 @@ class SetReport:
     def exact(self) -> list[ExactImage]:
         """What the routes say about exactness, victim by victim; routes that cannot be exact are left out."""
         return [
-            ExactImage(self.name, victim, found.route, **one)
+            ExactImage(self.name, victim, found.route, **asdict(one))
             for found in self.reconstructions
             for victim, one in enumerate(_exactness(found) or ())
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "n": self.count,
-            "proxy": self.proxy,
-            "routes": {found.route: self._route_to_json(found) for found in self.reconstructions},
-            "controls": self.control_psnr(),
-            "control_intervals": {
-                name: {
-                    "difference_db": one.difference_db,
-                    "interval_db": one.interval_db,
-                    "p_value": one.p_value,
-                    "simulated": one.simulated,
-                }
-                for name, one in self.judgement.comparisons.items()
-            },
-            "judged_route": JUDGED_ROUTE,
-            "leak": self.judgement.leak,
-            "verdict": self.verdict(),
-            "sentences": list(self.judgement.sentences),
-            "pairing": self.pairing,
-            "far_from_proxy": None if self.far is None else self.far.tolist(),
-            "notes": list(self.notes),
-        }
+    def figures(self) -> SetFigures:
+        """What report.json holds of this set."""
+        return SetFigures(
+            n=self.count,
+            proxy=self.proxy,
+            routes={found.route: self._figures_of(found) for found in self.reconstructions},
+            controls=self.control_psnr(),
+            control_intervals=self.judgement.comparisons,
+            judged_route=JUDGED_ROUTE,
+            leak=self.judgement.leak,
+            verdict=self.verdict(),
+            sentences=list(self.judgement.sentences),
+            pairing=self.pairing,
+            far_from_proxy=None if self.far is None else self.far.tolist(),
+            notes=list(self.notes),
+        )
 
-    def _route_to_json(self, found: Reconstruction) -> dict[str, Any]:
-        figures: dict[str, Any] = dict.fromkeys(("psnr_db_mean", "psnr_db_std", "ssim_mean", "psnr_db", "ssim"))
+    def _figures_of(self, found: Reconstruction) -> RouteFigures:
         right = None
-        if self.originals is not None:
-            images = found.images.cpu()
-            psnr, similarity = psnr_db(images, self.originals), ssim(images, self.originals)
-            figures = {**asdict(Score.of(psnr, similarity)), "psnr_db": psnr.tolist(), "ssim": similarity.tolist()}
         if self.labels is not None and found.labels is not None:
             right = float((found.labels.cpu() == self.labels).float().mean())
-        return {
-            **figures,
-            "label_accuracy": right,
-            "exact": _exactness(found),
-            "why": found.why,
-            "details": found.details,
-            "per_victim": {name: values.tolist() for name, values in found.per_victim.items()},
-        }
+        per_victim = {name: values.tolist() for name, values in found.per_victim.items()}
+        figures = RouteFigures(found.why, found.details, per_victim, _exactness(found), right)
+        if self.originals is None:
+            return figures
+        images = found.images.cpu()
+        psnr, similarity = psnr_db(images, self.originals), ssim(images, self.originals)
+        score = asdict(Score.of(psnr, similarity))
+        return replace(figures, **score, psnr_db=psnr.tolist(), ssim=similarity.tolist())
 
 
-def _exactness(found: Reconstruction) -> list[dict[str, Any]] | None:
-    """For each victim {exact, bound_db, free_directions, words}; None where the route cannot tell."""
+def _exactness(found: Reconstruction) -> list[Exactness] | None:
+    """Of each victim; None where the route cannot tell."""
     if "exact" not in found.per_victim:
         return None
-    return [asdict(exactness_of(found, victim)) for victim in range(len(found.images))]
+    return [exactness_of(found, victim) for victim in range(len(found.images))]
 
 
 def set_report(
@@ -167,7 +155,8 @@ def set_report(
     judgement = judge(judged, tested, far, result.config.seed, foreign)
     if not bool(foreign.any()):
         others = {found.route: psnr_db(found.images.cpu(), originals) for found in parts}
-        judgement = with_nearer_routes(judgement, judged, others)
+        exact = {found.route: found.per_victim["exact"] == 1 for found in parts if "exact" in found.per_victim}
+        judgement = with_nearer_routes(judgement, judged, others, exact)
     return replace(
         part,
         originals=originals,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from r2f_ext.audit.metrics import CONFIDENCE, mean_interval
@@ -170,20 +171,31 @@ def _sentences(leak: bool, found: dict[str, Comparison], far: Tensor) -> tuple[s
     return tuple(sentences)
 
 
-def with_nearer_routes(verdict: LeakVerdict, judged: Tensor, others: Mapping[str, Tensor]) -> LeakVerdict:
+def with_nearer_routes(
+    verdict: LeakVerdict, judged: Tensor, others: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+) -> LeakVerdict:
     """The verdict with a sentence on each route whose images are clearly nearer than the judged ones, after the first.
 
     The test says nothing of such a route. Without the sentence, "no leak is shown" would stand alone beside its images.
+    Of images that are called exact the report says more than that.
 
     Args:
         judged: [n], PSNR of the judged route in dB; others: route -> [n].
+        exact: route -> bool [n], which of its images are called exact; routes that cannot tell are left out.
     """
-    sentences = [
-        f"Not part of the test: {route} came nearer, to {float(scores.mean()):.1f} dB"
-        f"{' in the mean' if len(scores) > 1 else ''}, where the judged route has {float(judged.mean()):.1f} dB."
-        for route, scores in others.items()
-        if route != JUDGED_ROUTE and float(scores.mean() - judged.mean()) >= NEARER_DB
-    ]
+    sentences = []
+    for route, scores in others.items():
+        left = ~exact.get(route, torch.zeros(len(scores), dtype=torch.bool))
+        if route == JUDGED_ROUTE or not bool(left.any()):
+            continue
+        own, test = float(scores[left].mean()), float(judged[left].mean())
+        if own - test >= NEARER_DB:
+            mean = " in the mean" if int(left.sum()) > 1 else ""
+            which = "" if bool(left.all()) else " on what is not exact"
+            sentences.append(
+                f"Not part of the test: {route} came nearer{which}, to {own:.1f} dB{mean}, where the judged route has "
+                f"{test:.1f} dB."
+            )
     return replace(verdict, sentences=(*verdict.sentences[:1], *sentences, *verdict.sentences[1:]))
 
 

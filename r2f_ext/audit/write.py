@@ -85,16 +85,16 @@ def write_report(folder: Path, report: AuditReport) -> None:
     Raises:
         R2FError: a file cannot be written.
     """
-    data = report.to_json()
+    figures = report.figures
     for proxy, result in report.results.items():
         victims = ", ".join(part.name for part in report.sets if part.proxy == proxy)
         about = {"unit": "the victims' learning rate", "victims": victims}
         if result.scored.decoded is not None:
             write_tensors(folder / _gradients(report, proxy), result.scored.decoded.dense, about)
     if has_pictures(report.sets, report.phase0):
-        write_reconstructions(folder / PICTURES, data, report.sets, report.phase0)
-    write_html(folder / PAGE, data, report.sets, report.phase0, report_files(report))
-    write_text(folder / DATA, json.dumps(data, indent=1))
+        write_reconstructions(folder / PICTURES, figures, report.sets, report.phase0)
+    write_html(folder / PAGE, figures, report.sets, report.phase0, report_files(report))
+    write_text(folder / DATA, json.dumps(figures.to_json(), indent=1))
 
 
 def _gradients(report: AuditReport, proxy: str) -> str:

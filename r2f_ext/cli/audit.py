@@ -11,7 +11,7 @@ from rich.markup import escape
 from r2f_ext.audit.demo import DEMO, demo
 from r2f_ext.audit.entry import Prepared, audit
 from r2f_ext.audit.replay import largest_change_db, read_report, replay
-from r2f_ext.audit.report import AuditReport, target_to_json
+from r2f_ext.audit.report import AuditReport, target_figures
 from r2f_ext.audit.write import report_files
 from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import console, drawn_stages, print_report, print_target
@@ -73,18 +73,17 @@ def _replay(options: Options) -> dict[str, Any]:
 
 def _print_prepared(ready: Prepared) -> None:
     steps = " ".join(ready.evidence.sentences)
-    print_target({**target_to_json(ready.target, ready.verdicts), "steps": steps})
+    print_target(target_figures(ready.target, ready.verdicts), steps)
 
 
 def _print_finished(report: AuditReport, out: str | None) -> dict[str, Any]:
-    data = report.to_json()
     console.print()
-    print_report(data)
-    seconds = f"{data['seconds']['total']:.0f} s"
+    print_report(report.figures)
+    seconds = f"{report.seconds['total']:.0f} s"
     if out is None:
         console.print(seconds)
-        return data
+        return report.to_json()
     console.print(f"{seconds}; see:")
     for name in report_files(report):
         console.print(f"  {escape(str(Path(out) / name))}")
-    return data
+    return report.to_json()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from r2f_ext.audit.names import counted, layers_in_words, row_name
+from r2f_ext.audit.schema import (
+    ClosedFormFigures,
+    ProxyFigures,
+    ReportFigures,
+    RouteFigures,
+    SetFigures,
+    TargetFigures,
+)
+from r2f_ext.inversion.exactness import Exactness
 from r2f_ext.progress import Advance, Stages
 
 PIPE_WIDTH = 10_000  # wider than any row, so that a program that reads the pipe gets each row on one line
@@ -109,11 +118,11 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
     console.print()
 
 
-def print_target(target: dict[str, Any]) -> None:
-    """Print base, layers and rank of an adapter, and for every route its count of equations and unknowns."""
-    words = layers_in_words(target["layers"])
-    console.print(f"base {escape(target['base'])}, {words}, {target['tokens']} tokens; {target['steps']}")
-    print_verdicts([(route, ok, target["why"][route]) for route, ok in target["identifiable"].items()])
+def print_target(target: TargetFigures, steps: str) -> None:
+    """Print base, layers and rank of an adapter, what is known of its training, and for every route its count of
+    equations and unknowns."""
+    console.print(f"base {escape(target.base)}, {layers_in_words(target.layers)}, {target.tokens} tokens; {steps}")
+    print_verdicts([(route, ok, target.why[route]) for route, ok in target.identifiable.items()])
 
 
 def print_verdicts(verdicts: list[tuple[str, bool, str]]) -> None:
@@ -122,20 +131,20 @@ def print_verdicts(verdicts: list[tuple[str, bool, str]]) -> None:
     table("Equations against unknowns, route by route", ["route", "enough?", "why"], rows)
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """The verdict and the figures of an audit, from the data of report.json."""
-    _print_verdict(report["verdict"]["sentences"])
-    for facts in report["adapters"]:
-        print_notes([f"{facts['name']}: {sentence}" for sentence in (*facts["leaks"], *facts["notes"])])
-    print_notes(report["notes"])
-    for name, figures in report["reconstruction"].items():
-        _print_set(name, figures, alone=len(report["reconstruction"]) == 1)
-    if report["phase0"]:
-        print_phase0("Phase 0: the exact gradient, inverted in closed form", report["phase0"])
-    for proxy, part in report["proxies"].items():
+def print_report(report: ReportFigures) -> None:
+    """The verdict and the figures of an audit."""
+    _print_verdict(report.verdict.sentences)
+    for facts in report.adapters:
+        print_notes([f"{facts.name}: {sentence}" for sentence in (*facts.leaks, *facts.notes)])
+    print_notes(report.notes)
+    for name, figures in report.reconstruction.items():
+        _print_set(name, figures, alone=len(report.reconstruction) == 1)
+    if report.phase0:
+        print_phase0("Phase 0: the exact gradient, inverted in closed form", report.phase0)
+    for proxy, part in report.proxies.items():
         _print_decoders(proxy, part)
-    for one in report["verdict"]["not_tried"]:
-        console.print(Text(f"not tried: {one['route']}: {one['why']}"))
+    for one in report.verdict.not_tried:
+        console.print(Text(f"not tried: {one.route}: {one.why}"))
 
 
 def _print_verdict(sentences: list[str]) -> None:
@@ -145,51 +154,50 @@ def _print_verdict(sentences: list[str]) -> None:
     console.print()
 
 
-def _print_set(name: str, figures: dict[str, Any], alone: bool) -> None:
+def _print_set(name: str, figures: SetFigures, alone: bool) -> None:
     """Print a table of scores if the set is scored, and for any set each route's result and the notes."""
     if not alone:
-        console.print(Text(f"{name}: {figures['verdict']}", style="bold"))
-    title = f"{name}: {counted(figures['n'], 'adapter')}, proxy {figures['proxy']}"
-    if figures["controls"] or any(values["psnr_db_mean"] is not None for values in figures["routes"].values()):
+        console.print(Text(f"{name}: {figures.verdict}", style="bold"))
+    title = f"{name}: {counted(figures.n, 'adapter')}, proxy {figures.proxy}"
+    if figures.controls or any(values.psnr_db_mean is not None for values in figures.routes.values()):
         _print_scores(title, figures)
-    elif not figures["routes"]:
+    elif not figures.routes:
         console.print(Text(f"{title}; no route ran", style="bold"))
     else:
         console.print(Text(f"{title}; without private images there is no PSNR", style="bold"))
-    for route, values in figures["routes"].items():
-        exact = [one for one in values["exact"] or () if one is not None]
-        found = f"{row_name(route)}: {_exact_words(exact, figures['n'])}" if exact else row_name(route)
-        console.print(Text(f"{found}. {values['why']}" if exact else f"{found}: {values['why']}"))
-    if figures["pairing"]:
-        console.print(Text(figures["pairing"]))
-    print_notes(figures["notes"])
+    for route, values in figures.routes.items():
+        exact = f": {_exact_words(values.exact, figures.n)}." if values.exact else ":"
+        console.print(Text(f"{row_name(route)}{exact} {values.why}"))
+    if figures.pairing:
+        console.print(Text(figures.pairing))
+    print_notes(figures.notes)
     console.print()
 
 
-def _exact_words(exact: list[dict[str, Any]], count: int) -> str:
+def _exact_words(exact: Sequence[Exactness], count: int) -> str:
     if count == 1:
-        return str(exact[0]["words"])
-    certain = [f"victim {i + 1} {one['words']}" for i, one in enumerate(exact) if one["exact"]]
+        return exact[0].words
+    certain = [f"victim {i + 1} {one.words}" for i, one in enumerate(exact) if one.exact]
     return f"{len(certain)} of {count} exact{': ' * bool(certain)}{', '.join(certain)}"
 
 
-def _print_scores(title: str, figures: dict[str, Any]) -> None:
-    rows = [_route_row(route, values) for route, values in figures["routes"].items()]
+def _print_scores(title: str, figures: SetFigures) -> None:
+    rows = [_route_row(route, values) for route, values in figures.routes.items()]
     rows += [
-        [row_name(control), "" if value is None else f"{value:.2f}", "", "", "", _difference(figures, control)]
-        for control, value in figures["controls"].items()
+        [row_name(control), f"{value:.2f}", "", "", "", _difference(figures, control)]
+        for control, value in figures.controls.items()
     ]
     head = ["", "PSNR dB", "std", "SSIM", "labels right", "judged route above it (interval)"]
     table(title, head, rows)
 
 
-def _difference(figures: dict[str, Any], control: str) -> str:
+def _difference(figures: SetFigures, control: str) -> str:
     """By how much the judged route is better than a control."""
-    found = figures["control_intervals"].get(control)
+    found = figures.control_intervals.get(control)
     if found is None:
         return ""
-    interval = found["interval_db"]
-    return f"{found['difference_db']:+.1f}" + (f" ({interval[0]:+.1f} to {interval[1]:+.1f})" if interval else "")
+    interval = found.interval_db
+    return f"{found.difference_db:+.1f}" + (f" ({interval[0]:+.1f} to {interval[1]:+.1f})" if interval else "")
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -197,43 +205,46 @@ def print_notes(notes: Iterable[str]) -> None:
         console.print(Text(note, style="yellow"))
 
 
-def _route_row(route: str, values: dict[str, Any]) -> list[str]:
-    accuracy = values["label_accuracy"]
+def _route_row(route: str, values: RouteFigures) -> list[str]:
+    accuracy = values.label_accuracy
     return [
         row_name(route),
-        f"{values['psnr_db_mean']:.2f}",
-        f"{values['psnr_db_std']:.2f}",
-        f"{values['ssim_mean']:.3f}",
+        f"{values.psnr_db_mean:.2f}",
+        f"{values.psnr_db_std:.2f}",
+        f"{values.ssim_mean:.3f}",
         "" if accuracy is None else f"{accuracy:.0%}",
         "",
     ]
 
 
-def print_phase0(title: str, figures: list[dict[str, Any]]) -> None:
+def print_phase0(title: str, figures: Sequence[ClosedFormFigures]) -> None:
     """The closed forms' figures on exact gradients."""
-    rows = [[f["route"], f"{f['psnr_db_mean']:.1f}", f"{f['psnr_db_min']:.1f}", f"{f['seconds']:.2f}"] for f in figures]
+    rows = [[one.route, f"{one.psnr_db_mean:.1f}", f"{one.psnr_db_min:.1f}", f"{one.seconds:.2f}"] for one in figures]
     table(title, ["route", "PSNR dB", "worst", "seconds"], rows)
 
 
-def _print_decoders(proxy: str, part: dict[str, Any]) -> None:
-    by_kind: dict[str, list[dict[str, float]]] = {}
-    for kinds in part["decoders"].values():
+def _print_decoders(proxy: str, part: ProxyFigures) -> None:
+    by_kind: dict[str, list[dict[str, float | None]]] = {}
+    for kinds in part.decoders.values():
         for kind, figures in kinds.items():
             by_kind.setdefault(kind, []).append(figures)
     rows = []
     every = [figures for layers in by_kind.values() for figures in layers]
-    more = [(key, name) for key, name in BESIDE.items() if any(one.get(key) is not None for one in every)]
+    more = [(key, name) for key, name in BESIDE.items() if _known(every, key)]
     for kind, layers in by_kind.items():
-        means = [figures["cosine_mean"] for figures in layers]
-        worst_p05 = min(figures["cosine_p05"] for figures in layers)
-        rows.append([kind, _mean(means), f"{min(means):.3f}", f"{worst_p05:.3f}"])
-        rows[-1] += [_mean([figures[key] for figures in layers if figures.get(key) is not None]) for key, _ in more]
+        means = _known(layers, "cosine_mean")
+        rows.append([kind, _mean(means), f"{min(means):.3f}", f"{min(_known(layers, 'cosine_p05')):.3f}"])
+        rows[-1] += [_mean(_known(layers, key)) for key, _ in more]
     if not rows:
         return
-    pairs = part["pairs"]
-    speed = f"{counted(pairs['count'], 'pair')}, {pairs['per_second']:,.0f} a second"
+    speed = f"{counted(part.pairs.count, 'pair')}, {part.pairs.per_second:,.0f} a second"
     title = f"Decoders, proxy {proxy} ({speed}): cosine on held-out pairs of the proxy"
     table(title, ["kind", "mean", "worst layer", "worst 5%", *(name for _, name in more)], rows)
+
+
+def _known(layers: Sequence[dict[str, float | None]], key: str) -> list[float]:
+    """A figure of the layers that have it."""
+    return [value for figures in layers if (value := figures.get(key)) is not None]
 
 
 def _mean(values: list[float]) -> str:

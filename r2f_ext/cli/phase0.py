@@ -28,16 +28,17 @@ def run_phase0(options: argparse.Namespace) -> dict[str, Any]:
     ceiling, verdicts = phase0(base, images)
     print_verdicts([(v.route, v.identifiable, v.why) for v in verdicts.values()])
     write_images(
-        folder / "phase0.png", [("original", images.batch(slice(None))), *((one.route, one.images) for one in ceiling)]
+        folder / "phase0.png",
+        [("original", images.batch(slice(None))), *((one.figures.route, one.images) for one in ceiling)],
     )
-    figures = [one.to_json() for one in ceiling]
+    figures = [one.figures for one in ceiling]
     if figures:
         print_phase0(f"{len(images)} exact gradients, inverted in closed form", figures)
     else:
         console.print("No closed form applies to this base: see the reasons above; the picture shows the originals.")
     console.print(f"pictures: {escape(str(folder / 'phase0.png'))}")
     return {
-        "phase0": figures,
+        "phase0": [asdict(one) for one in figures],
         "identifiable": {v.route: v.identifiable for v in verdicts.values()},
         "notes": list(base.notes),
     }
