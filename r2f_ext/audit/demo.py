@@ -19,9 +19,9 @@ from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.inversion.gauss_newton import ROUTE
 from r2f_ext.inversion.route import Public, adapter_problem
-from r2f_ext.inversion.routes.amortised_by_label import AmortisedByLabel
-from r2f_ext.inversion.routes.gauss_newton import GaussNewton
+from r2f_ext.inversion.routes import run_routes
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.models import load_base
 from r2f_ext.progress import Stages
@@ -143,10 +143,8 @@ def _searched(
         found={"amortised": amortised[0]},
         gauss_newton=result.config.search,
     )
-    for route in (AmortisedByLabel(), GaussNewton()):
-        with stages.stage(route.name, route.units(problem)) as advance:
-            problem = replace(problem, found={**problem.found, route.name: route.run(problem, advance)})
-    searched = replace(result, reconstructions=[problem.found["gauss_newton"]])
+    outcome = run_routes(problem, result.verdicts, (ROUTE,), stages)
+    searched = replace(result, reconstructions=[one for one in outcome.found() if one.route == ROUTE])
     part = set_report("fashion_mnist_searched", searched, proxy, _first(private, SEARCHED), first)
     return (replace(part, judgement=LeakVerdict(None, sentences=(JUDGED_BEFORE,))),)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,15 @@ class Start:
     estimate: Reconstruction
     subspace: Subspace
     remark: str = ""
+
+
+def lacks_images(problem: Problem, later: Collection[str] = ()) -> str | None:
+    """The field of the problem that is to be filled in before a search has images to move among; None: it has some.
+
+    Args:
+        later: see `Route.lacking`.
+    """
+    return "proxies" if problem.public is None and problem.proxies is None and "proxies" not in later else None
 
 
 def search_start(problem: Problem, routes: Sequence[str]) -> Start:

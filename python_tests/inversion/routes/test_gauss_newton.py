@@ -4,10 +4,13 @@ from dataclasses import replace
 
 from route_cases import posed, worst_psnr
 
+from r2f_ext.data import ImageSet
 from r2f_ext.inversion.counting import doubt
-from r2f_ext.inversion.route import Certainty
+from r2f_ext.inversion.route import Certainty, Public
 from r2f_ext.inversion.routes import run_routes, verdicts_of
 from r2f_ext.inversion.routes.gauss_newton import GaussNewton
+from r2f_ext.inversion.routes.gauss_newton_matrix_free import GaussNewtonMatrixFree
+from r2f_ext.inversion.start import search_start
 from r2f_ext.models import AdapterFacts
 from r2f_ext.pairs import Training
 
@@ -37,6 +40,23 @@ def test_refusals_name_the_route_that_serves() -> None:
     ):
         verdict = route.verdict(other)
         assert verdict.certainty is Certainty.REFUSED and not verdict.identifiable and words in verdict.why
+
+
+def test_public_images_and_an_estimate_serve_without_proxies() -> None:
+    """As in the demo, which has the labels of an earlier audit."""
+    problem, images = posed()
+    route, proxies = GaussNewton(), problem.proxies
+    assert proxies is not None
+    bare = replace(problem, proxies=None)
+    assert route.lacking(bare) == "proxies" and route.lacking(bare, later=("proxies",)) is None
+    outcome = run_routes(bare, verdicts_of(bare), ["gauss_newton"])
+    assert outcome.reconstructions == [] and "it needs proxy pairs" in outcome.not_run["gauss_newton"]
+    start = replace(proxies.ridge.invert(problem.observed), images=images)
+    public = ImageSet("some", (255 * proxies.images).round().byte(), proxies.labels)
+    given = replace(bare, public=Public(public), found={"amortised": start})
+    for one in (GaussNewton(), GaussNewtonMatrixFree()):
+        assert one.lacking(given) is None
+    assert search_start(given, route.after).subspace.basis.shape[0] == images[0].numel()
 
 
 def test_dropout_and_signs_cast_doubt_on_every_image() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 
 from r2f_ext.inversion.counting import doubt, search_verdict, several_steps
 from r2f_ext.inversion.gauss_newton import ROUTE, gauss_newton
 from r2f_ext.inversion.route import Problem, Route, Verdict
-from r2f_ext.inversion.start import remarked, search_start
+from r2f_ext.inversion.start import lacks_images, remarked, search_start
 from r2f_ext.inversion.update_map import MAX_PIXELS, too_large
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
@@ -21,7 +22,7 @@ class GaussNewton(Route):
         "Whoever receives the adapter of one plain SGD step on one image, a federated update, and knows "
         "base and head can run it."
     )
-    reads = ("target", "a", "observed", "proxies")
+    reads = ("target", "a", "observed")
     after = ("amortised_by_label", "amortised")
     by_default = False
 
@@ -30,6 +31,9 @@ class GaussNewton(Route):
         large = f"{too_large(pixels)}; gauss_newton_matrix_free takes more" if pixels > MAX_PIXELS else None
         description = "a search that ends exactly only from a start close enough"
         return search_verdict(problem, self.name, description, large or several_steps(problem))
+
+    def lacking(self, problem: Problem, later: Collection[str] = ()) -> str | None:
+        return super().lacking(problem, later) or lacks_images(problem, later)
 
     def units(self, problem: Problem) -> int:
         return problem.victims
