@@ -123,7 +123,7 @@ def test_a_route_that_is_not_tested_and_came_much_nearer_is_said_after_the_concl
     assert found.sentences == (verdict.sentences[0], said, *verdict.sentences[1:])
     assert found.leak is False
     two = with_nearer_routes(verdict, scores(12.0, 14.0), {"matching": scores(12.0, 20.0)}, {})
-    assert "matching came nearer, to 16.0 dB in the mean, where the judged route has 13.0 dB" in two.sentences[1]
+    assert "matching came nearer, to 16.0 dB on average, where the judged route has 13.0 dB" in two.sentences[1]
 
 
 def test_of_exact_images_it_is_not_said_that_they_came_nearer():

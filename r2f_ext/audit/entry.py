@@ -67,11 +67,12 @@ def audit(
         adapters: folders as PEFT's save_pretrained writes them.
         base: `embedded`, `timm:NAME`, `timm-random:NAME`, `transformers:OWNER/NAME` or a folder, see `load_base`.
         proxy: public images, see `load_images`.
-        private: the true training images to score against, as `proxy`, or `DATA:INDEX` for one of them.
+        private: the true training images to score against, as `proxy`, or `DATA:INDEX,...` with one index for each
+            adapter.
         out: folder for report.json, report.html, reconstructions.png and the decoded gradients; None writes nothing.
         config: sizes and seeds; None takes the defaults of `AuditConfig`.
         device: where the model runs, "cpu", "cuda" or "cuda:N".
-        initial: folder of the adapter saved before training, for the route adapter_rowspace.
+        initial: folder of the adapter saved before training, for the routes adapter_rowspace and gauss_newton_unrolled.
         a0_seed: torch's seed right before PEFT made the adapter; without both, common seeds are tried.
         stages: reports the progress of the long stages.
         on_ready: called once everything is loaded and checked, before the long stages.

@@ -40,7 +40,7 @@ def psnr_db(images: Tensor, originals: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
-    """Windowed SSIM per image (Wang et al. 2004; 7x7 uniform window, scikit-image), [n]."""
+    """Windowed SSIM per image, [n] (Wang et al. 2004; 7x7 uniform window); images and originals [n, c, h, w]."""
     pairs = zip(images.cpu().double().numpy(), originals.cpu().double().numpy(), strict=True)
     scores = [structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs]
     return torch.from_numpy(np.asarray(scores))

@@ -73,7 +73,7 @@ class AuditResult:
     Attributes:
         pair_count, pairs_per_second: of the generation pass; 0 where it failed.
         problem: what was audited, without the proxies.
-        scored: the decoders' figures, and the gradients that they decode, in units of the victims' learning rate.
+        scored: the decoders' figures, and the gradients that they decode, times the victims' learning rate.
         reconstructions: one per route that ran, images [V, c, h, w].
         verdicts: route -> verdict, of every route in the registry.
         not_run: requested routes that did not run -> the reason.

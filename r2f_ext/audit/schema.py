@@ -1,6 +1,6 @@
 """What report.json holds, and the page and the terminal show (schema 2). Later versions of the schema only add fields.
 
-Figures are plain numbers, strings, lists and dicts: `ReportFigures.to_json` only names them.
+Figures are data classes of plain values; `ReportFigures.to_json` converts them to dicts.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 The judged route is named in advance, so that the best of many routes is not taken for a finding. With one adapter, its
 score is ranked among those of the simulated controls: under exchangeability p = (1 + #{control >= victim}) / (M + 1) is
-at most alpha with probability alpha (Davison and Hinkley 1997, section 4.2). With several adapters, the mean score is
-ranked among the means of M sets of controls, and the paired differences must lie above 0 by a bootstrap over victims.
+at most alpha with probability at most alpha (Davison and Hinkley 1997, section 4.2). With several adapters, the mean
+score is ranked among the means of M sets of controls, and the paired differences must lie above 0 by a bootstrap over
+victims.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def with_nearer_routes(
             continue
         own, test = float(scores[left].mean()), float(judged[left].mean())
         if own - test >= NEARER_DB:
-            mean = " in the mean" if int(left.sum()) > 1 else ""
+            mean = " on average" if int(left.sum()) > 1 else ""
             which = "" if bool(left.all()) else " on what is not exact"
             sentences.append(
                 f"Not part of the test: {route} came nearer{which}, to {own:.1f} dB{mean}, where the judged route has "

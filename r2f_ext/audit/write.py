@@ -88,7 +88,7 @@ def write_report(folder: Path, report: AuditReport) -> None:
     figures = report.figures
     for proxy, result in report.results.items():
         victims = ", ".join(part.name for part in report.sets if part.proxy == proxy)
-        about = {"unit": "the victims' learning rate", "victims": victims}
+        about = {"unit": "gradient times the victims' learning rate", "victims": victims}
         if result.scored.decoded is not None:
             write_tensors(folder / _gradients(report, proxy), result.scored.decoded.dense, about)
     if has_pictures(report.sets, report.phase0):

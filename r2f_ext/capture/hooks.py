@@ -39,6 +39,9 @@ class Capture:
             a GPU.
         tf32: on a GPU, multiply float32 numbers rounded to TF32's 11 bits.
 
+    Raises:
+        R2FError: the base has no such layer.
+
     Example:
         with Capture(target) as capture:
             gradient = capture(images, labels)
@@ -88,6 +91,9 @@ class Capture:
         Returns:
             x[name] [P, b * tokens, d_in], delta[name] [P, b * tokens, d_out], of the capture's dtype (of the model's
             own dtype unless bfloat16 was asked for).
+
+        Raises:
+            R2FError: a layer does not run in the forward pass, or no adapted layer reaches the logits.
         """
         groups, size = labels.shape
         low = self.dtype == torch.bfloat16

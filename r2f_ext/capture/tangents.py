@@ -38,7 +38,8 @@ class CaptureTangents:
         self._traced = Traced(self._along)
 
     def __call__(self, images: Tensor, labels: Tensor, directions: Tensor) -> tuple[FactoredGradient, FactoredGradient]:
-        """
+        """Factors of one group's gradient, and their derivatives along K directions.
+
         Args:
             images: [b, c, h, w] in [0, 1], one group; labels: [b] int64.
             directions: [K, b, c, h, w], in pixels.

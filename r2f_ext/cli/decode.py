@@ -31,7 +31,7 @@ def run_decode(options: Options) -> dict[str, Any]:
         decoder = load_decoder(decoders, options.kind, pairs)
     decoded = with_saved(target, stack_updates(adapters), decoder.decode(updates))
     path = folder / "gradients.safetensors"
-    write_tensors(path, decoded.dense, {"kind": options.kind, "unit": "the victim's learning rate"})
+    write_tensors(path, decoded.dense, {"kind": options.kind, "unit": "gradient times the victim's learning rate"})
     norms = {name: float(gradient.norm()) for name, gradient in decoded.dense.items()}
     table("Decoded gradients", ["layer", "norm"], [[name, f"{norm:.3e}"] for name, norm in norms.items()])
     console.print(f"gradients: {escape(str(path))}")

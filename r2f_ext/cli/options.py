@@ -38,7 +38,7 @@ How much of its training data does a LoRA adapter give away?
 
 r2f reads an adapter folder as PEFT saves it, its base model, and public or generated
 proxy data; it makes (LoRA update, full gradient) pairs, fits decoders, inverts
-gradients to images, and reports what leaked, beside honest controls.
+gradients to images, and compares what leaked with controls.
 Use it on adapters that you may audit.
 """
 
@@ -49,7 +49,7 @@ examples:
   r2f audit my-adapter --base timm:vit_small_patch16_224 --proxy my-images --out report
   r2f audit my-adapter --private photo-folder --out report     scored against the originals
   r2f audit --replay report/report.json         repeat a recorded audit
-  r2f study rank --out studies                  one of the open questions, measured; --quick in a minute
+  r2f study rank --out studies                  one of the open questions, measured; --quick: few settings
 
 the same, stage by stage:
   r2f identifiability vit_large_patch14_clip_224
@@ -189,7 +189,8 @@ def _routes(command: argparse.ArgumentParser) -> None:
         "--routes",
         metavar="NAMES",
         type=lambda names: tuple(name.strip() for name in names.split(",") if name.strip()),
-        help="the routes to run, separated by commas (default: all that need little time)",
+        help="the routes to run, separated by commas (default: adapter_rowspace, amortised, amortised_refined, "
+        "matching)",
     )
 
 
@@ -221,7 +222,10 @@ def _audit(commands: Commands) -> None:
 
 def _demo(commands: Commands) -> None:
     _command(
-        commands, "demo", "train 24 real victims with PEFT and audit them; about 7 minutes on 2 cores", out="for it"
+        commands,
+        "demo",
+        "train 24 real victims with PEFT and audit them; about 7 minutes on 2 cores",
+        out="for the victims and the report",
     )
 
 
@@ -229,7 +233,7 @@ def _study(commands: Commands) -> None:
     summary = "measure one of the open questions, or all: what leaks, when, and how much"
     command = _command(commands, "study", summary, out="for a folder of each study")
     command.add_argument("study", metavar="NAME", choices=(*STUDIES, "all"), help=f"{' | '.join(STUDIES)} | all")
-    command.add_argument("--quick", action="store_true", help="few settings, one seed: seconds instead of minutes")
+    command.add_argument("--quick", action="store_true", help="few settings and one seed: shows that it runs")
     command.add_argument(
         "--private", metavar="DATA", help=f"victims' images: {IMAGES_HELP} (default: clothes, faces and photographs)"
     )
@@ -246,14 +250,18 @@ def _phase0(commands: Commands) -> None:
 
 
 def _identifiability(commands: Commands) -> None:
-    command = _command(commands, "identifiability", "which models' images follow from gradients, by count", base=False)
+    command = _command(
+        commands, "identifiability", "count unknowns and equations of every route for timm models", base=False
+    )
     command.add_argument("model", metavar="MODEL", nargs="*", help="timm names (default: 20 well-known ViTs)")
     command.add_argument("--image-size", type=int, metavar="N", help="side of the input (default: the model's own)")
 
 
 def _initial(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--initial", metavar="FOLDER", help="the adapter saved before training (route adapter_rowspace)"
+        "--initial",
+        metavar="FOLDER",
+        help="the adapter saved before training (adapter_rowspace; in invert also gauss_newton_unrolled)",
     )
     command.add_argument(
         "--a0-seed", type=int, metavar="N", help="torch's seed right before PEFT made the adapter (default: tries some)"
@@ -281,7 +289,7 @@ def _pairs(commands: Commands) -> None:
     )
     training = command.add_argument_group(
         "how each victim trains (default: one step of SGD on one image)",
-        "Any of these simulates the victims step by step; the stored update is -B over the sum of the step sizes.",
+        "All but one plain SGD step is simulated step by step; the stored update is -B over the sum of the step sizes.",
     )
     training.add_argument("--steps", type=int, metavar="T", help="optimizer steps (default 1)")
     training.add_argument("--batch", type=int, metavar="B", help="images of a step (default 1)")

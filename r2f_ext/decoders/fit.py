@@ -36,7 +36,7 @@ def fit_decoders(
         the fitted decoders in the order of `kinds`.
 
     Raises:
-        R2FError: the checkpoint cannot be written.
+        R2FError: a kernel system is not positive definite, or the checkpoint cannot be written.
     """
     decoders = {kind: KINDS[kind]() for kind in kinds or DEFAULT_KINDS}
     missing = []

@@ -1,8 +1,8 @@
 """Closed form from an adapter alone: the change of A spans the inputs of the adapted layer (docs/methods.md, 3c, 6).
 
 With plain SGD, A_T - A_0 is a sum of terms B_t^T D_t^T X_t, so its rows lie in the span of block 0's qkv inputs and the
-solve of `attention_rowspace` applies. It needs a rank of at least the number of patch tokens and T >= 2: at T = 1, B is
-0 and A does not change. At T = 1, B_1 is proportional to D^T (X A_0^T), and its row space in R^r still gives r - tokens
+solve of `attention_rowspace` applies. It needs a rank of at least the number of patch tokens and T >= 2: the
+first step leaves A unchanged, because B_0 = 0. The row space of B_1 = c D^T (X A_0^T) in R^r also gives r - tokens
 equations, with the directions A_0^T q for q orthogonal to it. Momentum preserves the span; Adam does not. With weight
 decay A_T - c A_0 lies in the span, and c can be computed from A_T and A_0 if the rank exceeds the number of tokens.
 

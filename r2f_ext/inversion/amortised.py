@@ -52,6 +52,9 @@ class ImageRegression:
     Attributes:
         errors: [n, pixels], leave-one-out errors of a fit to the first n = SELECTION_PAIRS pairs.
         system: K + ridge I of all N pairs.
+
+    Raises:
+        R2FError: K + ridge I is not positive definite.
     """
 
     def __init__(self, cosine: Tensor, wanted: Tensor, pixels: int) -> None:

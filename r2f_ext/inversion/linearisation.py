@@ -89,6 +89,9 @@ def linearised_steps(
     Returns:
         (points, values, clouds): per victim the candidate with the lowest misfit, out of the estimate, two points on
         the way to it and the unchanged point; and the next cloud.
+
+    Raises:
+        R2FError: no damping gives finite leave-one-out errors.
     """
     shifts = [
         drawn(own, cloud.shape, int(cloud.samples * len(cloud.shape)) + 1, generator, points)

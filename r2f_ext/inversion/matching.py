@@ -137,6 +137,7 @@ def match(
         start: [V, c, h, w] in [0, 1], or groups [V, b, c, h, w] whose gradients are averaged, or the reconstruction of
             another route.
         labels: [V] or [V, b] int64, assumed known: see `inversion.labels`.
+        route, why: recorded in the result, see `Reconstruction`.
         on_step: called after each step, for progress bars.
         state: a file to which the search is saved every CHECK_EVERY steps. If it exists, the search resumes from it and
             gives the same bits as an uninterrupted one.

@@ -257,6 +257,9 @@ def search_matrix_free(
     Args:
         observed: [R], from `updates.observation`.
         start: [c * h * w] in [0, 1]; label: [1].
+
+    Raises:
+        R2FError: the gradient of a layer is zero or not finite at a point.
     """
     config = config or MatrixFreeConfig()
     steps = KrylovSteps(updates, observed, label, coordinates, config)

@@ -3,8 +3,8 @@
 The damping of every step is chosen by the *natural* monotonicity test (Deuflhard, Newton Methods for Nonlinear
 Problems, 2004, section 4.3): a step is good if it shrinks the next correction (J^T J + m I)^-1 J^T r, not the residual.
 The residual is dominated by a few steep directions, and a search that requires it to decrease stalls in their curved
-valleys. Several steps use the same Jacobian while they contract (simplified Newton), because a Jacobian costs about a
-thousand times as much as a step.
+valleys. Several steps use the same Jacobian while they contract (simplified Newton), because a Jacobian costs far more
+than a step.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ The misfit has narrow and curved valleys: J^T J has eigenvalues over many orders
 Gauss-Newton leaves the valley. In coordinates in which J^T J, damped, is the identity, many short steps with exact
 gradients follow it. Such a step costs about a two-hundredth of a Jacobian.
 
-The lowest point within reach of a start of 18 dB is often not the image, and lies farther from the start than the image
-does, measured by the errors that the start is expected to have. So a descent minimises the misfit plus a share of
-that distance, which is reduced as the misfit falls (the iteratively regularised Gauss-Newton method: Bakushinskii,
-Comput. Math. Math. Phys. 32, 1992).
+From a start of 18 dB, descent often ends at a local minimum that is not the image and is farther from the start than
+the image is, by the Mahalanobis distance of the errors that the start is expected to have. So a descent minimises the
+misfit plus a share of that distance, which is reduced as the misfit falls (the iteratively regularised Gauss-Newton
+method: Bakushinskii, Comput. Math. Math. Phys. 32, 1992).
 
-All victims take their steps together: each evaluation is one batch through the model, and few wait for the device. A
+All victims take their steps together: each evaluation is one batch through the model, with few host synchronisations. A
 victim whose misfit no longer falls leaves the batch.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from r2f_ext.linalg import largest_eigenvalues
 
-EVALUATIONS = 500  # maximum evaluations of the misfit per pass; up to twice the time of the Jacobian
+EVALUATIONS = 500  # maximum evaluations of the misfit per pass; about 2.5 times the time of the Jacobian
 STAGES = 5  # stages of a pass; between them the penalty on the distance to the start is reduced
 PULL = 0.1  # the penalty at the expected distance, relative to the misfit at which a stage begins
 CHECK_EVERY, GAIN = 50, 0.99  # evaluations between checks of the misfits, and the ratio that counts as a gain

@@ -77,7 +77,7 @@ class Task:
         return self.misfit(HANDED_OVER * NEAR)
 
     def misfit(self, residual: Residual) -> Residual:
-        """The misfit of points whose residuals, beside those that the noise leaves, are these."""
+        """The misfit, layers * (residual^2 + noise^2) / 2, of relative residuals: a float or a tensor [n], as given."""
         return self.layers * (residual**2 + self.noise**2) / 2
 
     @property

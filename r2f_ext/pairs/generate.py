@@ -1,7 +1,7 @@
 """Pairs at one start: every pair is taken at the same parameters, so one batch makes many of them.
 
 One step of SGD from PEFT's start (B = 0) gives B1 = -lr * s * G A^T and leaves A as it is. The update of a pair is the
-descent direction s * G A^T = -B1 / lr: decoders normalise it anyway.
+gradient at B, s * G A^T = -B1 / lr: decoders normalise it anyway.
 """
 
 from __future__ import annotations

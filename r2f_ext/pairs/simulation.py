@@ -186,6 +186,9 @@ def simulate(
         dense: write the average gradient out, [P, d_out, d_in] a layer: less memory than its factors where
             T * b * tokens > d_out d_in / (d_out + d_in).
         precision: of the model, see `GeneratedPairs`. The factors that train stay in the images' dtype.
+
+    Raises:
+        R2FError: see `Capture`. A victim that diverges is not refused, see `Victims.finite_steps`.
     """
     victims, dtype = len(labels), images.dtype
 

@@ -33,8 +33,8 @@ class StoredPairs:
         target: gradients are read for its layers only, updates for all layers of the folder.
 
     Raises:
-        R2FError: there is no manifest (an unfinished run), the schema is another one, or shards are missing, changed or
-            not finite.
+        R2FError: no manifest (an unfinished run), a damaged one, or one of another schema or base; when a shard is
+            first read, that it is missing, changed or not finite.
     """
 
     def __init__(self, folder: str | Path, base: BaseModel) -> None:
@@ -93,7 +93,7 @@ class StoredPairs:
         """Refuse pairs that were not made with this adapter's A.
 
         Raises:
-            R2FError: the sentence names a layer that differs.
+            R2FError: each victim has its own A, or a layer's A differs (the sentence names it).
         """
         if self.per_victim_a:
             raise R2FError(f"each victim of '{self.folder}' has its own A: make pairs without --per-victim-a.")
