@@ -27,5 +27,5 @@ def test_it_is_plain_data_with_every_operator():
 
 
 def test_an_absent_package_is_none(monkeypatch):
-    monkeypatch.setattr(env, "PACKAGES", {"nothing": "no-such-package"})
-    assert environment()["versions"]["nothing"] is None
+    monkeypatch.setattr(env, "PACKAGES", ("no-such-package",))
+    assert environment()["versions"]["no-such-package"] is None

@@ -12,13 +12,7 @@ from r2f_ext import __version__
 from r2f_ext.ops import backend_of, build_information
 from r2f_ext.ops.schemas import SCHEMAS
 
-PACKAGES = {
-    "torchvision": "torchvision",
-    "timm": "timm",
-    "peft": "peft",
-    "transformers": "transformers",
-    "numpy": "numpy",
-}
+PACKAGES = ("torchvision", "timm", "peft", "transformers", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -28,11 +22,10 @@ def environment() -> dict[str, Any]:
         JSON data: versions of packages, what was built (or why it is not used), the backend of each operator on CPU
         and CUDA, the number of threads, and the name of the GPU or None.
     """
-    versions = {name: _version(package) for name, package in PACKAGES.items()}
     return {
         "versions": {
             "r2f_ext": __version__,
-            **versions,
+            **{name: _version(name) for name in PACKAGES},
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

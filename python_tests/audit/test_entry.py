@@ -13,7 +13,7 @@ import r2f_ext.audit.entry as module
 from r2f_ext.audit import audit
 from r2f_ext.audit.report import NOT_ASKED
 from r2f_ext.config import AuditConfig
-from r2f_ext.data import load_images
+from r2f_ext.data import images_for, load_images
 from r2f_ext.decoders import Projection, Ridge, RowLMMSE
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
@@ -106,12 +106,12 @@ def test_images_that_do_not_fit_into_memory_are_left_out_and_the_route_says_so(a
 
 
 def test_a_proxy_that_cannot_be_loaded_whole_leaves_the_start_to_the_pairs(adapter_folder, monkeypatch):
-    def limited(spec, *, count=None, **options):
+    def limited(base, spec, *, count=None, **options):
         if count is None:
             raise R2FError("too many images.")
-        return load_images(spec, count=count, **options)
+        return images_for(base, spec, count=count, **options)
 
-    monkeypatch.setattr(module, "load_images", limited)
+    monkeypatch.setattr(module, "images_for", limited)
     config = replace(CONFIG, routes=("amortised", "amortised_by_label"))
     report = audit([adapter_folder], proxy="embedded", config=config)
     assert [found.route for found in report.sets[0].reconstructions] == ["amortised"]
@@ -176,7 +176,7 @@ def test_a_report_needs_no_amortised_route(adapter_folder, tmp_path, monkeypatch
     [({"initial": "no-such-folder"}, "no-such-folder"), ({"a0_seed": 12345}, "--a0-seed 12345 does not draw the A")],
 )
 def test_a_start_that_is_not_the_adapters_is_refused_before_images_are_read(named, words, adapter_folder, monkeypatch):
-    monkeypatch.setattr(module, "load_images", lambda *args, **kwargs: pytest.fail("images were read first"))
+    monkeypatch.setattr(module, "images_for", lambda *args, **kwargs: pytest.fail("images were read first"))
     with pytest.raises(R2FError, match=words):
         audit([adapter_folder], proxy="embedded", config=CONFIG, **named)
 

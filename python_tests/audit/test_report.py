@@ -198,7 +198,7 @@ def test_decoders_are_scored_on_what_they_were_asked(report, audited):
     with Capture(audited.target) as capture:
         true = capture(private.batch(slice(None))[:, None], private.labels[:, None])
     for layer, kinds in report["decoders"].items():
-        expected = cosine(audited.result.decoded.dense[layer], true.dense(layer)).mean()
+        expected = cosine(audited.result.scored.decoded.dense[layer], true.dense(layer)).mean()
         assert kinds["ridge"]["victim_true"] == pytest.approx(float(expected), abs=1e-4)
         for figures in kinds.values():
             assert figures["floor_cosine"] == kinds["projection"]["cosine_mean"]

@@ -75,7 +75,7 @@ def test_decoded_gradients_point_along_the_victims_true_ones(audited):
     floor = Projection()
     floor.start(pairs_of(audited), 0)
     floor_gradients = floor.decode(observed).dense
-    for name, gradient in audited.result.decoded.dense.items():
+    for name, gradient in audited.result.scored.decoded.dense.items():
         assert gradient.shape == (3, 384, 128)
         assert cosine(gradient, true.dense(name)).mean() > cosine(floor_gradients[name], true.dense(name)).mean() + 0.2
 
@@ -187,7 +187,7 @@ def test_where_every_route_fails_the_result_says_so(audited, monkeypatch):
     monkeypatch.setattr(type(registry()["amortised"]), "run", failing(R2FError("no such thing.")))
     result = small_audit(audited, "amortised")
     assert result.reconstructions == [] and result.not_run == {"amortised": "Failed: no such thing."}
-    assert result.estimates is not None and result.decoded is not None
+    assert result.estimates is not None and result.scored.decoded is not None
 
 
 @pytest.mark.parametrize("step", ["observe", "decode"])
@@ -214,7 +214,7 @@ def test_another_decoder_that_fails_leaves_the_decoded_gradients(audited, monkey
     monkeypatch.setattr(RowLMMSE, "finish", failing_step(R2FError("a system is not positive definite: take more.")))
     result = small_audit(audited, "amortised", "matching")
     assert list(result.failed) == ["row_lmmse"] and "so its figures are missing: a system" in result.notes[0]
-    assert result.decoded is not None and len(result.reconstructions) == 2
+    assert result.scored.decoded is not None and len(result.reconstructions) == 2
     assert all(set(kinds) == {"projection", "ridge"} for kinds in result.decoders.values())
 
 
@@ -236,7 +236,7 @@ def test_pairs_that_fail_leave_what_needs_none(audited, monkeypatch, error, why)
     assert result.failed == {"pairs": sentence} and result.pair_count == result.pairs_per_second == 0
     assert result.not_run["amortised"] == result.not_run["matching"] == f"Not run: n{sentence[1:]}"
     assert "amortised did not run" in result.not_run["amortised_refined"]
-    assert result.reconstructions == [] and result.estimates is result.simulated is result.decoded is None
+    assert result.reconstructions == [] and result.estimates is result.simulated is result.scored.decoded is None
     assert set(result.verdicts) == set(registry()) and audited.result.problem.evidence.sentences[0] in result.notes
     part = set_report("x", result, audited.proxy, audited.private)
     assert part.verdict() == f"Not judged: n{sentence[1:]}" and part.count == 3 and part.originals is None

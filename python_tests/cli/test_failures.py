@@ -149,7 +149,7 @@ INTERRUPTS = {
         "r2f_ext.audit.write.write_html",
     ),
     "demo": ("r2f_ext.audit.demo.load_base", "r2f_ext.audit.victims.get_peft_model", "r2f_ext.audit.demo.phase0"),
-    "phase0": ("r2f_ext.cli.inputs.load_images", "r2f_ext.audit.phase0.exact_gradients"),
+    "phase0": ("r2f_ext.cli.phase0.images_for", "r2f_ext.audit.phase0.exact_gradients"),
     "pairs": ("r2f_ext.audit.inputs.read_adapter", "r2f_ext.pairs.generate.project", "r2f_ext.pairs.shards.sha256"),
     "fit": ("r2f_ext.pairs.stored.safe_open", "r2f_ext.decoders.ridge.gram", "r2f_ext.decoders.store.write_text"),
     "decode": ("r2f_ext.cli.decode.stack_updates", "r2f_ext.cli.decode.load_decoder"),

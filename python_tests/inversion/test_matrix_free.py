@@ -10,6 +10,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.exactness import REPRODUCED
 from r2f_ext.inversion.gauss_newton import search
 from r2f_ext.inversion.matrix_free import (
+    AtPoint,
     GradientMap,
     MatrixFreeConfig,
     ProxyCoordinates,
@@ -62,7 +63,7 @@ def test_values_equal_the_captured_updates_and_gradients(problem, maps):
 @pytest.mark.parametrize("kind", ["lora", "gradient"])
 def test_forward_equals_differences_and_backward_is_its_transpose(problem, maps, kind):
     image, updates = problem[2], maps[kind]
-    here, direction, step = updates.at(image, LABEL), torch.randn(768, dtype=torch.float64), 1e-6
+    here, direction, step = AtPoint(updates, image, LABEL), torch.randn(768, dtype=torch.float64), 1e-6
     along = here.forward(direction)
     ahead, behind = (updates((image + s * step * direction)[None], LABEL)[0] for s in (1, -1))
     torch.testing.assert_close(along, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-8)

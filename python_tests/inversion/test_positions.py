@@ -49,7 +49,7 @@ def with_tokens(free, tokens):
     contents = wanted @ torch.linalg.pinv(free.weight @ free.contents).T @ free.contents.T
     left = wanted - contents @ free.weight.T
     extras = left @ torch.linalg.pinv(free.extra).T + 0.5
-    channels = free.freed_shape[0] - 3
+    channels = free.base.input_shape[0] - 3
     parts = torch.cat([contents.unflatten(1, (3, *SIZE)), extras.unflatten(1, (channels, *SIZE))], dim=1)
     return fold_patches(parts.flatten(1)[None], SIZE, GRID).flatten()
 
@@ -61,8 +61,8 @@ def free():
 
 def test_the_model_reads_an_image_as_before_if_its_positions_are_its_own(free):
     base, images = small_vit(), smooth_images(2, 16).double()
-    freed = free.freed(images.flatten(1)).view(2, *free.freed_shape)
-    assert free.base.input_shape == tuple(free.freed_shape) == (4, 16, 16)
+    freed = free.freed(images.flatten(1)).view(2, *free.base.input_shape)
+    assert free.base.input_shape == (4, 16, 16)
     torch.testing.assert_close(free.base.model(free.base.normalize(freed)), base.model(base.normalize(images)))
     assert base.model.patch_embed.proj.weight.shape[1] == 3  # the base itself is not touched
 
@@ -73,7 +73,7 @@ def test_each_extra_number_moves_one_token_out_of_reach_of_pixels(free):
     directions = free.basis[:, SHAPE.numel() :].T
     assert len(directions) == 16 * 15  # 16 positions differ along 15 axes
     for number in (0, 17, 239):
-        both = torch.cat([still, still + directions[number]]).view(2, *free.freed_shape)
+        both = torch.cat([still, still + directions[number]]).view(2, *free.base.input_shape)
         before, after = tokens_of(free.base, both)
         moved = after - before
         assert moved.norm(dim=1).nonzero().flatten().tolist() == [number // 15]
@@ -85,7 +85,7 @@ def test_one_unit_along_an_axis_is_a_share_of_what_two_positions_differ_by(free)
     differences = (rest[:, None] - rest).flatten(0, 1)
     still = free.freed(smooth_images(1, 16).double().flatten(1))
     freed = torch.cat([still, still + free.basis[:, SHAPE.numel() : SHAPE.numel() + 15].T])
-    tokens = tokens_of(free.base, freed.view(16, *free.freed_shape))[:, 0]
+    tokens = tokens_of(free.base, freed.view(16, *free.base.input_shape))[:, 0]
     moved = tokens[1:] - tokens[0]
     along = differences @ torch.nn.functional.normalize(moved, dim=1).T
     torch.testing.assert_close(moved.norm(dim=1), module.STEP * along.square().mean(0).sqrt())
@@ -111,7 +111,7 @@ def test_a_channel_that_never_varies_stays_as_it_is():
     blue[:, 2] = 0.3
     tokens = unfold_patches(image, SIZE)[0] @ free.weight.T + free.positions
     freed = with_tokens(free, tokens[ORDER] - unfold_patches(blue, SIZE)[0] @ free.weight.T)
-    freed = freed.view(1, *free.freed_shape)
+    freed = freed.view(1, *free.base.input_shape)
     freed[:, 2] = 0.3
     seen = tokens_of(free.base, freed)[0] - tokens_of(small_vit(), image)[0]
     torch.testing.assert_close(seen, tokens[ORDER] - tokens)  # the image's own tokens in another order

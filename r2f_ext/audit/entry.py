@@ -15,7 +15,7 @@ from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.sets import set_report
 from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
-from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.data import ImageSet, drop_private, images_for
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
 from r2f_ext.inversion.route import Public, Verdict, adapter_problem
@@ -142,9 +142,8 @@ def _public(
 
     The proxy is returned with a note where not all could be loaded.
     """
-    base = target.base
     try:
-        whole = load_images(proxy, input_shape=base.input_shape, num_classes=base.num_classes, seed=config.seed)
+        whole = images_for(target.base, proxy, seed=config.seed)
         whole = whole if originals is None else drop_private(whole, originals)
     except R2FError as error:
         why = _without_folders(str(error), proxy)
@@ -157,13 +156,7 @@ def _load_images(
     target: Target, victims: int, proxy: str, private: str | None, config: AuditConfig
 ) -> tuple[ImageSet, ImageSet | None]:
     """The proxy without any private image, and the private images."""
-    images = load_images(
-        proxy,
-        input_shape=target.base.input_shape,
-        num_classes=target.base.num_classes,
-        count=config.pairs,
-        seed=config.seed,
-    )
+    images = images_for(target.base, proxy, count=config.pairs, seed=config.seed)
     originals = None if private is None else load_private(private, target.base, config.seed, victims)
     if originals is not None:
         images = drop_private(images, originals)

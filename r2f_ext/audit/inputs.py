@@ -11,7 +11,7 @@ from torch import Tensor
 
 from r2f_ext.audit.assign import assign
 from r2f_ext.audit.record import split_private
-from r2f_ext.data import ImageSet, load_images
+from r2f_ext.data import ImageSet, images_for
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS
 from r2f_ext.models import (
@@ -123,13 +123,7 @@ def load_private(spec: str, base: BaseModel, seed: int, adapters: int) -> ImageS
         R2FError: no such images, an index beyond them, another number of indices than adapters, or fewer images.
     """
     name, rows = split_private(spec)
-    images = load_images(
-        name,
-        input_shape=base.input_shape,
-        num_classes=base.num_classes,
-        seed=seed,
-        role="private",
-    )
+    images = images_for(base, name, seed=seed, role="private")
     if rows is not None:
         if max(rows) >= len(images):
             raise R2FError(f"--private {spec}: '{name}' has {len(images)} images, counted from 0.")

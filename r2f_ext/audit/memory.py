@@ -44,7 +44,8 @@ def fit_to_memory(
     left = free - pairs - factors - 2 * victims * gradient
     held_out = min(config.held_out, left // (2 * gradient))
     if held_out < min(4, config.held_out):
-        fits = _largest_count(free - 2 * (victims + 4) * gradient, 3 * update + 3 * image, len(target.layers))
+        square = (3 + 2 * (len(target.layers) + 1)) * FLOAT
+        fits = _largest(free - 2 * (victims + 4) * gradient, 3 * update + 3 * image, square)
         remedy = fewer.format(fits) if fits >= 40 else "use a machine with more memory"
         raise R2FError(
             f"{count} pairs of '{target.base.spec}' do not fit into {free / 1e9:.0f} GB of memory: {remedy}."
@@ -61,10 +62,8 @@ def start_images(target: Target, count: int, public: int, free: int | None = Non
     free = int(SHARE * (psutil.virtual_memory().available if free is None else free))
     update, image = _bytes_of_a_pair(target)
     held = count * 2 * (update + image)  # updates and unit rows
-    # Two copies each of updates and images, and the kernel with two temporaries: row * n + square * n^2 bytes.
-    row, square = 2 * (update + image), 3 * FLOAT
-    left = max(0, free - held)
-    return min(public, int(((row**2 + 4 * square * left) ** 0.5 - row) / (2 * square)))
+    # Two copies each of updates and images, and the kernel with two temporaries.
+    return min(public, _largest(free - held, 2 * (update + image), 3 * FLOAT))
 
 
 def _bytes_of_a_pair(target: Target) -> tuple[int, int]:
@@ -72,9 +71,6 @@ def _bytes_of_a_pair(target: Target) -> tuple[int, int]:
     return FLOAT * sum(layer.d_out * layer.rank for layer in target.layers), FLOAT * prod(target.base.input_shape)
 
 
-def _largest_count(free: int, row: int, layers: int) -> int:
-    """Largest n with n * row + (3 + 2 * (layers + 1)) * FLOAT * n^2 <= free."""
-    square = (3 + 2 * (layers + 1)) * FLOAT
-    if free <= 0:
-        return 0
-    return int(((row**2 + 4 * square * free) ** 0.5 - row) / (2 * square))
+def _largest(free: int, row: int, square: int) -> int:
+    """Largest n with n * row + n^2 * square <= free, or 0."""
+    return int(((row**2 + 4 * square * max(0, free)) ** 0.5 - row) / (2 * square))

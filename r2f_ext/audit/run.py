@@ -30,7 +30,7 @@ from r2f_ext.linalg import first_not_finite
 from r2f_ext.models.evidence import start_notes
 from r2f_ext.pairs import GeneratedPairs, PairSource
 from r2f_ext.progress import Advance, Stages
-from r2f_ext.types import Gradient, PairBatch, Reconstruction
+from r2f_ext.types import PairBatch, Reconstruction
 
 LATER = ("proxies", "decoded")  # fields of a problem that the stages fill in before the routes run
 MIN_PAIRS = 40  # with fewer there are too few pairs to hold out
@@ -105,10 +105,6 @@ class AuditResult:
     @property
     def decoders(self) -> Figures:
         return self.scored.figures
-
-    @property
-    def decoded(self) -> Gradient | None:
-        return self.scored.decoded
 
 
 def run_audit_stages(

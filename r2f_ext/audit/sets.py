@@ -147,7 +147,9 @@ def set_report(
     scores = {control: psnr_db(images, originals)[:, None] for control, images in controls.items().items()}
     if result.simulated is not None:
         pools = result.simulated.pools(rows, labels)
-        controls = replace(controls, **{name: _first_of(pool) for name, pool in pools.items()})
+        # The pictures are the first simulated image of each victim.
+        firsts = {name: torch.stack([images[0] for images in pool]) for name, pool in pools.items()}
+        controls = replace(controls, **firsts)
         scores |= {name: simulated_psnr(pool, originals, candidates) for name, pool in pools.items()}
     # After matching, the set of the other adapters' reconstructions is the same, so this control tests nothing.
     tested = {control: one for control, one in scores.items() if control != "shuffled_adapter" or not matched}
@@ -201,11 +203,6 @@ def _true_cosines(result: AuditResult, rows: slice, originals: Tensor, labels: T
     if decoded is not None:
         guesses[DECODED] = lambda name, victim: decoded.dense[name][victims[victim]]
     return true_cosines(target, guesses, originals, labels)
-
-
-def _first_of(pools: list[Tensor]) -> Tensor:
-    """[n, c, h, w], for pictures: the first simulated image of each victim."""
-    return torch.stack([pool[0] for pool in pools])
 
 
 def _class_notes(proxy: ImageSet, labels: Tensor | None) -> tuple[str, ...]:

@@ -178,3 +178,20 @@ def as_tokens(module: nn.Module, x: Tensor) -> Tensor:
 def _output_as_tokens(module: nn.Module, grad: Tensor) -> Tensor:
     """A layer's output gradient as [samples, tokens, d_out]."""
     return grad.flatten(2).mT if isinstance(module, nn.Conv2d) else grad.reshape(len(grad), -1, grad.shape[-1])
+
+
+class ReplacedOutputs:
+    """While entered, each module's output is replaced by replace(name, input, output)."""
+
+    def __init__(self, modules: dict[str, nn.Module], replace: Callable[[str, Tensor, Tensor], Tensor]) -> None:
+        self.modules, self.replace = modules, replace
+
+    def __enter__(self) -> None:
+        self.handles = [
+            module.register_forward_hook(lambda _, args, output, name=name: self.replace(name, args[0], output))
+            for name, module in self.modules.items()
+        ]
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()

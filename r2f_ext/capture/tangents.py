@@ -6,7 +6,6 @@ do not work under its transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
-from r2f_ext.capture.hooks import _output_as_tokens, as_tokens
+from r2f_ext.capture.hooks import ReplacedOutputs, _output_as_tokens, as_tokens
 from r2f_ext.graph_optimizer import Traced
 from r2f_ext.types import FactoredGradient, Target
 
@@ -78,23 +77,6 @@ class CaptureTangents:
 def _tokens(rows: Tensor) -> Tensor:
     """[samples, tokens, d] of one group -> [1, samples * tokens, d]."""
     return rows.reshape(1, -1, rows.shape[-1])
-
-
-class ReplacedOutputs:
-    """While entered, each module's output is replaced by replace(name, input, output)."""
-
-    def __init__(self, modules: dict[str, nn.Module], replace: Callable[[str, Tensor, Tensor], Tensor]) -> None:
-        self.modules, self.replace = modules, replace
-
-    def __enter__(self) -> None:
-        self.handles = [
-            module.register_forward_hook(lambda _, args, output, name=name: self.replace(name, args[0], output))
-            for name, module in self.modules.items()
-        ]
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from r2f_ext.capture.hooks import ReplacedOutputs
 from r2f_ext.types import BaseModel
 
 
@@ -17,15 +18,14 @@ def tokens_of(base: BaseModel) -> int:
     """
     counts = [0]
 
-    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        counts.append(args[0].numel() // args[0].shape[-1])
+    def count(name: str, x: Tensor, output: Tensor) -> Tensor:
+        counts.append(x.numel() // x.shape[-1])
+        return output
 
-    linear = [module for module in base.model.modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_pre_hook(count) for module in linear]
-    try:
-        like = next(base.model.parameters())
+    linear: dict[str, nn.Module] = {
+        name: module for name, module in base.model.named_modules() if isinstance(module, nn.Linear)
+    }
+    like = next(base.model.parameters())
+    with ReplacedOutputs(linear, count):
         base.model(base.normalize(torch.zeros(1, *base.input_shape, dtype=like.dtype, device=like.device)))
-    finally:
-        for handle in handles:
-            handle.remove()
     return max(counts)

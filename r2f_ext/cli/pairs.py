@@ -10,8 +10,8 @@ from rich.markup import escape
 from torch import Tensor
 
 from r2f_ext.cli.display import console, drawn_stages, print_notes
-from r2f_ext.cli.inputs import Options, images_of, read_adapter
-from r2f_ext.data import ProceduralStream, ProxyImages
+from r2f_ext.cli.inputs import Options, read_adapter
+from r2f_ext.data import ProceduralStream, ProxyImages, images_for
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
 from r2f_ext.models.evidence import evidence_of, start_notes
@@ -82,7 +82,7 @@ def _new_pairs(options: Options, target: Target, a: dict[str, Tensor]) -> Writab
 def _proxy_images(options: Options, base: BaseModel, count: int) -> ProxyImages:
     if options.proxy == "procedural" and count > 0:  # load_images raises the error for a count below 1
         return ProceduralStream(count, base.input_shape, base.num_classes, options.seed, base.device)
-    return images_of(options.proxy, base, options, "proxy", count=count)
+    return images_for(base, options.proxy, count=count, seed=options.seed)
 
 
 def _training(options: Options) -> Training | None:

@@ -12,7 +12,7 @@ from r2f_ext.audit.figures import write_images
 from r2f_ext.audit.phase0 import phase0
 from r2f_ext.cli.device import chosen_device
 from r2f_ext.cli.display import console, print_notes, print_phase0, print_verdicts, table
-from r2f_ext.cli.inputs import images_of
+from r2f_ext.data import images_for
 from r2f_ext.files import output_folder
 from r2f_ext.inversion.identifiability import identifiability
 from r2f_ext.inversion.timm_table import COLUMNS, TIMM_MODELS, ClosedForms, closed_forms
@@ -24,7 +24,7 @@ def run_phase0(options: argparse.Namespace) -> dict[str, Any]:
     base = load_base(options.base, chosen_device(options))
     print_notes(base.notes)
     folder = output_folder(options.out)
-    images = images_of(options.images, base, options, "private", count=options.count)
+    images = images_for(base, options.images, count=options.count, seed=options.seed, role="private")
     ceiling, verdicts = phase0(base, images)
     print_verdicts([(v.route, v.identifiable, v.why) for v in verdicts.values()])
     write_images(

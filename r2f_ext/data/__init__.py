@@ -2,7 +2,7 @@
 
 from r2f_ext.data.device import to_device
 from r2f_ext.data.image_set import ImageSet, content_hashes, drop_private, fit_images
-from r2f_ext.data.load import load_images
+from r2f_ext.data.load import images_for, load_images
 from r2f_ext.data.procedural import FAMILIES, procedural_families, procedural_images, procedural_labels
 from r2f_ext.data.stream import ProceduralStream, ProxyImages
 
@@ -14,6 +14,7 @@ __all__ = [
     "content_hashes",
     "drop_private",
     "fit_images",
+    "images_for",
     "load_images",
     "procedural_families",
     "procedural_images",

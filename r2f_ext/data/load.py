@@ -18,6 +18,7 @@ from r2f_ext.data.photos import PRIVATE_PHOTOS, PROXY_PHOTOS, load_faces, photo_
 from r2f_ext.data.procedural import procedural_images, procedural_labels
 from r2f_ext.errors import R2FError
 from r2f_ext.files import cache_folder
+from r2f_ext.types import BaseModel
 
 ASSETS = Path(__file__).parent / "assets"
 PROXY_ASSET, PRIVATE_ASSET = ASSETS / "fashion_mnist_proxy.png", ASSETS / "fashion_mnist_private.png"
@@ -72,6 +73,13 @@ def load_images(
     if role == "proxy" and len(loaded) < 2:
         raise R2FError(f"a proxy needs at least 2 images, but '{spec}' gives {len(loaded)}: add images or mix sets.")
     return loaded
+
+
+def images_for(base: BaseModel, spec: str, *, count: int | None = None, seed: int = 0, role: str = "proxy") -> ImageSet:
+    """`load_images` at the base's input size and with its number of classes."""
+    return load_images(
+        spec, input_shape=base.input_shape, num_classes=base.num_classes, count=count, seed=seed, role=role
+    )
 
 
 def _check(shape: Shape, num_classes: int, count: int | None, seed: int, role: str) -> None:

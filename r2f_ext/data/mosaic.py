@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
@@ -36,9 +35,8 @@ def write_mosaic(path: Path, images: Tensor, labels: Tensor) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text(_TILE, f"{height}x{width}")
     info.add_text(_LABELS, "".join(map(str, labels.tolist())), zip=True)
-    buffer = io.BytesIO()
-    Image.fromarray(sheet.numpy()).save(buffer, "PNG", optimize=True, pnginfo=info)
-    write_atomically(path, lambda temporary: _write(temporary, buffer.getvalue()))
+    picture = Image.fromarray(sheet.numpy())
+    write_atomically(path, lambda temporary: picture.save(temporary, "PNG", optimize=True, pnginfo=info))
 
 
 def read_mosaic(path: Path) -> tuple[Tensor, Tensor]:
@@ -61,7 +59,3 @@ def read_mosaic(path: Path) -> tuple[Tensor, Tensor]:
     if len(images) != len(labels):
         raise R2FError(f"{path} holds fewer tiles than labels: reinstall r2f_ext or run build_assets.py.")
     return images, labels
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

@@ -32,7 +32,7 @@ from r2f_ext.inversion.attention_rowspace import (
 from r2f_ext.inversion.counting import closed_form_verdict, count_on, rowspace_refusal
 from r2f_ext.inversion.exactness import storage_precision
 from r2f_ext.inversion.geometry import FIRST_QKV, ViTGeometry, base_geometry
-from r2f_ext.inversion.patches import expected_psnr_db, to_image
+from r2f_ext.inversion.patches import to_image
 from r2f_ext.inversion.route import Verdict
 from r2f_ext.models import forgot_start
 from r2f_ext.types import BaseModel, LoraUpdate, Reconstruction, Target
@@ -155,8 +155,4 @@ def _from_b(
     found = weighted_directions(equilibrate_rows(b), tokens.known @ start.T, geometry.patch_tokens, rounding)
     estimate = solve_patches(tokens, found.weighted @ start, solve_prior(base, geometry, tokens))
     image = to_image(base, estimate.solution[: geometry.patch_numbers].T, geometry.patch, geometry.grid)
-    return image, {
-        "noise": estimate.noise,
-        "expected_error": estimate.uncertainty,
-        "expected_psnr_db": expected_psnr_db(base, estimate.uncertainty),
-    }
+    return image, estimate.details(base)

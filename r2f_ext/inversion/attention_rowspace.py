@@ -27,7 +27,6 @@ from r2f_ext.inversion.patch_position import read_gradient
 from r2f_ext.inversion.patches import (
     Estimate,
     Prior,
-    expected_psnr_db,
     patch_prior,
     posterior_mean,
     prior_from_images,
@@ -201,9 +200,7 @@ def solve_from_rows(
         "rank": float(found.clear),
         "last_kept": relative[count - 1],
         "first_dropped": relative[count],
-        "noise": best.noise,
-        "expected_error": best.uncertainty,
-        "expected_psnr_db": expected_psnr_db(base, best.uncertainty),
+        **best.details(base),
     }
     return image, details
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from r2f_ext.capture.hooks import Capture, as_tokens
+from r2f_ext.capture.hooks import Capture, ReplacedOutputs, as_tokens
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.objectives import Candidate, Shape
 from r2f_ext.types import BaseModel, FactoredGradient, Gradient, Target
@@ -72,32 +72,21 @@ class LayerGradients:
             return capture(images, labels, create_graph=create_graph)
 
     def slope_along(self, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
-        modules = {name: self.target.base.model.get_submodule(name) for name in self.shapes}
-        move = _move(direction, [self.target.base.model.get_parameter(f"{name}.weight") for name in modules])
-        handles = []
-        for name, module in modules.items():
-            change = by_trial(move, direction[name])
-            handles.append(module.register_forward_hook(_moved(torch.cat([change, -change]))))
         base = self.target.base
-        try:
+        modules = {name: base.model.get_submodule(name) for name in self.shapes}
+        move = _move(direction, [base.model.get_parameter(f"{name}.weight") for name in modules])
+        changes = {name: by_trial(move, direction[name]) for name in modules}
+
+        def moved(name: str, x: Tensor, output: Tensor) -> Tensor:
+            """Adds the effect of each trial's change of the weights, forwards and backwards, to a layer's output."""
+            change, tokens = torch.cat([changes[name], -changes[name]]), as_tokens(modules[name], x)
+            extra = tokens.reshape(len(change), -1, tokens.shape[-1]) @ change.mT
+            extra = extra.reshape(len(output), -1, change.shape[1])
+            return output + (extra.mT if isinstance(modules[name], nn.Conv2d) else extra).reshape(output.shape)
+
+        with ReplacedOutputs(modules, moved):
             difference = _difference(lambda inputs: base.model(inputs.flatten(0, 1)), base, images, labels)
-            return by_trial(0.5 / move, difference)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _moved(change: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds the effect of each trial's change of the weights [T, d_out, d_in] to a layer's output."""
-
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        tokens = as_tokens(module, args[0])
-        extra = (tokens.reshape(len(change), -1, tokens.shape[-1]) @ change.mT).reshape(
-            len(output), -1, change.shape[1]
-        )
-        return output + (extra.mT if isinstance(module, nn.Conv2d) else extra).reshape(output.shape)
-
-    return add
+        return by_trial(0.5 / move, difference)
 
 
 class ParameterGradients:

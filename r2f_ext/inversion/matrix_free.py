@@ -131,9 +131,6 @@ class GradientMap:
                 raise R2FError(f"the gradient of {name} is zero or not finite: there is nothing to invert.")
         return torch.cat([F.normalize(part.flatten(), dim=0, eps=1e-30) for part in parts])
 
-    def at(self, point: Tensor, label: Tensor) -> AtPoint:
-        return AtPoint(self, point, label)
-
     def parts(self, gradient: FactoredGradient) -> list[Tensor]:
         """delta^T x, or delta^T (x A^T), of one group."""
         return [gradient.delta[name][0].mT @ self._seen(name, gradient.x[name][0]) for name in self.target.names]
@@ -261,54 +258,22 @@ def search_matrix_free(
     Raises:
         R2FError: the gradient of a layer is zero or not finite at a point.
     """
-    config = config or MatrixFreeConfig()
-    steps = KrylovSteps(updates, observed, label, coordinates, config)
-    layers = len(updates.target.layers)
-    return run_search(lambda images: updates(images, label), steps, observed, start, layers, config)
+    settings, layers = config or MatrixFreeConfig(), len(updates.target.layers)
 
+    def update_of(images: Tensor) -> Tensor:
+        return updates(images, label)
 
-class KrylovSteps:
-    """Damped steps within a Krylov space of every point."""
+    def move(point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Damped steps within a Krylov space of the point."""
+        here = AtPoint(updates, point[0], label)
+        local = KrylovLocal(here, coordinates, (value - observed)[0], settings.krylov)
+        return damped_steps(local, update_of, observed, point, value, settings, SOLVED * layers**0.5)
 
-    def __init__(
-        self,
-        updates: GradientMap,
-        observed: Tensor,
-        label: Tensor,
-        coordinates: Coordinates,
-        config: MatrixFreeConfig,
-    ) -> None:
-        self.updates, self.observed, self.label = updates, observed, label
-        self.coordinates, self.config = coordinates, config
-
-    def __call__(self, point: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        here = self.updates.at(point[0], self.label)
-        local = KrylovLocal(here, self.coordinates, (value - self.observed)[0], self.config.krylov)
-        solved = SOLVED * len(self.updates.target.layers) ** 0.5
-        update_of = lambda images: self.updates(images, self.label)  # noqa: E731
-        return damped_steps(local, update_of, self.observed, point, value, self.config, solved)
-
-
-class Local(Protocol):
-    """z linearised at one point, in axes in which J^T J is diagonal.
-
-    Attributes:
-        curvature: [k] float64, >= 0, ascending: J^T J along the axes.
-    """
-
-    curvature: Tensor
-
-    def pull(self, error: Tensor) -> Tensor:
-        """J^T r along the axes: [R] -> [k] float64."""
-        ...
-
-    def moved(self, point: Tensor, correction: Tensor) -> Tensor:
-        """Subtract a correction along the axes [k] from the point [1, p]."""
-        ...
+    return run_search(update_of, move, observed, start, layers, settings)
 
 
 def damped_steps(
-    local: Local,
+    local: KrylovLocal,
     update_of: Callable[[Tensor], Tensor],
     observed: Tensor,
     point: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.counting import closed_form_verdict, count_on, not_shared
 from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, ViTGeometry, base_geometry
-from r2f_ext.inversion.patches import Estimate, Prior, expected_psnr_db, patch_prior, posterior_mean, to_image
+from r2f_ext.inversion.patches import Estimate, Prior, patch_prior, posterior_mean, to_image
 from r2f_ext.inversion.route import Verdict
 from r2f_ext.types import BaseModel, Reconstruction
 
@@ -80,12 +80,8 @@ def invert_patch_position(base: BaseModel, gradients: dict[str, Tensor]) -> Reco
     delta = _patch_delta(geometry, read_gradient(base, gradients, POSITIONS))
     estimate = _solve(delta, weight, _token_prior(base, geometry))
     image = to_image(base, estimate.solution, geometry.patch, geometry.grid)
-    details = {
-        "noise": estimate.noise,
-        "expected_error": estimate.uncertainty,
-        "expected_psnr_db": expected_psnr_db(base, estimate.uncertainty),
-    }
-    return Reconstruction(ROUTE, image, None, verdict.why, time.perf_counter() - started, details)
+    seconds = time.perf_counter() - started
+    return Reconstruction(ROUTE, image, None, verdict.why, seconds, estimate.details(base))
 
 
 def read_gradient(base: BaseModel, gradients: dict[str, Tensor], name: str) -> Tensor:

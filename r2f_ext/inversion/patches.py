@@ -113,6 +113,11 @@ class Estimate:
     noise: float
     uncertainty: float
 
+    def details(self, base: BaseModel) -> dict[str, float]:
+        """For `Reconstruction.details`."""
+        error = self.uncertainty
+        return {"noise": self.noise, "expected_error": error, "expected_psnr_db": expected_psnr_db(base, error)}
+
 
 def posterior_mean(system: Tensor, rhs: Tensor, prior: Prior, buried: float = 0.0) -> Estimate:
     """Solve system [m, k] @ solution [k, n] = rhs [m, n], float64, for n right-hand sides at once.

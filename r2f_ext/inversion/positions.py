@@ -95,11 +95,6 @@ class FreePositions:
             extra,
         )
 
-    @property
-    def freed_shape(self) -> torch.Size:
-        """(c + e, h, w) of a freed image."""
-        return torch.Size(self.base.input_shape)
-
     def freed(self, images: Tensor) -> Tensor:
         """Images [n, p] whose tokens keep their position embeddings: [n, p']."""
         return torch.cat([images, images.new_full((len(images), len(self.basis) - images.shape[1]), 0.5)], dim=1)

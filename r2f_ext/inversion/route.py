@@ -258,7 +258,7 @@ class Route(ABC):
 
     def units(self, problem: Problem) -> int:
         """Number of work units that `run` reports through `advance`."""
-        return 1
+        return problem.victims
 
     def lacking(self, problem: Problem, later: Collection[str] = ()) -> str | None:
         """The first field of `reads` that the problem does not have."""

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp, vmap
 
-from r2f_ext.capture.hooks import as_tokens
-from r2f_ext.capture.tangents import ReplacedOutputs
+from r2f_ext.capture.hooks import ReplacedOutputs, as_tokens
 from r2f_ext.errors import R2FError
 from r2f_ext.graph_optimizer import Traced
 from r2f_ext.inversion.adamw_step import EPS

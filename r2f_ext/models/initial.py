@@ -98,7 +98,7 @@ def initial_from_folder(folder: str | Path, update: LoraUpdate) -> InitialA:
             raise R2FError(f"'{folder}' holds no A of {name} as the adapter has it: pass the adapter saved untrained.")
         a[name] = stored.flatten(1).to(trained)
     found = InitialA(a, f"the folder '{Path(folder).resolve().name}'", _cosine(a, update.a))
-    if not _related(found, update.a):
+    if not _related(a, update.a):
         raise R2FError(f"A in '{folder}' is not where this adapter started (cosine {found.cosine:.3f} to its A).")
     return found
 
@@ -118,13 +118,11 @@ def initial_from_seed(target: Target, update: LoraUpdate, seeds: Iterable[int] =
     first = {target.names[0]: update.a[target.names[0]]}
     for seed in seeds:
         for init in INITS:
-            drawn = InitialA(_draw(target, target.names[:1], seed, init, first), "", 0.0)
-            if not _related(InitialA(drawn.a, "", _cosine(drawn.a, first)), first):
+            if not _related(_draw(target, target.names[:1], seed, init, first), first):
                 continue
             a = _draw(target, target.names, seed, init, update.a)
-            found = InitialA(a, f"PEFT's draw under torch.manual_seed({seed})", _cosine(a, update.a))
-            if _related(found, update.a):
-                return found
+            if _related(a, update.a):
+                return InitialA(a, f"PEFT's draw under torch.manual_seed({seed})", _cosine(a, update.a))
     return None
 
 
@@ -179,6 +177,6 @@ def _cosine(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return dot / max((sizes[0] * sizes[1]) ** 0.5, 1e-300)
 
 
-def _related(found: InitialA, trained: dict[str, Tensor]) -> bool:
-    numbers = sum(trained[name].numel() for name in found.a)
-    return found.cosine > min(0.9, CHANCE / numbers**0.5)
+def _related(a: dict[str, Tensor], trained: dict[str, Tensor]) -> bool:
+    """Whether the cosine is larger than that of two draws."""
+    return _cosine(a, trained) > min(0.9, CHANCE / sum(trained[name].numel() for name in a) ** 0.5)

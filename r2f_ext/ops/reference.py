@@ -50,9 +50,6 @@ def lora_grad(
     return grad_A, grad_B
 
 
-torch.library.impl(f"{NAMESPACE}::lora_grad", "default", lora_grad)
-
-
 def lora_grad_tangent(
     x: Sequence[Tensor],
     delta: Sequence[Tensor],
@@ -69,9 +66,6 @@ def lora_grad_tangent(
         x_l, delta_l, dx_l, ddelta_l, A_l = (tensor.to(dtype) for tensor in layer)
         tangents.append((x_l @ A_l.mT).mT @ ddelta_l + (dx_l @ A_l.mT).mT @ delta_l)  # [K, P, r, d_out]
     return [from_rows(tangent.mul_(scale)) for tangent, scale in zip(tangents, scales, strict=True)]
-
-
-torch.library.impl(f"{NAMESPACE}::lora_grad_tangent", "default", lora_grad_tangent)
 
 
 # ---- Matching: distances between gradients, total variation, the optimizer's step ----------------------------------
@@ -297,6 +291,8 @@ def signed_adam_step_(
 
 
 for _function in (
+    lora_grad,
+    lora_grad_tangent,
     matching_loss,
     matching_loss_backward,
     factored_matching_loss,

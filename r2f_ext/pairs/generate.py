@@ -6,6 +6,7 @@ gradient at B, s * G A^T = -B1 / lr: decoders normalise it anyway.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -64,7 +65,68 @@ class PairSource(Protocol):
         ...
 
 
-class GeneratedPairs:
+class ProxyPairs(ABC):
+    """What pairs that are made from proxy images during iteration share.
+
+    Args:
+        a_seed: of the A of every victim; None: all start from `a`.
+
+    Raises:
+        R2FError: the proxy has too few images for two victims, or the precision is unknown, or "tf32" on a CPU.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        a: dict[str, Tensor],
+        proxy: ProxyImages,
+        group_size: int,
+        precision: str,
+        a_seed: int | None,
+    ) -> None:
+        if len(proxy) < 2 * group_size:
+            raise R2FError(
+                f"proxy '{proxy.name}' has {len(proxy)} images: at least {2 * group_size} are needed, "
+                "thousands for a good decoder."
+            )
+        check_precision(precision, target.base.device)
+        self.target, self.a, self.proxy, self.group_size = target, a, proxy, group_size
+        self.precision, self.a_seed = precision, a_seed
+
+    @property
+    @abstractmethod
+    def batch_groups(self) -> int:
+        """Groups of one pass, and so pairs of a batch."""
+
+    def __len__(self) -> int:
+        return len(self.proxy) // self.group_size
+
+    @property
+    def per_victim_a(self) -> bool:
+        return self.a_seed is not None
+
+    @cached_property
+    def _sample(self) -> SampleBytes:
+        return sample_bytes(self.target)
+
+    @cached_property
+    def _samples(self) -> ProxyImages:
+        return resident(self.proxy, self.target.base.device)
+
+    def factors_file(self, shard: int) -> None:  # noqa: B027
+        """No file holds these pairs' gradients."""
+
+    def _groups(self, start: int, stop: int | None) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor] | None]]:
+        """Of every pass over the pairs `start` to `stop`: first victim, images, labels, each victim's A (None: `a`)."""
+        stop, step = len(self) if stop is None else min(stop, len(self)), self.batch_groups
+        for first in range(start, stop, step):
+            groups = min(step, stop - first)
+            images, labels = samples_of(self._samples, first, groups, self.group_size, self.target.base.device)
+            a0 = None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
+            yield first, images, labels, a0
+
+
+class GeneratedPairs(ProxyPairs):
     """Pairs made from proxy images during iteration; nothing is kept.
 
     Args:
@@ -93,30 +155,15 @@ class GeneratedPairs:
         precision: str = "float32",
         per_victim_a: int | None = None,
     ) -> None:
-        need_images(proxy, group_size)
-        check_precision(precision, target.base.device)
-        self.target, self.a, self.proxy, self.group_size, self.precision = target, a, proxy, group_size, precision
-        self.a_seed = per_victim_a
-
-    def __len__(self) -> int:
-        return len(self.proxy) // self.group_size
-
-    @property
-    def per_victim_a(self) -> bool:
-        return self.a_seed is not None
+        super().__init__(target, a, proxy, group_size, precision, per_victim_a)
 
     @property
     def recipe(self) -> dict[str, Any]:
         """How the pairs are made: for manifests."""
         return {**recipe_of(self.proxy, self.group_size, self.a_seed), "precision": self.precision}
 
-    @cached_property
-    def _sample(self) -> SampleBytes:
-        return sample_bytes(self.target)
-
     @property
     def batch_groups(self) -> int:
-        """Groups of one pass, and so pairs of a batch."""
         device = self.target.base.device
         samples = budget(device) // self._sample.in_pass
         most = GPU_SAMPLES // self.group_size if device.type == "cuda" else BATCH_GROUPS
@@ -127,34 +174,14 @@ class GeneratedPairs:
         """Pairs of a file."""
         return shard_groups(self.batch_groups, self._sample.stored * self.group_size, self.target.base.device)
 
-    @cached_property
-    def _samples(self) -> ProxyImages:
-        return resident(self.proxy, self.target.base.device)
-
-    def factors_file(self, shard: int) -> None:
-        """No file holds these pairs' gradients."""
-
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
-        stop, step = len(self) if stop is None else min(stop, len(self)), self.batch_groups
         with Capture(self.target, PRECISIONS[self.precision], self.precision == "tf32") as capture:
-            for first in range(start, stop, step):
-                groups = min(step, stop - first)
-                images, labels = samples_of(self._samples, first, groups, self.group_size, self.target.base.device)
+            for _, images, labels, a0 in self._groups(start, stop):
                 gradient = capture(images, labels)
-                a0 = None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
                 updates = project(self.target, gradient, self.a if a0 is None else a0)
                 if self.precision != "float32":
                     gradient = gradient.float32()
                 yield PairBatch(updates, gradient, images, labels, a0)
-
-
-def need_images(proxy: ProxyImages, group_size: int) -> None:
-    """Raise R2FError when the proxy has too few images for two victims."""
-    if len(proxy) < 2 * group_size:
-        raise R2FError(
-            f"proxy '{proxy.name}' has {len(proxy)} images: at least {2 * group_size} are needed, "
-            "thousands for a good decoder."
-        )
 
 
 def recipe_of(proxy: ProxyImages, group_size: int, a_seed: int | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,15 +25,11 @@ from r2f_ext.ops import lora_grad
 from r2f_ext.pairs.generate import (
     GPU_SAMPLES,
     PRECISIONS,
-    check_precision,
-    need_images,
+    ProxyPairs,
     recipe_of,
-    resident,
-    samples_of,
     shard_groups,
 )
-from r2f_ext.pairs.memory import SampleBytes, budget, sample_bytes
-from r2f_ext.pairs.starts import random_a
+from r2f_ext.pairs.memory import budget
 from r2f_ext.types import FactoredGradient, PairBatch, Target
 
 MAX_BATCH_SAMPLES = 100  # of one forward and backward on a CPU
@@ -283,7 +278,7 @@ def _check_finite(victims: Victims, first: int, training: Training) -> None:
         )
 
 
-class SimulatedPairs:
+class SimulatedPairs(ProxyPairs):
     """Pairs of (change of B by training, average full gradient), made during iteration.
 
     The update is (B_0 - B_T) / sum of the learning rates. For one step of plain SGD from PEFT's start it is exactly the
@@ -315,22 +310,12 @@ class SimulatedPairs:
         dense: bool = False,
         precision: str = "float32",
     ) -> None:
-        need_images(proxy, training.owned)
-        check_precision(precision, target.base.device)
-        self.target, self.a, self.b, self.proxy, self.training, self.seed = target, a, b, proxy, training, seed
-        self.a_seed, self.dense, self.precision = per_victim_a, dense, precision
-        self.group_size = training.owned
-
-    def __len__(self) -> int:
-        return len(self.proxy) // self.group_size
+        super().__init__(target, a, proxy, training.owned, precision, per_victim_a)
+        self.b, self.training, self.seed, self.dense = b, training, seed, dense
 
     @property
     def one_step(self) -> bool:
         return self.training.plain_step and self.b is None
-
-    @property
-    def per_victim_a(self) -> bool:
-        return self.a_seed is not None
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -339,10 +324,6 @@ class SimulatedPairs:
         if self.b is not None:
             made["b_sha256"] = sha256_of(self.b.values())
         return {**made, "training": asdict(self.training), "seed": self.seed, "precision": self.precision}
-
-    @cached_property
-    def _sample(self) -> SampleBytes:
-        return sample_bytes(self.target)
 
     @property
     def batch_groups(self) -> int:
@@ -364,20 +345,9 @@ class SimulatedPairs:
         stored = dense if self.dense else self._sample.stored * tokens
         return shard_groups(self.batch_groups, stored, self.target.base.device)
 
-    @cached_property
-    def _samples(self) -> ProxyImages:
-        return resident(self.proxy, self.target.base.device)
-
-    def factors_file(self, shard: int) -> None:
-        """No file holds these pairs' gradients."""
-
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
-        stop, step = len(self) if stop is None else min(stop, len(self)), self.batch_groups
         rate = sum(self.training.rates())
-        for first in range(start, stop, step):
-            groups = min(step, stop - first)
-            images, labels = samples_of(self._samples, first, groups, self.group_size, self.target.base.device)
-            a0 = None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
+        for first, images, labels, a0 in self._groups(start, stop):
             victims = simulate(
                 self.target,
                 self.a if a0 is None else a0,

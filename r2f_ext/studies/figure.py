@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +34,8 @@ def write_figure(path: Path, panels: Sequence[Panel], table: Table) -> None:
     figure = Figure(figsize=(WIDTH * columns, HEIGHT * lines), layout="constrained")
     for number, (panel, rows) in enumerate(drawn):
         _draw(figure.add_subplot(lines, columns, number + 1), panel, rows)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
-    write_atomically(path, lambda temporary: _write(temporary, image.getvalue()))
+    about = {"Software": None}
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI, metadata=about))
 
 
 def _with_x(x: str, rows: Sequence[Row], table: Table) -> list[Row]:
@@ -111,7 +109,3 @@ def _bars(axes: Axes, panel: Panel, series: dict[str, list[Row]], positions: Seq
 
 def _is_number(value: Value) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.capture import Capture
-from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.data import ImageSet, drop_private, images_for
 from r2f_ext.decoders import Decoder, HeldOut, Updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter
@@ -35,14 +35,12 @@ def base_of(spec: str, device: torch.device, quick: bool = False) -> BaseModel:
 
 @lru_cache(maxsize=8)
 def _private(spec: str, base: BaseModel) -> ImageSet:
-    shape, classes = base.input_shape, base.num_classes
-    return load_images(spec, role="private", input_shape=shape, num_classes=classes, count=PRIVATE_IMAGES)
+    return images_for(base, spec, count=PRIVATE_IMAGES, role="private")
 
 
 @lru_cache(maxsize=8)
 def _public(spec: str, base: BaseModel, seed: int, count: int, private: str) -> ImageSet:
-    found = load_images(spec, input_shape=base.input_shape, num_classes=base.num_classes, count=count, seed=seed)
-    return drop_private(found, _private(private, base))
+    return drop_private(images_for(base, spec, count=count, seed=seed), _private(private, base))
 
 
 def private_images(base: BaseModel, data: Data, seed: int, count: int) -> ImageSet:

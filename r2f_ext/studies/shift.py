@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.audit.metrics import psnr_db
-from r2f_ext.data import ImageSet, load_images
+from r2f_ext.data import ImageSet, images_for
 from r2f_ext.decoders import Decoder, Updates
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.amortised import AmortisedInverter, unit_rows
@@ -77,8 +77,7 @@ def public_of(world: World, base: BaseModel, kind: str, seed: int, count: int, v
         R2FError: the set has fewer.
     """
     if kind == GENERATED:
-        shape, classes = base.input_shape, base.num_classes
-        return load_images(GENERATED, input_shape=shape, num_classes=classes, count=count, seed=seed)
+        return images_for(base, GENERATED, count=count, seed=seed)
     data = world.named(kind)
     if data.proxy != data.private:
         return varied(split_of(base, data, seed, victims).public, count, seed)
@@ -177,7 +176,7 @@ def _joined_units(updates: Updates) -> Tensor:
 def not_above(row: Row | None, control: Row | None) -> bool:
     """Whether both were measured on the same victims, and the interval of the paired difference reaches 0 or below."""
     found = None if row is None or control is None else difference(row, control)
-    return found is not None and (found.low is None or found.low <= 0)
+    return found is not None and not found.positive
 
 
 CONTROLS = (  # metric, column, what is tested, its control, and the words for a test that does not beat the control

@@ -42,6 +42,11 @@ class Row:
     def mean(self) -> float:
         return float(np.mean(self.values))
 
+    @property
+    def positive(self) -> bool:
+        """Whether the interval lies above 0."""
+        return self.low is not None and self.low > 0
+
     def words(self, digits: int = 1) -> str:
         """Mean, 95 % interval and number of values for a sentence: `21.3 (20.1 to 22.4; n = 16)`."""
         mean, *ends = (_fixed(value, digits) for value in (self.mean, self.low, self.high) if value is not None)
@@ -80,6 +85,11 @@ class Table:
     def one(self, metric: str, **keys: Value) -> Row | None:
         """The first such row; None where there is none, as after a quick run or a failed cell."""
         return next(iter(self.where(metric, **keys)), None)
+
+    def change(self, row: Row, **other: Value) -> Row | None:
+        """`row` minus the row with these other keys, victim by victim; None where there is no such row."""
+        base = self.one(row.metric, **{**row.keys, **other})
+        return None if base is None else difference(row, base)
 
     def to_csv(self) -> str:
         """One line a row: the key columns, then metric, n, mean, low, high."""

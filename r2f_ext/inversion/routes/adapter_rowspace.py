@@ -32,9 +32,6 @@ class AdapterRowspace(Route):
             return replace(verdict, certainty=Certainty.REFUSED, why=f"Not run: {UNKNOWN_START}.")
         return verdict
 
-    def units(self, problem: Problem) -> int:
-        return problem.victims
-
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         start = _start(problem)
         assert problem.adapters and problem.target is not None and start is not None

@@ -25,9 +25,6 @@ class AttentionRowspace(Route):
         verdict = count_attention_rowspace(problem.base, problem.batch, problem.shared)
         return where_gradients_are(problem, verdict)
 
-    def units(self, problem: Problem) -> int:
-        return problem.victims
-
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.gradients is not None
         return stack_victims((invert_attention_rowspace(problem.base, one) for one in problem.gradients), advance)

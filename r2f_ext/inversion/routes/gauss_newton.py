@@ -35,9 +35,6 @@ class GaussNewton(Route):
     def lacking(self, problem: Problem, later: Collection[str] = ()) -> str | None:
         return super().lacking(problem, later) or lacks_images(problem, later)
 
-    def units(self, problem: Problem) -> int:
-        return problem.victims
-
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.target is not None and problem.a is not None and problem.observed is not None
         start = search_start(problem, self.after)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -19,36 +19,24 @@ from r2f_ext.inversion.matrix_free import (
     search_matrix_free,
 )
 from r2f_ext.inversion.newton import Search
-from r2f_ext.inversion.route import Problem, Route, Verdict
+from r2f_ext.inversion.route import Problem, Verdict
+from r2f_ext.inversion.routes.gauss_newton import GaussNewton
 from r2f_ext.inversion.saved_searches import by_victim, files_of
 from r2f_ext.inversion.searches import one_by_one, search_each
-from r2f_ext.inversion.start import best_estimate, lacks_images, remarked, search_start
+from r2f_ext.inversion.start import best_estimate, remarked, search_start
 from r2f_ext.inversion.update_map import MAX_PIXELS, UpdateMap
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
 
-class GaussNewtonMatrixFree(Route):
+class GaussNewtonMatrixFree(GaussNewton):
     """See `inversion/matrix_free.py`: hundreds of passes through the model at each of up to 14 points."""
 
     name = "gauss_newton_matrix_free"
-    threat_model = (
-        "Whoever receives the adapter of one plain SGD step on one image, a federated update, and knows "
-        "base and head can run it."
-    )
-    reads = ("target", "a", "observed")
-    after = ("amortised_by_label", "amortised")
-    by_default = False
 
     def verdict(self, problem: Problem) -> Verdict:
         description = "a search that ends exactly only from a start closer than that of gauss_newton"
         return search_verdict(problem, self.name, description, several_steps(problem))
-
-    def lacking(self, problem: Problem, later: Collection[str] = ()) -> str | None:
-        return super().lacking(problem, later) or lacks_images(problem, later)
-
-    def units(self, problem: Problem) -> int:
-        return problem.victims
 
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.target is not None and problem.a is not None and problem.observed is not None

@@ -40,9 +40,6 @@ class GaussNewtonUnrolled(Route):
         description = "a search through the known training that ends exactly only from a start close enough"
         return search_verdict(problem, self.name, description, _refusal(problem))
 
-    def units(self, problem: Problem) -> int:
-        return problem.victims
-
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         training, begun = problem.training, search_start(problem, self.after)
         assert problem.target is not None and problem.adapters is not None and training is not None

@@ -25,9 +25,6 @@ class PatchPosition(Route):
         verdict = count_patch_position(problem.base, problem.batch, problem.shared)
         return where_gradients_are(problem, verdict)
 
-    def units(self, problem: Problem) -> int:
-        return problem.victims
-
     def run(self, problem: Problem, advance: Advance) -> Reconstruction:
         assert problem.gradients is not None
         return stack_victims((invert_patch_position(problem.base, one) for one in problem.gradients), advance)

@@ -290,7 +290,7 @@ def _floor(table: Table, row: Row) -> Row | None:
 def _beats(row: Row, floor: Row | None) -> bool:
     """Whether a decoder is above its floor on the same victims by more than the interval of the difference."""
     above = None if floor is None else difference(row, floor)
-    return above is not None and above.low is not None and above.low > 0
+    return above is not None and above.positive
 
 
 def _name(row: Row) -> str:

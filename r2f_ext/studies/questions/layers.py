@@ -34,7 +34,7 @@ from r2f_ext.studies.scene import (
     victims_of,
 )
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
-from r2f_ext.studies.table import Row, Table, difference
+from r2f_ext.studies.table import Table, difference
 from r2f_ext.types import Gradient, Reconstruction, Target
 
 VICTIMS, PAIRS = 16, 600
@@ -224,7 +224,7 @@ def ranks_of(update: Tensor, gradient: Tensor) -> list[Measured]:
 def _alone(table: Table) -> list[str]:
     sentences = []
     rows = table.where("psnr_db", scope="alone", route="amortised")
-    gains = [gain for row in rows if (gain := _gain(table, row)) is not None]
+    gains = [gain for row in rows if (gain := table.change(row, route="stranger")) is not None]
     if gains:
         nothing = [str(gain.keys["layer"]) for gain in gains if gain.low is None or gain.low <= 0]
         sentences.append(
@@ -255,12 +255,6 @@ def _alone(table: Table) -> list[str]:
             f"{max(row.mean for row in ranks):.1f}."
         )
     return sentences
-
-
-def _gain(table: Table, row: Row) -> Row | None:
-    """The amortised estimate less the stranger's, victim by victim."""
-    stranger = table.one("psnr_db", **{**row.keys, "route": "stranger"})
-    return None if stranger is None else difference(row, stranger)
 
 
 def _sides(table: Table) -> list[str]:

@@ -36,7 +36,7 @@ from r2f_ext.studies.scene import (
     victims_of,
 )
 from r2f_ext.studies.study import Data, Measured, Panel, Setting, Study, World
-from r2f_ext.studies.table import Row, Table, difference
+from r2f_ext.studies.table import Row, Table
 from r2f_ext.types import Gradient, Target
 
 BATCH, CHANNELS = 32, (16, 24, 32)  # of the diffusion model, small enough to be trained in two minutes on one core
@@ -137,19 +137,19 @@ class PriorStudy(Study):
         with_prior = [row for row in rows if row.keys["prior"] != NONE]
         gains = _changes(with_prior, table, prior=NONE)
         found = [
-            _listed("No gain over matching without a prior", gains, lambda change: not _above(change)),
-            _listed("A gain over matching without a prior", gains, _above),
+            _listed("No gain over matching without a prior", gains, lambda change: not change.positive),
+            _listed("A gain over matching without a prior", gains, lambda change: change.positive),
             _listed(
                 "No gain of matching with a prior over that prior alone",
                 _changes(with_prior, table, observed=NOTHING),
-                lambda change: not _above(change),
+                lambda change: not change.positive,
             ),
         ]
         moved = _changes(rows, table, observed=NOTHING, prior=NONE)
         similarities = [row for row in table.where("ssim", route=OWN) if row.keys["observed"] != NOTHING]
         found += [
-            _listed("No better than their start", moved, lambda change: not _above(change)),
-            _listed("Better than their start", moved, _above),
+            _listed("No better than their start", moved, lambda change: not change.positive),
+            _listed("Better than their start", moved, lambda change: change.positive),
             _listed(
                 "Worse than their start by SSIM",
                 _changes(similarities, table, observed=NOTHING, prior=NONE),
@@ -159,7 +159,7 @@ class PriorStudy(Study):
         ]
         strangers = _changes(rows, table, route=STRANGER)
         nothing = "Nothing recovered, no better than what the same search makes of a stranger's update"
-        found.append(_listed(nothing, strangers, lambda change: not _above(change)))
+        found.append(_listed(nothing, strangers, lambda change: not change.positive))
         if strangers and not found[-1]:
             found.append("Every search is above the same search for a stranger of the same label.")
         if rows and (mean := table.one("psnr_db", route=MEAN)):
@@ -253,17 +253,7 @@ def prior_alone(slope: Prior, start: Tensor, config: MatchingConfig) -> Tensor:
 
 def _changes(rows: Sequence[Row], table: Table, **other: str) -> list[Row]:
     """Each row minus the row with these other keys, victim by victim; rows without such a row are left out."""
-    found = []
-    for row in rows:
-        base = table.one(row.metric, **{**row.keys, **other})
-        change = None if base is None else difference(row, base)
-        if change is not None:
-            found.append(change)
-    return found
-
-
-def _above(change: Row) -> bool:
-    return change.low is not None and change.low > 0
+    return [change for row in rows if (change := table.change(row, **other)) is not None]
 
 
 def _listed(words: str, changes: Sequence[Row], chosen: Callable[[Row], bool], unit: str = " dB") -> str:

@@ -285,7 +285,7 @@ def _one_recipe(table: Table, optimizer: str, images: str) -> tuple[list[str], l
         words += f", where the label's mean gradient has {control.words(3)}." if control else "."
         (good if clearly_above(ridge[last], control) else bad).append(words)
     above = {int(row.keys["T"]): row for row in table.where("above_stranger_db", route="amortised", **keys)}
-    ahead = [t for t, row in above.items() if row.low is not None and row.low > 0]
+    ahead = [t for t, row in above.items() if row.positive]
     if ahead:
         end = max(ahead)
         good.append(
@@ -299,7 +299,7 @@ def _one_recipe(table: Table, optimizer: str, images: str) -> tuple[list[str], l
         t = max(own)
         few = table.one("cosine", decoder="ridge", T=t, **{**keys, "fitted": AS_FEW})
         gain = None if few is None else difference(own[t], few)
-        helps = gain is not None and gain.low is not None and gain.low > 0
+        helps = gain is not None and gain.positive
         words = f"{name}: a ridge fitted to pairs of the victim's own {t} steps {'is' if helps else 'is not'} clearly "
         words += f"better than one of as many one-step pairs: {own[t].words(3)}"
         words += f" against {few.words(3)}" if few else ""
