@@ -114,10 +114,7 @@ def _with_current_names(files: AdapterFiles, base: BaseModel) -> tuple[AdapterFi
         values = {re.escape(now): given.get(get_pattern_key(given, old)) for old, now in new.items()}
         config[pattern] = {name: value for name, value in values.items() if value is not None}
     weights = {
-        f"{PREFIX}{new[name]}{end}": files.weights[f"{PREFIX}{name}{end}"]
-        for name in names
-        for end in (A_KEY, B_KEY)
-        if f"{PREFIX}{name}{end}" in files.weights
+        f"{PREFIX}{new[name]}{end}": files.weights[f"{PREFIX}{name}{end}"] for name in names for end in (A_KEY, B_KEY)
     }
     old, now = next(iter(renamed.items()))
     note = f"The adapter names its layers as an older transformers did: {old} is now {now}."
@@ -134,13 +131,9 @@ def _layer_names(files: AdapterFiles) -> list[str]:
 
 
 def _factors(name: str, files: AdapterFiles) -> tuple[Tensor, Tensor]:
-    pair = tuple(files.weights.get(f"{PREFIX}{name}{end}") for end in (A_KEY, B_KEY))
-    if pair[0] is None or pair[1] is None:
-        lacking = "A" if pair[0] is None else "B"
-        raise R2FError(f"adapter '{files.folder}' holds no {lacking} of {name}: it was saved in part; save it again.")
-    if min(pair[0].ndim, pair[1].ndim) < 2:
-        raise R2FError(f"adapter '{files.folder}' holds factors of {name} that are no matrices: save it again.")
-    return pair[0], pair[1]
+    """A and B of a layer that `_layer_names` gives: the reader has refused a factor without its partner."""
+    a, b = (files.weights[f"{PREFIX}{name}{end}"] for end in (A_KEY, B_KEY))
+    return a, b
 
 
 def _check_layer(name: str, files: AdapterFiles, base: BaseModel, modules: dict[str, nn.Module]) -> None:
