@@ -164,7 +164,8 @@ class PairBatch:
     """P (LoRA update, full gradient) pairs taken from one start, with the samples that made them.
 
     Attributes:
-        updates: name -> gradients at B at PEFT's start, s G A^T [P, d_out, r]; of all layers.
+        updates: name -> (B_0 - B_T) over the sum of the learning rates [P, d_out, r], of all layers; for one step of
+            plain SGD from PEFT's start the gradient with respect to B, s G A^T.
         gradients: the full gradients as factors, of the layers of the source's target.
         images: [P, b, c, h, w] in [0, 1]; labels [P, b].
         a0: name -> the A that each victim started from [P, r, d_in]; None where all start from the source's `a`.

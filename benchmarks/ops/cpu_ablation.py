@@ -111,7 +111,10 @@ def works() -> dict[str, tuple[list[int], Callable[[], object]]]:
         "mlp fit, one epoch": ([FITTED, *shape], lambda: MLP(epochs=1).fit(pairs, FITTED)),
         "ridge decode": ([VICTIMS, *shape], lambda: ridge.decode(updates)),
         "mlp decode": ([VICTIMS, *shape], lambda: mlp.decode(updates)),
-        "Jacobian": ([DIRECTIONS, *shape], lambda: updates_of.jacobian(images[0].flatten(), labels[:1], basis[:, :64])),
+        "Jacobian": (
+            [DIRECTIONS, *shape],
+            lambda: updates_of.jacobian(images[0].flatten(), labels[:1], basis[:, :DIRECTIONS]),
+        ),
     }
 
 

@@ -14,9 +14,9 @@
 namespace r2f {
 namespace {
 
-// With fewer items than this, one warp per item does not saturate the memory bandwidth of a large GPU (seen on an
-// H100, no record). Then kSplit warps share an item; a kernel that does not split items gives each item a block of its own, so
-// that all multiprocessors have work.
+// With fewer items than this, one warp per item does not saturate the memory bandwidth of a large GPU (seen on an H100,
+// no record). Then kSplit warps share an item; a kernel that does not split items gives each item a block of its own,
+// so that all multiprocessors have work.
 constexpr int64_t kFewItems = 2048;
 
 unsigned blocks_of(int64_t items, int64_t each) { return static_cast<unsigned>((items + each - 1) / each); }

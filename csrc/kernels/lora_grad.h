@@ -23,7 +23,8 @@ struct LoraGradLayer {
 // The bfloat16 kernel multiplies U as a sum of two bfloat16 numbers, so an infinite input gives NaN, not infinity.
 
 // Whether the kernels support a layer: float32 up to rank 16, bfloat16 up to rank 32, rows of whole 16-byte vectors at
-// aligned addresses. For larger ranks and in float64 the library's batched products are faster (seen on an H100, no record).
+// aligned addresses. For larger ranks and in float64 the library's batched products are faster (seen on an H100, no
+// record).
 bool lora_grad_cuda_takes(DType dtype, const LoraGradLayer& layer);
 
 // Queues all layers on `stream` (a cudaStream_t): two launches for every 64 layers. For every

@@ -1,10 +1,10 @@
 // torch.ops.r2f.perceptrons and its backward in ATen operators. Schemas and formulas are in r2f_ext/ops.
 //
-// Perceptrons of the same shapes form a group, which takes one batched product per linear layer. Tensors that are equally
-// spaced in one storage, like the slices of a stacked tensor, are read in place. On CUDA, other tensors are first
-// copied into a stacked tensor, because for small layers a kernel launch costs more than the arithmetic. On the CPU,
-// perceptrons whose weights are not equally spaced form groups of one, because copying the weights costs more than it
-// saves.
+// Perceptrons of the same shapes form a group, which takes one batched product per linear layer. Tensors that are
+// equally spaced in one storage, like the slices of a stacked tensor, are read in place. On CUDA, other tensors are
+// first copied into a stacked tensor, because for small layers a kernel launch costs more than the arithmetic. On the
+// CPU, perceptrons whose weights are not equally spaced form groups of one, because copying the weights costs more than
+// it saves.
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/empty.h>

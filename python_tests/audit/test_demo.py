@@ -1,18 +1,24 @@
 """The demo end to end, at toy sizes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
+from route_cases import posed
 from safetensors.torch import load_file
 
 from r2f_ext.audit import demo as module
 from r2f_ext.audit.demo import demo
 from r2f_ext.config import AuditConfig
-from r2f_ext.data import content_hashes
+from r2f_ext.data import content_hashes, load_images
 from r2f_ext.inversion.gauss_newton import FINISH
 from r2f_ext.inversion.matching import MatchingConfig
+from r2f_ext.inversion.routes import Outcome
 from r2f_ext.inversion.task import GaussNewtonConfig
+from r2f_ext.progress import Stages
+from r2f_ext.types import Reconstruction
 
 pytestmark = pytest.mark.usefixtures("few_controls")
 
@@ -48,7 +54,8 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
         "embedded",
     ]
     again = report["reconstruction"]["fashion_mnist_searched"]
-    assert again["leak"] is None and again["verdict"].startswith("Not judged again") and again["controls"]
+    assert again["leak"] is None and again["verdict"].startswith("Not judged here") and again["controls"]
+    assert again["control_intervals"] == {} and "gauss_newton" in report["verdict"]["tried"]
     assert report["verdict"]["leak"] is not None
     assert set(report["proxies"]) == {"embedded", "procedural"}
     assert AuditConfig.from_json(report["config"]) == config
@@ -70,3 +77,15 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     with Image.open(tmp_path / "reconstructions.png") as image:
         image.load()
     assert len(list((tmp_path / "victims").glob("*/*/adapter_model.safetensors"))) == 5
+
+
+def test_a_search_that_fails_leaves_no_set_and_a_reason(monkeypatch):
+    problem, images = posed()
+    not_run = {"amortised": "Not run: it needs proxy pairs.", "gauss_newton": "Failed: out of memory."}
+    monkeypatch.setattr(module, "adapter_problem", lambda *_: problem)
+    monkeypatch.setattr(module, "run_routes", lambda *_: Outcome([], not_run))
+    amortised = Reconstruction("amortised", images, torch.zeros(len(images), dtype=torch.int64), "", 0.0)
+    result = SimpleNamespace(problem=problem, reconstructions=[amortised], verdicts={}, config=AuditConfig())
+    private = load_images("embedded", role="private", count=2)
+    sets, said = module._searched(result, private, [], Stages())
+    assert sets == [] and said == {"gauss_newton": "Failed: out of memory."}

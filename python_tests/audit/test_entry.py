@@ -272,7 +272,7 @@ def test_without_pairs_a_closed_form_still_runs_and_is_scored(adapter_folder, em
     folder = with_patches_and_positions(adapter_folder, tmp_path / "a", embedded, image, label)
     report = audit([folder], proxy="embedded", private="embedded:0", config=CONFIG, out=tmp_path / "out")
     assert report.tried == ["patch_position"] and report.failed == {"pairs": SENTENCE}
-    verdict = report.verdict()  # the closed form bounds its own error, so nothing that failed is needed
+    verdict = report.verdict  # the closed form bounds its own error, so nothing that failed is needed
     assert verdict.leak is True and verdict.sentences[0].startswith("Recovered exactly by patch_position")
     assert verdict.sentences[1] == f"Not judged: n{SENTENCE[1:]}" and report.incomplete is None
     (figures,) = report.to_json()["reconstruction"].values()

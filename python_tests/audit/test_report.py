@@ -108,7 +108,7 @@ def test_figures_of_each_victim_are_cut_to_the_set(audited):
     found = replace(named(audited.result.reconstructions, "matching"), per_victim={"residual": residuals})
     result = replace(audited.result, reconstructions=[named(audited.result.reconstructions, "amortised"), found])
     part = set_report("x", result, audited.proxy, None, slice(1, 3))
-    assert part.figures().routes["matching"].per_victim == {"residual": [2.0, 3.0]}
+    assert part.figures.routes["matching"].per_victim == {"residual": [2.0, 3.0]}
     assert len(part.reconstructions[1].labels) == 2
     assert part.reconstructions[1].why.endswith("(all 3 adapters together)")
 
@@ -122,7 +122,7 @@ def test_what_one_victim_shows_is_not_said_of_another_set(audited):
         per_victim={"expected_error": torch.tensor([9.0, 1.0, 2.0])},
     )
     result = replace(audited.result, reconstructions=[worst])
-    whole, part = (set_report("x", result, audited.proxy, None, rows).figures() for rows in (slice(None), slice(1, 3)))
+    whole, part = (set_report("x", result, audited.proxy, None, rows).figures for rows in (slice(None), slice(1, 3)))
     assert whole.routes["matching"].details["expected_error"] == 9.0
     figures = part.routes["matching"]
     assert figures.details == {"seconds": 1.0} and figures.per_victim == {"expected_error": [1.0, 2.0]}

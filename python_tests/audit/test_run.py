@@ -250,7 +250,7 @@ def test_what_other_routes_find_without_pairs_is_scored(audited, monkeypatch):
     found = Reconstruction("adapter_rowspace", images, None, "test", 0.0)
     monkeypatch.setattr(route, "run", lambda self, problem, advance: found)
     part = set_report("x", small_audit(audited, "adapter_rowspace"), audited.proxy, audited.private)
-    assert part.figures().routes["adapter_rowspace"].psnr_db_mean > 90 and part.controls is None
+    assert part.figures.routes["adapter_rowspace"].psnr_db_mean > 90 and part.controls is None
     assert part.judgement.leak is None and "out of memory" in part.verdict()
 
 

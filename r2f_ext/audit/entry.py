@@ -72,7 +72,7 @@ def audit(
         out: folder for report.json, report.html, reconstructions.png and the decoded gradients; None writes nothing.
         config: sizes and seeds; None takes the defaults of `AuditConfig`.
         device: where the model runs, "cpu", "cuda" or "cuda:N".
-        initial: folder of the adapter saved before training, for the routes adapter_rowspace and gauss_newton_unrolled.
+        initial: folder of the adapter saved before training, for the route adapter_rowspace.
         a0_seed: torch's seed right before PEFT made the adapter; without both, common seeds are tried.
         stages: reports the progress of the long stages.
         on_ready: called once everything is loaded and checked, before the long stages.

@@ -25,7 +25,7 @@ from r2f_ext.audit.schema import (
 )
 from r2f_ext.audit.sets import SetReport
 from r2f_ext.audit.spectra import spectra_of
-from r2f_ext.audit.verdict import JUDGED_ROUTE, LeakVerdict, conclude
+from r2f_ext.audit.verdict import JUDGED_ROUTE, ExactImage, LeakVerdict, conclude
 from r2f_ext.capture.tokens import tokens_of
 from r2f_ext.env import environment
 from r2f_ext.inversion.route import Verdict
@@ -100,7 +100,7 @@ class AuditReport:
 
         A stage that the verdict rests on failed, or every route did, and no image was recovered exactly.
         """
-        if self.verdict().leak is not None:
+        if self.verdict.leak is not None:
             return None
         scored = any(part.originals is not None for part in self.sets)
         needed = ("pairs", "estimates", *(("controls",) if scored else ()))
@@ -109,10 +109,15 @@ class AuditReport:
             return f"the report is incomplete: {culprits[0][:1].lower()}{culprits[0][1:]}"
         return None if self.tried else "the report is incomplete: no route ran to its end, see the reasons in it."
 
+    @cached_property
+    def exact(self) -> list[ExactImage]:
+        """Every victim of every route that can be exact."""
+        return [one for part in self.sets for one in part.exact()]
+
+    @cached_property
     def verdict(self) -> LeakVerdict:
         """The conclusion over all sets."""
-        exact = [one for part in self.sets for one in part.exact()]
-        return conclude({part.name: part.judgement for part in self.sets}, exact)
+        return conclude({part.name: part.judgement for part in self.sets}, self.exact)
 
     @cached_property
     def figures(self) -> ReportFigures:
@@ -133,7 +138,7 @@ class AuditReport:
             target=target_figures(target, first.verdicts),
             phase0=[one.figures for one in self.phase0],
             decoders=self._decoders(next(iter(self.results))),
-            reconstruction={part.name: part.figures() for part in self.sets},
+            reconstruction={part.name: part.figures for part in self.sets},
             pairs=_pair_figures(first),
             seconds=self.seconds,
             proxies={
@@ -154,7 +159,7 @@ class AuditReport:
         return self.figures.to_json()
 
     def _verdict_figures(self) -> VerdictFigures:
-        found, tried, not_tried, routes = self.verdict(), self.tried, self.not_tried, registry()
+        found, tried, not_tried, routes = self.verdict, self.tried, self.not_tried, registry()
         return VerdictFigures(
             leak=found.leak,
             beyond_control_db=found.beyond_control_db,
@@ -162,7 +167,7 @@ class AuditReport:
             confidence=found.confidence,
             p_value=found.p_value,
             judged_route=JUDGED_ROUTE,
-            exact=[one for part in self.sets for one in part.exact()],
+            exact=self.exact,
             threat_model={route: routes[route].threat_model for route in (*tried, *not_tried)},
             tried=tried,
             not_tried=[NotTried(route, why) for route, why in not_tried.items()],

@@ -176,7 +176,7 @@ class ReportFigures:
     verdict: VerdictFigures
     failed: dict[str, str]
     incomplete: str | None
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     backend: dict[str, str]
     target: TargetFigures
     phase0: list[ClosedFormFigures]

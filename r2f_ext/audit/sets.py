@@ -79,6 +79,7 @@ class SetReport:
             for victim, one in enumerate(_exactness(found) or ())
         ]
 
+    @property
     def figures(self) -> SetFigures:
         """What report.json holds of this set."""
         return SetFigures(
@@ -118,12 +119,18 @@ def _exactness(found: Reconstruction) -> list[Exactness] | None:
 
 
 def set_report(
-    name: str, result: AuditResult, proxy: ImageSet, private: ImageSet | None, rows: slice = slice(None)
+    name: str,
+    result: AuditResult,
+    proxy: ImageSet,
+    private: ImageSet | None,
+    rows: slice = slice(None),
+    not_judged: str | None = None,
 ) -> SetReport:
     """Select the victims `rows` of an audit and compare them with their originals.
 
     Args:
         private: at least as many images as victims, see `pair_up`; None: nothing is scored.
+        not_judged: why the judged route is not tested on these victims, one sentence; None: it is.
     """
     parts = [found.take(rows) for found in result.reconstructions]
     count = len(range(result.problem.victims)[rows])
@@ -154,7 +161,10 @@ def set_report(
     # After matching, the set of the other adapters' reconstructions is the same, so this control tests nothing.
     tested = {control: one for control, one in scores.items() if control != "shuffled_adapter" or not matched}
     judged = psnr_db(estimate, originals)
-    judgement = judge(judged, tested, far, result.config.seed, foreign)
+    if not_judged is None:
+        judgement = judge(judged, tested, far, result.config.seed, foreign)
+    else:
+        judgement = LeakVerdict(None, sentences=(not_judged,))
     if not bool(foreign.any()):
         others = {found.route: psnr_db(found.images.cpu(), originals) for found in parts}
         exact = {found.route: found.per_victim["exact"] == 1 for found in parts if "exact" in found.per_victim}

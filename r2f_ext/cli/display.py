@@ -188,7 +188,8 @@ def _print_scores(title: str, figures: SetFigures) -> None:
         for control, value in figures.controls.items()
     ]
     head = ["", "PSNR dB", "std", "SSIM", "labels right", "judged route above it (interval)"]
-    table(title, head, rows)
+    shown = len(head) if figures.control_intervals else len(head) - 1
+    table(title, head[:shown], [row[:shown] for row in rows])
 
 
 def _difference(figures: SetFigures, control: str) -> str:

@@ -251,7 +251,10 @@ def _phase0(commands: Commands) -> None:
 
 def _identifiability(commands: Commands) -> None:
     command = _command(
-        commands, "identifiability", "count unknowns and equations of every route for timm models", base=False
+        commands,
+        "identifiability",
+        "which closed forms can be exact for timm models, by count; for one model every route",
+        base=False,
     )
     command.add_argument("model", metavar="MODEL", nargs="*", help="timm names (default: 20 well-known ViTs)")
     command.add_argument("--image-size", type=int, metavar="N", help="side of the input (default: the model's own)")

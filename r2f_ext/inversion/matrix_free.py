@@ -311,7 +311,11 @@ def damped_steps(
 
 
 class KrylovLocal:
-    """J at one point by its products, within a Krylov space of S^T J^T J S started at the residual's pull."""
+    """J at one point by its products, within a Krylov space of S^T J^T J S started at the residual's pull.
+
+    Attributes:
+        curvature: [k] float64, >= 0, ascending: J^T J along the axes of that space, in which it is diagonal.
+    """
 
     def __init__(self, here: AtPoint, coordinates: Coordinates, residual: Tensor, dimension: int) -> None:
         self.here, self.coordinates, self.dtype = here, coordinates, residual.dtype
@@ -324,7 +328,9 @@ class KrylovLocal:
         return self._gathered(self.here.forward(self.coordinates.spread(u.to(self.dtype))))
 
     def pull(self, error: Tensor) -> Tensor:
+        """J^T r along the axes: [R] -> [k] float64."""
         return self._gathered(error) @ self.axes
 
     def moved(self, point: Tensor, correction: Tensor) -> Tensor:
+        """Subtract a correction along the axes [k] from the point [1, p]."""
         return (point - self.coordinates.spread((self.axes @ correction).to(point.dtype))).clamp(0, 1)

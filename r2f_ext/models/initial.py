@@ -97,10 +97,10 @@ def initial_from_folder(folder: str | Path, update: LoraUpdate) -> InitialA:
         if stored is None or stored.flatten(1).shape != trained.shape or not torch.isfinite(stored).all():
             raise R2FError(f"'{folder}' holds no A of {name} as the adapter has it: pass the adapter saved untrained.")
         a[name] = stored.flatten(1).to(trained)
-    found = InitialA(a, f"the folder '{Path(folder).resolve().name}'", _cosine(a, update.a))
+    cosine = _cosine(a, update.a)
     if not _related(a, update.a):
-        raise R2FError(f"A in '{folder}' is not where this adapter started (cosine {found.cosine:.3f} to its A).")
-    return found
+        raise R2FError(f"A in '{folder}' is not where this adapter started (cosine {cosine:.3f} to its A).")
+    return InitialA(a, f"the folder '{Path(folder).resolve().name}'", cosine)
 
 
 def initial_from_seed(target: Target, update: LoraUpdate, seeds: Iterable[int] = COMMON_SEEDS) -> InitialA | None:

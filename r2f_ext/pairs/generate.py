@@ -1,7 +1,7 @@
 """Pairs at one start: every pair is taken at the same parameters, so one batch makes many of them.
 
 One step of SGD from PEFT's start (B = 0) gives B1 = -lr * s * G A^T and leaves A as it is. The update of a pair is the
-gradient at B, s * G A^T = -B1 / lr: decoders normalise it anyway.
+gradient with respect to B, s * G A^T = -B1 / lr: decoders normalise it anyway.
 """
 
 from __future__ import annotations
@@ -116,14 +116,15 @@ class ProxyPairs(ABC):
     def factors_file(self, shard: int) -> None:  # noqa: B027
         """No file holds these pairs' gradients."""
 
-    def _groups(self, start: int, stop: int | None) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor] | None]]:
-        """Of every pass over the pairs `start` to `stop`: first victim, images, labels, each victim's A (None: `a`)."""
+    def _passes(self, start: int, stop: int | None) -> list[tuple[int, int]]:
+        """(first victim, number of victims) of every pass over the pairs `start` to `stop`."""
         stop, step = len(self) if stop is None else min(stop, len(self)), self.batch_groups
-        for first in range(start, stop, step):
-            groups = min(step, stop - first)
-            images, labels = samples_of(self._samples, first, groups, self.group_size, self.target.base.device)
-            a0 = None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
-            yield first, images, labels, a0
+        return [(first, min(step, stop - first)) for first in range(start, stop, step)]
+
+    def _victims(self, first: int, groups: int) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
+        """Images and labels of the victims of one pass, and the A of each; None: all start from `a`."""
+        images, labels = samples_of(self._samples, first, groups, self.group_size, self.target.base.device)
+        return images, labels, None if self.a_seed is None else random_a(self.target, self.a_seed, first, groups)
 
 
 class GeneratedPairs(ProxyPairs):
@@ -175,8 +176,10 @@ class GeneratedPairs(ProxyPairs):
         return shard_groups(self.batch_groups, self._sample.stored * self.group_size, self.target.base.device)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
+        passes = self._passes(start, stop)
         with Capture(self.target, PRECISIONS[self.precision], self.precision == "tf32") as capture:
-            for _, images, labels, a0 in self._groups(start, stop):
+            for one in passes:
+                images, labels, a0 = self._victims(*one)
                 gradient = capture(images, labels)
                 updates = project(self.target, gradient, self.a if a0 is None else a0)
                 if self.precision != "float32":

@@ -347,7 +347,8 @@ class SimulatedPairs(ProxyPairs):
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         rate = sum(self.training.rates())
-        for first, images, labels, a0 in self._groups(start, stop):
+        for first, groups in self._passes(start, stop):
+            images, labels, a0 = self._victims(first, groups)
             victims = simulate(
                 self.target,
                 self.a if a0 is None else a0,

@@ -226,7 +226,7 @@ def _alone(table: Table) -> list[str]:
     rows = table.where("psnr_db", scope="alone", route="amortised")
     gains = [gain for row in rows if (gain := table.change(row, route="stranger")) is not None]
     if gains:
-        nothing = [str(gain.keys["layer"]) for gain in gains if gain.low is None or gain.low <= 0]
+        nothing = [str(gain.keys["layer"]) for gain in gains if not gain.positive]
         sentences.append(
             f"Layers whose update alone does not give a better estimate than another image's of the label, the interval"
             f" of the difference reaching 0: {len(nothing)} of {len(gains)} ({', '.join(nothing) or 'none'})."
