@@ -2,8 +2,8 @@
 //
 // The gradients G = delta^T x are written out and passed to the kernels of matching_loss. On a GPU, three ordinary
 // matrix products per layer and a few launches for all layers take less time than the many small products and sums of
-// the factored forms that the CPU uses (seen on an H100, no record). Only kScratch elements of G exist at a time: layers
-// are processed in batches, and the backward writes G again instead of keeping it.
+// the factored forms that the CPU uses (seen on an H100, no record). Only kScratch elements of G exist at a time:
+// layers are processed in batches, and the backward writes G again instead of keeping it.
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
