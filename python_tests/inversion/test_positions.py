@@ -11,7 +11,7 @@ from vit_cases import small_vit, smooth_images
 
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
-from r2f_ext.inversion import descents
+from r2f_ext.inversion import descents, side_by_side
 from r2f_ext.inversion import positions as module
 from r2f_ext.inversion.gauss_newton import _task_of, free_positions
 from r2f_ext.inversion.linearisation import Axes
@@ -192,8 +192,9 @@ def test_a_pass_with_free_positions_never_raises_the_misfit(problem, monkeypatch
     for placed, kept in ((lambda self, freed: 1 - freed[:, : SHAPE.numel()], True), (places, False)):
         monkeypatch.setattr(FreePositions, "placed", placed)
         rows = torch.tensor([0])
-        (reached,), _ = descents.freed_descents(task, rows, start[None], task.update_of(start[None], rows))
-        assert torch.equal(reached, start) == kept
+        values = task.update_of(start[None], rows)
+        (reached,), _, (ended,) = descents.freed_descents(task, rows, start[None], values, [None])
+        assert torch.equal(reached, start) == kept and (kept or ended is None)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4])
@@ -201,7 +202,8 @@ def test_free_positions_go_on_far_below_the_residual_of_the_wrong_order(problem,
     """Each victim to a twentieth of its own residual, or to where Newton's steps take over, or to the noise."""
     task, image = problem
     task, starts = replace(task, noise=noise), torch.stack([(image + 1e-3).clamp(0, 1), 1 - image])
-    task = replace(task, observed=task.observed.expand(2, -1), freed=replace(task.freed, task=task.freed.task))
+    own = replace(task.freed.task, slopes_of=lambda points, _: (torch.zeros(len(points)), None))
+    task = replace(task, observed=task.observed.expand(2, -1), freed=replace(task.freed, task=own))
     rows, limits = torch.arange(2), []
 
     def seen(slopes_of, points, grams, basis, dampings, enough, evaluations):
@@ -212,11 +214,41 @@ def test_free_positions_go_on_far_below_the_residual_of_the_wrong_order(problem,
     one_label = replace(task, update_of=lambda images, _: task.update_of(images, torch.zeros(len(images)).long()))
     values = one_label.update_of(starts, rows)
     monkeypatch.setattr(descents, "_grams", lambda task, rows, points, *_: torch.eye(3).expand(len(rows), 3, 3))
-    descents.freed_descents(one_label, rows, starts, values)
+    descents.freed_descents(one_label, rows, starts, values, [None, None])
     near, far = one_label.residuals(values, rows)
     assert 0.05 * far > (2 * task.handed_over / task.layers) ** 0.5 > 0.05 * near
     expected = [task.layers * ((0.05 * near) ** 2 + noise**2) / 2, task.handed_over]
     assert len(limits) == 4 and all(each.tolist() == pytest.approx(expected) for each in limits)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_where_a_pass_brings_nothing_the_next_one_goes_on_from_its_end(problem, monkeypatch, ends):
+    """With a Jacobian there, unless its descent had ended; after a pass that brings something, from the point again."""
+    task, image = problem
+    own = replace(task.freed.task, slopes_of=lambda points, _: (torch.full((len(points),), 0.0 if ends else 1.0), None))
+    task = replace(task, freed=replace(task.freed, task=own))
+    positions, began, jacobians = task.freed.positions, [], []
+    start, closer = ((image + error).clamp(0, 1)[None] for error in (0.01, 0.004))
+
+    def softened(task, rows, points, *_):
+        began.extend(points if task is own else ())
+        return points + 0.001 if task is own else points
+
+    def grams(task, rows, points, *_):
+        jacobians.extend(points if task is own else ())
+
+    monkeypatch.setattr(descents, "_softened", softened)
+    monkeypatch.setattr(descents, "_grams", grams)
+    monkeypatch.setattr(FreePositions, "placed", lambda self, freed: 1 - freed[:, : SHAPE.numel()])
+    monkeypatch.setattr(
+        side_by_side, "newton_steps", lambda task, rows, *_, config: (closer, task.update_of(closer, rows))
+    )
+    kinds = iter([Kind.FREED, Kind.FREED, Kind.NEWTON, Kind.FREED])
+    config, axes = GaussNewtonConfig(passes=4), [Axes.of(task.subspace.basis)]
+    list(search_together(task, start, config, axes, 1, choose=lambda *_: next(kinds)))
+    first, later = positions.freed(start)[0], positions.freed(closer)[0]
+    torch.testing.assert_close(torch.stack(began), torch.stack([first, first if ends else first + 0.001, later]))
+    torch.testing.assert_close(torch.stack(jacobians), torch.stack(began))
 
 
 def test_where_the_patch_embedding_is_adapted_or_a_point_is_two_images_nothing_is_free():

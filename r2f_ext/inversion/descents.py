@@ -4,6 +4,7 @@ whose patches are free to change places."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,42 +49,57 @@ def descents(
     return reached, task.update_of(reached, rows)
 
 
-def freed_descents(task: Task, rows: Tensor, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [n, p] reached from points [n, p] with free positions, where their misfits are lower than those of values
-    [n, R], else the points; and the values [n, R] there. A few victims take such a pass together."""
+def freed_descents(
+    task: Task, rows: Tensor, points: Tensor, values: Tensor, begun: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Images reached from points [n, p] with free positions, where their misfits are lower than those of values [n, R],
+    else the points. A few victims take such a pass together.
+
+    Args:
+        begun: of each victim the freed image [p'] to begin at; None: its point.
+
+    Returns:
+        Points [n, p]; the values [n, R] there; of each victim the freed image [p'] from which descent can go on: None
+        where it has ended, or the point has changed.
+    """
+    assert task.freed is not None
+    images = points.clamp(0, 1)  # Newton's steps may have left the box far behind
+    freed = task.freed.positions.freed(images)
+    freed = torch.stack([own if one is None else one for own, one in zip(freed, begun, strict=True)])
+    before = task.residuals(values, rows)
+    # Far enough below the residual of the wrong order for the tokens to belong to another one.
+    enough = task.misfit(ELSEWHERE * points.new_tensor(before, dtype=torch.float64)).clamp_max(task.handed_over)
     few = FREE_ON_GPU if points.is_cuda else FREE_TOGETHER
-    return in_parts(few, lambda *part: _reordered(task, *part), rows, points, values)
+    found, reached, ended, falling = in_parts(few, partial(_reordered, task), rows, images, freed, enough)
+    lower = [now < old for now, old in zip(task.residuals(reached, rows), before, strict=True)]
+    left = [one if on and not better else None for one, on, better in zip(ended, falling.tolist(), lower, strict=True)]
+    changed = torch.tensor(lower, device=points.device)[:, None]
+    return torch.where(changed, found, points), torch.where(changed, reached, values), left
 
 
-def in_parts(
-    few: int,
-    move: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    rows: Tensor,
-    points: Tensor,
-    values: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The points and values that `move` gives for a few victims at a time."""
-    parts = zip(rows.split(few), points.split(few), values.split(few), strict=True)
-    moved = [move(*part) for part in parts]
-    return torch.cat([point for point, _ in moved]), torch.cat([value for _, value in moved])
+def in_parts(few: int, move: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that `move` gives for a few rows of `tensors` at a time, concatenated."""
+    moved = [move(*part) for part in zip(*(each.split(few) for each in tensors), strict=True)]
+    return tuple(torch.cat(parts) for parts in zip(*moved, strict=True))
 
 
-def _reordered(task: Task, rows: Tensor, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [n, p] reached from points [n, p] with free positions, where their misfits are lower, else the points; and
-    the values [n, R] there."""
+def _reordered(
+    task: Task, rows: Tensor, images: Tensor, begun: Tensor, enough: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images [n, p] reached from freed images [n, p'], the values [n, R] there, the freed images between, and whether
+    the misfits of these [n] may still fall.
+
+    Args:
+        images: [n, p], the victims' points; enough: [n], the misfits below which descents end.
+    """
     freed, basis = task.freed, task.subspace.basis
     assert freed is not None
-    before = points.new_tensor(task.residuals(values, rows))
-    # Far enough below the residual of the wrong order for the tokens to belong to another one.
-    enough = task.misfit(ELSEWHERE * before.double()).clamp_max(task.handed_over)
-    images = points.clamp(0, 1)  # Newton's steps may have left the box far behind
-    begun = freed.positions.freed(images)
     moved = _softened(freed.task, rows, begun, _grams(freed.task, rows, begun, _rough_gram), FREED_STAGES, enough)
+    misfits, _ = freed.task.slopes_of(moved, rows)
+    falling = (misfits > enough) & (moved != begun).any(1)
     placed = onto_span(freed.positions.placed(moved), images, basis).clamp(0, 1)
     reached = _softened(task, rows, placed, _grams(task, rows, placed), PLACED_STAGES, enough)
-    found = task.update_of(reached, rows)
-    lower = (points.new_tensor(task.residuals(found, rows)) < before)[:, None]
-    return torch.where(lower, reached, points), torch.where(lower, found, values)
+    return reached, task.update_of(reached, rows), moved, falling
 
 
 def _softened(

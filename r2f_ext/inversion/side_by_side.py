@@ -77,7 +77,8 @@ def next_kind(last: Kind | None, before: float, residual: float, frees: bool, ne
 @dataclass
 class _Course:
     """The state of one search: its start [p], and five residuals: at the start, now, the lowest since it last began,
-    the lowest by which images were compared, and that of the best image."""
+    the lowest by which images were compared, and that of the best image. `freed` is where its last pass with free
+    positions ended [p'], if that pass and those after it brought nothing: the next one goes on from there."""
 
     start: Tensor
     first: float
@@ -89,6 +90,7 @@ class _Course:
     lowest: float = field(init=False)
     least: float = field(init=False)
     reached: float = field(init=False)
+    freed: Tensor | None = None
     count: int = 0
     since: int = 0
     seconds: float = 0.0
@@ -102,7 +104,7 @@ class _Course:
     def begin(self, residual: float, axes: Axes, choose: Choice) -> None:
         """Begin a search, the first or a further one, at a point of this residual."""
         self.residual = self.lowest = residual
-        self.since, self.damping = 0, DAMPING
+        self.since, self.damping, self.freed = 0, DAMPING, None
         self.cloud, self.kind = Cloud(axes.covariance, samples=next(self.samples)), choose(None, inf, residual)
 
     def found(self, image: Tensor) -> Search:
@@ -210,6 +212,7 @@ class _Searches:
         course.count += 1
         improved = residual < STALLED * course.lowest
         course.lowest, course.since = (residual, 0) if improved else (course.lowest, course.since + 1)
+        course.freed = None if improved else course.freed
         # A descent that ends at the noise is not yet the best fit: directions that the update hardly shows are open.
         settled = course.kind is Kind.NEWTON or not self.task.noise
         fits, precise = course.least <= self.solved, course.least < self.precise
@@ -280,9 +283,13 @@ def _moved(
     """One pass of the victims `rows`, with the axes and course of each: the next points [n, p] and values [n, R]."""
     if kind is Kind.NEWTON:
         few = newtons_together(points.device, task.subspace.basis.shape[1], values.shape[1])
-        return in_parts(few, partial(newton_steps, task, config=config), rows, points, values)
+        points, values = in_parts(few, partial(newton_steps, task, config=config), rows, points, values)
+        return points, values
     if kind is Kind.FREED:
-        return freed_descents(task, rows, points, values)
+        points, values, ended = freed_descents(task, rows, points, values, [course.freed for course in courses])
+        for course, one in zip(courses, ended, strict=True):
+            course.freed = one
+        return points, values
     if kind is Kind.DESCENT:
         starts = torch.stack([course.start for course in courses])
         dampings = points.new_tensor([course.damping for course in courses], dtype=torch.float64)
