@@ -35,6 +35,37 @@ class Distance:
     tv_weight: float = 0.0
     isotropic: bool = False
 
+    def of(self, candidate: list[Tensor], observed: list[Tensor], images: Tensor) -> Tensor:
+        """Loss [T] of gradients [T, ...] and the images [T, c, h, w] that they come from."""
+        return matching_loss(
+            candidate,
+            observed,
+            images=images,
+            weights=self.weights,
+            kind=self.kind,
+            tv_weight=self.tv_weight,
+            isotropic=self.isotropic,
+        )
+
+    def of_factors(
+        self,
+        x: list[Tensor],
+        delta: list[Tensor],
+        observed: list[Tensor],
+        images: Tensor,
+    ) -> Tensor:
+        """Loss [T] of gradients given as factors, see `ops.factored_matching_loss`."""
+        return factored_matching_loss(
+            x,
+            delta,
+            observed,
+            images=images,
+            weights=self.weights,
+            kind=self.kind,
+            tv_weight=self.tv_weight,
+            isotropic=self.isotropic,
+        )
+
 
 class Objective(Protocol):
     """A loss for each trial, differentiable with respect to the candidate's gradient and its images.
@@ -86,9 +117,9 @@ class GradientObjective:
     def __call__(self, candidate: Candidate, images: Tensor, distance: Distance) -> Tensor:
         if isinstance(candidate, Gradient):
             found = [candidate.dense[name] for name in self.shapes]
-            return matching_loss(found, _cast(self.observed, found[0].dtype), images=images, **vars(distance))
+            return distance.of(found, _cast(self.observed, found[0].dtype), images)
         x, delta = [candidate.x[name] for name in self.shapes], [candidate.delta[name] for name in self.shapes]
-        return factored_matching_loss(x, delta, _cast(self.observed, x[0].dtype), images=images, **vars(distance))
+        return distance.of_factors(x, delta, _cast(self.observed, x[0].dtype), images)
 
     def norms(self) -> Tensor:
         return _norms(self.observed)
@@ -131,7 +162,7 @@ class UpdateObjective:
         else:
             found = project(self.target, candidate, self.a)
         updates = [found[name] for name in self.shapes]
-        return matching_loss(updates, _cast(self.observed, updates[0].dtype), images=images, **vars(distance))
+        return distance.of(updates, _cast(self.observed, updates[0].dtype), images)
 
     def norms(self) -> Tensor:
         return _norms(self.observed)

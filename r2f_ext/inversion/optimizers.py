@@ -13,6 +13,7 @@ from torch import Tensor
 from r2f_ext.ops import signed_adam_step_
 
 Box = tuple[float, float] | None
+BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam (Kingma and Ba, 2015)
 MEMORY = 10  # (step, gradient difference) pairs that L-BFGS stores
 SUFFICIENT = 1e-4  # fraction of the predicted decrease that L-BFGS requires (Armijo)
 SMALLEST = 2.0**-10  # step length below which L-BFGS restarts from the slope
@@ -48,6 +49,8 @@ class Adam:
             self.state["exp_avg_sq"],
             lr=size,
             step=count,
+            betas=BETAS,
+            eps=EPS,
             low=low,
             high=high,
             sign=self.sign,
