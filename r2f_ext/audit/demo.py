@@ -128,8 +128,8 @@ def _searched(
     """The first SEARCHED victims of an audit by Gauss-Newton, from every image that the package ships.
 
     Returns:
-        (one set, or none where the amortised route, which finds the labels, or the search failed; routes that did not
-        run -> the reason).
+        (one set with the search and its start, or none where both failed or the amortised route, which finds the
+        labels, did; routes that did not run -> the reason).
     """
     target, first = result.problem.target, slice(0, SEARCHED)
     amortised = [found.take(first) for found in result.reconstructions if found.route == "amortised"]
@@ -143,11 +143,10 @@ def _searched(
         gauss_newton=result.config.search,
     )
     outcome = run_routes(problem, result.verdicts, (ROUTE,), stages)
-    found = [one for one in outcome.reconstructions if one.route == ROUTE]
     not_run = {route: why for route, why in outcome.not_run.items() if route not in problem.found}
-    if not found:
+    if not outcome.reconstructions:
         return [], not_run
-    searched, originals = replace(result, reconstructions=found), _first(private, SEARCHED)
+    searched, originals = replace(result, reconstructions=outcome.reconstructions), _first(private, SEARCHED)
     part = set_report("fashion_mnist_searched", searched, proxy, originals, first, not_judged=JUDGED_ELSEWHERE)
     return [part], not_run
 
