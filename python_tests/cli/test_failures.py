@@ -152,7 +152,7 @@ INTERRUPTS = {
     "phase0": ("r2f_ext.cli.phase0.images_for", "r2f_ext.audit.phase0.exact_gradients"),
     "pairs": ("r2f_ext.audit.inputs.read_adapter", "r2f_ext.pairs.generate.project", "r2f_ext.pairs.shards.sha256"),
     "fit": ("r2f_ext.pairs.stored.safe_open", "r2f_ext.decoders.ridge.gram", "r2f_ext.decoders.store.write_text"),
-    "decode": ("r2f_ext.cli.decode.stack_updates", "r2f_ext.cli.decode.load_decoder"),
+    "decode": ("r2f_ext.decoders.folder.stack_updates", "r2f_ext.decoders.folder.load_decoder"),
     "invert": (
         "r2f_ext.inversion.amortised.gram",
         "r2f_ext.inversion.routes.amortised_refined.match",
