@@ -1,5 +1,6 @@
 """Hundreds of adapters that nobody should trust: each is read, or refused in one sentence, quickly and in place."""
 
+import gc
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from r2f_ext.models.config_fields import HARMLESS_FIELDS, READ_FIELDS, USED_FIEL
 RAW = save(factors())
 HEADER, DATA = header_and_data(factors())
 FIRST = next(iter(HEADER))
-SECONDS = 1.0  # of processor time for one adapter
+SECONDS = 2.0  # of processor time for one adapter; the largest takes 0.6
 NASTY = (
     "../../etc/passwd",
     "/etc/passwd",
@@ -320,9 +321,15 @@ def test_there_are_enough_of_them():
 def test_read_or_refused_in_one_sentence(name, tmp_path):
     folder = tmp_path / "adapter"
     CASES[name](folder)
-    before, start = tree(tmp_path), time.process_time()
-    sentence = outcome(folder)
-    assert time.process_time() - start < SECONDS
+    before = tree(tmp_path)
+    gc.disable()  # a collection goes through all objects of this process: seconds after thousands of tests
+    try:
+        start = time.process_time()
+        sentence = outcome(folder)
+        seconds = time.process_time() - start
+    finally:
+        gc.enable()
+    assert seconds < SECONDS
     assert tree(tmp_path) == before
     assert all(os.path.realpath(path).startswith(str(folder)) for path in opened)
     if sentence is not None:
