@@ -194,6 +194,7 @@ def row_of(problem: Problem, start: str, victim: int, found: Search, bound: Boun
         "said_exact": None if isnan(bound.free) else bound.exact,  # None: there is no bound
         "bound_db": None if isnan(bound.db) else bound.db,
         "passes": found.passes,
+        "stopped": found.stopped,
         "seconds": found.seconds,
     }
 

@@ -18,6 +18,7 @@ from r2f_ext.decoders import Projection, Ridge, RowLMMSE
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.routes import registry
+from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.pairs import GeneratedPairs
 from r2f_ext.types import Reconstruction
 
@@ -124,6 +125,18 @@ def test_kept_searches_are_removed_with_the_report_written(adapter_folder, tmp_p
     old.write_bytes(b"")
     audit([adapter_folder], proxy="embedded", config=replace(CONFIG, routes=("amortised",)), out=tmp_path)
     assert not old.exists() and (tmp_path / "report.json").exists()
+
+
+def test_kept_searches_stay_where_a_route_failed(adapter_folder, tmp_path, monkeypatch):
+    """The run that goes on with them is the one after the cause is removed."""
+    old = tmp_path / f"search-gauss_newton-{'0' * 64}.safetensors"
+    old.write_bytes(b"")
+    monkeypatch.setattr(AmortisedRefined, "run", lambda *_: (_ for _ in ()).throw(R2FError("no memory is left.")))
+    report = audit(
+        [adapter_folder], proxy="embedded", config=replace(CONFIG, routes=("amortised_refined",)), out=tmp_path
+    )
+    assert old.exists() and (tmp_path / "report.json").exists()
+    assert any("Failed: no memory is left." in note for note in report.notes)
 
 
 def test_the_random_state_of_the_caller_is_left_alone(adapter_folder):

@@ -182,14 +182,14 @@ def test_schema_2_adds_the_verdict_and_figures_of_every_victim(report, part):
 
 
 def test_an_exact_image_without_private_images_is_the_first_sentence(audited):
-    exact = {"exact": torch.tensor([0.0, 1, 0]), "bound_db": torch.tensor([nan, 78.5, nan])}
+    exact = {"exact": torch.tensor([0.0, 1, 0]), "bound_db": torch.tensor([nan, 78.625, nan])}
     found = replace(named(audited.result.reconstructions, "matching"), route="gauss_newton", per_victim=exact)
     part = set_report("x", replace(audited.result, reconstructions=[found]), audited.proxy, None)
     data = report_of(audited, part, seconds={}).to_json()
     assert data["verdict"]["leak"] is True
     assert data["verdict"]["sentences"][0] == "Recovered exactly by gauss_newton: training image 2, to 78 dB or more."
     assert [one["exact"] for one in data["verdict"]["exact"]] == [False, True, False]
-    assert data["reconstruction"]["x"]["routes"]["gauss_newton"]["exact"][1]["bound_db"] == 78.5
+    assert data["reconstruction"]["x"]["routes"]["gauss_newton"]["exact"][1]["bound_db"] == 78.625
 
 
 def test_decoders_are_scored_on_what_they_were_asked(report, audited):

@@ -139,7 +139,7 @@ def test_of_exact_images_it_is_not_said_that_they_came_nearer():
     assert "gauss_newton came nearer on what is not exact, to 20.0 dB, where the judged route has 14.0 dB." in one
 
 
-def exact_image(victim: int, bound: float | None = 78.4, exact: bool = True) -> ExactImage:
+def exact_image(victim: int, bound: float | None = 78.6, exact: bool = True) -> ExactImage:
     return ExactImage("a", victim, "gauss_newton", exact, bound, 0 if exact else None, "exact to 78 dB")
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from r2f_ext.inversion.channels import without_foreign_colours
+from r2f_ext.inversion.channels import colour_of, without_foreign_colours
 
 
 def noise(*shape, seed=0):
@@ -28,6 +28,15 @@ def test_the_colours_of_the_start_stay():
 def test_from_public_images_in_colour_everything_is_kept():
     coloured = GRAY + 0.02 * noise(20, 3, 4, 4, seed=3)
     assert without_foreign_colours(FOUND, START, coloured) is FOUND
+
+
+def test_among_gray_and_coloured_public_images_a_gray_start_stays_gray_and_a_coloured_one_does_not():
+    public = torch.cat([GRAY, noise(20, 3, 4, 4, seed=3)])
+    start = START + torch.stack([torch.zeros(3), torch.tensor([0.1, 0.0, -0.1])])[:, :, None, None]
+    kept = without_foreign_colours(start + (FOUND - START), start, public)
+    assert float(colour_of(kept[:1])) < 1e-6
+    torch.testing.assert_close(kept[0], FOUND[0].mean(0, keepdim=True).expand(3, -1, -1))
+    torch.testing.assert_close(kept[1], start[1] + (FOUND - START)[1])
 
 
 def test_a_single_tint_is_kept_and_the_others_are_not():

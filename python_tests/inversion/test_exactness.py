@@ -168,6 +168,11 @@ FOUND = {"residual": 1e-5, "exact": 0.0, "bound_db": torch.nan, "free_directions
         ({"free_directions": 365, "misfit": 1.0}, None, "determined up to 365 directions"),
         ({"bound_db": 31.9, "free_directions": 0, "misfit": 1.0}, None, "determined to 31 dB"),
         ({"free_directions": 0, "misfit": 40.0}, None, "not exact: the residual is 1e-05, more than rounding explains"),
+        (
+            {"free_directions": 0, "misfit": 40.0, "stopped": 1.0},
+            None,
+            "not exact: the residual is 1e-05 where the time limit stopped the search, more than rounding explains",
+        ),
         ({"residual": 0.02}, None, "not exact: the residual is 0.02"),
         ({"residual": 0.02, "free_directions": 3, "misfit": 90.0}, None, "not exact: the residual is 0.02"),
         ({"residual": 0.002, "bound_db": 31.9, "free_directions": 0, "misfit": 1.0}, None, "determined to 31 dB"),

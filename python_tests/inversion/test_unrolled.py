@@ -1,5 +1,7 @@
 """The update as a function of the images through several training steps: against PEFT, differences and known images."""
 
+from math import prod
+
 import pytest
 import torch
 from cases import peft_start, samples, target_of, tiny_base
@@ -147,3 +149,12 @@ def test_bad_input_is_refused(few_unknowns):
     b = {layer.name: torch.ones(1, layer.d_out, layer.rank, dtype=torch.float64) for layer in target.layers}
     with pytest.raises(R2FError, match="not moved"):
         updates.observation(still, b)
+
+
+def test_a_trial_image_without_a_finite_update_is_not_a_damaged_adapter(few_unknowns):
+    """A step of the search may fail; the adapter that was given has nothing to do with it."""
+    target, a, *_ = few_unknowns
+    shape = target.base.input_shape
+    updates = UnrolledMap(target, a, shape, Training(steps=2))
+    point = torch.full((1, prod(shape)), torch.nan, dtype=torch.float64)
+    assert updates(point, torch.zeros(1, dtype=torch.int64)).isnan().any()

@@ -19,7 +19,7 @@ from r2f_ext.data import ImageSet, drop_private, images_for
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
 from r2f_ext.inversion.route import Public, Verdict, adapter_problem
-from r2f_ext.inversion.routes import default_routes, needs, verdicts_of
+from r2f_ext.inversion.routes import any_failed, default_routes, needs, verdicts_of
 from r2f_ext.inversion.saved_searches import SavedSearches
 from r2f_ext.models import Evidence, InitialFactors
 from r2f_ext.pairs.generate import check_precision
@@ -124,7 +124,7 @@ def audit(
         )
         if folder is not None:
             write_report(folder, report)
-            if problem.saved is not None:
+            if problem.saved is not None and not any_failed(result.not_run):  # a further run goes on with them
                 problem.saved.clear()
     return report
 

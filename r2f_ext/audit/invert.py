@@ -16,7 +16,7 @@ from r2f_ext.decoders.store import read_gradients
 from r2f_ext.files import output_folder, write_tensors
 from r2f_ext.inversion.prior import ScoreDistillation
 from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
-from r2f_ext.inversion.routes import check_runnable, run_routes, verdicts_of
+from r2f_ext.inversion.routes import any_failed, check_runnable, run_routes, verdicts_of
 from r2f_ext.inversion.saved_searches import SavedSearches
 from r2f_ext.inversion.unet import UNetConfig
 from r2f_ext.models import InitialFactors
@@ -109,5 +109,5 @@ def _write(folder: Path, found: Inverted) -> None:
     for part in found.reconstructions:
         write_images(folder / f"{part.route}.png", [(part.route, part.images.cpu())])
     write_tensors(folder / "images.safetensors", {part.route: part.images for part in found.reconstructions})
-    if found.problem.saved is not None:
+    if found.problem.saved is not None and not any_failed(found.not_run):  # a further run goes on with them
         found.problem.saved.clear()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import floor
 
 import torch
 from torch import Tensor
@@ -248,6 +249,6 @@ def _exact_sentences(recovered: Sequence[ExactImage], sets: Mapping[str, LeakVer
         where = f" of {name}" if len(sets) > 1 else ""
         sentences.append(
             f"Recovered exactly{where} by {route}: training image{'s' * (len(images) > 1)} {which}, "
-            f"to {bound:.0f} dB or more."
+            f"to {floor(bound)} dB or more."
         )
     return sentences

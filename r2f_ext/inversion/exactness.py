@@ -119,18 +119,18 @@ def exactness_of(found: Reconstruction, victim: int) -> Exactness:
         figure.get(key, nan) for key in ("bound_db", "free_directions", "misfit", "residual")
     )
     exact = figure.get("exact") == 1.0
+    stopped = " where the time limit stopped the search" if figure.get("stopped") == 1.0 else ""
     known = None if isnan(bound) else bound, None if isnan(free) else int(free)
     if exact:
         words = f"exact to {floor(bound)} dB"
     elif found.doubt is not None:
         words = f"not exact: {found.doubt}"
     elif residual >= REPRODUCED and not misfit <= EXPLAINED:
-        stopped = " where the time limit stopped the search" if figure.get("stopped") == 1.0 else ""
         words = f"not exact: the residual is {residual:.1g}{stopped}"
     elif free > 0:
         words = f"determined up to {int(free)} directions"
     elif misfit > EXPLAINED:
-        words = f"not exact: the residual is {residual:.1g}, more than rounding explains"
+        words = f"not exact: the residual is {residual:.1g}{stopped}, more than rounding explains"
     elif not isnan(bound):
         words = f"determined to {floor(bound)} dB"
     else:

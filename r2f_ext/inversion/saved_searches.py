@@ -1,4 +1,4 @@
-"""Finished searches, kept in a folder until all searches of a run are finished, so that a killed run can continue.
+"""Finished searches, kept in a folder until a run ends in which no route failed, so that another run can continue.
 
 The name of a file is a hash of everything that decides the search but the compiled extension, so another adapter, base,
 proxy, setting or form of the Python code never finds it. Only the point and the residuals are kept; whether the image

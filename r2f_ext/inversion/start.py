@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from r2f_ext.inversion.channels import GRAY, NEARLY_GRAY, colour_of
 from r2f_ext.inversion.route import Problem
 from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, onto_span
 from r2f_ext.types import Reconstruction
 
-# Root mean square deviation of the channels from their mean up to which an image is gray: of a public image, and of an
-# estimate, which mixes public images in colour.
-GRAY, NEARLY_GRAY = 1e-3, 0.02
 ONLY_GRAY = "The estimates look gray, so the search is among gray images only: it cannot find one in colour."
 MIN_GRAY = 1000  # gray images; fewer do not span what images vary along
 
@@ -24,7 +22,7 @@ class Start:
     """Where V searches begin and move.
 
     Attributes:
-        estimate: the images that they start from, in the affine span of public images.
+        estimate: the images that they start from, in the affine span of public images but for clamping to [0, 1].
         subspace: of that span.
         remark: what a user is to know of it, as a sentence; empty: nothing.
     """
@@ -84,15 +82,10 @@ def spanning(images: Tensor, estimates: Tensor) -> Tensor:
     The update of a gray image shows that it is gray, so the estimates [V, c, h, w] are. Directions of colour would make
     a search slower and harder: generated images span 2,570 directions, the gray ones among them 1,024.
     """
-    if not bool((_colour(estimates) < NEARLY_GRAY).all()):
+    if not bool((colour_of(estimates) < NEARLY_GRAY).all()):
         return images
-    gray = _colour(images) < GRAY
+    gray = colour_of(images) < GRAY
     return images[gray] if MIN_GRAY <= int(gray.sum()) < len(images) else images
-
-
-def _colour(images: Tensor) -> Tensor:
-    """Root mean square deviation of the channels from their mean, [n]; 0 for a gray image [n, c, h, w]."""
-    return (images - images.mean(1, keepdim=True)).square().mean((1, 2, 3)).sqrt()
 
 
 def remarked(found: Reconstruction, remark: str) -> Reconstruction:

@@ -103,26 +103,29 @@ class UnrolledMap:
         """Points [n, owned * c * h * w] in [0, 1], all of the labels [owned] -> [n, R]."""
         images = points.unflatten(1, self._shape)
         victims = simulate(self.target, self.a0, images, labels.expand(len(points), -1), self.training)
-        return self.observation(victims.a, victims.b)
+        return _units(self._parts(victims.a, victims.b))
 
     def together(self, batches: Tensor, label: Tensor) -> Tensor:
         """Batches [n, b, c * h * w] of one label [1], each the batch of every step -> [n, R]."""
         images = batches.unflatten(2, self._shape[1:])
         training = replace(self.training, batch=images.shape[1], samples=None)
         victims = simulate(self.target, self.a0, images, label.expand(images.shape[:2]), training)
-        return self.observation(victims.a, victims.b)
+        return _units(self._parts(victims.a, victims.b))
 
     def observation(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
-        """z of V adapters: a[name] [V, r, d_in], b[name] [V, d_out, r] after the last step -> [V, R].
+        """z of V adapters that were given: a[name] [V, r, d_in], b[name] [V, d_out, r] after the last step -> [V, R].
 
         Raises:
             R2FError: a part that did not move or is not finite.
         """
-        parts = _parts(_changes(self.a0, a, b), self.weights, self._norms)
+        parts = self._parts(a, b)
         for _, part in parts:
             if not torch.isfinite(part).all() or not part.any(dim=1).all():
                 raise R2FError("a factor has not moved or is not finite: the adapter is untrained or damaged.")
         return _units(parts)
+
+    def _parts(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return _parts(_changes(self.a0, a, b), self.weights, self._norms)
 
     def jacobian(self, point: Tensor, labels: Tensor, basis: Tensor) -> Tensor:
         """dz along the columns of basis [owned * c * h * w, q] at point [owned * c * h * w]: [q, R], exactly."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from r2f_ext.discovery import classes_in
@@ -23,6 +23,7 @@ FIELD_NAMES = {
     "decoded": "decoded gradients (r2f decode, --gradients)",
 }
 LACKING = "Not run: it needs "  # before what a problem lacks
+FAILED = "Failed: "  # before the reason
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,17 @@ def run_routes(
             with stages.stage(name, route.units(problem)) as advance:
                 found = route.run(problem, advance)
         except Exception as error:
-            outcome.not_run[name] = f"Failed: {expected(error)}"
+            outcome.not_run[name] = f"{FAILED}{expected(error)}"
             outcome = replace(outcome, error=error)
             continue
         outcome.reconstructions.append(found)
         problem = replace(problem, found={**problem.found, name: found})
     return outcome
+
+
+def any_failed(not_run: Mapping[str, str]) -> bool:
+    """Whether a route began and failed, by the reasons that `run_routes` gave."""
+    return any(why.startswith(FAILED) for why in not_run.values())
 
 
 def _refusal(route: Route, verdict: Verdict, problem: Problem, later: Sequence[str] = ()) -> str | None:
