@@ -48,8 +48,8 @@ class Traced:
         if key not in self._graphs:
             # make_fx takes a plain function, not a method.
             plain: Any = functionalize(lambda *inputs: self._function(*inputs))
-            # With a tracing context `make_fx` describes all results by one fake mode. It otherwise makes a mode, and the
-            # whole stack trace that goes with it, for each of thousands of operators: 40 % of its time.
+            # With a tracing context `make_fx` describes all results by one fake mode. It otherwise makes a mode, with
+            # a whole stack trace, for each of thousands of operators: 40 % of its time.
             one_mode = tracing(TracingContext(FakeTensorMode()))
             with torch.enable_grad(), _without_torchs_own_deprecation(), one_mode:
                 self._graphs[key] = simplify(make_fx(plain)(*inputs))

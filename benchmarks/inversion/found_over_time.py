@@ -47,10 +47,10 @@ def searches(results: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def curve(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Minutes, from 0 to MINUTES, and the share of the victims that is found within each of them."""
+    """Minutes, from 0 to the end of the longest search, and the share of the victims that is found within each."""
     ends = sorted(row["seconds"] / 60 for row in rows if row["psnr_db"] >= FOUND_DB)
     shares = [count / len(rows) for count in range(len(ends) + 1)]
-    return [0.0, *ends, float(MINUTES)], [*shares, shares[-1]]
+    return [0.0, *ends, max(row["seconds"] for row in rows) / 60], [*shares, shares[-1]]
 
 
 if __name__ == "__main__":

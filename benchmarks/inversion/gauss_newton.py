@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import json_parser, write_json
 
-from r2f_ext.audit.metrics import psnr_db
+from r2f_ext.audit.metrics import mean_interval, psnr_db
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
@@ -208,6 +209,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     said = torch.tensor([row["residual"] < REPRODUCED for row in rows])
     exact = psnr >= 40
     both = float((said & exact).sum())
+    seconds = [row["seconds"] for row in rows]
     return {
         "victims": len(rows),
         "start_psnr_db": float(start.mean()),
@@ -220,8 +222,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "recall": both / float(exact.sum()) if exact.any() else None,
         "called_exact": sum(row.get("exact", False) for row in rows),
         "falsely_exact": sum(row.get("exact", False) and row["psnr_db"] < 40 for row in rows),
-        "seconds_mean": sum(row["seconds"] for row in rows) / len(rows),
-        "seconds_max": max(row["seconds"] for row in rows),
+        "seconds_mean": sum(seconds) / len(rows),
+        "seconds_interval": mean_interval(seconds, seed=0),
+        "seconds_median": median(seconds),
+        "seconds_max": max(seconds),
         # Seconds of a search -> victims found within them: the curve "share found against time".
         "found_within": {
             limit: sum(row["seconds"] <= limit and row["psnr_db"] >= 40 for row in rows) for limit in LIMITS

@@ -34,7 +34,7 @@ def test_identifiability_of_named_models_matches_the_table_in_the_docs(tmp_path,
     assert run("identifiability", *names, "--json", tmp_path / "i.json") == 0
     printed = json.loads((tmp_path / "i.json").read_text())
     recorded = json.loads((ROOT / "benchmarks/results/0.1.0/identifiability.json").read_text())
-    docs = (ROOT / "docs/inversion.md").read_text()
+    docs = (ROOT / "docs/routes.md").read_text()
     assert len(recorded) == 20
     for name in names:
         assert printed[name] == recorded[name]

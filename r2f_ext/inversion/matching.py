@@ -266,7 +266,7 @@ class _Search:
         """Whether the model supports double backward and its slope at the start agrees with central differences.
 
         The gradient of a network of ReLU and max-pooling is discontinuous. Second derivatives do not see the jumps,
-        which may hold most of the slope (docs/inversion.md, Gradient matching).
+        which may hold most of the slope (docs/routes.md, Gradient matching).
         """
         by_differences = self._by_central_differences(self.images, self.labels)[1].flatten(1)
         try:

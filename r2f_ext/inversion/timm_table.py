@@ -1,4 +1,4 @@
-"""The closed forms' counts of one timm model, and the models of the table in docs/inversion.md."""
+"""The closed forms' counts of one timm model, and the models of the table in docs/routes.md."""
 
 from __future__ import annotations
 
