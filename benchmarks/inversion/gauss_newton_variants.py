@@ -34,17 +34,18 @@ from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.capture import Capture
+from r2f_ext.capture.project import project
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.gauss_newton import gauss_newton
-from r2f_ext.inversion.matrix_free import GradientMap, MatrixFreeConfig, ProxyCoordinates, search_matrix_free
+from r2f_ext.inversion.matrix_free import MatrixFreeConfig, ProxyCoordinates, search_matrix_free
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.side_by_side import CPU_TOGETHER
 from r2f_ext.inversion.start import start_among
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.unrolled_search import UnrolledSearch
-from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
+from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace, UpdateMap, flat_units
 from r2f_ext.models import load_base
 from r2f_ext.models.timm_base import unfuse_attention
 from r2f_ext.pairs import Training, Victims, simulate
@@ -312,22 +313,14 @@ def from_training(
 
 def from_gradients(target: Target, images: Tensor, labels: Tensor, subspace: Subspace, passes: int) -> Find:
     """A search from exact gradients G of the layers, read as G A^T with a random A: 8 numbers of each row suffice."""
-    updates, coordinates = GradientMap(target, initial_a(target), target.base.input_shape), ProxyCoordinates(subspace)
-    config = MatrixFreeConfig(points=passes)
+    a, coordinates, config = initial_a(target), ProxyCoordinates(subspace), MatrixFreeConfig(points=passes)
+    updates = UpdateMap(target, a, torch.Size(target.base.input_shape), GaussNewtonConfig().directions)
 
     def find(victim: int, start: Tensor, label: Tensor, errors: Tensor | None) -> Found:
         with Capture(target) as capture:
             gradient = capture(images[victim][None], labels[victim][None])
-        found = search_matrix_free(
-            updates,
-            updates.observation(updates.parts(gradient)),
-            start,
-            label,
-            coordinates,
-            config,
-            lambda residual: print(f"  residual {residual:.2e}", flush=True),
-        )
-        return found, Bound()
+        observed = flat_units(project(target, gradient, a))[0]
+        return search_matrix_free(updates, observed, start, label, coordinates, config), Bound()
 
     return find
 

@@ -15,15 +15,10 @@ from math import inf, isfinite
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from r2f_ext.capture import Capture
-from r2f_ext.capture.tangents import CaptureTangents
-from r2f_ext.errors import R2FError
 from r2f_ext.inversion.newton import DAMPINGS, PRECISE, SOLVED, STALLED, Search
-from r2f_ext.inversion.update_map import Subspace, unit_tangent
-from r2f_ext.types import FactoredGradient, Target
+from r2f_ext.inversion.update_map import Subspace, UpdateMap
 
 # One pass: a point [1, p] and its update [1, R] -> the next point and its update.
 Move = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -96,87 +91,22 @@ class SpectrumCoordinates:
     gather = spread
 
 
-class GradientMap:
-    """Maps an image to the concatenated unit-norm gradients [R] of the adapted layers: of B if A is given, else of W.
-
-    The full gradient G of a large layer is not needed: with a random A, G A^T holds r numbers per row, which suffice as
-    long as R is well above the number of pixels.
-
-    Args:
-        a: name -> A [r, d_in] of a one-step adapter, or a random one; None: the layers' full gradients.
-        shape: (c, h, w) of an image.
-    """
-
-    def __init__(self, target: Target, a: dict[str, Tensor] | None, shape: torch.Size | tuple[int, ...]) -> None:
-        self.target, self.a, self.shape = target, a, tuple(shape)
-        self.tangents = CaptureTangents(target)
-
-    def __call__(self, points: Tensor, label: Tensor) -> Tensor:
-        """Points [n, c * h * w] in [0, 1], all of one label [1] -> [n, R]; one at a time: images are large."""
-        return torch.stack([self._one(point, label) for point in points])
-
-    def _one(self, point: Tensor, label: Tensor) -> Tensor:
-        with Capture(self.target) as capture:
-            gradient = capture(point.view(1, 1, *self.shape), label[None])
-        return self.observation([part.detach() for part in self.parts(gradient)])
-
-    def observation(self, parts: list[Tensor]) -> Tensor:
-        """What was observed of every layer, [d_out, r] or [d_out, d_in], of any positive scale -> [R].
-
-        Raises:
-            R2FError: a part that is zero or not finite.
-        """
-        for name, part in zip(self.target.names, parts, strict=True):
-            if not torch.isfinite(part).all() or not part.any():
-                raise R2FError(f"the gradient of {name} is zero or not finite: there is nothing to invert.")
-        return torch.cat([F.normalize(part.flatten(), dim=0, eps=1e-30) for part in parts])
-
-    def parts(self, gradient: FactoredGradient) -> list[Tensor]:
-        """delta^T x, or delta^T (x A^T), of one group."""
-        return [gradient.delta[name][0].mT @ self._seen(name, gradient.x[name][0]) for name in self.target.names]
-
-    def parts_along(self, gradient: FactoredGradient, moved: FactoredGradient) -> list[Tensor]:
-        """Their derivative: the product rule."""
-        return [
-            torch.addmm(
-                moved.delta[name][0, 0].mT @ self._seen(name, gradient.x[name][0]),
-                gradient.delta[name][0].mT,
-                self._seen(name, moved.x[name][0, 0]),
-            )
-            for name in self.target.names
-        ]
-
-    def _seen(self, name: str, x: Tensor) -> Tensor:
-        return x if self.a is None else x @ self.a[name].to(x).mT
-
-
 class AtPoint:
-    """z and products with its derivative J at one point; keeps the autograd graph of two passes.
+    """Products with the derivative J of z at one point; keeps the autograd graph of two passes."""
 
-    Attributes:
-        value: z [R].
-    """
-
-    def __init__(self, updates: GradientMap, point: Tensor, label: Tensor) -> None:
+    def __init__(self, updates: UpdateMap, point: Tensor, label: Tensor) -> None:
         self.updates, self.label = updates, label
-        self.image = point.detach().view(1, *updates.shape).requires_grad_()
-        with torch.enable_grad(), Capture(updates.target) as capture:
-            parts = updates.parts(capture(self.image[:, None], label[None], create_graph=True))
-            self._units = updates.observation(parts)
-        self._parts = [part.detach().flatten() for part in parts]
-        self.value = self._units.detach()
+        self.point = point.detach().requires_grad_()
+        self._value = updates.differentiable(self.point[None], label)[0]
 
     def forward(self, direction: Tensor) -> Tensor:
         """J direction: [c * h * w] -> [R]."""
-        shaped = direction.to(self.image.dtype).view(1, 1, *self.updates.shape)
-        along = self.updates.parts_along(*self.updates.tangents(self.image.detach(), self.label, shaped))
-        pairs = zip(self._parts, along, strict=True)
-        return torch.cat([unit_tangent(part, moved.flatten()[None])[0] for part, moved in pairs])
+        return self.updates.along(self.point.detach(), self.label, direction.to(self.point.dtype)[None])[0]
 
     def backward(self, rows: Tensor) -> Tensor:
         """J^T rows: [R] -> [c * h * w]."""
-        (slope,) = torch.autograd.grad(self._units, self.image, rows, retain_graph=True)
-        return slope.flatten()
+        (slope,) = torch.autograd.grad(self._value, self.point, rows, retain_graph=True)
+        return slope
 
 
 def krylov(product: Callable[[Tensor], Tensor], start: Tensor, dimension: int) -> tuple[Tensor, Tensor]:
@@ -239,24 +169,22 @@ def run_search(
 
 
 def search_matrix_free(
-    updates: GradientMap,
+    updates: UpdateMap,
     observed: Tensor,
     start: Tensor,
     label: Tensor,
     coordinates: Coordinates,
     config: MatrixFreeConfig | None = None,
 ) -> Search:
-    """The image whose update or gradient is observed, from products with J and J^T alone.
+    """The image whose update is observed, from products with J and J^T alone.
 
     Like the part of `gauss_newton.search` near the image, but every step is clamped to [0, 1], without clouds or
-    restarts.
+    restarts. The full gradient G of a large layer can be observed as an update, too: with a random A, G A^T holds r
+    numbers per row, which suffice as long as R is well above the number of pixels.
 
     Args:
-        observed: [R], from `updates.observation`.
+        observed: [R], see `flat_units`.
         start: [c * h * w] in [0, 1]; label: [1].
-
-    Raises:
-        R2FError: the gradient of a layer is zero or not finite at a point.
     """
     settings, layers = config or MatrixFreeConfig(), len(updates.target.layers)
 

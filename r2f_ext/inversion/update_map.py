@@ -101,9 +101,17 @@ class UpdateMap:
 
     def jacobian(self, point: Tensor, label: Tensor, basis: Tensor) -> Tensor:
         """dz along the columns of basis [c * h * w, q] at point [c * h * w]: [q, R], by exact tangents."""
-        image = point.view(1, *self.shape)
-        tangents = lambda rows: self._tangents(image, label, rows).clone()  # noqa: E731
-        return dense_jacobian(tangents, basis, self.directions, (1, *self.shape))
+        return dense_jacobian(lambda rows: self.along(point, label, rows), basis, self.directions, (-1,))
+
+    def along(self, point: Tensor, label: Tensor, directions: Tensor) -> Tensor:
+        """dz along directions [K, c * h * w] at point [c * h * w]: [K, R], by exact tangents."""
+        rows = directions.view(-1, 1, *self.shape)
+        return self._tangents(point.view(1, *self.shape), label, rows).clone()
+
+    def differentiable(self, points: Tensor, labels: Tensor) -> Tensor:
+        """z of points [n, c * h * w] and labels [n]: [n, R], with the graph that its slope at the points needs."""
+        with Capture(self.target) as capture, torch.enable_grad():
+            return self._updates(capture, points[:, None], labels, create_graph=True)
 
     def slopes(self, points: Tensor, labels: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
         """Misfits of n points and their slopes; a further call overwrites the results of this one.
@@ -128,9 +136,8 @@ class UpdateMap:
 
     def _slopes_of(self, points: Tensor, labels: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
         points = points.detach().requires_grad_()
-        with Capture(self.target) as capture, torch.enable_grad():
-            errors = self._updates(capture, points[:, None], labels, create_graph=True) - observed
-            misfits = errors.square().sum(1) / 2
+        with torch.enable_grad():
+            misfits = (self.differentiable(points, labels) - observed).square().sum(1) / 2
             (slopes,) = torch.autograd.grad(misfits.sum(), [points])
         return with_box_penalty(points.detach(), misfits.detach(), slopes)
 

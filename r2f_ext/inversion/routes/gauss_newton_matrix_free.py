@@ -13,7 +13,6 @@ from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.gauss_newton import UpdateBound, moved_layers
 from r2f_ext.inversion.matrix_free import (
     Coordinates,
-    GradientMap,
     ProxyCoordinates,
     SpectrumCoordinates,
     search_matrix_free,
@@ -24,7 +23,7 @@ from r2f_ext.inversion.routes.gauss_newton import GaussNewton
 from r2f_ext.inversion.saved_searches import by_victim, files_of
 from r2f_ext.inversion.searches import one_by_one, search_each
 from r2f_ext.inversion.start import best_estimate, remarked, search_start
-from r2f_ext.inversion.update_map import MAX_PIXELS, UpdateMap
+from r2f_ext.inversion.update_map import MAX_PIXELS, UpdateMap, flat_units
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
@@ -42,14 +41,13 @@ class GaussNewtonMatrixFree(GaussNewton):
         assert problem.target is not None and problem.a is not None and problem.observed is not None
         observed, config, shape = problem.observed, problem.matrix_free, problem.base.input_shape
         target = moved_layers(problem.target, observed)
-        updates = GradientMap(target, problem.a, shape)
+        updates = UpdateMap(target, problem.a, torch.Size(shape), problem.gauss_newton.directions)
+        targets = flat_units({name: observed[name] for name in target.names})
         start, coordinates, remark = _start(problem, self.after)
-        dense = UpdateMap(target, problem.a, torch.Size(shape), problem.gauss_newton.directions)
-        bound = UpdateBound(dense, observed) if prod(shape) <= MAX_PIXELS else _unknown
+        bound = UpdateBound(updates, observed) if prod(shape) <= MAX_PIXELS else _unknown
 
         def find(victim: int, image: Tensor, label: Tensor) -> Search:
-            wanted = updates.observation([observed[name][victim] for name in target.names])
-            return search_matrix_free(updates, wanted, image, label, coordinates, config)
+            return search_matrix_free(updates, targets[victim], image, label, coordinates, config)
 
         files = files_of(problem.saved, self.name, config, target, problem.a, by_victim(observed), start.labels)
         found = search_each(self.name, start, one_by_one(find), bound, advance, doubt(problem), files)
