@@ -11,21 +11,19 @@ from torch import Tensor
 
 from r2f_ext.cli.display import console, drawn_stages, print_notes
 from r2f_ext.cli.inputs import Options, read_adapter
-from r2f_ext.data import ProceduralStream, ProxyImages, images_for
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
 from r2f_ext.models.evidence import evidence_of, start_notes
 from r2f_ext.pairs import (
-    GeneratedPairs,
     PairsPlan,
     ReprojectedPairs,
-    SimulatedPairs,
     StoredPairs,
     Training,
     WritablePairs,
+    pairs_from_images,
     plan_pairs,
 )
-from r2f_ext.types import BaseModel, Target
+from r2f_ext.types import Target
 
 
 def run_pairs(options: Options) -> dict[str, Any]:
@@ -62,27 +60,25 @@ def _print_plan(plan: PairsPlan) -> None:
 
 def _new_pairs(options: Options, target: Target, a: dict[str, Tensor]) -> WritablePairs:
     training = _training(options)
-    per_victim_a = options.seed if options.per_victim_a else None
     if options.cache is not None:
         if training is not None or options.dense:
             raise R2FError("--cache holds gradients of one step at the start: leave training and --dense out.")
         if Path(options.cache).resolve() == Path(options.out).resolve():
             raise R2FError(f"--cache and --out are the same folder '{options.out}': name another one.")
-        return ReprojectedPairs(StoredPairs(options.cache, target.base), target, a, per_victim_a)
-    owned = training.owned if training is not None else 1
-    proxy = _proxy_images(options, target.base, options.count * owned)
-    if training is None or training.plain_step:
-        group_size = 1 if training is None else training.batch
-        return GeneratedPairs(target, a, proxy, group_size, options.precision, per_victim_a)
-    return SimulatedPairs(
-        target, a, proxy, training, options.seed, None, per_victim_a, options.dense, options.precision
+        return ReprojectedPairs(
+            StoredPairs(options.cache, target.base), target, a, options.seed if options.per_victim_a else None
+        )
+    return pairs_from_images(
+        target,
+        a,
+        options.proxy,
+        options.count,
+        training,
+        seed=options.seed,
+        per_victim_a=options.per_victim_a,
+        dense=options.dense,
+        precision=options.precision,
     )
-
-
-def _proxy_images(options: Options, base: BaseModel, count: int) -> ProxyImages:
-    if options.proxy == "procedural" and count > 0:  # load_images raises the error for a count below 1
-        return ProceduralStream(count, base.input_shape, base.num_classes, options.seed, base.device)
-    return images_for(base, options.proxy, count=count, seed=options.seed)
 
 
 def _training(options: Options) -> Training | None:

@@ -1,5 +1,6 @@
 """(LoRA update, full gradient) pairs: generated in batches, simulated over many steps, streamed, stored in shards."""
 
+from r2f_ext.pairs.choice import pairs_from_images
 from r2f_ext.pairs.generate import GeneratedPairs, PairSource
 from r2f_ext.pairs.shards import PairsPlan, WritablePairs, plan_pairs, write_pairs
 from r2f_ext.pairs.simulation import SimulatedPairs, Training, Victims, simulate
@@ -16,6 +17,7 @@ __all__ = [
     "Training",
     "Victims",
     "WritablePairs",
+    "pairs_from_images",
     "plan_pairs",
     "random_a",
     "simulate",
