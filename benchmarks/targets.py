@@ -18,7 +18,7 @@ RANK, ALPHA = 8, 16
 def all_linear(base: BaseModel) -> Target:
     """An adapter of rank 8 on qkv, proj, fc1 and fc2 of every block."""
     layers = [
-        AdaptedLayer(name, *module.weight.shape, RANK, ALPHA / RANK)
+        AdaptedLayer(name, len(module.weight), module.weight.shape[1], RANK, ALPHA / RANK)
         for name, module in base.model.named_modules()
         if name.endswith(TARGET_MODULES)
     ]

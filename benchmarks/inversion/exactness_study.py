@@ -151,8 +151,8 @@ def main() -> None:
 def tiny_base() -> BaseModel:
     """A random ViT for 12x12 images of one channel: patch 4, d = 24, 2 blocks, all parameters off their start."""
     torch.manual_seed(3)
-    options = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    model = VisionTransformer(**options, num_classes=5).eval()
+    size = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = VisionTransformer(num_classes=5, **size).eval()  # type: ignore[arg-type]
     unfuse_attention(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -200,8 +200,9 @@ def adapter(base: BaseModel, case: Case) -> tuple[Target, dict[str, Tensor]]:
     names = [
         f"blocks.{b}.{layer}" for b in range(depth) for layer in case.layers if b == depth - 1 or not case.last_only
     ]
-    shapes = {name: base.model.get_submodule(name).weight.shape for name in names}
-    target = Target(base, tuple(AdaptedLayer(name, *shape, case.rank, 2.0) for name, shape in shapes.items()))
+    weights = {name: base.model.get_parameter(f"{name}.weight") for name in names}
+    layers = (AdaptedLayer(name, len(each), each.shape[1], case.rank, 2.0) for name, each in weights.items())
+    target = Target(base, tuple(layers))
     return target, {n.name: (2 * torch.rand(n.rank, n.d_in) - 1) / n.d_in**0.5 for n in target.layers}
 
 

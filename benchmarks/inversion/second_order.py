@@ -38,7 +38,7 @@ def measure(name: str, base: BaseModel, dtype: torch.dtype) -> dict:
     observed = list(candidates(images[:, None].to(dtype), labels).dense.values())
 
     def loss(gradients: list[Tensor]) -> Tensor:
-        return matching_loss(gradients, observed, kind="layer_cosine").sum()
+        return matching_loss(gradients, observed, images=images.to(dtype), kind="layer_cosine").sum()
 
     torch.manual_seed(0)
     start = torch.rand(1, 1, *base.input_shape, dtype=dtype).requires_grad_()
