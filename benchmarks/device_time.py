@@ -1,4 +1,4 @@
-"""Times on a GPU that exclude kernel launches and hits in a warm L2 cache: CUDA graphs over rotating inputs."""
+"""Times on a GPU without kernel launches and, unless inputs are small, without a warm cache: graphs over copies."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ WARM_UP = 3  # calls on a side stream before a capture, as PyTorch's notes on CU
 def device_medians(make: Callable[[], Functions], rounds: int) -> dict[str, float]:
     """Median device milliseconds of one call of each function.
 
-    `make` is called until the inputs of all copies together are larger than twice the L2 cache (at most 24 times). A
-    function's graph calls it once for each copy, so that no call finds its inputs in the cache. Every round replays
-    each graph once, in a random order, between two events.
+    `make` is called until the inputs of all copies together are larger than twice the L2 cache, but at most MOST_COPIES
+    times. A function's graph calls it once for each copy, so that no call finds its inputs in the cache, unless so
+    many copies still fit it. Every round replays each graph once, in a random order, between two events.
 
     Raises:
         RuntimeError: a function cannot be captured, for example because it waits for the device.

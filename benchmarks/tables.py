@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+COLUMNS = 120  # of a line outside a table
 Row = dict[str, Any]  # `extra_info` of an entry, with its group
 
 
@@ -77,7 +79,8 @@ def losses(rows: list[Row]) -> str:
         for prefix, clock in (("", "wall"), ("device_", "device")):
             value = row.get(f"{prefix}ratio")
             if value is not None and value < 1:
-                lines.append(f"* `{name}` [{shape}] {dtype}, {clock}: {value:.2f} ({rival(row, prefix)} ms)")
+                line = f"* `{name}` [{shape}] {dtype}, {clock}: {value:.2f} ({rival(row, prefix)} ms)"
+                lines.append(textwrap.fill(line, COLUMNS, subsequent_indent="  ", break_on_hyphens=False))
     count = sum(row["ratio"] is not None for row in rows)
     return "\n".join([f"Losses (ratio below 1): {len(lines)}, of {count} rows with a rival.", "", *lines]).rstrip()
 

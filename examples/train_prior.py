@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from r2f_ext import load_images
-from r2f_ext.files import write_folder_atomically
+from r2f_ext.files import write_atomically
 from r2f_ext.inversion.prior_training import train_prior
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         unet.save_pretrained(folder / "unet")
         scheduler.save_pretrained(folder / "scheduler")
 
-    write_folder_atomically(Path(options.out), write)
+    write_atomically(Path(options.out), write)
 
 
 def report(steps: int, line: str = "", /) -> None:

@@ -1,6 +1,7 @@
 """The dependency rule of docs/architecture.md: a module of the package imports only from layers below its own."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,25 @@ def test_imports_point_down(path):
     used = {name.split(".")[1] for name in imported(tree) if name.startswith("r2f_ext.")} - {own, "__version__"}
     assert own in LEVEL and used <= LEVEL.keys(), "give the new module a layer"
     assert {name for name in used if LEVEL[name] >= LEVEL[own]} == set()
+
+
+def needed(path, names):
+    """Those of the modules `names` that a file imports at its top level."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in names)
+        elif isinstance(node, ast.ImportFrom):
+            above = path.relative_to(PACKAGE.parent).parts[: -node.level] if node.level else ()
+            source = ".".join((*above, node.module) if node.module else above)
+            for alias in node.names:  # a module of the package `source`, or else something that `source` defines
+                yield from [name for name in (f"{source}.{alias.name}", source) if name in names][:1]
+
+
+@pytest.mark.parametrize("package", sorted({path.parts[0] for path in PACKAGES}))
+def test_modules_of_a_package_import_one_another_without_a_cycle(package):
+    files = {path.relative_to(PACKAGE.parent).with_suffix("").parts: path for path in (PACKAGE / package).rglob("*.py")}
+    named = {".".join(parts).removesuffix(".__init__"): path for parts, path in files.items()}
+    TopologicalSorter({name: set(needed(path, named)) for name, path in named.items()}).prepare()
 
 
 @pytest.mark.parametrize("path", MODULES + PACKAGES, ids=str)

@@ -9,7 +9,7 @@ import pytest
 import r2f_ext
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(p for pattern in ("*.md", "docs/**/*.md", "csrc/*.md", "benchmarks/*.md") for p in ROOT.glob(pattern))
+PAGES = sorted(p for pattern in ("*.md", "docs/**/*.md", "csrc/*.md", "benchmarks/**/*.md") for p in ROOT.glob(pattern))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CITED = re.compile(r"docs/methods(?:\.md)?, (?:section )?(\d[a-g]?)")
 

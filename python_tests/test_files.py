@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from r2f_ext import files
 from r2f_ext.errors import R2FError
-from r2f_ext.files import output_folder, sha256, write_atomically, write_folder_atomically, write_tensors, write_text
+from r2f_ext.files import output_folder, sha256, write_atomically, write_tensors, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -30,18 +31,21 @@ def test_text_and_tensors(tmp_path):
     assert sha256(tmp_path / "a.txt") == hashlib.sha256("x ≤ y".encode()).hexdigest()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError("odd"), KeyboardInterrupt()])
-@pytest.mark.parametrize("write", [write_atomically, write_folder_atomically])
-def test_a_failure_keeps_what_was_there(tmp_path, error, write):
+ERRORS = [OSError(errno.ENOSPC, "No space left"), OSError("odd"), SafetensorError("odd"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_failure_keeps_what_was_there(tmp_path, error, folder):
     path = tmp_path / "a"
-    if write is write_folder_atomically:
+    if folder:
         path.mkdir()
         (path / "old").write_text("old")
     else:
         path.write_text("old")
 
     def half(temporary):
-        if write is write_folder_atomically:
+        if folder:
             temporary.mkdir()
             (temporary / "new").write_text("half")
         else:
@@ -50,11 +54,11 @@ def test_a_failure_keeps_what_was_there(tmp_path, error, write):
 
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else R2FError
     with pytest.raises(expected) as caught:
-        write(path, half)
+        write_atomically(path, half)
     assert list(tmp_path.iterdir()) == [path]
     assert (path / "old" if path.is_dir() else path).read_text() == "old"
     if expected is R2FError:
-        assert (error.strerror or "odd") in str(caught.value) and "None" not in str(caught.value)
+        assert (getattr(error, "strerror", None) or "odd") in str(caught.value) and "None" not in str(caught.value)
 
 
 def test_output_folder(tmp_path):
@@ -62,6 +66,13 @@ def test_output_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(R2FError, match="choose another folder"):
         output_folder(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("write", [lambda temporary: temporary.mkdir(), lambda temporary: temporary.write_text("new")])
+def test_a_place_below_a_file_is_refused(tmp_path, write):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(R2FError, match="choose another place"):
+        write_atomically(tmp_path / "file" / "a", write)
 
 
 def test_need_space(tmp_path):
@@ -77,7 +88,7 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path
     program = f"""
 import os, signal
 from pathlib import Path
-from r2f_ext.files import write_atomically, write_folder_atomically
+from r2f_ext.files import write_atomically
 
 def half(temporary):
     if {folder}:
@@ -86,7 +97,7 @@ def half(temporary):
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-(write_folder_atomically if {folder} else write_atomically)(Path({str(tmp_path / "a")!r}), half)
+write_atomically(Path({str(tmp_path / "a")!r}), half)
 """
     killed = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=120)
     assert killed.returncode == -signal.SIGKILL
@@ -104,8 +115,21 @@ def test_a_folder_written_again_removes_what_a_killed_process_left_beside_it(tmp
     left = files.temporary_name(tmp_path / "a")
     left = left.with_name(left.name.replace(f"-{os.getpid()}.", "-999999999."))
     left.mkdir()
-    write_folder_atomically(tmp_path / "b", lambda temporary: temporary.mkdir())
+    write_atomically(tmp_path / "b", lambda temporary: temporary.mkdir())
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_this_process_left_half_written_is_not_written_on(tmp_path, folder):
+    """Its number can be that of a process that was killed."""
+    left = files.temporary_name(tmp_path / "a")
+    if folder:
+        left.mkdir()
+        (left / "old").write_text("old")
+    else:
+        left.write_text("old")
+    write_atomically(tmp_path / "a", lambda temporary: temporary.mkdir())
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"] and not list((tmp_path / "a").iterdir())
 
 
 def test_text_that_utf8_cannot_say(tmp_path):

@@ -21,7 +21,15 @@ def modules_after(code: str) -> set[str]:
     return set(json.loads(printed))
 
 
-@pytest.mark.parametrize("code", ["import r2f_ext", "import r2f_ext; dir(r2f_ext)", "from r2f_ext import R2FError"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import r2f_ext",
+        "import r2f_ext; dir(r2f_ext)",
+        "from r2f_ext import R2FError",
+        "import r2f_ext.cli.options",  # for a quick --help
+    ],
+)
 def test_importing_loads_nothing_heavy(code):
     assert not HEAVY & modules_after(code)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from r2f_ext.errors import R2FError
@@ -24,9 +24,10 @@ class AuditConfig:
         gauss_newton: also search for the exact images; a few minutes an adapter of the embedded model on 2 cores.
         start_images: most public images of one label that the search's start is made from; None: as many as fit into
             memory.
-        search: settings of the Gauss-Newton search, among them the limit of its time.
+        search: settings of the Gauss-Newton search, among them the limit of its time. Its seed is replaced by `seed`,
+            because a command line, which repeats the audit, has one seed.
         precision: of the model when pairs are made, "float32", "tf32" or "bfloat16" (see GeneratedPairs).
-        seed: of proxies, random labels and the shuffled control.
+        seed: of proxies, random labels, the shuffled control and the search.
     """
 
     pairs: int = 8000
@@ -42,6 +43,9 @@ class AuditConfig:
     search: GaussNewtonConfig = field(default_factory=GaussNewtonConfig)
     precision: str = "float32"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "search", replace(self.search, seed=self.seed))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> AuditConfig:

@@ -34,7 +34,7 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def reason(error: Exception, limit: int = 200) -> str:
+def reason(error: BaseException, limit: int = 200) -> str:
     """The message of another library's exception as part of a sentence: on one line, without a full stop."""
     return plain(" ".join(str(error).split()), limit).rstrip(".") or type(error).__name__
 

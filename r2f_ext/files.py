@@ -1,4 +1,4 @@
-"""Atomic writes: under its final name a file is complete or absent."""
+"""Atomic writes (under its final name a file or folder is complete or absent), and digests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -56,10 +57,16 @@ def _remove_abandoned(folder: Path) -> None:
         written_here = owner.endswith(f".{socket.gethostname()}") and process.isdecimal() and len(process) < 10
         if not written_here or psutil.pid_exists(int(process)):
             continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one and it can be removed."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def need_space(folder: Path, size: int) -> None:
@@ -72,60 +79,39 @@ def need_space(folder: Path, size: int) -> None:
         )
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary path beside `path`, then rename it; on any failure the temporary file is removed.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path beside `path`, then rename what it made; on any failure that is removed.
+
+    Args:
+        write: makes a file, or a folder, which then replaces a folder of the name `path`.
 
     Raises:
         R2FError: the disk is full or the folder cannot be written to.
     """
     temporary = temporary_name(path)
     try:
+        _remove(temporary)
         write(temporary)
+        if temporary.is_dir():
+            _remove_abandoned(path.parent)
+            shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-    except OSError as error:
-        raise R2FError(
-            f"cannot write '{path}' ({error.strerror or error}): free some space or choose another place."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Like `write_atomically`, for a whole folder. An existing folder of this name is replaced.
-
-    Raises:
-        R2FError: the disk is full or the folder cannot be written to.
-    """
-    temporary = temporary_name(path)
-    try:
-        _remove_abandoned(path.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
-        write(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # on a full disk safetensors raises an error of its own
         reason = getattr(error, "strerror", None) or error
         raise R2FError(f"cannot write '{path}' ({reason}): free some space or choose another place.") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8, atomically. Bytes of file names that are not valid UTF-8 become backslash escapes."""
-    write_atomically(path, lambda temporary: _write(temporary, text))
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write contiguous CPU copies of `tensors` as safetensors, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-    def save(temporary: Path) -> None:
-        try:
-            save_file(plain, temporary, metadata=metadata)
-        except Exception as error:  # on a full disk safetensors raises an error of its own
-            raise OSError(0, str(error)) from error
-
-    write_atomically(path, save)
+    write_atomically(path, lambda part: save_file(plain, part, metadata=metadata))
 
 
 def sha256_of(tensors: Iterable[Tensor]) -> str:
@@ -142,5 +128,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+def seed_of(text: str) -> int:
+    """A seed in [0, 2^32) from the digest of a text: torch's CPU generator uses only 32 bits of a seed."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

@@ -32,16 +32,6 @@ class Progress(Protocol):
         ...
 
 
-class Silent:
-    """Ignores all progress."""
-
-    def start(self, stage: str, total: int) -> Advance:
-        return no_progress
-
-    def finish(self, stage: str, completed: bool) -> None:
-        pass
-
-
 class Stages:
     """Runs named stages, measures their wall time, and forwards their progress.
 
@@ -50,19 +40,25 @@ class Stages:
     """
 
     def __init__(self, progress: Progress | None = None, prefix: str = "") -> None:
-        """prefix: is displayed before each stage's name; `seconds` has the names without it."""
-        self.progress = progress or Silent()
+        """Run no stage yet.
+
+        Args:
+            progress: None: nothing is reported.
+            prefix: is displayed before each stage's name; `seconds` has the names without it.
+        """
+        self.progress = progress
         self.prefix = prefix
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[Advance]:
         began = time.perf_counter()
-        advance = self.progress.start(self.prefix + name, total)
+        advance = no_progress if self.progress is None else self.progress.start(self.prefix + name, total)
         completed = False
         try:
             yield advance
             completed = True
         finally:
-            self.progress.finish(self.prefix + name, completed)
+            if self.progress is not None:
+                self.progress.finish(self.prefix + name, completed)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

@@ -37,7 +37,7 @@ from r2f_ext.data import ImageSet, load_images
 from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.models.embedded import build_embedded_vit, reset_head
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, updates_of
 from r2f_ext.types import BaseModel
 
 PROXIES, CLASSES = 16, 10
@@ -114,8 +114,7 @@ def check(base: BaseModel, trained_on: BaseModel, images: Images, noise: bool = 
     problem = with_proxies(adapter_problem(target, [update]))
     assert problem.a is not None
     private = ImageSet("private", (255 * pixels).round().to(torch.uint8), labels)
-    batches = [one.updates for one in GeneratedPairs(replace(target, base=trained_on), problem.a, private).batches()]
-    observed = {name: torch.cat([one[name] for one in batches]) for name in target.names}
+    observed = updates_of(GeneratedPairs(replace(target, base=trained_on), problem.a, private))
     if noise:
         parts = list(noise_updates(observed, len(labels), seed=1))
         observed = {name: torch.cat([part[name] for part in parts]) for name in target.names}

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from scipy.stats import binomtest
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import json_parser, write_json
@@ -35,8 +34,7 @@ from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import Updates
 from r2f_ext.inversion.route import Problem, Proxies, adapter_problem
 from r2f_ext.models import attach, load_base, read_adapter
-from r2f_ext.pairs import GeneratedPairs
-from r2f_ext.types import Target
+from r2f_ext.pairs import GeneratedPairs, updates_of
 
 NOISE, NOISE_SEED, SEED = 200, 1, 0  # the audits' own controls are drawn from SEED
 
@@ -63,10 +61,13 @@ def study(proxy: ImageSet, sets: dict[str, ImageSet]) -> list[dict[str, Any]]:
     assert target is not None and a is not None
     device = target.base.device
     proxies = Proxies(
-        updates_of(target, a, proxy), proxy.batch(slice(None), device), proxy.labels.to(device), target.base.num_classes
+        {name: update.flatten(1) for name, update in updates_of(GeneratedPairs(target, a, proxy)).items()},
+        proxy.batch(slice(None), device),
+        proxy.labels.to(device),
+        target.base.num_classes,
     )
-    true = {name: updates_of(target, a, private) for name, private in sets.items()}
-    clothes = shaped(target, true["fashion_mnist"])
+    true = {name: updates_of(GeneratedPairs(target, a, private)) for name, private in sets.items()}
+    clothes = true["fashion_mnist"]
     drawn = list(noise_updates(clothes, NOISE, NOISE_SEED))
     noise = {name: torch.cat([part[name] for part in drawn]) for name in target.names}
     problem = replace(problem, proxies=proxies, observed=clothes)
@@ -74,7 +75,7 @@ def study(proxy: ImageSet, sets: dict[str, ImageSet]) -> list[dict[str, Any]]:
     asked = {
         "noise": (noise, sets["fashion_mnist"].take(torch.arange(NOISE) % len(sets["fashion_mnist"]))),
         "fashion_mnist": (clothes, sets["fashion_mnist"]),
-        "lfw": (shaped(target, true["lfw"]), sets["lfw"]),
+        "lfw": (true["lfw"], sets["lfw"]),
     }
     return [
         {"proxy": proxy.name, "pairs": len(proxy), "adapters": name, **counts(problem, proxy, simulated, *each)}
@@ -89,17 +90,6 @@ def first_problem(private: ImageSet) -> Problem:
         (path,) = train_victims(base, private.batch([0]), private.labels[:1], Path(folder), VictimConfig())
         target, update = attach(read_adapter(path), base)
     return adapter_problem(target, [update])
-
-
-def updates_of(target: Target, a: dict[str, Tensor], images: ImageSet) -> dict[str, Tensor]:
-    """What one step on each image does to B, up to the learning rate: name -> [n, d_out * r]."""
-    batches = [batch.updates for batch in GeneratedPairs(target, a, images).batches()]
-    return {name: torch.cat([batch[name].flatten(1) for batch in batches]) for name in target.names}
-
-
-def shaped(target: Target, updates: dict[str, Tensor]) -> Updates:
-    """[n, d_out * r] -> [n, d_out, r]."""
-    return {layer.name: updates[layer.name].unflatten(1, (layer.d_out, layer.rank)) for layer in target.layers}
 
 
 def counts(

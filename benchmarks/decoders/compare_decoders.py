@@ -31,7 +31,7 @@ from r2f_ext.decoders.agnostic import SIZE
 from r2f_ext.decoders.core import Core
 from r2f_ext.decoders.learned import Learned
 from r2f_ext.models import attach, load_base, read_adapter
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, updates_of
 from r2f_ext.pairs.generate import PRECISIONS
 from r2f_ext.types import Gradient
 
@@ -59,7 +59,7 @@ def main() -> None:
     pairs = make_pairs(options.proxy, options.pairs + options.held_out)
     if len(pairs) < options.pairs + options.held_out:
         parser.error(f"{options.proxy} has {len(pairs)} images")
-    updates = {name: torch.cat(parts) for name, parts in updates_of(pairs, options.pairs).items()}
+    updates = updates_of(pairs, options.pairs)
     path = None if options.json is None else Path(options.json)
     rows = json.loads(path.read_text()) if path is not None and path.exists() else []
     for name in options.rows:
@@ -92,14 +92,6 @@ def make_pairs(proxy: str, count: int) -> GeneratedPairs:
         victim = train_victim(base, images.batch(slice(0, 1))[0], 0, Path(folder), VictimConfig())
         target, adapter = attach(read_adapter(victim), base)
     return GeneratedPairs(target, adapter.a, images)
-
-
-def updates_of(pairs: GeneratedPairs, start: int) -> dict[str, list[torch.Tensor]]:
-    collected: dict[str, list[torch.Tensor]] = {name: [] for name in pairs.target.names}
-    for batch in pairs.batches(start):
-        for name, update in batch.updates.items():
-            collected[name].append(update)
-    return collected
 
 
 def measure(name: str, pairs: GeneratedPairs, count: int, updates: Updates) -> dict[str, Any]:

@@ -12,8 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import json_parser, write_json
 
@@ -21,7 +19,7 @@ from r2f_ext.audit.victims import VictimConfig, train_victim
 from r2f_ext.data import load_images
 from r2f_ext.decoders import Ridge, held_out_cosines
 from r2f_ext.models import attach, load_base, read_adapter
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, updates_of
 
 CASES = [(1.0, 2000), (0.9, 2000), (0.5, 2000), (0.0, 2000), (None, 2000)]
 HELD_OUT = 100
@@ -38,8 +36,7 @@ def main() -> None:
             victim = train_victim(base, proxy.batch(slice(0, 1))[0], 0, Path(folder), VictimConfig())
             target, adapter = attach(read_adapter(victim), base)
         pairs = GeneratedPairs(target, adapter.a, proxy)
-        held_out = [batch.updates for batch in pairs.batches(len(pairs) - HELD_OUT)]
-        updates = {layer: torch.cat([part[layer] for part in held_out]) for layer in target.names}
+        updates = updates_of(pairs, len(pairs) - HELD_OUT)
         for own, count in CASES:
             decoder = Ridge(own=own)
             decoder.fit(pairs, count)

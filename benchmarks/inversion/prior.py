@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import json_parser, write_json
 
-from r2f_ext.audit.metrics import score
+from r2f_ext.audit.metrics import psnr_db, score, ssim
 from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
@@ -105,7 +105,8 @@ def alone(prior: ScoreDistillation, start: torch.Tensor, step_size: float) -> to
 
 
 def line(method: str, weight: float | None, images: torch.Tensor, private: ImageSet, seconds: float) -> dict[str, Any]:
-    figures = vars(score(images, private.batch(slice(None))))
+    originals = private.batch(slice(None))
+    figures = score(psnr_db(images, originals), ssim(images, originals))
     said = "" if weight is None else f", prior {weight:g}"
     print(
         f"{method}{said}: {figures['psnr_db_mean']:.2f} dB, SSIM {figures['ssim_mean']:.3f}; {seconds:.0f} s",

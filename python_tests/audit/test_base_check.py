@@ -219,7 +219,7 @@ def test_the_report_does_not_blame_the_images_for_another_base(embedded, folders
     assert not any("base's weights" in one for one in result.notes)
     for given in (private, None):
         part = set_report("a", result, proxy, given)
-        assert part.judgement.leak is None and part.verdict().startswith("The update cannot come from one step")
+        assert part.judgement.leak is None and part.figures.verdict.startswith("The update cannot come from one step")
         assert part.judgement.sentences[1] == ANOTHER_BASE
         said = (*part.judgement.sentences, *part.notes, *result.notes)
         assert not any("proxy may not fit" in one or "No leak" in one or "nearer to" in one for one in said)

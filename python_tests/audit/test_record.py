@@ -1,6 +1,7 @@
 """Recorded inputs hold no absolute path and lead back to the same files from the report's folder."""
 
 import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -82,5 +83,8 @@ def test_the_recorded_command_is_read_back_as_the_same_audit():
         assert getattr(options, name) == getattr(given, name)
     assert (options.count, options.routes, options.seed, options.budget) == (300, routes, 4, 1.5)
     assert options.gauss_newton and options.precision == "bfloat16"
+    # One seed stands for all: also for the search of a config that was made in Python.
+    assert config.search == GaussNewtonConfig(minutes=1.5, seed=4)
+    assert replace(config, seed=5).search.seed == 5 and AuditConfig.from_json(asdict(config)) == config
     plain = parse(shlex.split(command_of(inputs(), AuditConfig()))[1:])
     assert plain.routes is None and not plain.gauss_newton and plain.private is None and plain.budget is None

@@ -239,7 +239,7 @@ def test_pairs_that_fail_leave_what_needs_none(audited, monkeypatch, error, why)
     assert result.reconstructions == [] and result.estimates is result.simulated is result.scored.decoded is None
     assert set(result.verdicts) == set(registry()) and audited.result.problem.evidence.sentences[0] in result.notes
     part = set_report("x", result, audited.proxy, audited.private)
-    assert part.verdict() == f"Not judged: n{sentence[1:]}" and part.count == 3 and part.originals is None
+    assert part.figures.verdict == f"Not judged: n{sentence[1:]}" and part.count == 3 and part.originals is None
 
 
 def test_what_other_routes_find_without_pairs_is_scored(audited, monkeypatch):
@@ -251,7 +251,7 @@ def test_what_other_routes_find_without_pairs_is_scored(audited, monkeypatch):
     monkeypatch.setattr(route, "run", lambda self, problem, advance: found)
     part = set_report("x", small_audit(audited, "adapter_rowspace"), audited.proxy, audited.private)
     assert part.figures.routes["adapter_rowspace"].psnr_db_mean > 90 and part.controls is None
-    assert part.judgement.leak is None and "out of memory" in part.verdict()
+    assert part.judgement.leak is None and "out of memory" in part.figures.verdict
 
 
 def test_estimates_that_fail_leave_the_reconstructions(audited, monkeypatch):
@@ -259,7 +259,7 @@ def test_estimates_that_fail_leave_the_reconstructions(audited, monkeypatch):
     result = small_audit(audited, "amortised")
     assert list(result.failed) == ["estimates"] and len(result.reconstructions) == 1 and result.simulated is None
     part = set_report("x", result, audited.proxy, audited.private)
-    assert part.verdict() == "Not judged: the judged route gave no estimates, so nothing is judged: no."
+    assert part.figures.verdict == "Not judged: the judged route gave no estimates, so nothing is judged: no."
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a bug"), RuntimeError("a bug")])
@@ -296,5 +296,5 @@ def test_controls_that_cannot_be_simulated_leave_the_verdict_open(audited, monke
     assert result.simulated is None
     assert result.notes[0] == "The controls could not be simulated: not positive definite."
     part = set_report("x", result, audited.proxy, audited.private)
-    assert part.judgement.leak is None and "could not be simulated" in part.verdict()
-    assert set(part.control_psnr()) == {"mean_image", "class_mean", "nearest_proxy", "shuffled_adapter"}
+    assert part.judgement.leak is None and "could not be simulated" in part.figures.verdict
+    assert set(part.figures.controls) == {"mean_image", "class_mean", "nearest_proxy", "shuffled_adapter"}

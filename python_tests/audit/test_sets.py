@@ -94,7 +94,7 @@ def test_images_without_labels_have_strangers_of_the_found_label_and_no_class_me
     result, proxy, clothes, _ = judged
     unlabelled = replace(clothes.take(torch.tensor([0])), labels_known=False)
     part = set_report("x", result, proxy, unlabelled, slice(NOISE, NOISE + 1))
-    assert part.labels is None and "class_mean" not in part.control_psnr()
+    assert part.labels is None and "class_mean" not in part.figures.controls
     assert "same_label_stranger" in part.judgement.comparisons and part.judgement.leak is True
     assert any("have no labels" in note for note in part.notes)
 
@@ -140,5 +140,5 @@ def test_a_class_without_proxies_is_said(judged):
     label = int(clothes.labels[0])
     without = proxy.take(torch.nonzero(proxy.labels != label).flatten())
     part = set_report("x", result, without, clothes.take(torch.tensor([0])), slice(NOISE, NOISE + 1))
-    assert "class_mean" not in part.control_psnr()
+    assert "class_mean" not in part.figures.controls
     assert any(f"no image of class {label}: there is no class mean" in note for note in part.notes)

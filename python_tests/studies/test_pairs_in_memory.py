@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from r2f_ext.data import load_images
+from r2f_ext.decoders import Ridge
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, updates_of
 from r2f_ext.studies import pairs_in_memory as module
 from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import start_of, target_of
@@ -38,7 +39,40 @@ def test_a_sum_walks_through_both(made):
     (first, second) = both.batches(5, 10)
     assert [len(first.labels), len(second.labels)] == [2, 3]
     name = kept.target.names[1]
-    assert torch.equal(both.updates(7, 14)[name], kept.updates(0, 7)[name])
+    assert torch.equal(updates_of(both, 7)[name], updates_of(kept)[name])
+
+
+def test_other_updates_take_the_place_of_each_pairs_own(made):
+    kept, _ = made
+    both = kept + kept
+    assert [len(part.labels) for part in both.parts] == [7, 7]
+    doubled = both.with_updates({name: 2 * update for name, update in updates_of(both).items()})
+    for one, other in zip(doubled.batches(3, 9), both.batches(3, 9), strict=True):
+        assert all(torch.equal(one.updates[name], 2 * update) for name, update in other.updates.items())
+        assert one.images is other.images or torch.equal(one.images, other.images)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_decoder_of_pairs_in_memory_is_that_of_their_source(embedded, dense):
+    target = target_of(embedded, 2, ["blocks.0.attn.proj", "blocks.3.mlp.fc1"])
+    source = SimulatedPairs(target, start_of(target, 0), load_images("embedded", count=24), Training(2), dense=dense)
+    kept = PairsInMemory.of(source, 24)
+    decoded = []
+    for pairs in (source, kept):
+        ridge = Ridge(2e-3, 0.5)
+        ridge.fit(pairs, 24)
+        decoded.append(ridge.decode(updates_of(kept, 0, 2)))
+    for name in target.names:
+        torch.testing.assert_close(decoded[0].dense[name], decoded[1].dense[name], rtol=1e-3, atol=1e-6)
+
+
+def test_the_identity_of_written_gradients_counts_once(embedded):
+    target = target_of(embedded, 2, ["blocks.3.mlp.fc1"])
+    (layer,) = target.layers
+    source = SimulatedPairs(target, start_of(target, 0), load_images("embedded", count=8), Training(2), dense=True)
+    (part,) = PairsInMemory.of(source).parts
+    numbers = 8 * (layer.d_out * (layer.d_in + layer.rank) + part.images[0].numel()) + layer.d_out**2
+    assert module._bytes_of(part) == 4 * numbers
 
 
 def test_some_layers_are_kept_with_the_updates_of_all(made):

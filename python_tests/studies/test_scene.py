@@ -100,9 +100,19 @@ def test_the_class_mean_is_the_mean_of_unit_pairs_of_the_label(tiny):
     for row in torch.nonzero(public.labels[:60] == wanted).flatten().tolist():
         one = by_autograd(target.base, public.batch([row]), public.labels[row][None])[f"{name}.weight"]
         total += one / (target.layers[0].scale * one @ a[name].mT).norm()
-    guess = control.guess(torch.tensor([wanted, wanted])).dense[name]
+    guess = control.guess(torch.tensor([[wanted], [wanted]])).dense[name]
     assert F.cosine_similarity(guess[0].flatten(), total.flatten(), dim=0) > 1 - 1e-5
     assert torch.equal(guess[0], guess[1])
+
+
+def test_the_class_mean_of_several_images_is_the_mean_of_theirs(tiny):
+    _, _, public, pairs = tiny
+    control = scene.ClassMean()
+    scene.fit_together(pairs, 60, [control])
+    labels = public.labels[:6].view(2, 3)
+    alone, together = control.guess(labels.view(6, 1)), control.guess(labels)
+    for name, dense in together.dense.items():
+        torch.testing.assert_close(dense, alone.dense[name].unflatten(0, (2, 3)).mean(1))
 
 
 def test_a_label_without_pairs_gets_the_mean_of_all(tiny):
@@ -110,7 +120,7 @@ def test_a_label_without_pairs_gets_the_mean_of_all(tiny):
     control = scene.ClassMean()
     scene.fit_together(pairs, 60, [control])
     every = torch.stack(list(control.sums[pairs.target.names[0]].values())).sum(0)
-    assert torch.equal(control.guess(torch.tensor([77])).dense[pairs.target.names[0]][0], every)
+    assert torch.equal(control.guess(torch.tensor([[77]])).dense[pairs.target.names[0]][0], every)
 
 
 def test_cosines_are_means_over_layers():

@@ -18,7 +18,7 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Updates
 from r2f_ext.inversion.route import Problem
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, updates_of
 
 SIMULATED = 200  # adapters of each simulated control
 LEAST = 39  # simulated adapters that a rank test at 5 % needs: the smallest p is then 1 / 40
@@ -173,6 +173,5 @@ def _strangers(problem: Problem, proxy: ImageSet, label: int, seed: int, precisi
         updates = {name: update[rows] for name, update in proxies.updates.items()}
     else:
         pairs = GeneratedPairs(target, a, proxy.take(rows.cpu()).relabelled(label), precision=precision)
-        batches = [batch.updates for batch in pairs.batches()]
-        updates = {name: torch.cat([batch[name] for batch in batches]) for name in target.names}
+        updates = updates_of(pairs)
     return proxies.ridge.invert_without(updates, label, rows)

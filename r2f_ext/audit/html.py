@@ -22,8 +22,8 @@ from r2f_ext.models import AdapterFacts
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = "report.html.j2"
-FEW = 3  # up to so many victims, each has large pictures of its own; more share tables
-COLUMNS = 8  # of such a table: as many as fit a printed page
+# Up to FEW victims have large pictures, each its own. More share tables of COLUMNS victims, which fit a printed page.
+FEW, COLUMNS = 3, 8
 MAX_VICTIMS = 48  # with pictures; the figures of all are in report.json
 
 

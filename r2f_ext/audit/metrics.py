@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -46,29 +45,14 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(scores))
 
 
-@dataclass(frozen=True)
-class Score:
-    """A route's figures over n images: mean, standard deviation and median of PSNR in dB, mean SSIM.
+def score(psnr: Tensor, similarity: Tensor) -> dict[str, float]:
+    """A route's figures over n images, from each image's PSNR in dB and SSIM, [n] each: psnr_db_mean, and so on.
 
     The median of an even number of images is the mean of the middle two.
     """
-
-    psnr_db_mean: float
-    psnr_db_std: float
-    psnr_db_median: float
-    ssim_mean: float
-
-    @staticmethod
-    def of(psnr: Tensor, similarity: Tensor) -> Score:
-        """From each image's PSNR in dB and SSIM, [n] each."""
-        return Score(
-            float(psnr.mean()),
-            float(psnr.std(correction=0)),
-            float(psnr.quantile(0.5)),
-            float(similarity.mean()),
-        )
-
-
-def score(images: Tensor, originals: Tensor) -> Score:
-    """Score reconstructions [n, c, h, w] against originals, in order."""
-    return Score.of(psnr_db(images, originals), ssim(images, originals))
+    return {
+        "psnr_db_mean": float(psnr.mean()),
+        "psnr_db_std": float(psnr.std(correction=0)),
+        "psnr_db_median": float(psnr.quantile(0.5)),
+        "ssim_mean": float(similarity.mean()),
+    }

@@ -35,7 +35,8 @@ from r2f_ext.ops.schemas import SCHEMAS
 from r2f_ext.types import Target
 
 NOT_ASKED = "Not asked for: name it with --routes."
-LOADED_IF_ASKED = (*LATER, "public")  # what a problem lacks without being the reason why a route did not run
+# Fields that are made or loaded only for routes that run: if a problem lacks them, that is not why a route did not run.
+LOADED_IF_ASKED = (*LATER, "public")
 
 
 @dataclass(frozen=True)

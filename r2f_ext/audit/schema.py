@@ -45,7 +45,7 @@ class RouteFigures:
     """
 
     why: str
-    details: dict[str, Any]
+    details: dict[str, float]
     per_victim: dict[str, list[float]]
     exact: list[Exactness] | None = None
     label_accuracy: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from r2f_ext.audit.accuracy import DECODED, true_cosines
 from r2f_ext.audit.base_check import BaseCheck
 from r2f_ext.audit.controls import Controls, has_class, make_controls, simulated_psnr
 from r2f_ext.audit.inputs import pair_up
-from r2f_ext.audit.metrics import Score, psnr_db, ssim
+from r2f_ext.audit.metrics import psnr_db, score, ssim
 from r2f_ext.audit.run import AuditResult
 from r2f_ext.audit.schema import RouteFigures, SetFigures
 from r2f_ext.audit.verdict import (
@@ -63,14 +64,6 @@ class SetReport:
     far: Tensor | None = None
     pairing: str | None = None
 
-    def control_psnr(self) -> dict[str, float]:
-        """control -> mean PSNR in dB; empty without originals."""
-        return {name: float(values.mean()) for name, values in self.control_scores.items()}
-
-    def verdict(self) -> str:
-        """The conclusion in one sentence."""
-        return self.judgement.sentences[0]
-
     def exact(self) -> list[ExactImage]:
         """What the routes say about exactness, victim by victim; routes that cannot be exact are left out."""
         return [
@@ -86,11 +79,11 @@ class SetReport:
             n=self.count,
             proxy=self.proxy,
             routes={found.route: self._figures_of(found) for found in self.reconstructions},
-            controls=self.control_psnr(),
+            controls={name: float(values.mean()) for name, values in self.control_scores.items()},
             control_intervals=self.judgement.comparisons,
             judged_route=JUDGED_ROUTE,
             leak=self.judgement.leak,
-            verdict=self.verdict(),
+            verdict=self.judgement.sentences[0],
             sentences=list(self.judgement.sentences),
             pairing=self.pairing,
             far_from_proxy=None if self.far is None else self.far.tolist(),
@@ -107,8 +100,8 @@ class SetReport:
             return figures
         images = found.images.cpu()
         psnr, similarity = psnr_db(images, self.originals), ssim(images, self.originals)
-        score = asdict(Score.of(psnr, similarity))
-        return replace(figures, **score, psnr_db=psnr.tolist(), ssim=similarity.tolist())
+        over_images: dict[str, Any] = score(psnr, similarity)
+        return replace(figures, **over_images, psnr_db=psnr.tolist(), ssim=similarity.tolist())
 
 
 def _exactness(found: Reconstruction) -> list[Exactness] | None:

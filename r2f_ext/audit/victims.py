@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from r2f_ext.files import write_folder_atomically
+from r2f_ext.files import write_atomically
 from r2f_ext.types import BaseModel
 
 TARGET_MODULES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -51,7 +51,7 @@ def train_victim(base: BaseModel, image: torch.Tensor, label: int, folder: Path,
     folder.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for a base config, which a local base lacks
-        write_folder_atomically(folder, lambda temporary: model.save_pretrained(str(temporary)))
+        write_atomically(folder, lambda temporary: model.save_pretrained(str(temporary)))
     return folder
 
 

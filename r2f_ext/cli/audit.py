@@ -28,7 +28,7 @@ def run_audit(options: Options) -> dict[str, Any]:
         pairs=options.count,
         routes=options.routes,
         gauss_newton=options.gauss_newton,
-        search=GaussNewtonConfig(minutes=options.budget, seed=options.seed),
+        search=GaussNewtonConfig(minutes=options.budget),
         precision=options.precision,
         seed=options.seed,
     )
@@ -52,8 +52,7 @@ def run_audit(options: Options) -> dict[str, Any]:
 def run_demo(options: Options) -> dict[str, Any]:
     folder = output_folder(options.out)
     with drawn_stages() as stages:
-        config = replace(DEMO, seed=options.seed, search=replace(DEMO.search, seed=options.seed))
-        report = demo(folder, config, chosen_device(options), stages)
+        report = demo(folder, replace(DEMO, seed=options.seed), chosen_device(options), stages)
     return _print_finished(report, options.out)
 
 

@@ -28,7 +28,7 @@ def run_invert(options: Options) -> dict[str, Any]:
             config=AuditConfig(
                 routes=options.routes,
                 gauss_newton=options.gauss_newton,
-                search=GaussNewtonConfig(minutes=options.budget, seed=options.seed),
+                search=GaussNewtonConfig(minutes=options.budget),
                 seed=options.seed,
             ),
             unet=UNetConfig(seed=options.seed) if options.inverter == "unet" else None,

@@ -9,7 +9,6 @@ or with another number of threads, results are rounded differently: about one by
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from r2f_ext.data.device import to_device
 from r2f_ext.errors import R2FError
+from r2f_ext.files import seed_of
 
 FAMILIES = ("noise", "leaves", "objects", "blobs")
 # Fractions of the families; the rest are blob compositions.
@@ -159,9 +159,7 @@ def _families(n: int, generator: torch.Generator) -> Tensor:
 
 
 def _generator(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
-    # torch's CPU generator uses only 32 bits of a seed, so they are taken from a digest of both numbers.
-    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.Generator(device).manual_seed(seed_of(f"{seed}/{stream}"))
 
 
 def _chunk(

@@ -5,7 +5,7 @@ from r2f_ext.decoders.base import Decoder, Updates, stack_updates, with_saved
 from r2f_ext.decoders.conv import Conv, UNet
 from r2f_ext.decoders.evaluate import Guess, HeldOut, held_out_cosines, held_out_cosines_of_each
 from r2f_ext.decoders.fit import fit_decoders
-from r2f_ext.decoders.folder import FittedFolder, decode_from_folder, fit_folder
+from r2f_ext.decoders.folder import decode_from_folder, fit_folder
 from r2f_ext.decoders.kernel_ridge import KernelRidge
 from r2f_ext.decoders.kinds import DEFAULT_KINDS, KINDS
 from r2f_ext.decoders.mlp import MLP
@@ -24,7 +24,6 @@ __all__ = [
     "ConcatenatedPairs",
     "Conv",
     "Decoder",
-    "FittedFolder",
     "Guess",
     "HeldOut",
     "KernelRidge",

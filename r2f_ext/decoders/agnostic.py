@@ -20,7 +20,7 @@ from r2f_ext.decoders.base import Updates
 from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import PairSource
+from r2f_ext.pairs import PairSource, updates_of
 from r2f_ext.types import PairBatch
 
 ANY_A = "any_a"  # name of the saved core, next to the names of decoder kinds
@@ -70,8 +70,7 @@ class AgnosticPairs:
 
     def updates(self, start: int, stop: int) -> Updates:
         """name -> projected updates of the pairs `start` to `stop`, [stop - start, p, q]."""
-        parts = [batch.updates for batch in self.batches(start, stop)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return updates_of(self, start, stop)
 
 
 class ProductPairs(AgnosticPairs):

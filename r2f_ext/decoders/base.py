@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -96,9 +95,9 @@ def unit_updates(updates: Updates) -> tuple[Updates, Updates]:
     return {name: u / norms[name].view(-1, *[1] * (u.ndim - 1)) for name, u in updates.items()}, norms
 
 
-def layer_seed(seed: int, name: str) -> int:
-    """A seed for one layer that does not depend on the other layers; 32 bits, as torch's CPU generator uses no more."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
+def joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Concatenate each layer's parts; they are removed from `parts` layer by layer to limit peak memory."""
+    return {name: torch.cat(parts.pop(name)) for name in list(parts)}
 
 
 def stack_updates(adapters: list[LoraUpdate]) -> Updates:

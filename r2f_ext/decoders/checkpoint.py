@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from r2f_ext import distributed
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, reason
 from r2f_ext.files import write_text
 
 
@@ -64,10 +64,9 @@ class Checkpoint:
                 )
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            reason = " ".join(str(cause).split())[:200]
             raise R2FError(
-                f"cannot save decoders in '{part}' ({reason}): free some space, or run the same command again if "
-                "another process of this run has died."
+                f"cannot save decoders in '{part}' ({reason(cause)}): free some space, or run the same command again "
+                "if another process of this run has died."
             ) from error
         distributed.barrier()
         if distributed.rank() == 0:

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2f_ext.decoders.base import joined
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import Gradient
 
@@ -64,8 +64,4 @@ def held_out_cosines_of_each(
                 cosines[kind][name].append(F.cosine_similarity(found, true))
                 norms[kind][name].append(found.norm(dim=1) / true.norm(dim=1).clamp_min(1e-30))
         first = rows.stop
-    return {kind: HeldOut(_joined(cosines[kind]), _joined(norms[kind])) for kind in guesses}
-
-
-def _joined(parts: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat(each) for name, each in parts.items()}
+    return {kind: HeldOut(joined(cosines[kind]), joined(norms[kind])) for kind in guesses}

@@ -31,6 +31,8 @@ HELD_OUT = 400  # pairs to choose lambda on, at most a sixth of all
 
 
 class KernelRidge(Decoder):
+    """Kernel ridge regression in Nystrom features (Williams and Seeger 2001), with the kernel of `kernel.py`."""
+
     kind = "kernel_ridge"
 
     def __init__(self, landmarks: int = LANDMARKS) -> None:

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from r2f_ext.cuda_graph import Replayed
-from r2f_ext.decoders.base import Decoder, Updates, layer_seed, unit_updates
+from r2f_ext.decoders.base import Decoder, Updates, joined, unit_updates
 from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
+from r2f_ext.files import seed_of
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import FactoredGradient, Gradient, PairBatch
 
@@ -125,7 +126,7 @@ class Learned(Decoder):
         self.networks: dict[str, nn.Module] = {}
         for name, shape in self.shapes.items():
             with torch.random.fork_rng():
-                torch.manual_seed(layer_seed(self.seed, name))
+                torch.manual_seed(seed_of(f"{self.seed}/{name}"))
                 self.networks[name] = self.network(name, shape).to(pairs.target.base.device)
 
     def observe(self, batch: PairBatch) -> None:
@@ -139,7 +140,7 @@ class Learned(Decoder):
     def finish(self) -> None:
         if not self.shapes:
             return
-        seen = _Seen(*(_joined(each) for each in (self.inputs, self.cores, self.true_norms)))
+        seen = _Seen(*(joined(each) for each in (self.inputs, self.cores, self.true_norms)))
         count = len(next(iter(seen.norms.values())))
         fitted = count - min(HELD_OUT, max(1, count // 10))
         device = self.pairs.target.base.device  # each use of indices on the host would wait for a copy
@@ -234,11 +235,6 @@ class Learned(Decoder):
                 raise R2FError(
                     f"the saved {self.kind} decoder of {name} does not fit this version's network: run r2f fit again."
                 ) from error
-
-
-def _joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Concatenate each layer's parts; they are released layer by layer to limit peak memory."""
-    return {name: torch.cat(parts.pop(name)) for name in list(parts)}
 
 
 def _mean(losses: Iterable[tuple[int, Tensor]]) -> list[float]:

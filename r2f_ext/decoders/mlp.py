@@ -20,6 +20,8 @@ INPUTS = ("b", "ba")
 
 
 class MLP(Learned):
+    """A perceptron per layer: from its update and the `Context` to the core of its gradient (`Core`)."""
+
     kind = "mlp"
     size = SIZE
     learning_rate = 1e-3

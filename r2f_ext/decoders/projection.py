@@ -16,6 +16,8 @@ def projection_matrix(layer: AdaptedLayer, a: Tensor) -> Tensor:
 
 
 class Projection(MatrixDecoder):
+    """G P_A = G A^+ A, from the update and A alone (docs/methods.md, section 1)."""
+
     kind = "projection"
 
     def start(self, pairs: PairSource, count: int) -> None:

@@ -30,6 +30,8 @@ SAVED_PAIRS = 6000  # above it unit rows are stored in float16, and a CPU factor
 
 
 class Ridge(Decoder):
+    """Kernel ridge regression in dual form (docs/methods.md, section 1) with the kernel of `kernel.py`."""
+
     kind = "ridge"
 
     def __init__(self, ridge: float | None = None, own: float | None = None) -> None:

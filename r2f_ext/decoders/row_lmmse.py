@@ -13,6 +13,8 @@ RIDGE = 1e-6  # relative to the mean diagonal; the r x r normal equations are we
 
 
 class RowLMMSE(MatrixDecoder):
+    """One matrix per layer, M = (Z^T Z + lam I)^-1 Z^T G, of the rows Z of unit updates and those of gradients G."""
+
     kind = "row_lmmse"
 
     def start(self, pairs: PairSource, count: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2f_ext.decoders.base import layer_seed
+from r2f_ext.files import seed_of
 from r2f_ext.types import FactoredGradient, Target
 
 SIZE = 24
@@ -23,7 +23,7 @@ class Sketch:
     def __init__(self, target: Target, size: int = SIZE, seed: int = 0) -> None:
         self.matrices = {}
         for layer in target.layers:
-            generator = torch.Generator().manual_seed(layer_seed(seed, layer.name))
+            generator = torch.Generator().manual_seed(seed_of(f"{seed}/{layer.name}"))
             self.matrices[layer.name] = tuple(
                 (torch.randn(width, size, generator=generator) / size**0.5).to(target.base.device)
                 for width in (layer.d_out, layer.d_in)

@@ -17,8 +17,8 @@ from r2f_ext.linalg import gram, precise_gram
 
 # (damping, evaluations) of the descents with free positions, and of those from the images that come of them.
 FREED_STAGES, PLACED_STAGES = ((1e-5, 400), (1e-6, 800)), ((1e-4, 200), (1e-5, 200))
-# Share of the residual at which a pass with free positions begins, to which its descents go on: an order of the patches
-# that is nearly right fits to 1e-3 and less.
+# A pass with free positions descends until its residual is this fraction of the one at which it began, and small enough
+# for Newton steps (`Task.handed_over`): a nearly correct order of the patches already fits to 1e-3 or less.
 ELSEWHERE = 0.05
 # Victims with free positions at a time on a CPU and on a GPU: each needs several matrices of the size of J^T J, about
 # 0.5 GB on the embedded base.
@@ -52,15 +52,18 @@ def descents(
 def freed_descents(
     task: Task, rows: Tensor, points: Tensor, values: Tensor, begun: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Images reached from points [n, p] with free positions, where their misfits are lower than those of values [n, R],
-    else the points. A few victims take such a pass together.
+    """A pass with free positions of the victims `rows`, from points [n, p] with values [n, R].
+
+    Freed images descend, their patches are put in the places that fit them, and the images descend from there. A victim
+    whose residual does not fall keeps its point. FREE_TOGETHER victims (on a GPU FREE_ON_GPU) move at a time.
 
     Args:
-        begun: of each victim the freed image [p'] to begin at; None: its point.
+        begun: per victim the freed image [p'] to begin at; None: at its point.
 
     Returns:
-        Points [n, p]; the values [n, R] there; of each victim the freed image [p'] from which descent can go on: None
-        where it has ended, or the point has changed.
+        The next points [n, p], the values [n, R] there, and per victim the freed image [p'] where its next such pass
+        begins. That is None, so that the pass begins at the point, if the point is a new one, or if the descent of the
+        freed image reached its aim or did not move.
     """
     assert task.freed is not None
     images = points.clamp(0, 1)  # Newton's steps may have left the box far behind
@@ -86,11 +89,16 @@ def in_parts(few: int, move: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
 def _reordered(
     task: Task, rows: Tensor, images: Tensor, begun: Tensor, enough: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images [n, p] reached from freed images [n, p'], the values [n, R] there, the freed images between, and whether
-    the misfits of these [n] may still fall.
+    """`freed_descents` of a few victims, whether or not their residuals fall.
 
     Args:
-        images: [n, p], the victims' points; enough: [n], the misfits below which descents end.
+        images: [n, p], the victims' points, clamped to [0, 1].
+        begun: [n, p'], the freed images to begin at.
+        enough: [n], the misfits below which descents end.
+
+    Returns:
+        Images [n, p], the values [n, R] there, the freed images [n, p'] before their patches were put in places, and
+        whether a further descent of these can gain: they have moved, and their misfits are above `enough` (bool [n]).
     """
     freed, basis = task.freed, task.subspace.basis
     assert freed is not None

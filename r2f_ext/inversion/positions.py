@@ -23,8 +23,9 @@ from r2f_ext.inversion.patches import fold_patches, unfold_patches
 from r2f_ext.types import BaseModel
 
 MOST, MOST_OF_ALL = 32, 4096  # extra numbers of a patch, and of all patches of an image
-# In units of the root mean square difference of two position embeddings along an axis: the step of one search
-# coordinate, and how far an extra channel reaches to either side before the search is held back.
+# Lengths along an axis, in units of the root mean square difference of two position embeddings along it. STEP: how far
+# one unit of a search coordinate moves a token. REACH: how far an extra channel moves it at the values 0 and 1, outside
+# of which the penalty on values outside [0, 1] holds the search back.
 STEP, REACH = 0.3, 4.0
 VARIED = 1e-6  # singular values up to this share of the largest one count as 0
 
@@ -102,10 +103,10 @@ class FreePositions:
     def placed(self, freed: Tensor) -> Tensor:
         """The images [n, p] whose tokens are those of freed images [n, p'], each put where it fits best.
 
-        The cost of a token at a place is the square of what neither the place's position embedding nor pixels explain,
-        plus the square of what its pixels leave [0, 1] by. The order of least total cost is found by
-        `scipy.optimize.linear_sum_assignment`. What no content of a patch gives, such as a channel that never varies,
-        stays in its place.
+        The cost of token i at place j is the squared norm of the part of the token outside position embedding j plus
+        the span of patches, plus the squared distance of the resulting pixels from [0, 1]. The order of least total
+        cost is found by `scipy.optimize.linear_sum_assignment`. What no content of a patch gives, such as a channel
+        that never varies, stays in its place.
         """
         pixels = self.shape.numel()
         images, extras = freed[:, :pixels].unflatten(1, self.shape), freed[:, pixels:] - 0.5

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from r2f_ext.errors import R2FError
+from r2f_ext.errors import R2FError, reason
 
 UNET, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
 TIMES = (0.02, 0.5)  # t is drawn from this range of the noise steps; later x_t hold no information on the image
@@ -52,10 +52,7 @@ class ScoreDistillation:
         Raises:
             R2FError: diffusers is not installed, or the folder lacks a file or holds another kind of model.
         """
-        try:
-            from diffusers import DDPMScheduler, UNet2DModel
-        except ImportError as error:
-            raise R2FError("the generative prior needs diffusers: pip install 'r2f-ext[prior]'.") from error
+        unet_class, scheduler_class = diffusers_classes()
         unet, scheduler = _find(Path(folder), "unet", UNET), _find(Path(folder), "scheduler", SCHEDULER)
         _find(unet, ".", WEIGHTS)
         if (kind := _class_of(unet / UNET)) != "UNet2DModel":
@@ -63,16 +60,15 @@ class ScoreDistillation:
         only_local: dict[str, Any] = {"local_files_only": True}
         try:
             return cls(
-                UNet2DModel.from_pretrained(str(unet), use_safetensors=True, low_cpu_mem_usage=False, **only_local),
-                DDPMScheduler.from_pretrained(str(scheduler), **only_local),
+                unet_class.from_pretrained(str(unet), use_safetensors=True, low_cpu_mem_usage=False, **only_local),
+                scheduler_class.from_pretrained(str(scheduler), **only_local),
                 weight,
                 seed,
             )
         except R2FError:
             raise
         except Exception as error:  # of json, safetensors or the constructors
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise R2FError(f"'{folder}' cannot be read as a diffusion model: {reason}") from error
+            raise R2FError(f"'{folder}' cannot be read as a diffusion model: {reason(error)}.") from error
 
     @torch.no_grad()
     def gradient(self, images: Tensor, step: int) -> Tensor:
@@ -105,6 +101,19 @@ class ScoreDistillation:
             )
         if self.channels not in (1, images.shape[1]):
             raise R2FError(f"the prior reads {self.channels} channels, the images have {images.shape[1]}.")
+
+
+def diffusers_classes() -> tuple[Any, Any]:
+    """The classes `UNet2DModel` and `DDPMScheduler`.
+
+    Raises:
+        R2FError: diffusers is not installed.
+    """
+    try:
+        from diffusers import DDPMScheduler, UNet2DModel
+    except ImportError as error:
+        raise R2FError("the generative prior needs diffusers: pip install 'r2f-ext[prior]'.") from error
+    return UNet2DModel, DDPMScheduler
 
 
 def as_noise(predicted: Tensor, noisy: Tensor, variance: Tensor, kind: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion.prior import diffusers_classes
 from r2f_ext.progress import Advance, no_progress
 
 AVERAGE, RATE = 0.995, 1e-3  # decay of the averaged weights; largest step size
@@ -28,14 +29,11 @@ def build_unet(height: int, width: int, channels: tuple[int, int, int] = CHANNEL
     Raises:
         R2FError: diffusers is not installed, or the sides cannot be halved twice.
     """
-    try:
-        from diffusers import UNet2DModel
-    except ImportError as error:
-        raise R2FError("the generative prior needs diffusers: pip install 'r2f-ext[prior]'.") from error
+    unet_class, _ = diffusers_classes()
     if height % 4 or width % 4:
         raise R2FError(f"a prior for images of {height}x{width} cannot be built: both sides must be multiples of 4.")
     size: Any = height if height == width else (height, width)
-    return UNet2DModel(
+    return unet_class(
         sample_size=size,
         in_channels=1,
         out_channels=1,
@@ -76,9 +74,8 @@ def train_prior(
         torch.manual_seed(seed)
         height, width = images.images.shape[-2:]
         unet = build_unet(height, width, channels)
-        from diffusers import DDPMScheduler
-
-        scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
+        _, scheduler_class = diffusers_classes()
+        scheduler = scheduler_class(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
         average = {name: value.clone() for name, value in unet.state_dict().items()}
         optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)

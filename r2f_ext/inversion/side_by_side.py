@@ -76,9 +76,29 @@ def next_kind(last: Kind | None, before: float, residual: float, frees: bool, ne
 
 @dataclass
 class _Course:
-    """The state of one search: its start [p], and five residuals: at the start, now, the lowest since it last began,
-    the lowest by which images were compared, and that of the best image. `freed` is where its last pass with free
-    positions ended [p'], if that pass and those after it brought nothing: the next one goes on from there."""
+    """The state of one search.
+
+    Attributes:
+        start: the point [p] that it starts from.
+        first: residual at the start.
+        samples: images per direction in the clouds of one search after another.
+        generator: of the clouds, and of the points near the start.
+        cloud: that the next regression draws.
+        kind: of the next pass.
+        residual: at the point where the last pass ended.
+        lowest: residual after the last improvement, or where the search last began. A pass that undercuts it by a fifth
+            is an improvement.
+        least: residual by which the best image was chosen: clamped to [0, 1] or, where the update has errors and the
+            point is nearly inside, as it is.
+        reached: residual of the best image, clamped to [0, 1].
+        freed: the freed image [p'] where the next pass with free positions begins; None: at the point.
+        count: passes taken.
+        since: passes without an improvement.
+        seconds: time of its passes.
+        damping: of the next descent, see `preconditioned_descent`.
+        ended: no pass follows.
+        stopped: the time limit ended it.
+    """
 
     start: Tensor
     first: float
@@ -253,8 +273,12 @@ class _Searches:
 
 
 def _choose(course: _Course, before: float, choose: Choice, task: Task) -> None:
-    """The next pass's kind and damping: any descent but one that stalls is damped less. One that stalls is damped more,
-    and taken again, unless it is near or patches can be freed instead."""
+    """Choose the kind of the next pass, and the damping of the next descent.
+
+    A descent that reduced the residual by a fifth lowers the damping. A stalled one raises it and is repeated, unless
+    the damping is at its highest, the residual is below `task.near`, or a pass with free positions is possible. In
+    all other cases `choose` decides.
+    """
     if course.kind is Kind.DESCENT:
         stalled, last = not course.residual <= STALLED * before, course.damping
         course.damping = min(max(last / SOFTER if stalled else last * SOFTER, LEAST_DAMPING), DAMPING)

@@ -33,7 +33,7 @@ class Start:
 
 
 def lacks_images(problem: Problem, later: Collection[str] = ()) -> str | None:
-    """The field of the problem that is to be filled in before a search has images to move among; None: it has some.
+    """The field of `Problem` that is missing for a search subspace (`proxies`); None if the subspace can be built.
 
     Args:
         later: see `Route.lacking`.

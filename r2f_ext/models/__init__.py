@@ -1,6 +1,6 @@
 """Base models and the adapters bound to them."""
 
-from r2f_ext.models.adapter_files import AdapterFiles, read_adapter
+from r2f_ext.models.adapter_files import read_adapter
 from r2f_ext.models.attach import attach, load_adapter, note_on_base
 from r2f_ext.models.base import load_base, shape_of
 from r2f_ext.models.draws import forgot_start
@@ -14,16 +14,14 @@ from r2f_ext.models.initial import (
     initial_from_folder,
     initial_from_seed,
 )
-from r2f_ext.models.saved_modules import SavedModules, compare_saved, with_saved_facts
+from r2f_ext.models.saved_modules import compare_saved, with_saved_facts
 from r2f_ext.models.timm_base import save_base
 
 __all__ = [
     "AdapterFacts",
-    "AdapterFiles",
     "Evidence",
     "InitialA",
     "InitialFactors",
-    "SavedModules",
     "attach",
     "common_a",
     "compare_saved",

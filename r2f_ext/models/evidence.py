@@ -19,7 +19,7 @@ from r2f_ext.models.storage import storage_dtype
 from r2f_ext.types import LoraUpdate
 
 KNOWN = "known"
-NEARLY = 0.01  # entries of |B| count as equal to the layer's largest from 1 - NEARLY of it
+NEARLY = 0.01  # entries of |B| within this share of the layer's maximum count as equal to it
 SIGNS_FROM = 0.1  # share of such entries from which B holds signs: plain SGD leaves less than 0.001, AdamW above 0.9
 FEWEST = 64  # entries of B that are not 0; fewer show nothing
 ZEROS = 0.01  # share of zeros in A that no draw and no step of training leaves

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -26,11 +26,7 @@ def hub_file(repo: str, filename: str, remedy: str) -> Path:
     found = try_to_load_from_cache(repo, filename)
     if isinstance(found, str):
         return Path(found)
-    _check_online(repo, remedy)
-    try:
-        return Path(hf_hub_download(repo, filename))
-    except Exception as error:  # errors of the hub's client differ by version
-        raise _not_given(repo, error, remedy) from error
+    return _fetched(repo, remedy, lambda: hf_hub_download(repo, filename))
 
 
 def hub_folder(repo: str, patterns: Sequence[str], remedy: str) -> Path:
@@ -42,29 +38,22 @@ def hub_folder(repo: str, patterns: Sequence[str], remedy: str) -> Path:
     found = try_to_load_from_cache(repo, "config.json")
     if isinstance(found, str) and any(Path(found).parent.glob("*.safetensors")):
         return Path(found).parent
-    _check_online(repo, remedy)
-    try:
-        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
-    except Exception as error:  # errors of the hub's client differ by version
-        raise _not_given(repo, error, remedy) from error
+    return _fetched(repo, remedy, lambda: snapshot_download(repo, allow_patterns=list(patterns)))
 
 
-def _check_online(repo: str, remedy: str) -> None:
-    """Refuse at once where there is no network: one request decides, where the hub's client retries for a minute."""
+def _fetched(repo: str, remedy: str, fetch: Callable[[], str]) -> Path:
+    """The path that `fetch` returns.
+
+    Without network it is refused at once: one request decides, where the hub's client retries for a minute.
+    """
+    absent = f"the safetensors weights of '{repo}' are not in the local cache, and"
     if constants.HF_HUB_OFFLINE:
-        raise R2FError(
-            f"the safetensors weights of '{repo}' are not in the local cache, and HF_HUB_OFFLINE is set: {remedy}."
-        )
-    try:
+        raise R2FError(f"{absent} HF_HUB_OFFLINE is set: {remedy}.")
+    try:  # errors of the HTTP library and of the hub's client differ by version
         get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS)
-    except Exception as error:  # errors of the HTTP library differ by version
-        raise R2FError(
-            f"the safetensors weights of '{repo}' are not in the local cache, and the hub does not answer: {remedy}."
-        ) from error
-
-
-def _not_given(repo: str, error: Exception, remedy: str) -> R2FError:
-    return R2FError(
-        f"the safetensors weights of '{repo}' are not in the local cache, and the hub does not give them "
-        f"({type(error).__name__}): {remedy}."
-    )
+    except Exception as error:
+        raise R2FError(f"{absent} the hub does not answer: {remedy}.") from error
+    try:
+        return Path(fetch())
+    except Exception as error:
+        raise R2FError(f"{absent} the hub does not give them ({type(error).__name__}): {remedy}.") from error

@@ -69,7 +69,12 @@ class ProxyPairs(ABC):
     """What pairs that are made from proxy images during iteration share.
 
     Args:
-        a_seed: of the A of every victim; None: all start from `a`.
+        target: base model and adapted layers.
+        a: name -> the adapter's own A [r, d_in].
+        proxy: images and labels; pair i uses samples i * group_size to (i + 1) * group_size - 1.
+        group_size: samples of one victim.
+        precision: see `GeneratedPairs`.
+        per_victim_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
 
     Raises:
         R2FError: the proxy has too few images for two victims, or the precision is unknown, or "tf32" on a CPU.
@@ -80,9 +85,9 @@ class ProxyPairs(ABC):
         target: Target,
         a: dict[str, Tensor],
         proxy: ProxyImages,
-        group_size: int,
-        precision: str,
-        a_seed: int | None,
+        group_size: int = 1,
+        precision: str = "float32",
+        per_victim_a: int | None = None,
     ) -> None:
         if len(proxy) < 2 * group_size:
             raise R2FError(
@@ -91,7 +96,7 @@ class ProxyPairs(ABC):
             )
         check_precision(precision, target.base.device)
         self.target, self.a, self.proxy, self.group_size = target, a, proxy, group_size
-        self.precision, self.a_seed = precision, a_seed
+        self.precision, self.a_seed = precision, per_victim_a
 
     @property
     @abstractmethod
@@ -131,14 +136,11 @@ class GeneratedPairs(ProxyPairs):
     """Pairs made from proxy images during iteration; nothing is kept.
 
     Args:
-        target: base model and adapted layers.
-        a: name -> the adapter's own A [r, d_in].
-        proxy: images and labels; pair i uses samples i * group_size to (i + 1) * group_size - 1.
+        target, a, proxy, per_victim_a: see `ProxyPairs`.
         group_size: samples of one victim step (batch size b).
         precision: "float32"; "tf32", for a GPU's faster products of rounded float32; or "bfloat16" to run the model
             under autocast (see `Capture`). Updates and factors are float32 either way; with bfloat16 their cosine to
             the float32 ones is about 0.9999.
-        per_victim_a: a seed, to let every victim draw an A of its own (see `random_a`) instead of `a`.
 
     Raises:
         R2FError: the proxy has too few images for two pairs, or the precision is none of these, or "tf32" on a CPU.
@@ -146,17 +148,6 @@ class GeneratedPairs(ProxyPairs):
 
     one_step = True
     b = None  # PEFT's start: B = 0
-
-    def __init__(
-        self,
-        target: Target,
-        a: dict[str, Tensor],
-        proxy: ProxyImages,
-        group_size: int = 1,
-        precision: str = "float32",
-        per_victim_a: int | None = None,
-    ) -> None:
-        super().__init__(target, a, proxy, group_size, precision, per_victim_a)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -185,6 +176,12 @@ class GeneratedPairs(ProxyPairs):
                 if self.precision != "float32":
                     gradient = gradient.float32()
                 yield PairBatch(updates, gradient, images, labels, a0)
+
+
+def updates_of(pairs: PairSource, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
+    """name -> updates of the pairs `start` to `stop`, [stop - start, d_out, r]."""
+    parts = [batch.updates for batch in pairs.batches(start, stop)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def recipe_of(proxy: ProxyImages, group_size: int, a_seed: int | None) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
+from r2f_ext.files import seed_of
 from r2f_ext.types import Target
 
 
@@ -19,7 +18,8 @@ def random_a(target: Target, seed: int, first: int, count: int) -> dict[str, Ten
     """
     layers = target.without_saved().layers
     sizes = [layer.rank * layer.d_in for layer in layers]
-    flat = torch.stack([torch.rand(sum(sizes), generator=_generator(seed, first + p)) for p in range(count)])
+    generators = [torch.Generator().manual_seed(seed_of(f"A/{seed}/{first + p}")) for p in range(count)]
+    flat = torch.stack([torch.rand(sum(sizes), generator=each) for each in generators])
     found = {}
     for layer in target.layers:
         if layer.saved:
@@ -28,9 +28,3 @@ def random_a(target: Target, seed: int, first: int, count: int) -> dict[str, Ten
         uniform = part.unflatten(1, (layer.rank, layer.d_in)).mul(2).sub(1)
         found[layer.name] = (uniform * layer.d_in**-0.5).to(target.base.device)
     return found
-
-
-def _generator(seed: int, victim: int) -> torch.Generator:
-    # torch's CPU generator uses only 32 bits of a seed, so they are taken from a digest of both numbers.
-    digest = hashlib.sha256(f"A/{seed}/{victim}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

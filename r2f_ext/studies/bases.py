@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from r2f_ext.data import FAMILIES, load_images, procedural_families, procedural_images
-from r2f_ext.files import cache_folder, output_folder, write_folder_atomically, write_text
+from r2f_ext.files import cache_folder, output_folder, write_atomically, write_text
 from r2f_ext.json_file import read_json_file
 from r2f_ext.models import load_base, save_base
 from r2f_ext.models.embedded import ARCHITECTURE, MODEL_ARGS, reset_head
@@ -77,7 +77,7 @@ def trained_base(name: str, device: torch.device, quick: bool = False) -> BaseMo
     folder = cache_folder() / "bases" / f"{name}-{recipe.digest}"
     if not folder.is_dir():
         output_folder(folder.parent)
-        write_folder_atomically(folder, lambda temporary: _train(name, recipe, temporary))
+        write_atomically(folder, lambda temporary: _train(name, recipe, temporary))
     facts = read_json_file(folder / FACTS, "damaged", "remove its folder, and it is trained again")
     note = (
         f"The base '{name}' was trained on {facts['images']} images of '{recipe.images}' for {recipe.training.steps} "

@@ -92,6 +92,16 @@ class PairsInMemory:
         """The pairs of both. Their bases may differ but have one architecture; `target` is that of `self`."""
         return replace(self, parts=self.parts + other.parts)
 
+    def with_updates(self, updates: Updates) -> PairsInMemory:
+        """The same pairs with other updates, name -> [n, d_out, r]."""
+        sizes = [len(batch.labels) for batch in self.parts]
+        split = {name: each.split(sizes) for name, each in updates.items()}
+        parts = (
+            replace(batch, updates={name: each[number] for name, each in split.items()})
+            for number, batch in enumerate(self.parts)
+        )
+        return replace(self, parts=tuple(parts))
+
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         """The pairs `start` to `stop`, in the batches that they were made in."""
         first, stop = 0, len(self) if stop is None else stop
@@ -101,19 +111,16 @@ class PairsInMemory:
             if len(batch.labels[rows]):
                 yield _rows_of(batch, rows)
 
-    def updates(self, start: int, stop: int) -> Updates:
-        """name -> updates of the pairs `start` to `stop`, [stop - start, d_out, r]."""
-        parts = [batch.updates for batch in self.batches(start, stop)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
     def labels(self, start: int, stop: int) -> Tensor:
         """The label of the first image of the pairs `start` to `stop`."""
         return torch.cat([batch.labels[:, 0] for batch in self.batches(start, stop)])
 
 
 def _bytes_of(batch: PairBatch) -> int:
+    """Of the tensors' storages: the identity of `FactoredGradient.of_dense`, which all pairs share, counts once."""
     tensors = (*batch.updates.values(), *batch.gradients.x.values(), *batch.gradients.delta.values(), batch.images)
-    return sum(each.nbytes for each in tensors)
+    storages = [each.untyped_storage() for each in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _rows_of(batch: PairBatch, rows: slice) -> PairBatch:

@@ -81,10 +81,7 @@ def public_of(world: World, base: BaseModel, kind: str, seed: int, count: int, v
     data = world.named(kind)
     if data.proxy != data.private:
         return varied(split_of(base, data, seed, victims).public, count, seed)
-    found = public_images(base, data, seed, count)
-    if len(found) < count:
-        raise R2FError(f"'{data.proxy}' has {len(found)} public images, and {count} are needed: add images.")
-    return found
+    return public_images(base, data, seed, count, least=count)
 
 
 def varied(images: ImageSet, count: int, seed: int) -> ImageSet:
@@ -188,7 +185,14 @@ CONTROLS = (  # metric, column, what is tested, its control, and the words for a
 
 
 def lost_to_controls(table: Table, cells: Mapping[str, Mapping[str, Value]]) -> str:
-    """A clause: what is not shown to beat which control, in which cells (name -> keys); "" if everything does."""
+    """Which tests of CONTROLS are not shown to beat their control, with the names of the cells, as a clause.
+
+    Args:
+        cells: name -> keys of a row.
+
+    Returns:
+        "" if every test beats its control in every cell.
+    """
     clauses = []
     for metric, column, tried, control, words in CONTROLS:
         pairs = {

@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
 from r2f_ext.studies.table import Table, Value
+
+Size = TypeVar("Size")
 
 Setting = Mapping[str, Value]
 """What distinguishes one measurement from the others of its study: column -> value. Plain JSON."""
@@ -48,6 +50,10 @@ class World:
     def named(self, name: str) -> Data:
         """The data of that name."""
         return next(each for each in self.data if each.name == name)
+
+    def of(self, full: Size, quick: Size) -> Size:
+        """The sizes of a full or of a quick run, whichever this is."""
+        return quick if self.quick else full
 
 
 @dataclass(frozen=True)

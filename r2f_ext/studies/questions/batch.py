@@ -13,18 +13,18 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Projection, Ridge, RowLMMSE, Updates
-from r2f_ext.inversion.attention_rowspace import count_attention_rowspace, invert_attention_rowspace
+from r2f_ext.inversion.attention_rowspace import count_attention_rowspace
 from r2f_ext.inversion.channels import without_foreign_colours
-from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT
 from r2f_ext.inversion.matching import match
 from r2f_ext.inversion.objectives import GradientObjective, Objective, UpdateObjective
-from r2f_ext.pairs import GeneratedPairs, Training
+from r2f_ext.pairs import GeneratedPairs, Training, updates_of
 from r2f_ext.studies.groups import GroupRidge, draw_groups, fitting_groups, group_mean
 from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import (
     ClassMean,
     Observed,
     base_of,
+    closed_form,
     fit_together,
     mean_cosine,
     private_images,
@@ -57,10 +57,6 @@ class Sizes:
 FULL, QUICK = Sizes(32, 2000, 400, 800, GROUPS, SEARCHED), Sizes(2, 120, 60, 60, 60, 0)
 
 
-def sizes_of(world: World) -> Sizes:
-    return QUICK if world.quick else FULL
-
-
 @dataclass(frozen=True)
 class Scene:
     """What the settings of one seed share: updates of single proxies and strangers, decoders fitted to single pairs."""
@@ -78,7 +74,7 @@ class Scene:
 
 @lru_cache(maxsize=1)
 def scene_of(world: World, seed: int) -> Scene:
-    sizes, base, data = sizes_of(world), base_of(world.base, world.device), world.data[0]
+    sizes, base, data = world.of(FULL, QUICK), base_of(world.base, world.device), world.data[0]
     proxy, strangers = public_parts(base, data, seed, (sizes.pairs, sizes.strangers))
     target = target_of(base)
     a = start_of(target, seed)
@@ -92,11 +88,12 @@ def scene_of(world: World, seed: int) -> Scene:
 
 def single_updates(target: Target, a: dict[str, Tensor], images: ImageSet) -> Updates:
     """name -> updates of one step on each image alone, flat [n, d_out * r]. A batch's update is a mean of these."""
-    batches = [batch.updates for batch in GeneratedPairs(target, a, images).batches()]
-    return {name: torch.cat([batch[name].flatten(1) for batch in batches]) for name in target.names}
+    return {name: update.flatten(1) for name, update in updates_of(GeneratedPairs(target, a, images)).items()}
 
 
 class Batch(Study):
+    """Study `batch`: PSNR of the images of one averaged gradient, and how many are recovered, by batch size."""
+
     name = "batch"
     question = "Up to which batch size can single images be recovered from one averaged gradient?"
     method = (
@@ -126,20 +123,19 @@ class Batch(Study):
         return [{"b": b} for b in ((1, 2) if world.quick else BATCHES)]
 
     def measure(self, world: World, setting: Setting, seed: int) -> list[Measured]:
-        scene, b = scene_of(world, seed), int(setting["b"])
+        scene, sizes, b = scene_of(world, seed), world.of(FULL, QUICK), int(setting["b"])
         seen = victims_of(scene.target, scene.a, scene.private, Training(batch=b), seed)
         decoded = {each.kind: each.decode(seen.updates) for each in scene.decoders}
-        guess = scene.class_mean.guess(seen.labels.flatten())
-        controls = Gradient({name: g.unflatten(0, seen.labels.shape).mean(1) for name, g in guess.dense.items()})
+        compared = {**decoded, "class_mean_gradient": scene.class_mean.guess(seen.labels)}
         found = [
             Measured("cosine", mean_cosine(each, seen.gradient).tolist(), {"decoder": kind})
-            for kind, each in {**decoded, "class_mean_gradient": controls}.items()
+            for kind, each in compared.items()
         ]
-        estimates = _amortised(scene, seen, sizes_of(world).groups, seed)
+        estimates = _amortised(scene, seen, sizes.groups, seed)
         found += _scores(scene, seen, estimates)
         found += _closed_form(scene, seen, seed)
-        if seed == 0 and b in SEARCHED_BATCHES and sizes_of(world).searched:
-            found += _searches(scene, seen, estimates[:, 0], decoded["ridge"], sizes_of(world).searched // b)
+        if seed == 0 and b in SEARCHED_BATCHES and sizes.searched:
+            found += _searches(scene, seen, estimates[:, 0], decoded["ridge"], sizes.searched // b)
         return found
 
     def conclude(self, world: World, table: Table) -> list[str]:
@@ -234,10 +230,7 @@ def _closed_form(scene: Scene, seen: Observed, seed: int) -> list[Measured]:
     found = [Measured("spare_equations", [spare], {"route": "attention_rowspace"})]
     if not verdict.identifiable:
         return found
-    solved = (
-        invert_attention_rowspace(base, {QKV_WEIGHT: one}).images for one in seen.gradient.dense[FIRST_QKV].unbind()
-    )
-    db = psnr_db(torch.cat(list(solved)), seen.images[:, 0])
+    db = psnr_db(closed_form(base, seen.gradient), seen.images[:, 0])
     generator = torch.Generator().manual_seed(seed)
     rows = [draw_groups(scene.strangers.labels, label, STRANGERS, generator)[:, 0] for label in seen.labels.cpu()]
     others = scene.strangers.batch(torch.stack(rows, 1).flatten(), base.device).unflatten(0, (-1, len(db)))

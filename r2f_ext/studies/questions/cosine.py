@@ -13,9 +13,9 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS
 from r2f_ext.decoders.base import add_up
 from r2f_ext.inversion.amortised import AmortisedInverter
-from r2f_ext.inversion.attention_rowspace import count_attention_rowspace, invert_attention_rowspace
+from r2f_ext.inversion.attention_rowspace import count_attention_rowspace
 from r2f_ext.inversion.gauss_newton import search
-from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT
+from r2f_ext.inversion.geometry import FIRST_QKV
 from r2f_ext.inversion.matching import MatchingConfig, match
 from r2f_ext.inversion.objectives import GradientObjective
 from r2f_ext.inversion.task import GaussNewtonConfig
@@ -26,6 +26,7 @@ from r2f_ext.studies.scene import (
     Estimates,
     Observed,
     base_of,
+    closed_form,
     fit_together,
     images_of_seed,
     mean_cosine,
@@ -104,7 +105,7 @@ def scene_of(world: World, seed: int) -> Scene:
         "decoder": Gradient({n: g[count:] - others.gradient.dense[n] for n, g in all_decoded["ridge"].dense.items()}),
     }
     controls = psnr_db(estimates.inverter.invert(others.updates).images, victims.images[:, 0])
-    guesses = decoded | {classes.kind: classes.guess(victims.labels[:, 0])}
+    guesses = decoded | {classes.kind: classes.guess(victims.labels)}
     return Scene(target, a, victims, fitted, errors, guesses, estimates.inverter, controls)
 
 
@@ -148,6 +149,8 @@ def disturbed(true: Gradient, errors: Gradient, one_minus_cosine: float) -> Grad
 
 
 class Cosine(Study):
+    """Study `cosine`: PSNR by route after errors of a known cosine and kind are added to exact gradients."""
+
     name = "cosine"
     question = "What cosine between decoded and true gradient does inversion need?"
     method = (
@@ -230,12 +233,9 @@ def closed_forms(scene: Scene, gradient: Gradient) -> dict[str, Tensor]:
     if not count_attention_rowspace(base).identifiable:
         return {}
     public = scene.public.batch(slice(0, PUBLIC_IMAGES), base.device)
-    priors = {"attention_rowspace": None, PUBLIC: public}
     return {
-        route: torch.cat(
-            [invert_attention_rowspace(base, {QKV_WEIGHT: one}, prior).images for one in gradient.dense[FIRST_QKV]]
-        )
-        for route, prior in priors.items()
+        "attention_rowspace": closed_form(base, gradient),
+        PUBLIC: closed_form(base, gradient, public),
     }
 
 
@@ -249,8 +249,7 @@ def nines_needed(scene: Scene, errors: Gradient, level_db: float) -> list[Measur
         middle = (low + high) / 2
         for victim, nines in enumerate(middle.tolist()):
             one, error = (Gradient({FIRST_QKV: g.dense[FIRST_QKV][victim, None]}) for g in (true, errors))
-            gradient = disturbed(one, error, 10.0**-nines).dense[FIRST_QKV][0]
-            image = invert_attention_rowspace(scene.target.base, {QKV_WEIGHT: gradient}).images
+            image = closed_form(scene.target.base, disturbed(one, error, 10.0**-nines))
             reached = bool(psnr_db(image, scene.images[victim, None]) >= level_db)
             (high if reached else low)[victim] = nines
     return [Measured("nines", high.tolist(), {"of": f"closed form, {level_db:.0f} dB"})]

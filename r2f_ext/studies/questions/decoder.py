@@ -22,8 +22,7 @@ from r2f_ext.decoders import (
 from r2f_ext.decoders.agnostic import SIZE
 from r2f_ext.decoders.core import SAMPLE, Core
 from r2f_ext.decoders.learned import Learned
-from r2f_ext.errors import R2FError
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, updates_of
 from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import (
     ClassMean,
@@ -41,8 +40,8 @@ from r2f_ext.studies.study import Data, Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table, Value, difference
 from r2f_ext.types import Gradient, Target
 
-PAIRS, OTHER_PAIRS = (500, 1000, 2000, 4000), 1000  # for closed forms: the first data set's; each other one's
-TRAINED_PAIRS, FEW_PAIRS = 1000, 500  # to compare losses and inputs; for the kinds that take longest to fit
+PAIRS, OTHER_PAIRS = (500, 1000, 2000, 4000), 1000  # of closed forms: on the first data set; on each other one
+TRAINED_PAIRS, FEW_PAIRS = 1000, 500  # where losses or inputs are compared; where the slowest kinds are
 HELD_OUT, VICTIMS, LAYER_STEP = 100, 16, 5
 QUICK_PAIRS, QUICK_TRAINED, QUICK_HELD_OUT, QUICK_VICTIMS, QUICK_EPOCHS = (60, 120), 120, 20, 4, 3
 TRAINED = (TRAINED_PAIRS, QUICK_TRAINED)
@@ -57,6 +56,8 @@ FORMS: dict[str, type[AgnosticPairs]] = {BA: ProductPairs, BOTH: ConcatenatedPai
 
 
 class DecoderStudy(Study):
+    """Study `decoder`: cosine and norm error of the decoders, by pairs, form of the input and loss."""
+
     name = "decoder"
     question = "Which decoder finds the gradient, from which input, trained for which loss, on how many pairs?"
     method = (
@@ -131,13 +132,14 @@ class DecoderStudy(Study):
         if kept.core is not None and setting["decoder"] != CLASS_MEAN:
             source = FORMS[str(setting["inputs"])](kept.pairs, kept.core)
             asked = source.view(asked, scene.a)
-        held_out = source.updates(rows.start, rows.stop)
+        held_out = updates_of(source, rows.start, rows.stop)
         decoder = _decoder(setting, seed, QUICK_EPOCHS if world.quick else None)
         began = time.perf_counter()
         fit_together(source, count, [decoder])
         fitted = time.perf_counter()
         if isinstance(decoder, ClassMean):
-            decoded = decoder.guess(torch.cat([kept.pairs.labels(rows.start, rows.stop), victims.labels[:, 0]]))
+            labels = torch.cat([kept.pairs.labels(rows.start, rows.stop), victims.labels[:, 0]])
+            decoded = decoder.guess(labels[:, None])
         else:
             decoded = decoder.decode({name: torch.cat([each, asked[name]]) for name, each in held_out.items()})
         done = time.perf_counter()
@@ -235,9 +237,7 @@ def _scene(world: World, data: Data, seed: int) -> Scene:
     target, held_out = target_of(base), QUICK_HELD_OUT if world.quick else HELD_OUT
     a = start_of(target, seed)
     count = max(pairs for _, pairs, *_ in _rows(world.quick, data == world.data[0]))
-    public = public_images(base, data, seed, count + held_out)
-    if len(public) < count + held_out:
-        raise R2FError(f"'{data.proxy}' has {len(public)} images, the study needs {count + held_out}: name more.")
+    public = public_images(base, data, seed, count + held_out, least=count + held_out)
     private = private_images(base, data, seed, QUICK_VICTIMS if world.quick else VICTIMS)
     victims = victims_of(target, a, private)
     return Scene(target, a, victims, GeneratedPairs(target, a, public), target.names[::LAYER_STEP], count, held_out)

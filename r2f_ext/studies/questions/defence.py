@@ -14,11 +14,12 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Ridge, Updates
 from r2f_ext.errors import R2FError
-from r2f_ext.pairs import SimulatedPairs
+from r2f_ext.pairs import SimulatedPairs, updates_of
 from r2f_ext.studies.federated import RATE, Defence, federated_accuracy
 from r2f_ext.studies.groups import GroupRidge, draw_groups, fitting_groups, group_mean
-from r2f_ext.studies.scene import ClassMean, base_of, fit_together, mean_cosine, private_images, start_of
-from r2f_ext.studies.strangers import STRANGERS, WrittenPairs, clearly_above, public_parts
+from r2f_ext.studies.pairs_in_memory import PairsInMemory
+from r2f_ext.studies.scene import ClassMean, base_of, fit_together, mean_cosine, private_images, start_of, victims_of
+from r2f_ext.studies.strangers import STRANGERS, clearly_above, public_parts
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Row, Table
 from r2f_ext.types import Gradient
@@ -56,17 +57,13 @@ class Sizes:
 FULL, QUICK = Sizes(32, 800, 150, 250, 300, 30 * ROUND, 400), Sizes(4, 100, 40, 60, 40, 2 * ROUND, 50)
 
 
-def sizes_of(world: World) -> Sizes:
-    return QUICK if world.quick else FULL
-
-
 def public_of(world: World, seed: int) -> list[ImageSet]:
     """The public images of the attack, its strangers, the clients' training and the test of its result.
 
     Raises:
         R2FError: there are too few, or their labels are random, so that no accuracy can be measured.
     """
-    base, data, sizes = base_of(world.base, world.device), world.data[0], sizes_of(world)
+    base, data, sizes = base_of(world.base, world.device), world.data[0], world.of(FULL, QUICK)
     parts = public_parts(base, data, seed, (sizes.pairs, sizes.strangers, sizes.train, sizes.test))
     if parts[0].random_labels:
         raise R2FError(
@@ -82,7 +79,7 @@ class Clients:
     Attributes:
         public, strangers, private: name -> the change of B, up to its sign [n, d_out, r].
         gradient: the victims' gradients averaged over their steps.
-        written: pairs that decoders are fitted to.
+        kept: pairs that decoders are fitted to.
         class_mean: their mean gradients by label.
         bound: the median norm of the attacker's own changes, to which clients clip.
     """
@@ -91,7 +88,7 @@ class Clients:
     strangers: Updates
     private: Updates
     gradient: Gradient
-    written: WrittenPairs
+    kept: PairsInMemory
     class_mean: ClassMean
     bound: float
 
@@ -99,27 +96,27 @@ class Clients:
 @lru_cache(maxsize=1)
 def clients_of(world: World, seed: int, defence: Defence) -> Clients:
     """The clients of one kind of training, `Defence.of_one_image`."""
-    base, sizes, training = base_of(world.base, world.device), sizes_of(world), defence.training
+    base, sizes, training = base_of(world.base, world.device), world.of(FULL, QUICK), defence.training
     target = defence.target(base)
     a, (proxy, strangers, _, _) = start_of(target, seed), public_of(world, seed)
-    sets = (proxy, strangers, private_images(base, world.data[0], seed, sizes.images))
-    pairs = [SimulatedPairs(target, a, images, training, 10_000 * i, dense=True) for i, images in enumerate(sets)]
-    written = WrittenPairs(pairs[0], sizes.decoder_pairs)
-    victims = WrittenPairs(pairs[2], sizes.images)
-    public, others = ([batch.updates for batch in each.batches()] for each in pairs[:2])
+    private = private_images(base, world.data[0], seed, sizes.images)
+    pairs = SimulatedPairs(target, a, proxy, training, dense=True)
+    kept = PairsInMemory.of(pairs, sizes.decoder_pairs)
+    others = SimulatedPairs(target, a, strangers, training, 10_000, dense=True)
+    victims = victims_of(target, a, private, training, 20_000)
     rate, class_mean = sum(training.rates()), ClassMean()
-    fit_together(written, sizes.decoder_pairs, [class_mean])
-    changes = [
-        {name: rate * torch.cat([each[name] for each in parts]) for name in target.names}
-        for parts in (public, others, [victims.updates])
-    ]
-    norm = torch.stack([each.flatten(1).square().sum(1) for each in changes[0].values()]).sum(0).sqrt()
-    return Clients(
-        changes[0], changes[1], changes[2], Gradient(victims.dense), written, class_mean, float(norm.quantile(0.5))
+    fit_together(kept, sizes.decoder_pairs, [class_mean])
+    public, strange, own = (
+        {name: rate * update for name, update in updates.items()}
+        for updates in (updates_of(pairs), updates_of(others), victims.updates)
     )
+    norm = torch.stack([each.flatten(1).square().sum(1) for each in public.values()]).sum(0).sqrt()
+    return Clients(public, strange, own, victims.gradient, kept, class_mean, float(norm.quantile(0.5)))
 
 
 class DefenceStudy(Study):
+    """Study `defence`: what an attacker recovers, and the accuracy after training, by defence and strength."""
+
     name = "defence"
     question = "What does each defence take from an attacker, and what does it cost in accuracy?"
     method = (
@@ -191,7 +188,7 @@ def _names(rows: Mapping[int, Row], levels: Sequence[int]) -> str:
 @lru_cache(maxsize=64)
 def _measured(world: World, seed: int, defence: Defence) -> list[Measured]:
     """Leak and utility of one defence. The undefended case, which all curves share, is measured once."""
-    sizes, clients = sizes_of(world), clients_of(world, seed, defence.of_one_image)
+    sizes, clients = world.of(FULL, QUICK), clients_of(world, seed, defence.of_one_image)
     base = base_of(world.base, world.device)
     proxy, strangers, train, test = public_of(world, seed)
     private = private_images(base, world.data[0], seed, sizes.images)
@@ -229,13 +226,12 @@ def _cosines(
     clients: Clients, defence: Defence, own: Updates, labels: Tensor, rows: Tensor, generator: torch.Generator
 ) -> list[Measured]:
     """Cosines of the ridge fitted to defended changes of single images, and of the mean gradient of the true labels."""
-    single = torch.arange(len(clients.written))[:, None]
-    pairs = clients.written.with_updates(defence(group_mean(clients.public, single), clients.bound, generator))
+    single = torch.arange(len(clients.kept))[:, None]
+    pairs = clients.kept.with_updates(defence(group_mean(clients.public, single), clients.bound, generator))
     ridge = Ridge()
     ridge.fit(pairs, len(pairs))
     true = Gradient(group_mean(clients.gradient.dense, rows))
-    guess = clients.class_mean.guess(labels.flatten())
-    means = Gradient({name: dense.unflatten(0, labels.shape).mean(1) for name, dense in guess.dense.items()})
+    means = clients.class_mean.guess(labels)
     return [
         Measured("cosine", mean_cosine(ridge.decode(own), true).tolist(), {"decoder": "ridge"}),
         Measured("cosine", mean_cosine(means, true).tolist(), {"decoder": "class_mean_gradient"}),

@@ -97,6 +97,8 @@ def effective_rank(matrices: Tensor) -> Tensor:
 
 
 class Layers(Study):
+    """Study `layers`: cosine, PSNR and rank, by the layers seen: one alone, or the first or last blocks."""
+
     name = "layers"
     question = "Which adapted layers give the image away?"
     method = (
@@ -148,7 +150,8 @@ class Layers(Study):
         estimates, classes = Estimates(), ClassMean()
         decoders: tuple[Decoder, ...] = (Projection(), Ridge())
         fit_together(pairs, len(pairs), [*decoders, estimates, classes])
-        decoded = {each.kind: each.decode(victims) for each in decoders} | {classes.kind: classes.guess(labels)}
+        decoded = {each.kind: each.decode(victims) for each in decoders}
+        decoded[classes.kind] = classes.guess(scene.victims.labels)
         measured = []
         for kind, gradient in decoded.items():
             measured.append(Measured("cosine", mean_cosine(gradient, true).tolist(), {"decoder": kind}))

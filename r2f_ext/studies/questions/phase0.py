@@ -37,6 +37,8 @@ EXACT_DB = 40.0
 
 
 class Phase0(Study):
+    """Study `phase0`: PSNR of every route that reads exact gradients, by base and private set."""
+
     name = "phase0"
     question = "Does the exact gradient give the image?"
     method = (

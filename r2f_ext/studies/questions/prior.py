@@ -15,7 +15,6 @@ from r2f_ext.audit.metrics import psnr_db, ssim
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Ridge, Updates
-from r2f_ext.errors import R2FError
 from r2f_ext.inversion.channels import without_foreign_colours
 from r2f_ext.inversion.matching import OPTIMIZERS, SCHEDULES, MatchingConfig, Prior, match
 from r2f_ext.inversion.objectives import GradientObjective, Objective, UpdateObjective
@@ -64,6 +63,8 @@ OWN, STRANGER, MEAN = "victim", "stranger", "mean_image"
 
 
 class PriorStudy(Study):
+    """Study `prior`: PSNR of matching with no prior, total variation or a diffusion model, and of priors alone."""
+
     name = "prior"
     question = "What do total variation and a diffusion model add to gradient matching, and what do they make alone?"
     method = (
@@ -108,7 +109,7 @@ class PriorStudy(Study):
         scene, audit = _scene(world, world.data[0], seed), AuditConfig()
         from_gray = setting["start"] == GRAY
         start = torch.full_like(scene.start, 0.5) if from_gray else scene.start
-        config = replace(audit.matching if from_gray else audit.refinement, steps=_sizes(world).steps)
+        config = replace(audit.matching if from_gray else audit.refinement, steps=world.of(FULL, QUICK).steps)
         slope: Prior | None = None
         found: list[Measured] = []
         if setting["prior"] == DIFFUSION:
@@ -188,15 +189,15 @@ class Scene:
 @lru_cache(maxsize=1)
 def _scene(world: World, data: Data, seed: int) -> Scene:
     base = base_of(world.base, world.device)
-    target, victims = target_of(base), _sizes(world).victims
+    target, sizes = target_of(base), world.of(FULL, QUICK)
     a = start_of(target, seed)
     fitted, reserve = _public(world, data, seed)
-    private = private_images(base, data, seed, victims)
+    private = private_images(base, data, seed, sizes.victims)
     observed = victims_of(target, a, private)
     strangers = victims_of(target, a, reserve.take(stranger_rows(reserve, private.labels, seed)))
     updates = {name: torch.cat([u, strangers.updates[name]]) for name, u in observed.updates.items()}
-    decoder, estimates, pairs = Ridge(), Estimates(), _sizes(world).pairs
-    fit_together(GeneratedPairs(target, a, fitted), pairs, (decoder, estimates))
+    decoder, estimates = Ridge(), Estimates()
+    fit_together(GeneratedPairs(target, a, fitted), sizes.pairs, (decoder, estimates))
     start = estimates.inverter.invert(updates)
     assert start.labels is not None
     images = observed.images[:, 0]
@@ -208,7 +209,7 @@ def _scene(world: World, data: Data, seed: int) -> Scene:
 def _diffusion(world: World, data: Data, seed: int) -> tuple[Any, Any, float]:
     """A UNet, its scheduler and the mean of its last losses; trained on the decoder's public images and others."""
     fitted, _ = _public(world, data, seed)
-    steps = _sizes(world).training_steps
+    steps = world.of(FULL, QUICK).training_steps
     unet, scheduler, losses = train_prior(fitted, steps, seed=seed, batch=BATCH, channels=CHANNELS)
     last = losses[-steps // 10 :]
     return unet.to(world.device), scheduler, sum(last) / len(last)
@@ -220,16 +221,11 @@ def _public(world: World, data: Data, seed: int) -> tuple[ImageSet, ImageSet]:
     Raises:
         R2FError: there are too few.
     """
-    needed, reserve = _sizes(world).pairs, _sizes(world).reserve
-    images = public_images(base_of(world.base, world.device), data, seed, _sizes(world).trained_images + reserve)
-    if len(images) < needed + reserve:
-        raise R2FError(f"'{data.proxy}' has {len(images)} images, the study needs {needed + reserve}: name more.")
+    base, sizes = base_of(world.base, world.device), world.of(FULL, QUICK)
+    count, least = sizes.trained_images + sizes.reserve, sizes.pairs + sizes.reserve
+    images = public_images(base, data, seed, count, least)
     rows = torch.arange(len(images))
-    return images.take(rows[:-reserve]), images.take(rows[-reserve:])
-
-
-def _sizes(world: World) -> Sizes:
-    return QUICK if world.quick else FULL
+    return images.take(rows[: -sizes.reserve]), images.take(rows[-sizes.reserve :])
 
 
 def _variation(config: MatchingConfig) -> Prior:

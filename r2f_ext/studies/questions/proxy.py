@@ -12,9 +12,8 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Projection, Ridge, RowLMMSE, Updates
 from r2f_ext.decoders.kernel import OWN
 from r2f_ext.decoders.ridge import RIDGE
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, updates_of
 from r2f_ext.studies import scene
-from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import Observed
 from r2f_ext.studies.shift import (
     GENERATED,
@@ -36,6 +35,8 @@ INVERTED, HALF, MIXED = " inverted", " of half the labels", f" and {GENERATED}"
 
 
 class Proxy(Study):
+    """Study `proxy`: accuracy of decoders and PSNR of routes, by kind and number of the public images."""
+
     name = "proxy"
     question = "How many public images does an attacker need, how similar, and do generated ones serve?"
     method = (
@@ -84,7 +85,7 @@ class Proxy(Study):
         for number, each in enumerate(sets):
             observed = each.observed
             own = {decoder: parts[number] for decoder, parts in cosines.items()}
-            own[classes.kind] = scene.mean_cosine(classes.guess(observed.labels[:, 0]), observed.gradient)
+            own[classes.kind] = scene.mean_cosine(classes.guess(observed.labels), observed.gradient)
             figures = [Measured("cosine", values.tolist(), {"decoder": name}) for name, values in own.items()]
             figures += reconstructions(estimates.inverter, observed, each.others, each.kind, public, seed)
             labels: Setting = {"private": each.name, "first": number == 0}
@@ -124,16 +125,16 @@ def _attacked(world: World, seed: int) -> list[Attacked]:
     a = scene.start_of(target, seed)
     found = []
     for data in world.data[: 1 if world.quick else None]:
-        split = split_of(base, data, seed, _victims(world))
-        others = PairsInMemory.of(GeneratedPairs(target, a, split.others))
+        split = split_of(base, data, seed, world.of(VICTIMS, QUICK_VICTIMS))
+        others = updates_of(GeneratedPairs(target, a, split.others))
         observed = scene.victims_of(target, a, split.victims)
-        found.append(Attacked(data.name, target, a, observed, split.others, others.updates(0, len(others))))
+        found.append(Attacked(data.name, target, a, observed, split.others, others))
     return found
 
 
 def proxies_of(world: World, base: BaseModel, kind: str, seed: int, count: int) -> ImageSet:
     """Public images of a kind or of a variant of one."""
-    victims = _victims(world)
+    victims = world.of(VICTIMS, QUICK_VICTIMS)
     if kind.endswith(INVERTED):
         plain = public_of(world, base, kind.removesuffix(INVERTED), seed, count, victims)
         return replace(plain, images=255 - plain.images)
@@ -152,10 +153,6 @@ def alternating(first: ImageSet, second: ImageSet) -> ImageSet:
         torch.stack(parts, 1).flatten(0, 1) for parts in ((first.images, second.images), (first.labels, second.labels))
     )
     return ImageSet(f"{first.name}+{second.name}", images, labels)
-
-
-def _victims(world: World) -> int:
-    return QUICK_VICTIMS if world.quick else VICTIMS
 
 
 def _on_controls(table: Table, private: str) -> list[str]:

@@ -13,15 +13,15 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Decoder, Projection, Ridge
 from r2f_ext.inversion.adapter_rowspace import count_adapter_rowspace, invert_adapter_rowspace
-from r2f_ext.inversion.attention_rowspace import count_attention_rowspace, invert_attention_rowspace
+from r2f_ext.inversion.attention_rowspace import count_attention_rowspace
 from r2f_ext.inversion.exactness import in_float64
-from r2f_ext.inversion.geometry import FIRST_QKV, QKV_WEIGHT
 from r2f_ext.pairs import Training, Victims, simulate
 from r2f_ext.studies.pairs_in_memory import PairsInMemory
 from r2f_ext.studies.scene import (
     ClassMean,
     Estimates,
     base_of,
+    closed_form,
     exact_gradients_of,
     fit_together,
     images_of_seed,
@@ -95,6 +95,8 @@ def misfit_of_a(target: Target, trained: Victims, gradient: Gradient, decay: flo
 
 
 class Rank(Study):
+    """Study `rank`: what an update determines of the gradient and the image, by rank and number of images."""
+
     name = "rank"
     question = "From which rank on can the decoder be skipped?"
     method = (
@@ -173,7 +175,7 @@ class Rank(Study):
         pairs = scene.captured.seen_by(target, a)
         fit_together(pairs, len(pairs), [*decoders, estimates, classes])
         fitted = {each.kind: each.decode(victims.updates) for each in decoders}
-        fitted[classes.kind] = classes.guess(victims.labels[:, 0])
+        fitted[classes.kind] = classes.guess(victims.labels)
         measured += [_cosine(kind, each, gradient) for kind, each in fitted.items()]
         originals = victims.images[:, 0]
         strangers = victims_of(target, a, scene.strangers).updates
@@ -200,8 +202,7 @@ def closed_forms(decoded: dict[str, Gradient], target: Target, originals: Tensor
         return []
     measured = []
     for kind, gradient in decoded.items():
-        solved = [invert_attention_rowspace(target.base, {QKV_WEIGHT: one}) for one in gradient.dense[FIRST_QKV]]
-        psnr = psnr_db(torch.cat([each.images for each in solved]), originals)
+        psnr = psnr_db(closed_form(target.base, gradient), originals)
         measured.append(Measured("psnr_db", psnr.tolist(), {"route": "attention_rowspace", "decoder": kind}))
     return measured
 

@@ -26,7 +26,7 @@ from r2f_ext.studies.scene import (
     target_of,
     victims_of,
 )
-from r2f_ext.studies.strangers import WrittenPairs, clearly_above, joined, nearest_db, public_parts
+from r2f_ext.studies.strangers import clearly_above, joined, nearest_db, public_parts
 from r2f_ext.studies.study import Measured, Panel, Setting, Study, World
 from r2f_ext.studies.table import Table, difference
 from r2f_ext.types import Gradient, LoraUpdate, Target
@@ -58,10 +58,6 @@ class Sizes:
 FULL, QUICK = Sizes(5, 1200, 400, 200, 400), Sizes(2, 60, 60, 24, 40)
 
 
-def sizes_of(world: World) -> Sizes:
-    return QUICK if world.quick else FULL
-
-
 @dataclass(frozen=True)
 class Scene:
     """What the settings of one seed share: the adapter's start, public images and what was fitted to one-step pairs."""
@@ -81,7 +77,7 @@ class Scene:
 
 @lru_cache(maxsize=1)
 def scene_of(world: World, seed: int) -> Scene:
-    sizes, base, data = sizes_of(world), base_of(world.base, world.device), world.data[0]
+    sizes, base, data = world.of(FULL, QUICK), base_of(world.base, world.device), world.data[0]
     longest = 1 if world.quick else max(STEPS)
     parts = (sizes.pairs, sizes.strangers, sizes.victims * longest, sizes.own_pairs * max(OWN_STEPS))
     proxy, strangers, further, own = public_parts(base, data, seed, parts)
@@ -109,6 +105,8 @@ def owned_by(private: ImageSet, further: ImageSet, owned: int) -> ImageSet:
 
 
 class Steps(Study):
+    """Study `steps`: cosine and PSNR by the number of steps T, for SGD and AdamW, on one image or on many."""
+
     name = "steps"
     question = "How do the decoded gradient and the image degrade with the number of steps T that the victim trained?"
     method = (
@@ -182,12 +180,10 @@ class Steps(Study):
         true = Gradient({name: dense[:victims] for name, dense in seen.gradient.dense.items()})
         originals, labels = seen.images[:victims], seen.labels[:victims]
         one_step = {"fitted": ONE_STEP}
-        class_mean = scene.class_mean.guess(labels.flatten())
-        of_labels = Gradient({n: g.unflatten(0, labels.shape).mean(1) for n, g in class_mean.dense.items()})
         decoded = {
             "ridge": scene.ridge.decode(own),
             "projection": scene.projection.decode(own),
-            "class_mean_gradient": of_labels,
+            "class_mean_gradient": scene.class_mean.guess(labels),
         }
         found = [
             Measured("cosine", mean_cosine(each, true).tolist(), {"decoder": kind, **one_step})
@@ -209,12 +205,12 @@ class Steps(Study):
 def few_of(world: World, seed: int) -> tuple[Ridge, Estimates]:
     """Ridge and amortised route, fitted to as many one-step pairs as there are pairs of the victim's own recipe."""
     scene = scene_of(world, seed)
-    return _fitted(GeneratedPairs(scene.target, scene.a, scene.own), sizes_of(world).own_pairs)
+    return _fitted(GeneratedPairs(scene.target, scene.a, scene.own), world.of(FULL, QUICK).own_pairs)
 
 
 def _fitted(pairs: PairSource, count: int) -> tuple[Ridge, Estimates]:
     ridge, estimates = Ridge(), Estimates()
-    fit_together(WrittenPairs(pairs, count), count, [ridge, estimates])
+    fit_together(PairsInMemory.of(pairs, count), count, [ridge, estimates])
     return ridge, estimates
 
 
@@ -225,7 +221,7 @@ def _own_recipe(
 
     If victims have one image each, the amortised route too.
     """
-    count, victims = sizes_of(world).own_pairs, len(originals)
+    count, victims = world.of(FULL, QUICK).own_pairs, len(originals)
     own = {name: update[:victims] for name, update in updates.items()}
     recipe = _fitted(SimulatedPairs(scene.target, scene.a, scene.own, training, dense=True), count)
     found: list[Measured] = []

@@ -14,7 +14,7 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import Decoder, Projection, Ridge, RowLMMSE
 from r2f_ext.decoders.kernel import OWN
 from r2f_ext.decoders.ridge import RIDGE
-from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.pairs import GeneratedPairs, updates_of
 from r2f_ext.studies import scene
 from r2f_ext.studies.bases import BASES
 from r2f_ext.studies.pairs_in_memory import PairsInMemory
@@ -38,6 +38,8 @@ VACUOUS = 1.0  # the loss 1 - cos of a gradient at right angles to the true one
 
 
 class Transfer(Study):
+    """Study `transfer`: losses of decoders on other images or another base, beside the bound of Eq. 7."""
+
     name = "transfer"
     question = "Does a decoder that was fitted on other images, or on another model, serve the victim (Eq. 7)?"
     method = (
@@ -111,14 +113,14 @@ def _measured(world: World, moved: str, source: str, to: tuple[str, ...], seed: 
     cosines = {each.kind: cosines_of(each, [held, *(one.observed for one in attacked.values())]) for each in decoders}
     found = {}
     for number, (name, each) in enumerate(attacked.items()):
-        observed, others = each.observed, each.pairs.updates(0, len(each.pairs))
+        observed, others = each.observed, updates_of(each.pairs)
         own = {decoder: parts[number + 1] for decoder, parts in cosines.items()}
-        own[classes.kind] = scene.mean_cosine(classes.guess(observed.labels[:, 0]), observed.gradient)
+        own[classes.kind] = scene.mean_cosine(classes.guess(observed.labels), observed.gradient)
         found[name] = [Measured("cosine", values.tolist(), {"decoder": kind}) for kind, values in own.items()]
         found[name] += reconstructions(estimates.inverter, observed, others, each.others, public, seed)
         seen = {layer: torch.cat([update, others[layer]]) for layer, update in observed.updates.items()}
-        distance = a_distance(pairs.updates(0, count), seen)
-        signed = a_distance(pairs.updates(0, count), seen, signed=True)
+        proxies = updates_of(pairs, 0, count)
+        distance, signed = (a_distance(proxies, seen, signed) for signed in (False, True))
         found[name].append(Measured("distance_of_entries", [signed]))
         for joint in _joint(pairs, each.pairs):
             losses = 1 - cosines[joint.kind][0], 1 - own[joint.kind]
