@@ -43,6 +43,7 @@ from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.inversion.unet import UNetInverter
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.progress import no_progress
 from r2f_ext.types import Reconstruction, Target
 
 SMALL = 8000  # pairs of the rows that compare kernels: what an audit makes by default
@@ -138,12 +139,12 @@ def full_size(
     target: Target, a: Updates, proxy: ImageSet, observed: Updates, sets: dict[str, ImageSet]
 ) -> list[dict[str, Any]]:
     made: list[int] = []
-    found = invert_by_label(target, a, proxy, observed, made.append)
+    found = invert_by_label(target, a, proxy, observed, lambda units, line="": made.append(units))
     far, start = found.far_from_proxy, found.reconstruction
     rows = lines("by label", proxy, sum(made), start, far, start.seconds, sets)
     refinement = AuditConfig().refinement
     problem = Problem(target.base, target, a=a, observed=observed, refinement=refinement, found={"amortised": start})
-    refined = replace(AmortisedRefined().run(problem, lambda steps: None), details=start.details)
+    refined = replace(AmortisedRefined().run(problem, no_progress), details=start.details)
     return rows + lines("refined", proxy, sum(made), refined, far, start.seconds + refined.seconds, sets)
 
 

@@ -37,10 +37,11 @@ from r2f_ext.inversion.route import Certainty, adapter_problem
 from r2f_ext.inversion.routes.adapter_rowspace import AdapterRowspace
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.models.timm_base import unfuse_attention
+from r2f_ext.progress import no_progress
 from r2f_ext.types import BaseModel
 
 INVERTERS = {"patch_position": invert_patch_position, "attention_rowspace": invert_attention_rowspace}
-SHAPES = (
+SHAPES: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("B/16 224x224", "patch_position", {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12}, 12),
     ("L/14 224x224", "attention_rowspace", {"img_size": 224, "patch_size": 14, "embed_dim": 1024, "depth": 2}, 16),
 )
@@ -127,7 +128,7 @@ def _adapter(
     name = f"17 tokens, r {rank}, T {steps}, {stored}{f', decay {decay:g}' if decay else ''}"
     if verdict.certainty is Certainty.REFUSED:
         return {"case": name, "route": route.name, "psnr_db": None, "why": verdict.why}
-    found = route.run(problem, lambda victims: None)
+    found = route.run(problem, no_progress)
     row = _row(name, route.name, psnr_db(found.images.double(), image), found.seconds, found.details)
     return {**row, "why": found.why}
 

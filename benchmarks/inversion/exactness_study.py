@@ -196,7 +196,7 @@ def searched(base: BaseModel, case: Case, victims: list[int]) -> Iterator[dict[s
 
 def adapter(base: BaseModel, case: Case) -> tuple[Target, dict[str, Tensor]]:
     """The adapted layers, and A as PEFT draws it."""
-    depth = len(base.model.blocks)
+    depth = len(list(base.model.get_submodule("blocks").children()))
     names = [
         f"blocks.{b}.{layer}" for b in range(depth) for layer in case.layers if b == depth - 1 or not case.last_only
     ]

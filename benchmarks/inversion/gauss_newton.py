@@ -178,7 +178,7 @@ def rows_of(problem: Problem, victims: list[int], config: GaussNewtonConfig) -> 
     start = replace(problem.start, images=problem.start.images[rows], labels=problem.start.labels[rows])
     observed = {name: update[rows] for name, update in problem.observed.items()}
     module.UpdateBound, TimedBound.seconds = TimedBound, 0.0  # type: ignore[misc]
-    told = lambda _, line: print(line, flush=True)  # noqa: E731
+    told = lambda _, line="": print(line, flush=True)  # noqa: E731
     found = gauss_newton(problem.target, problem.a, observed, start, problem.subspace, config, told)
     original, figures = problem.originals[rows], found.per_victim
     before, after = psnr_db(start.images, original), psnr_db(found.images, original)

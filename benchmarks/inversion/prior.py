@@ -33,6 +33,7 @@ from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.inversion.routes.matching import Matching
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.pairs import GeneratedPairs
+from r2f_ext.progress import no_progress
 
 VICTIMS, PAIRS, TRAINING_STEPS = 16, 3000, 1500
 WEIGHTS = (0.0, 1e-5, 1e-4, 1e-3)  # the gradient of the matching loss is about 1e-4 per pixel
@@ -75,7 +76,7 @@ def main() -> None:
     for weight, prior in zip(WEIGHTS, priors, strict=True):
         posed = replace(problem, prior=prior.gradient if weight else None)
         for name, route in routes.items():
-            found = route.run(posed, lambda steps: None)
+            found = route.run(posed, no_progress)
             rows.append(line(name, weight, found.images, private, found.seconds))
     for start, images in (("gray", torch.full_like(amortised.images, 0.5)), ("amortised", amortised.images)):
         began = time.perf_counter()

@@ -80,7 +80,11 @@ def bench_perceptrons_training(versus: Callable[..., None], device: str) -> None
         leaves = [p.requires_grad_() for p in (*weights, *biases)]
 
         def both(forward: Callable[..., list[Tensor]]) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(sum(o.square().sum() for o in forward(inputs, weights, biases)), leaves)
+            def run() -> object:
+                losses = [outputs.square().sum() for outputs in forward(inputs, weights, biases)]
+                return torch.autograd.grad(losses, leaves)
+
+            return run
 
         return {"ours": both(perceptrons), "loop of F.linear": both(loop)}
 

@@ -28,6 +28,7 @@ from targets import all_linear, bare_model, initial_a
 from r2f_ext.data import ImageSet, ProceduralStream, load_images
 from r2f_ext.models import load_base
 from r2f_ext.pairs import GeneratedPairs, write_pairs
+from r2f_ext.progress import no_progress
 from r2f_ext.types import BaseModel
 
 # The stream is longer than the chunks of images that it caches, so that every pass makes all of them.
@@ -128,7 +129,7 @@ def into_shards() -> Iterator[dict[str, Any]]:
     pairs = GeneratedPairs(target, initial_a(target), proxy)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        write_pairs(pairs, WRITTEN, Path(folder) / "pairs", lambda _: None)
+        write_pairs(pairs, WRITTEN, Path(folder) / "pairs", no_progress)
         seconds = time.perf_counter() - began
         size = sum(file.stat().st_size for file in Path(folder).rglob("*"))
         began = time.perf_counter()
