@@ -123,7 +123,7 @@ def test_full_disk(where, name, stages, out, capsys, monkeypatch):
 
     if where == "write":
         monkeypatch.setattr(files, "save_file", full)
-        monkeypatch.setattr(files, "_write", full)
+        monkeypatch.setattr(Path, "write_text", full)
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: full(path))
     else:
         monkeypatch.setattr(files.os, "replace", full)
