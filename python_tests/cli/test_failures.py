@@ -182,13 +182,13 @@ def test_ctrl_c(name, place, stages, out, capsys, monkeypatch):
     assert not [path for path in left if ".partial" in path]
 
 
-@pytest.mark.parametrize("writer", ["save_file", "_write"])
-def test_ctrl_c_while_a_file_is_written(writer, stages, out, capsys, monkeypatch):
+@pytest.mark.parametrize(("owner", "writer"), [(files, "save_file"), (Path, "write_text")])
+def test_ctrl_c_while_a_file_is_written(owner, writer, stages, out, capsys, monkeypatch):
     def stop(*args, **options):
         next(path for path in args if isinstance(path, Path)).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, writer, stop)
+    monkeypatch.setattr(owner, writer, stop)
     refused(capsys, *pairs_of(stages.adapter, out), code=130)
     assert not [name for name in files_under(out) if name == "manifest.json" or name.endswith(".partial")]
     assert not [path for path in out.rglob("*") if path.is_file() and path.read_bytes() == b"half of it"]
