@@ -103,14 +103,14 @@ class UnrolledMap:
         """Points [n, owned * c * h * w] in [0, 1], all of the labels [owned] -> [n, R]."""
         images = points.unflatten(1, self._shape)
         victims = simulate(self.target, self.a0, images, labels.expand(len(points), -1), self.training)
-        return _units(self._parts(victims.a, victims.b))
+        return _units(self._parts_of(victims.a, victims.b))
 
     def together(self, batches: Tensor, label: Tensor) -> Tensor:
         """Batches [n, b, c * h * w] of one label [1], each the batch of every step -> [n, R]."""
         images = batches.unflatten(2, self._shape[1:])
         training = replace(self.training, batch=images.shape[1], samples=None)
         victims = simulate(self.target, self.a0, images, label.expand(images.shape[:2]), training)
-        return _units(self._parts(victims.a, victims.b))
+        return _units(self._parts_of(victims.a, victims.b))
 
     def observation(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
         """z of V adapters that were given: a[name] [V, r, d_in], b[name] [V, d_out, r] after the last step -> [V, R].
@@ -118,13 +118,14 @@ class UnrolledMap:
         Raises:
             R2FError: a part that did not move or is not finite.
         """
-        parts = self._parts(a, b)
+        parts = self._parts_of(a, b)
         for _, part in parts:
             if not torch.isfinite(part).all() or not part.any(dim=1).all():
                 raise R2FError("a factor has not moved or is not finite: the adapter is untrained or damaged.")
         return _units(parts)
 
-    def _parts(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _parts_of(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """`_parts` of V adapters: a[name] [V, r, d_in], b[name] [V, d_out, r]."""
         return _parts(_changes(self.a0, a, b), self.weights, self._norms)
 
     def jacobian(self, point: Tensor, labels: Tensor, basis: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class UnrolledMap:
     def _tangents(self, images: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
         state, moved = self.along(images, labels, directions)
         a, b = ({name: each[None] for name, each in state[kind].items()} for kind in "ab")
-        values = _parts(_changes(self.a0, a, b), self.weights, self._norms)
+        values = self._parts_of(a, b)
         tangents = _parts({kind: moved[kind] for kind in "ab"}, self.weights, self._norms)
         parts = zip(values, tangents, strict=True)
         return torch.cat([norm * unit_tangent(value[0], tangent) for (norm, value), (_, tangent) in parts], dim=1)
