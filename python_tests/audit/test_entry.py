@@ -14,6 +14,7 @@ from r2f_ext.audit import audit
 from r2f_ext.audit.report import NOT_ASKED
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import images_for, load_images
+from r2f_ext.data.load import DEFAULT_COUNT
 from r2f_ext.decoders import Projection, Ridge, RowLMMSE
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion.matching import MatchingConfig
@@ -104,6 +105,12 @@ def test_images_that_do_not_fit_into_memory_are_left_out_and_the_route_says_so(a
     report = audit([adapter_folder], proxy="embedded", config=config)
     found = report.sets[0].reconstructions[1]
     assert round(found.details["pairs_a_victim"]) == 150 and "no more than 150 were used, as many as fit" in found.why
+
+
+def test_all_generated_images_that_were_asked_for_serve_the_start(adapter_folder, monkeypatch):
+    monkeypatch.setitem(DEFAULT_COUNT, "proxy", 30)
+    report = audit([adapter_folder], proxy="procedural", config=replace(CONFIG, routes=("amortised_by_label",)))
+    assert round(report.sets[0].reconstructions[-1].details["pairs_a_victim"]) == CONFIG.pairs > 30
 
 
 def test_a_proxy_that_cannot_be_loaded_whole_leaves_the_start_to_the_pairs(adapter_folder, monkeypatch):

@@ -130,9 +130,9 @@ def test_points_with_errors_are_compared_before_they_are_clamped(problem, monkey
                 assert torch.equal(search.image, clamped)
 
 
-@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 2), (torch.float64, 3)])
-def test_in_float32_no_pass_follows_a_newton_pass_from_a_solved_point(problem, monkeypatch, dtype, passes):
-    """The point reproduces the update; its clamped pixels do so up to 5e-5, which no pass in float32 changes."""
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 2), (torch.float64, 1)])
+def test_no_pass_follows_a_newton_pass_that_precision_ends(problem, monkeypatch, dtype, passes):
+    """In float32 one from a solved point, in float64 one to it. The clamped pixels fit the update only up to 5e-5."""
     task, starts = task_of(problem), problem[3].flatten(1).to(dtype)
     observed = task.observed.to(dtype)
     clamped = observed + 5e-5 * (task.layers / observed.shape[1]) ** 0.5
@@ -193,6 +193,24 @@ def test_the_time_of_a_pass_is_divided_among_those_that_take_it(problem, monkeyp
     assert [search.seconds for search in found(problem, passes=3, together=1)] == [30, 30]
     stopped = found(problem, passes=3, minutes=0.1)
     assert [(search.passes, search.seconds, search.stopped) for search in stopped] == [(2, 10, True)] * 2
+
+
+def test_no_limit_of_time_stops_newtons_steps_that_converge(problem, monkeypatch):
+    """Each pass halves the distance to the image until `last`; from there on the residual stays where it is."""
+    images, task, kinds = problem[3].flatten(1), task_of(problem), []
+
+    def halving(kind, task, rows, points, values, config, axes, courses):
+        kinds.append(kind)
+        if len(kinds) < last:
+            points = images[rows] + (points - images[rows]) / 2
+        return points, task.update_of(points, rows)
+
+    monkeypatch.setattr(module, "_moved", halving)
+    monkeypatch.setattr(module, "next_kind", lambda *_, **__: Kind.NEWTON)
+    for last, stopped in ((4, True), (40, False)):
+        kinds.clear()
+        search = found(problem, minutes=1e-9, together=1, distance=0.01, task=task)[0]
+        assert search.stopped is stopped and (search.passes == last if stopped else search.residual < 1e-5)
 
 
 def test_a_search_that_begins_again_draws_another_start_and_the_next_clouds_size(problem, monkeypatch):

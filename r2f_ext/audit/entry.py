@@ -148,6 +148,7 @@ def _public(
     except R2FError as error:
         why = _without_folders(str(error), proxy)
         return images.noted(f"The search starts from the proxy pairs, not from all public images: {why}"), None
+    whole = max(whole, images, key=len)  # more generated images may be asked for than are made by default
     better = len(whole) > len(images) or whole.random_labels
     return images, Public(whole) if better else None
 

@@ -208,8 +208,8 @@ def _audit(commands: Commands) -> None:
     _routes(command)
     _gauss_newton(
         command,
-        "it starts from all images of --proxy with the adapter's label (8000 procedural ones, whatever the label), not "
-        "only from --count pairs",
+        "it starts from all images of --proxy with the adapter's label (procedural ones, whatever the label: 8000, or "
+        "--count if that is more), not only from --count pairs",
     )
     _initial(command)
     _precision(command)

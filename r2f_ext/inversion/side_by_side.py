@@ -31,6 +31,8 @@ FAR = 0.1
 # Shares of J^T J's largest eigenvalue: the damping of the first descent and the smallest damping; and the factor from
 # one damping to the next. With less damping from the start, steps leave the valley.
 DAMPING, LEAST_DAMPING, SOFTER = 1e-3, 1e-9, 0.1
+# Relative residual below which passes in float64 change nothing: 3e-7 is what float32, in which victims train, leaves.
+ROUNDING = 1e-6
 OUTSIDE = 0.02  # root mean square distance to [0, 1] up to which a point counts as an image with errors
 CPU_TOGETHER = 8  # victims; with more, a descent takes hardly less time for each
 
@@ -94,6 +96,7 @@ class _Course:
         freed: the freed image [p'] where the next pass with free positions begins; None: at the point.
         count: passes taken.
         since: passes without an improvement.
+        improved: the last pass of this search was an improvement.
         seconds: time of its passes.
         damping: of the next descent, see `preconditioned_descent`.
         ended: no pass follows.
@@ -113,6 +116,7 @@ class _Course:
     freed: Tensor | None = None
     count: int = 0
     since: int = 0
+    improved: bool = False
     seconds: float = 0.0
     damping: float = DAMPING
     ended: bool = False
@@ -124,8 +128,13 @@ class _Course:
     def begin(self, residual: float, axes: Axes, choose: Choice) -> None:
         """Begin a search, the first or a further one, at a point of this residual."""
         self.residual = self.lowest = residual
-        self.since, self.damping, self.freed = 0, DAMPING, None
+        self.since, self.improved, self.damping, self.freed = 0, False, DAMPING, None
         self.cloud, self.kind = Cloud(axes.covariance, samples=next(self.samples)), choose(None, inf, residual)
+
+    @property
+    def converges(self) -> bool:
+        """Whether a pass of Newton's steps is next, and the last pass was an improvement."""
+        return self.kind is Kind.NEWTON and self.improved
 
     def found(self, image: Tensor) -> Search:
         return Search(image, self.reached, self.first, self.count, self.stopped, self.seconds)
@@ -230,16 +239,16 @@ class _Searches:
         """Record a pass that ended at `residual`, choose the next one, and return whether the search begins again."""
         before, course.residual = course.residual, residual
         course.count += 1
-        improved = residual < STALLED * course.lowest
-        course.lowest, course.since = (residual, 0) if improved else (course.lowest, course.since + 1)
-        course.freed = None if improved else course.freed
+        course.improved = residual < STALLED * course.lowest
+        course.lowest, course.since = (residual, 0) if course.improved else (course.lowest, course.since + 1)
+        course.freed = None if course.improved else course.freed
         # A descent that ends at the noise is not yet the best fit: directions that the update hardly shows are open.
         settled = course.kind is Kind.NEWTON or not self.task.noise
         fits, precise = course.least <= self.solved, course.least < self.precise
         # Along directions that the update hardly shows, the point keeps errors that float32 cannot remove; they show
         # when its pixels are clamped. `finished` goes on from there in float64.
         single = self.points.dtype == torch.float32
-        at_limit = single and course.kind is Kind.NEWTON and before <= self.solved
+        at_limit = course.kind is Kind.NEWTON and (before <= self.solved if single else residual <= ROUNDING)
         arrived = (settled and fits) or (precise and (at_limit or course.since == 2))
         if arrived or course.count >= self.config.passes:
             course.ended = True
@@ -268,7 +277,8 @@ class _Searches:
 
     def _stop_where_time_is_up(self, course: _Course) -> None:
         limit = inf if self.config.minutes is None else 60 * self.config.minutes
-        if not course.ended and course.seconds >= limit:
+        # Few passes are left of a search that converges, and without them a found image is not exact.
+        if not course.ended and course.seconds >= limit and not course.converges:
             course.ended = course.stopped = True
 
 

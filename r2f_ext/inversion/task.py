@@ -28,8 +28,9 @@ class GaussNewtonConfig:
             same, a pass of descent about three times that, and one with free positions about four times that again.
         patience: passes without a reduction of the residual by a fifth after which the search begins again near its
             start.
-        minutes: time after which no further pass of a victim begins (`Search.seconds`); None: no limit. The result of a
-            search that this limit ends depends on the machine's speed; other results do not.
+        minutes: time after which no further pass of a victim begins (`Search.seconds`), but for passes of Newton's
+            steps as long as each reduces the residual by a fifth; None: no limit. The result of a search that this
+            limit ends depends on the machine's speed; other results do not.
         samples: images per direction in the clouds of the first search, of the second, ...; then from the first again.
         spread: how far a repeated search begins from the start, in standard deviations of the start's expected error.
         steps: maximum number of steps with one Jacobian.
