@@ -180,8 +180,8 @@ def _gauss_newton(command: argparse.ArgumentParser, start: str) -> None:
         "--budget",
         type=float,
         metavar="MINUTES",
-        help="of a search; a pass that several share counts in equal parts, and a search that converges goes on "
-        "(default: no limit)",
+        help="of a search; a pass that several share counts in equal parts, and a dense search whose Newton "
+        "steps converge goes on (default: no limit)",
     )
 
 
