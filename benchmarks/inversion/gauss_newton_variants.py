@@ -142,12 +142,16 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
     parser.add_argument("--starts", nargs="+", choices=("amortised", "oracle"), default=["amortised", "oracle"])
     parser.add_argument("--victims", type=int, default=8)
+    parser.add_argument("--numbers", type=int, nargs="+", metavar="N", help="only these of the victims; from 0 on")
     parser.add_argument("--proxy", default="fashion-mnist")
     parser.add_argument("--oracle-db", type=float, default=26.0)
     parser.add_argument("--passes", type=int, default=20, help="of one search, at most")
     parser.add_argument("--minutes", type=float, help="after which a search with a dense Jacobian begins no other pass")
     parser.add_argument("--without-bounds", action="store_true", help="of images that are searched for one by one")
     parser.add_argument("--start-images", type=int, help="most public images of a label that a start is made from")
+    parser.add_argument(
+        "--generated", type=int, default=8000, help="images of the procedural proxy, used for any label"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     if options.list:
@@ -156,6 +160,8 @@ def main() -> None:
     unknown = [name for name in options.only if name not in CASES]
     if unknown:
         parser.error(f"there is no case '{unknown[0]}': see --list")
+    if options.numbers and not set(options.numbers) <= set(range(options.victims)):
+        parser.error(f"victims are numbered from 0 to {options.victims - 1}")
     path = Path(options.json) if options.json else None
     record = json.loads(path.read_text()) if path and path.exists() else {"rows": []}
     for name in options.only:
@@ -174,7 +180,8 @@ def rows_of(name: str, known: list[dict[str, Any]], options: argparse.Namespace)
     case = CASES[name]
     wanted = [s for s in options.starts if s == "oracle" or case.has_amortised]
     done = {(row["start"], row["victim"]) for row in known if row["case"] == name}
-    missing = {s: [v for v in range(options.victims) if (s, v) not in done] for s in wanted}
+    victims = range(options.victims) if options.numbers is None else options.numbers
+    missing = {start: [victim for victim in victims if (start, victim) not in done] for start in wanted}
     if not any(missing.values()):
         return
     problem = posed(case, options, [s for s in wanted if missing[s]])
@@ -205,8 +212,8 @@ def posed(case: Case, options: argparse.Namespace, starts: list[str]) -> Problem
     base, owned = case.base(options.device), case.training.owned
     proxy = case.proxy or options.proxy
     private = load_images(case.private, role="private", count=options.victims * owned)
-    # Each image of the procedural proxy is used for every label.
-    public = drop_private(load_images(proxy, count=8000 if proxy == "procedural" else None), private)
+    generated = options.generated if proxy == "procedural" else None
+    public = drop_private(load_images(proxy, count=generated), private)
     some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public)))).batch(slice(None), base.device)
     images = private.batch(slice(None), base.device).unflatten(0, (-1, owned))
     labels = private.labels.to(base.device).unflatten(0, (-1, owned))

@@ -98,6 +98,41 @@ def test_a_residual_that_rounding_does_not_explain_is_no_ground_for_a_bound():
     assert known.misfit > EXPLAINED and not known.exact and known.db != known.db
 
 
+class Valley(Known):
+    """M d + (N d)^2 + (K d)^2, d = x - centre. M hardly shows the last half of its axes; N d is of the first half alone
+    and K d of the last, so that a full step, which takes (N d)^2 for linear, goes far along axes where z is not."""
+
+    def __init__(self, centre, smallest):
+        super().__init__()
+        self.centre = centre
+        left, singular, right = torch.linalg.svd(self.matrix, full_matrices=False)
+        singular[PIXELS // 2 :] = smallest
+        self.matrix, steep, shallow = left @ torch.diag(singular) @ right, *right.split(PIXELS // 2)
+        self.bent = [3 * torch.randn(120, PIXELS // 2, dtype=torch.float64) @ axes for axes in (steep, shallow)]
+
+    def __call__(self, points, label):
+        moves = points - self.centre
+        return moves @ self.matrix.T + sum((moves @ each.T).square() for each in self.bent)
+
+    def jacobian(self, point, label, basis):
+        slope = self.matrix + sum(2 * (each @ (point - self.centre))[:, None] * each for each in self.bent)
+        return (slope @ basis).T
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-2], ids=["free directions", "hardly determined ones"])
+def test_rounding_that_explains_the_residual_is_found_where_full_steps_go_astray(smallest):
+    """There is no bound, as damped steps leave the shallow axes as they are: but the residual is rounding's."""
+    image = torch.rand(PIXELS, dtype=torch.float64)
+    updates = Valley(image, smallest)
+    observed = updates(image[None], LABEL)[0] + noise(120, 1)[0]
+    beside = image + 3e-3 * torch.randn(PIXELS // 2, dtype=torch.float64) @ torch.linalg.svd(updates.matrix)[2][:20]
+    known = bound_error(updates, observed, noise(120), beside, LABEL)
+    assert known.misfit <= EXPLAINED and not known.exact and known.db != known.db
+    assert (known.free > 0) == (smallest == 1e-3)
+    elsewhere = bound_error(updates, observed + noise(120, 1, 1e-2)[0], noise(120), beside, LABEL)
+    assert elsewhere.misfit > EXPLAINED
+
+
 class Rough:
     """A map in float32 arithmetic."""
 

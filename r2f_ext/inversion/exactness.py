@@ -8,8 +8,10 @@ of another model (a batch, another label, another recipe) may nearly reproduce i
 2. draws the errors that rounding leaves in z: of the stored factors and of the model's own arithmetic. An error n moves
    the image by J^+ n, so by u_i . n / s_i along axis i. Axes along which that can exceed FREE are *free*: the update
    does not determine the image along them, however small the residual is;
-3. goes on to the least-squares image along the other axes and compares what is left of the residual with rounding. A
-   larger rest means that no image near this one made the update in the way that the search models;
+3. goes on to the least-squares image along the other axes and compares what is left of the residual with rounding. If
+   more is left, damped steps follow, which stay where z is close to linear: they do not settle the axes that z hardly
+   shows, so that there is no bound, but a rest that they leave as well means that no image near this one made the
+   update in the way that the search models;
 4. bounds the error by the distance to that image, plus SAFETY times the root mean square of the moves by rounding,
    plus the distance at which the images of a batch could not be told from their mean.
 
@@ -42,6 +44,8 @@ SPARE = 0.05  # least share of z's numbers beyond the directions solved for: wit
 DRAWS = 32  # of rounding errors: their root mean square is then known to an eighth
 JITTER = 1e-4  # change of the pixels that gives another draw of the model's arithmetic errors
 REFINEMENTS = 10  # steps towards the least-squares image
+DAMPED = tuple(10.0**-k for k in range(4, 13))  # dampings, as shares of the trace of J^T J
+HARDLY = 0.9  # ratio of the residual after a damped step to the one before, above which no other follows
 RELIABLE = 1e-13  # share of the trace of J^T J below which an eigenvalue is rounding; J: float64 rounded to float32
 # Ratio of the smallest singular value of a Jacobian in the model's own arithmetic to the error of that arithmetic, both
 # relative, from which on that Jacobian serves.
@@ -195,12 +199,15 @@ def bound_error(
         return Bound(free=int((~determined).sum()))
     rounding = max(float(errors.norm(dim=1).square().mean().sqrt()), PRECISE * float(observed.norm()))
     expected = rounding * spare**0.5
-    nearby, residual = _least_squares(precise, observed, axes, determined, point, label, EXPLAINED * expected)
+    fit = _Fit(precise, observed, axes, determined, label, EXPLAINED * expected)
+    nearby, residual = fit.by_full_steps(point)
+    if not (full := residual <= EXPLAINED * expected):
+        residual = min(residual, fit.by_damped_steps(point))
     misfit = residual / expected
     if misfit <= EXPLAINED:
         moves = moves * max(1.0, misfit)
     free = int((~(axes.reliable & (SAFETY * moves < FREE))).sum())
-    if free or misfit > EXPLAINED:
+    if free or not full:
         return Bound(nan, free, misfit)
     error = (float((nearby - point).norm()) + SAFETY * float(moves.norm())) / len(point) ** 0.5
     error += _alike(precise, axes, point, label, EXPLAINED * expected)
@@ -267,8 +274,12 @@ class _Axes(Protocol):
         """bool [p]: axes along which the curvature of |z|^2 is more than rounding."""
         ...
 
-    def moves(self, errors: Tensor) -> Tensor:
-        """Moves of the image along the axes by errors of z [n, R]: [n, p] float64, infinite along unreliable axes."""
+    def moves(self, errors: Tensor, damping: float = 0.0) -> Tensor:
+        """Moves of the image along the axes by errors of z [n, R]: [n, p] float64, infinite along unreliable axes.
+
+        Args:
+            damping: added to J^T J, as a share of its trace.
+        """
         ...
 
     def in_pixels(self, moves: Tensor) -> Tensor:
@@ -303,8 +314,13 @@ class _Pixels:
     def reliable(self) -> Tensor:
         return torch.ones(len(self.factor), dtype=torch.bool, device=self.factor.device)
 
-    def moves(self, errors: Tensor) -> Tensor:
-        return torch.cholesky_solve(self.jacobian.pulls(errors).T, self.factor).T
+    def moves(self, errors: Tensor, damping: float = 0.0) -> Tensor:
+        factor = self.factor
+        if damping:
+            damped = factor @ factor.T
+            damped.diagonal().add_(damping * damped.trace())
+            factor = torch.linalg.cholesky(damped)
+        return torch.cholesky_solve(self.jacobian.pulls(errors).T, factor).T
 
     def in_pixels(self, moves: Tensor) -> Tensor:
         return moves
@@ -331,8 +347,9 @@ class _Eigenvectors:
     def reliable(self) -> Tensor:
         return self.curvature > RELIABLE * self.curvature.sum()
 
-    def moves(self, errors: Tensor) -> Tensor:
-        return torch.where(self.reliable, self.jacobian.pulls(errors) @ self.directions / self.curvature, torch.inf)
+    def moves(self, errors: Tensor, damping: float = 0.0) -> Tensor:
+        damped = self.curvature + damping * self.curvature.sum()
+        return torch.where(self.reliable, self.jacobian.pulls(errors) @ self.directions / damped, torch.inf)
 
     def in_pixels(self, moves: Tensor) -> Tensor:
         return moves @ self.directions.T
@@ -353,28 +370,50 @@ def _sketched(rows: Tensor, bucket: Tensor, sign: Tensor) -> Tensor:
     return rows.new_zeros(len(rows), int(bucket.max()) + 1).index_add_(1, bucket, rows * sign)
 
 
-def _least_squares(
-    precise: DenseMap,
-    observed: Tensor,
-    axes: _Axes,
-    determined: Tensor,
-    point: Tensor,
-    label: Tensor,
-    enough: float,
-) -> tuple[Tensor, float]:
-    """The image nearby with the smallest residual along the determined axes, and its residual |z - z*|.
+@dataclass(frozen=True)
+class _Fit:
+    """Least squares of |z - observed| [R] near an image, along the `determined` axes; `enough`: residual to reach."""
 
-    Simplified Newton steps; they end when the residual is below `enough` for the second time or no longer falls.
-    """
-    best, least = point, float("inf")
-    for _ in range(REFINEMENTS):
-        error = precise(point[None], label) - observed
-        residual = float(error.norm())
-        if not residual < least:
-            break
-        settled, best, least = least < enough, point, residual
-        if settled:
-            break
-        move = axes.moves(error)[0]
-        point = point - axes.in_pixels(torch.where(determined, move, 0.0))
-    return best, least
+    precise: DenseMap
+    observed: Tensor
+    axes: _Axes
+    determined: Tensor
+    label: Tensor
+    enough: float
+
+    def by_full_steps(self, point: Tensor) -> tuple[Tensor, float]:
+        """The image with the smallest residual |z - observed|, and its residual.
+
+        Simplified Newton steps; they end when the residual is below `enough` for the second time or no longer falls.
+        """
+        best, least = point, float("inf")
+        for _ in range(REFINEMENTS):
+            error = self.precise(point[None], self.label) - self.observed
+            residual = float(error.norm())
+            if not residual < least:
+                break
+            settled, best, least = least < self.enough, point, residual
+            if settled:
+                break
+            point = point - self._change(self.axes.moves(error)[0])
+        return best, least
+
+    def by_damped_steps(self, point: Tensor) -> float:
+        """The smallest residual by steps of the damping that reduces it most, until it is below `enough` or hardly
+        falls."""
+        error = self.precise(point[None], self.label) - self.observed
+        for _ in range(REFINEMENTS):
+            before = error.norm()
+            moves = torch.cat([self.axes.moves(error, share) for share in DAMPED])
+            trials = point - torch.stack([self._change(move) for move in moves])
+            errors = torch.cat([self.precise(trial[None], self.label) for trial in trials]) - self.observed
+            best = int(errors.norm(dim=1).nan_to_num(nan=torch.inf).argmin())
+            if not errors[best].norm() < before:
+                break
+            point, error = trials[best], errors[best, None]
+            if error.norm() <= self.enough or error.norm() > HARDLY * before:
+                break
+        return float(error.norm())
+
+    def _change(self, move: Tensor) -> Tensor:
+        return self.axes.in_pixels(torch.where(self.determined, move, 0.0))
