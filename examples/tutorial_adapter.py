@@ -1,8 +1,8 @@
 """Make a small copy of what PEFT's image classification tutorial makes: a transformers ViT and a LoRA adapter of it.
 
 As in the tutorial: a ViT without a classifier, r = 16, alpha = 16, the query and value layers, dropout 0.1, a fresh
-classifier saved with the adapter, 128 images a step, 5 epochs of AdamW, float16. Here the ViT is small and random and
-the images are procedural, so that it takes seconds and needs no download:
+classifier saved with the adapter, 128 images a step, 5 epochs of AdamW, saved in float16. Here the ViT is small and
+random and the images are procedural, so that it takes seconds and needs no download:
 
     python examples/tutorial_adapter.py --out tutorial
     r2f audit tutorial/adapter --base tutorial/base --out report
