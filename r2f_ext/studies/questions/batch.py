@@ -112,6 +112,7 @@ class Batch(Study):
         "gradient of the true labels and the projection beside cosines; strangers, the mean image and the label's mean "
         "image beside PSNR."
     )
+    no_controls = "The nearest proxy and noise adapters are left to the audit, which has them for every adapter."
     panels = (
         Panel("recovered", "b", ("route",), title="Share of images recovered", y_label="share", x_log=True),
         Panel("recovered_a_batch", "b", ("route",), title="Images recovered of a batch", x_log=True),

@@ -167,6 +167,7 @@ class Cosine(Study):
         "gradient among decoders; the mean image, and the amortised estimate from another image of the label, beside "
         "PSNR."
     )
+    no_controls = "The nearest proxy and noise adapters are left to the audit, which has them for every adapter."
     panels = (
         *(
             Panel(

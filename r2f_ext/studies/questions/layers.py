@@ -113,6 +113,7 @@ class Layers(Study):
         "estimate of the amortised route. Controls: the class-mean gradient beside the cosines; the mean image, and "
         "the estimate from another image of the label, beside PSNR."
     )
+    no_controls = "The nearest proxy and noise adapters are left to the audit, which has them for every adapter."
     panels = (
         Panel("psnr_db", "layer", ("route",), {"scope": "alone"}, "One layer alone", "", "PSNR (dB)"),
         Panel("cosine", "layer", ("decoder",), {"scope": "alone"}, "One layer alone", "", "cosine"),

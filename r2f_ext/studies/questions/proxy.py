@@ -49,7 +49,7 @@ class Proxy(Study):
         "study `transfer`). Ridge has one setting, so that counts differ in nothing else. Where labels are random the "
         "amortised route has a label's share of the pairs, or all pairs under their own labels where it is small."
     )
-    no_controls = "Noise adapters and the exact-gradient ceiling belong to the studies `cosine` and `phase0`."
+    no_controls = "Noise adapters are left to the audit, and the exact-gradient ceiling to the study `phase0`."
     seeds = 2
     panels = (
         Panel("cosine", "pairs", ("proxy",), {"first": True, "decoder": "ridge"},

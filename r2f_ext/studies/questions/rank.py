@@ -113,6 +113,7 @@ class Rank(Study):
         "Controls: the class-mean gradient beside cosines (one image); the mean image, and the amortised estimate from "
         "another image of the label, beside PSNR."
     )
+    no_controls = "The nearest proxy and noise adapters are left to the audit, which has them for every adapter."
     panels = (
         Panel("cosine", "rank", ("decoder",), {"images": 1}, "One image: cosine with the gradient", x_log=True),
         Panel(

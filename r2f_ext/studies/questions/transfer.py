@@ -57,7 +57,7 @@ class Transfer(Study):
         "only part of TV, and the joint fit need not be the best decoder there is. A bound of 1 or more says nothing: "
         "so much has a gradient at right angles to the true one."
     )
-    no_controls = "Noise adapters and the exact-gradient ceiling belong to the studies `cosine` and `phase0`."
+    no_controls = "Noise adapters are left to the audit, and the exact-gradient ceiling to the study `phase0`."
     panels = (
         Panel("cosine", "to", ("from",), {"moved": "data", "decoder": "ridge"}, "Other images: cosine on victims"),
         Panel("psnr_db", "to", ("from", "route"), {"moved": "data", "route": ("amortised", "stranger")},
