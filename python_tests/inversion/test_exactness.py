@@ -165,6 +165,15 @@ def test_the_jacobian_of_the_models_own_arithmetic_gives_the_same_bound(size):
     assert fast.free == slow.free == 0 and not needed
 
 
+def test_it_finds_as_much_of_a_residual_unexplained():
+    updates, image = Known(), torch.rand(PIXELS)
+    observed, errors = updates(image[None].double(), LABEL)[0] + noise(120, 1, 1e-2)[0], noise(120)
+    slow = bound_error(updates, observed, errors, image, LABEL)
+    updates.jacobian = None  # of float64, which is not needed
+    fast = bound_error(updates, observed, errors, image, LABEL, Rough(updates))
+    assert fast.misfit == pytest.approx(slow.misfit, rel=1e-3) and fast.misfit > EXPLAINED and fast.free == 0
+
+
 @pytest.mark.parametrize("smallest", [1e-3, 1e-8], ids=["a free direction", "a direction beyond float32"])
 def test_where_it_could_mislead_the_float64_jacobian_decides(smallest):
     updates = Known(bend=0.0)

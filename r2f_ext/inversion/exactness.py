@@ -274,12 +274,12 @@ class _Axes(Protocol):
         """bool [p]: axes along which the curvature of |z|^2 is more than rounding."""
         ...
 
-    def moves(self, errors: Tensor, damping: float = 0.0) -> Tensor:
-        """Moves of the image along the axes by errors of z [n, R]: [n, p] float64, infinite along unreliable axes.
+    def moves(self, errors: Tensor) -> Tensor:
+        """Moves of the image along the axes by errors of z [n, R]: [n, p] float64, infinite along unreliable axes."""
+        ...
 
-        Args:
-            damping: added to J^T J, as a share of its trace.
-        """
+    def eigenvectors(self) -> _Eigenvectors:
+        """The eigenvectors of the same J^T J. All are determined if all of these axes are."""
         ...
 
     def in_pixels(self, moves: Tensor) -> Tensor:
@@ -314,13 +314,11 @@ class _Pixels:
     def reliable(self) -> Tensor:
         return torch.ones(len(self.factor), dtype=torch.bool, device=self.factor.device)
 
-    def moves(self, errors: Tensor, damping: float = 0.0) -> Tensor:
-        factor = self.factor
-        if damping:
-            damped = factor @ factor.T
-            damped.diagonal().add_(damping * damped.trace())
-            factor = torch.linalg.cholesky(damped)
-        return torch.cholesky_solve(self.jacobian.pulls(errors).T, factor).T
+    def moves(self, errors: Tensor) -> Tensor:
+        return torch.cholesky_solve(self.jacobian.pulls(errors).T, self.factor).T
+
+    def eigenvectors(self) -> _Eigenvectors:
+        return _Eigenvectors.of_gram(self.jacobian, self.factor @ self.factor.T)
 
     def in_pixels(self, moves: Tensor) -> Tensor:
         return moves
@@ -341,14 +339,22 @@ class _Eigenvectors:
     @staticmethod
     def of(precise: DenseMap, point: Tensor, label: Tensor) -> _Eigenvectors:
         jacobian = _Jacobian.of(precise, point, label)
-        return _Eigenvectors(jacobian, *torch.linalg.eigh(precise_gram(jacobian.rows)))
+        return _Eigenvectors.of_gram(jacobian, precise_gram(jacobian.rows))
+
+    @staticmethod
+    def of_gram(jacobian: _Jacobian, gram: Tensor) -> _Eigenvectors:
+        return _Eigenvectors(jacobian, *torch.linalg.eigh(gram))
+
+    def eigenvectors(self) -> _Eigenvectors:
+        return self
 
     @property
     def reliable(self) -> Tensor:
         return self.curvature > RELIABLE * self.curvature.sum()
 
-    def moves(self, errors: Tensor, damping: float = 0.0) -> Tensor:
-        damped = self.curvature + damping * self.curvature.sum()
+    def moves(self, errors: Tensor, dampings: tuple[float, ...] = (0.0,)) -> Tensor:
+        """See `_Axes`; with k dampings of J^T J, in shares of its trace: [k, p] for errors [1, R]."""
+        damped = self.curvature + self.curvature.new_tensor(dampings)[:, None] * self.curvature.sum()
         return torch.where(self.reliable, self.jacobian.pulls(errors) @ self.directions / damped, torch.inf)
 
     def in_pixels(self, moves: Tensor) -> Tensor:
@@ -395,18 +401,18 @@ class _Fit:
             settled, best, least = least < self.enough, point, residual
             if settled:
                 break
-            point = point - self._change(self.axes.moves(error)[0])
+            move = self.axes.moves(error)[0]
+            point = point - self.axes.in_pixels(torch.where(self.determined, move, 0.0))
         return best, least
 
     def by_damped_steps(self, point: Tensor) -> float:
         """The smallest residual by steps of the damping that reduces it most, until it is below `enough` or hardly
         falls."""
-        error = self.precise(point[None], self.label) - self.observed
+        axes, error = self.axes.eigenvectors(), self.precise(point[None], self.label) - self.observed
         for _ in range(REFINEMENTS):
             before = error.norm()
-            moves = torch.cat([self.axes.moves(error, share) for share in DAMPED])
-            trials = point - torch.stack([self._change(move) for move in moves])
-            errors = torch.cat([self.precise(trial[None], self.label) for trial in trials]) - self.observed
+            trials = point - axes.in_pixels(torch.where(self.determined, axes.moves(error, DAMPED), 0.0))
+            errors = self.precise(trials, self.label) - self.observed
             best = int(errors.norm(dim=1).nan_to_num(nan=torch.inf).argmin())
             if not errors[best].norm() < before:
                 break
@@ -414,6 +420,3 @@ class _Fit:
             if error.norm() <= self.enough or error.norm() > HARDLY * before:
                 break
         return float(error.norm())
-
-    def _change(self, move: Tensor) -> Tensor:
-        return self.axes.in_pixels(torch.where(self.determined, move, 0.0))
