@@ -27,7 +27,7 @@ from r2f_ext.capture.project import project
 from r2f_ext.data import load_images
 from r2f_ext.decoders import MLP, Ridge
 from r2f_ext.inversion import matching
-from r2f_ext.inversion.amortised import invert_by_label
+from r2f_ext.inversion.label_by_label import invert_by_label
 from r2f_ext.inversion.objectives import UpdateObjective
 from r2f_ext.models import load_base
 from r2f_ext.pairs import GeneratedPairs

@@ -37,7 +37,8 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion import amortised
-from r2f_ext.inversion.amortised import AmortisedInverter, invert_by_label
+from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.inversion.label_by_label import invert_by_label
 from r2f_ext.inversion.route import Problem
 from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
 from r2f_ext.inversion.unet import UNetInverter

@@ -32,13 +32,14 @@ from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import mean_interval, psnr_db
 from r2f_ext.audit.victims import VictimConfig, train_victims
-from r2f_ext.data import ImageSet, drop_private, load_images
+from r2f_ext.data import ImageSet, ProceduralStream, drop_private, load_images
 from r2f_ext.decoders import stack_updates
 from r2f_ext.files import write_atomically
 from r2f_ext.inversion import gauss_newton as module
-from r2f_ext.inversion.amortised import invert_by_label
 from r2f_ext.inversion.exactness import REPRODUCED, Bound, exactness_of
 from r2f_ext.inversion.gauss_newton import UpdateBound, gauss_newton
+from r2f_ext.inversion.label_by_label import invert_by_label, invert_nearby
+from r2f_ext.inversion.near_images import generated_nearby
 from r2f_ext.inversion.start import start_among
 from r2f_ext.inversion.task import GaussNewtonConfig
 from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
@@ -113,7 +114,9 @@ def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], pr
     count = 6000 if proxy == "procedural" else None  # procedural images are used for every label
     public, device = drop_private(load_images(proxy, count=count), private), target.base.device
     began = time.perf_counter()
-    start = invert_by_label(target, a, public, observed).reconstruction
+    first = invert_by_label(target, a, public, observed).reconstruction
+    generated = generated_nearby(target.base, 0) if proxy == ProceduralStream.name else None
+    start = invert_nearby(target, a, public, observed, first, generated)
     some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public)))).batch(slice(None), device)
     begun, originals = start_among(some, start), private.batch(slice(None), device)
     print(

@@ -35,11 +35,12 @@ from measure import json_parser, write_json
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
-from r2f_ext.data import ImageSet, drop_private, load_images
-from r2f_ext.inversion.amortised import invert_by_label
+from r2f_ext.data import ImageSet, ProceduralStream, drop_private, load_images
 from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.gauss_newton import gauss_newton
+from r2f_ext.inversion.label_by_label import invert_by_label, invert_nearby
 from r2f_ext.inversion.matrix_free import MatrixFreeConfig, ProxyCoordinates, search_matrix_free
+from r2f_ext.inversion.near_images import generated_nearby
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.side_by_side import CPU_TOGETHER
 from r2f_ext.inversion.start import start_among
@@ -335,12 +336,13 @@ def from_gradients(target: Target, images: Tensor, labels: Tensor, subspace: Sub
 def estimated(
     case: Case, target: Target, a0: dict[str, Tensor], victims: Victims, public: ImageSet, most: int | None
 ) -> Reconstruction:
-    """The estimate of the amortised route from pairs of the victims' recipe."""
+    """The estimate of the route `amortised_nearby` from pairs of the victims' recipe."""
     began = time.perf_counter()
-    observed, training = {name: -b for name, b in victims.b.items()}, case.training
-    found = invert_by_label(
-        target, a0, public, observed, most=most, training=None if training == ONE_STEP else training
-    ).reconstruction
+    observed = {name: -b for name, b in victims.b.items()}
+    training = None if case.training == ONE_STEP else case.training
+    first = invert_by_label(target, a0, public, observed, most=most, training=training).reconstruction
+    generated = generated_nearby(target.base, 0) if case.proxy == ProceduralStream.name else None
+    found = invert_nearby(target, a0, public, observed, first, generated, most=most, training=training)
     print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
     return found
 

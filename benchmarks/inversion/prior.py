@@ -25,7 +25,7 @@ from r2f_ext.audit.victims import VictimConfig, train_victims
 from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import Ridge, stack_updates
-from r2f_ext.inversion.amortised import invert_by_label
+from r2f_ext.inversion.label_by_label import invert_by_label
 from r2f_ext.inversion.prior import ScoreDistillation
 from r2f_ext.inversion.prior_training import train_prior
 from r2f_ext.inversion.route import Problem

@@ -68,7 +68,7 @@ def test_the_demo_writes_a_whole_report(tmp_path, monkeypatch):
     assert report["seconds"]["total"] == pytest.approx(max(report["seconds"].values()))
     secret = {h for part in done.sets for h in content_hashes((part.originals * 255).round().byte())}
     searched = report["reconstruction"]["fashion_mnist_searched"]["routes"]
-    assert list(searched) == ["amortised_by_label", "gauss_newton"]
+    assert list(searched) == ["amortised_by_label", "amortised_nearby", "gauss_newton"]
     assert "amortised_by_label" not in {one["route"] for one in report["verdict"]["not_tried"]}
     (passes,) = searched["gauss_newton"]["per_victim"]["passes"]
     assert 1 <= passes <= 1 + FINISH.passes  # one was asked for; float64 may have gone on

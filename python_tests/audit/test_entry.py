@@ -17,6 +17,7 @@ from r2f_ext.data import images_for, load_images
 from r2f_ext.data.load import DEFAULT_COUNT
 from r2f_ext.decoders import Projection, Ridge, RowLMMSE
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion import near_images
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.routes import registry
 from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
@@ -111,6 +112,15 @@ def test_all_generated_images_that_were_asked_for_serve_the_start(adapter_folder
     monkeypatch.setitem(DEFAULT_COUNT, "proxy", 30)
     report = audit([adapter_folder], proxy="procedural", config=replace(CONFIG, routes=("amortised_by_label",)))
     assert round(report.sets[0].reconstructions[-1].details["pairs_a_victim"]) == CONFIG.pairs > 30
+
+
+def test_a_generated_proxy_is_searched_for_images_near_the_estimate(adapter_folder, monkeypatch):
+    monkeypatch.setitem(DEFAULT_COUNT, "proxy", 30)
+    monkeypatch.setattr(near_images, "GENERATED", 700)
+    report = audit([adapter_folder], proxy="procedural", config=replace(CONFIG, routes=("amortised_nearby",)))
+    *_, first, second = report.sets[0].reconstructions
+    assert (first.route, second.route) == ("amortised_by_label", "amortised_nearby")
+    assert second.details["near_pairs"] == 700 and round(first.details["pairs_a_victim"]) == 60
 
 
 def test_a_proxy_that_cannot_be_loaded_whole_leaves_the_start_to_the_pairs(adapter_folder, monkeypatch):

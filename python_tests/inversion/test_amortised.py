@@ -8,7 +8,8 @@ import torch
 from r2f_ext.data import load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import amortised
-from r2f_ext.inversion.amortised import AmortisedInverter, invert_by_label, proxy_of_label
+from r2f_ext.inversion.amortised import AmortisedInverter
+from r2f_ext.inversion.label_by_label import invert_by_label, proxy_of_label
 from r2f_ext.pairs import GeneratedPairs, Training, simulate
 
 

@@ -7,7 +7,7 @@ from cases import peft_start
 from route_cases import posed
 
 from r2f_ext.data import load_images
-from r2f_ext.inversion.amortised import invert_by_label
+from r2f_ext.inversion.label_by_label import invert_by_label
 from r2f_ext.inversion.route import Public
 from r2f_ext.inversion.start import (
     MIN_GRAY,

@@ -15,9 +15,10 @@ from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.sets import set_report
 from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
-from r2f_ext.data import ImageSet, drop_private, images_for
+from r2f_ext.data import ImageSet, ProceduralStream, drop_private, images_for
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
+from r2f_ext.inversion.near_images import generated_nearby
 from r2f_ext.inversion.route import Public, Verdict, adapter_problem
 from r2f_ext.inversion.routes import any_failed, default_routes, needs, verdicts_of
 from r2f_ext.inversion.saved_searches import SavedSearches
@@ -96,7 +97,7 @@ def audit(
         images, public = _public(images, originals, proxy, target, config)
         problem = replace(problem, public=public)
     if folder is not None:
-        used = (images.fingerprint, problem.public and problem.public.images.fingerprint, config.precision, config.seed)
+        used = (images.fingerprint, problem.public and problem.public.fingerprint, config.precision, config.seed)
         problem = replace(problem, saved=SavedSearches(folder, repr(used)))
     on_ready(Prepared(target, updates, images, originals, verdicts, evidence))
     labels = originals.labels if originals is not None and originals.labels_known else None
@@ -149,8 +150,10 @@ def _public(
         why = _without_folders(str(error), proxy)
         return images.noted(f"The search starts from the proxy pairs, not from all public images: {why}"), None
     whole = max(whole, images, key=len)  # more generated images may be asked for than are made by default
-    better = len(whole) > len(images) or whole.random_labels
-    return images, Public(whole) if better else None
+    if not (len(whole) > len(images) or whole.random_labels):
+        return images, None
+    generated = generated_nearby(target.base, config.seed) if proxy == ProceduralStream.name else None
+    return images, Public(whole, generated, None if originals is None else originals.images)
 
 
 def _load_images(

@@ -16,6 +16,7 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Updates
 from r2f_ext.errors import R2FError, expected
+from r2f_ext.inversion.label_by_label import NEAR_PAIRS
 from r2f_ext.inversion.patch_position import ROUTE as PATCH_POSITION
 from r2f_ext.inversion.route import Problem, Proxies, Verdict
 from r2f_ext.inversion.routes import (
@@ -150,7 +151,7 @@ def run_audit_stages(
     # `pairs` stays as asked for: a replay must load the same images before it drops private ones.
     config = replace(config, decoder_pairs=fitted, held_out=held_out)
     if problem.public is not None:
-        most = config.start_images or start_images(target, count, len(problem.public.images))
+        most = config.start_images or start_images(target, count, max(NEAR_PAIRS, len(problem.public.images)))
         config = replace(config, start_images=most)
         problem = replace(problem, public=replace(problem.public, most=most, precision=config.precision))
 

@@ -16,13 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
 from r2f_ext.kernel_solver import RidgeSystem, best_ridge
 from r2f_ext.linalg import gram, sum_in_place
-from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training
-from r2f_ext.progress import Advance, no_progress
-from r2f_ext.types import Reconstruction, Target
+from r2f_ext.types import Reconstruction
 
 GAMMAS = (0.25, 0.5, 1.0, 2.0)
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1)
@@ -211,122 +208,6 @@ class AmortisedInverter:
         """Cosine [V, n] of updates with the proxies' `rows`, averaged over layers."""
         parts = (unit_rows(updates[name]) @ unit[rows].mT for name, unit in self.units.items())
         return sum_in_place(parts).div_(len(self.units))
-
-
-@dataclass(frozen=True)
-class Amortised:
-    """The reconstruction by `invert_by_label`, and bool [V]: victims whose update resembles no proxy update."""
-
-    reconstruction: Reconstruction
-    far_from_proxy: Tensor
-
-
-def invert_by_label(
-    target: Target,
-    a: dict[str, Tensor],
-    proxy: ImageSet,
-    observed: dict[str, Tensor],
-    advance: Advance = no_progress,
-    precision: str = "float32",
-    labels: Tensor | None = None,
-    most: int | None = None,
-    training: Training | None = None,
-) -> Amortised:
-    """The amortised route at any proxy size: pairs are made label by label, only for the victims' labels.
-
-    If the proxy's labels are random, all its images are used for every label; otherwise only the images of the label.
-
-    Args:
-        a: name -> the victims' common A [r, d_in]; observed: name -> their updates [V, d_out, r].
-        advance: called with the number of pairs made.
-        precision: of the model (see `GeneratedPairs`).
-        labels: int64 [V], the victims'; None: found from up to LABEL_PAIRS further pairs.
-        most: maximum number of images per label; None: all are used. Their updates and kernel are in memory, for one
-            label at a time.
-        training: the victims' recipe, with one image each, which the pairs follow too; None: one plain step.
-
-    Raises:
-        R2FError: fewer than 20 images in the proxy, or `most` is less.
-    """
-    began = time.perf_counter()
-    if most is not None and most < MIN_PAIRS:
-        raise R2FError(f"pairs of only {most} images of a label fit into memory: use a machine with more.")
-    if labels is None:
-        first = proxy.take(torch.arange(min(LABEL_PAIRS, len(proxy))))
-        labels = _inverter(target, a, first, advance, precision, training).find_labels(observed)
-    images = labels.new_empty(len(labels), *target.base.input_shape, dtype=torch.float32)
-    far = torch.zeros_like(labels, dtype=torch.bool)
-    pairs = held_out = 0.0
-    errors: dict[int, Tensor] = {}
-    for label in labels.unique().tolist():
-        victims = labels == label
-        own = proxy_of_label(proxy, label, most)
-        inverter = _inverter(target, a, own, advance, precision, training)
-        part = {name: update[victims] for name, update in observed.items()}
-        found = inverter.invert(part, labels[victims])
-        images[victims], far[victims] = found.images, inverter.far_from_proxy(part, labels[victims])
-        errors |= found.loo_errors
-        share = float(victims.float().mean())
-        pairs += share * found.details["pairs_a_victim"]
-        held_out += share * found.details["held_out_psnr_db"]
-        del inverter  # before the next one takes as much memory
-    why = f"statistical estimate by kernel ridge from {pairs:.0f} proxy pairs of the victim's label"
-    if most is not None and pairs_by_label(proxy, labels, None) > pairs_by_label(proxy, labels, most):
-        why += f"; of its images no more than {most} were used, as many as fit into memory"
-    details = {"held_out_psnr_db": held_out, "pairs_a_victim": pairs}
-    reconstruction = Reconstruction(
-        "amortised", images, labels, why, time.perf_counter() - began, details, loo_errors=errors
-    )
-    return Amortised(reconstruction, far)
-
-
-def pairs_by_label(proxy: ImageSet, labels: Tensor, most: int | None) -> int:
-    """How many pairs `invert_by_label` makes for victims of these labels [V]."""
-    return sum(len(_rows_of_label(proxy, label, most)) for label in labels.unique().tolist())
-
-
-def proxy_of_label(proxy: ImageSet, label: int, most: int | None = None) -> ImageSet:
-    """Images of `proxy` to fit the regression for `label` to: those of the label, or all if fewer than OWN_PAIRS have
-    it.
-
-    Args:
-        most: a random choice of this many, if there are more.
-    """
-    chosen = proxy.take(_rows_of_label(proxy, label, most))
-    return chosen.relabelled(label) if proxy.random_labels else chosen
-
-
-def _rows_of_label(proxy: ImageSet, label: int, most: int | None) -> Tensor:
-    rows = torch.arange(len(proxy))
-    if not proxy.random_labels:
-        own = torch.nonzero(proxy.labels == label).flatten()
-        rows = own if len(own) >= OWN_PAIRS else rows
-    if most is None or most >= len(rows):
-        return rows
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]].sort().values
-
-
-def _inverter(
-    target: Target,
-    a: dict[str, Tensor],
-    proxy: ImageSet,
-    advance: Advance,
-    precision: str,
-    training: Training | None,
-) -> AmortisedInverter:
-    pairs: GeneratedPairs | SimulatedPairs = GeneratedPairs(target, a, proxy, precision=precision)
-    if training is not None:
-        pairs = SimulatedPairs(target, a, proxy, training, precision=precision)
-    parts: dict[str, list[Tensor]] = {name: [] for name in target.names}
-    for batch in pairs.batches():
-        for name, update in batch.updates.items():
-            parts[name].append(update.flatten(1))
-        advance(len(batch.labels))
-    # Concatenated layer by layer, which frees the parts early: peak memory stays below two copies of all updates.
-    updates = {name: torch.cat(parts.pop(name)) for name in target.names}
-    device = target.base.device
-    images, labels = proxy.batch(slice(None), device), proxy.labels.to(device)
-    return AmortisedInverter(updates, images, labels, target.base.num_classes)
 
 
 def unit_rows(update: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from r2f_ext.data import ImageSet
+from r2f_ext.data import ImageSet, ProxyImages
 from r2f_ext.decoders import stack_updates
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.inversion.geometry import PATCH_WEIGHT, POSITIONS, measured_tokens, structural_tokens
@@ -94,13 +94,22 @@ class Public:
 
     Attributes:
         images: none of them is private.
+        generated: more images, for any label, that are made when they are needed; None: there are none.
+        private: uint8 [n, c, h, w], not to be used where `generated` holds them; None: not known.
         most: images of one label whose pairs fit into memory; None: all.
         precision: of the model when pairs are made of them (see `GeneratedPairs`).
     """
 
     images: ImageSet
+    generated: ProxyImages | None = None
+    private: Tensor | None = None
     most: int | None = None
     precision: str = "float32"
+
+    @property
+    def fingerprint(self) -> tuple[str, str]:
+        """Of the images, and of those that are generated."""
+        return self.images.fingerprint, "" if self.generated is None else self.generated.fingerprint
 
 
 @dataclass(frozen=True)

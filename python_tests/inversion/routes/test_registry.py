@@ -89,6 +89,7 @@ def test_the_start_of_a_refused_route_is_not_run():
     assert set(with_earlier(["gauss_newton"], verdicts_of(problem))) == {
         "amortised",
         "amortised_by_label",
+        "amortised_nearby",
         "gauss_newton",
     }
     assert needs("public", ["gauss_newton"], verdicts_of(problem))

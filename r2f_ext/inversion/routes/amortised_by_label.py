@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from r2f_ext.inversion.amortised import invert_by_label, pairs_by_label
 from r2f_ext.inversion.counting import search_verdict
+from r2f_ext.inversion.label_by_label import invert_by_label, pairs_by_label
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction

@@ -23,7 +23,7 @@ class GaussNewton(Route):
         "base and head can run it."
     )
     reads = ("target", "a", "observed")
-    after = ("amortised_by_label", "amortised")
+    after = ("amortised_nearby", "amortised_by_label", "amortised")
     by_default = False
 
     def verdict(self, problem: Problem) -> Verdict:
