@@ -22,8 +22,8 @@ class AuditConfig:
         refinement: LoRA-space matching from the amortised estimate.
         routes: names of routes to run, with those that they start from; None: the default ones.
         gauss_newton: also search for the exact images; a few minutes an adapter of the embedded model on 2 cores.
-        start_images: most public images of one label that the search's start is made from; None: as many as fit into
-            memory.
+        start_images: most images of one label that make pairs for an estimate that the search may start from; None: as
+            many as fit into memory.
         search: settings of the Gauss-Newton search, among them the limit of its time. Its seed is replaced by `seed`,
             because a command line, which repeats the audit, has one seed.
         precision: of the model when pairs are made, "float32", "tf32" or "bfloat16" (see GeneratedPairs).

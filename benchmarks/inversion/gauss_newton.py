@@ -1,12 +1,12 @@
 """Gauss-Newton in LoRA space from one-step adapters alone: how many images come back exactly, and when it fails.
 
-    python benchmarks/inversion/gauss_newton.py --json benchmarks/results/0.1.0/gauss_newton.json
+    python benchmarks/inversion/gauss_newton.py --json FILE
 
 Real PEFT adapters (r = 8, all linear layers, one SGD step, float32 files), one for each of the first --victims
-Fashion-MNIST test images; start: the amortised route on the proxy of --proxy. The originals are used for the scores
-only. On a CPU victims are divided among --workers processes of one thread each, up to CHUNK at a time: `seconds` are
-those of one thread. Rows are written as a process ends its victims, and those that are in the file already are not
-computed again. Other kinds of victims: gauss_newton_variants.py.
+Fashion-MNIST test images; start: `amortised_nearby` on --proxy. The originals are used for the scores only. On a CPU
+victims are divided among --workers processes of one thread each, up to CHUNK at a time: `seconds` are those of one
+thread. Rows are written as a process ends its victims, and those that are in the file already are not computed again.
+Other kinds of victims: gauss_newton_variants.py.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ from r2f_ext.inversion.update_map import SUBSPACE_IMAGES, Subspace
 from r2f_ext.models import attach, load_base, read_adapter
 from r2f_ext.types import BaseModel, Reconstruction, Target
 
+CASE = "peft, nearby"  # of the rows; those of earlier records, "peft", start from the first estimate
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -74,6 +76,8 @@ def main() -> None:
     base, path = load_base(device=options.device), Path(options.json)
     config = GaussNewtonConfig(minutes=options.minutes)
     record = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
+    if any(row["case"] != CASE for row in record["rows"]):
+        parser.error(f"{path} holds searches from other starts: name another file.")
     done = {row["victim"] - options.first for row in record["rows"]}
     missing = [v for v in options.only or range(options.victims) if v not in done]
     if missing:
@@ -85,12 +89,12 @@ def main() -> None:
                 write_atomically(file, lambda temporary: torch.save(problem, temporary))
             rows = side_by_side(file, missing, config) if options.device == "cuda" else run(file, missing, options)
             for row in rows:
-                record["rows"].append({"case": "peft", **row, "victim": row["victim"] + options.first})
-                record["summary"]["peft"] = summary(record["rows"])
+                record["rows"].append({"case": CASE, **row, "victim": row["victim"] + options.first})
+                record["summary"][CASE] = summary(record["rows"])
                 write_json(path, record)
-    record["summary"]["peft"] = summary(record["rows"])
+    record["summary"][CASE] = summary(record["rows"])
     write_json(path, record)
-    print(record["summary"]["peft"], flush=True)
+    print(record["summary"][CASE], flush=True)
 
 
 def some_private(name: str, first: int, count: int) -> ImageSet:
@@ -116,7 +120,7 @@ def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], pr
     began = time.perf_counter()
     first = invert_by_label(target, a, public, observed).reconstruction
     generated = generated_nearby(target.base, 0) if proxy == ProceduralStream.name else None
-    start = invert_nearby(target, a, public, observed, first, generated)
+    start = invert_nearby(target, a, public, observed, first, generated, private.images)
     some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public)))).batch(slice(None), device)
     begun, originals = start_among(some, start), private.batch(slice(None), device)
     print(

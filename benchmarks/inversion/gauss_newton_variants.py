@@ -2,15 +2,14 @@
 
     python benchmarks/inversion/gauss_newton_variants.py --list
     python benchmarks/inversion/gauss_newton_variants.py --only "T = 2" "b = 2" --json FILE
-    python benchmarks/inversion/gauss_newton_variants.py --starts amortised --victims 20 --device cuda --json FILE
+    python benchmarks/inversion/gauss_newton_variants.py --starts nearby --victims 20 --device cuda --json FILE
 
 Victims are trained by `simulate`, which equals PEFT. The attacker knows A before the first step, and also the recipe,
 unless a victim takes one plain step, whose update the recipe only scales. Each victim is searched for from two starts:
-`amortised`, the start of an attacker, for victims that own one image, fitted to pairs that are trained by the victim's
-recipe; and `oracle`, the original plus smooth noise at --oracle-db, with the true label. The oracle is not an attack:
-it separates the reach of the search from the quality of the start. Searches for one plain step run side by side, the
-others one by one. Rows are written as they come; those in the file are not
-computed again.
+`nearby`, the start of an attacker (route `amortised_nearby`), for victims that own one image, from pairs that are
+trained by the victim's recipe; and `oracle`, the original plus smooth noise at --oracle-db, with the true label. The
+oracle is not an attack: it separates the reach of the search from the quality of the start. Searches for one plain step
+run side by side, the others one by one. Rows are written as they come; those in the file are not computed again.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class Case:
     exact_gradients: bool = False
 
     @property
-    def has_amortised(self) -> bool:
+    def has_estimate(self) -> bool:
         """Whether the amortised route applies: one image, and an adapter."""
         return self.training.owned == 1 and not self.exact_gradients
 
@@ -141,7 +140,7 @@ def main() -> None:
     parser = json_parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(CASES), help="cases, see --list")
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
-    parser.add_argument("--starts", nargs="+", choices=("amortised", "oracle"), default=["amortised", "oracle"])
+    parser.add_argument("--starts", nargs="+", choices=("nearby", "oracle"), default=["nearby", "oracle"])
     parser.add_argument("--victims", type=int, default=8)
     parser.add_argument("--numbers", type=int, nargs="+", metavar="N", help="only these of the victims; from 0 on")
     parser.add_argument("--proxy", default="fashion-mnist")
@@ -179,7 +178,7 @@ def main() -> None:
 def rows_of(name: str, known: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of a case that are not known yet, as they come."""
     case = CASES[name]
-    wanted = [s for s in options.starts if s == "oracle" or case.has_amortised]
+    wanted = [s for s in options.starts if s == "oracle" or case.has_estimate]
     done = {(row["start"], row["victim"]) for row in known if row["case"] == name}
     victims = range(options.victims) if options.numbers is None else options.numbers
     missing = {start: [victim for victim in victims if (start, victim) not in done] for start in wanted}
@@ -223,14 +222,14 @@ def posed(case: Case, options: argparse.Namespace, starts: list[str]) -> Problem
     victims = begun = None
     if not case.exact_gradients:
         victims = stored(simulate(target, a0, images, labels, case.training), case.storage)
-    if victims is not None and "amortised" in starts:
-        begun = start_among(some, estimated(case, target, a0, victims, public, options.start_images))
+    if victims is not None and "nearby" in starts:
+        begun = start_among(some, estimated(case, target, a0, victims, public, private, options.start_images))
     subspace = Subspace.of(some) if begun is None else begun.subspace
     made = {"oracle": Start(near(images, subspace, options.oracle_db), labels)}
     if begun is not None:
         found = begun.estimate
         assert found.labels is not None
-        made["amortised"] = Start(found.images[:, None], found.labels[:, None], found.loo_errors)
+        made["nearby"] = Start(found.images[:, None], found.labels[:, None], found.loo_errors)
     config = GaussNewtonConfig(passes=options.passes, minutes=options.minutes)
     if victims is None:
         search = one_by_one(from_gradients(target, images, labels, subspace, options.passes))
@@ -334,15 +333,21 @@ def from_gradients(target: Target, images: Tensor, labels: Tensor, subspace: Sub
 
 
 def estimated(
-    case: Case, target: Target, a0: dict[str, Tensor], victims: Victims, public: ImageSet, most: int | None
+    case: Case,
+    target: Target,
+    a0: dict[str, Tensor],
+    victims: Victims,
+    public: ImageSet,
+    private: ImageSet,
+    most: int | None,
 ) -> Reconstruction:
     """The estimate of the route `amortised_nearby` from pairs of the victims' recipe."""
     began = time.perf_counter()
     observed = {name: -b for name, b in victims.b.items()}
     training = None if case.training == ONE_STEP else case.training
     first = invert_by_label(target, a0, public, observed, most=most, training=training).reconstruction
-    generated = generated_nearby(target.base, 0) if case.proxy == ProceduralStream.name else None
-    found = invert_nearby(target, a0, public, observed, first, generated, most=most, training=training)
+    generated = generated_nearby(target.base, 0) if public.name == ProceduralStream.name else None
+    found = invert_nearby(target, a0, public, observed, first, generated, private.images, most=most, training=training)
     print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
     return found
 

@@ -3,7 +3,8 @@
     python benchmarks/inversion/nearby.py --proxy embedded --json FILE
     python benchmarks/inversion/nearby.py --private lfw --first 0 --victims 100 --proxy procedural --json FILE
 
-Victims take one plain step (r = 8); the labels are found from their updates. One row a victim is added to the file.
+Victims take one plain step (r = 8); the labels are found from their updates. One row a victim is added
+to the file, in place of all of the same two sets.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def main() -> None:
     options = parser.parse_args()
     base = embedded(options.device)
     numbers = torch.arange(options.first, options.first + options.victims)
-    private = load_images(options.private, role="private", count=int(numbers[-1]) + 1).take(numbers)
+    private = load_images(options.private, role="private", count=int(numbers[-1]) + 1)
+    if len(private) <= int(numbers[-1]):
+        parser.error(f"'{options.private}' has only {len(private)} images: see --first and --victims")
+    private = private.take(numbers)
     public = drop_private(load_images(options.proxy), private)
     generated = generated_nearby(base, 0) if options.proxy == ProceduralStream.name else None
     case, images = CASES["default"], private.batch(slice(None), base.device)
@@ -57,6 +61,7 @@ def main() -> None:
     if options.json:
         path = Path(options.json)
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = [row for row in rows if (row["private"], row["proxy"]) != (options.private, options.proxy)]
         for number, before, after in zip(numbers.tolist(), *(each.tolist() for each in starts), strict=True):
             known = {"private": options.private, "proxy": options.proxy, "victim": number}
             rows.append({**known, "first_psnr_db": before, "near_psnr_db": after})

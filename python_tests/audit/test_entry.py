@@ -13,11 +13,11 @@ import r2f_ext.audit.entry as module
 from r2f_ext.audit import audit
 from r2f_ext.audit.report import NOT_ASKED
 from r2f_ext.config import AuditConfig
-from r2f_ext.data import images_for, load_images
+from r2f_ext.data import images_for, load_images, unseen_rows
 from r2f_ext.data.load import DEFAULT_COUNT
 from r2f_ext.decoders import Projection, Ridge, RowLMMSE
 from r2f_ext.errors import R2FError
-from r2f_ext.inversion import near_images
+from r2f_ext.inversion import label_by_label, near_images
 from r2f_ext.inversion.matching import MatchingConfig
 from r2f_ext.inversion.routes import registry
 from r2f_ext.inversion.routes.amortised_refined import AmortisedRefined
@@ -121,6 +121,25 @@ def test_a_generated_proxy_is_searched_for_images_near_the_estimate(adapter_fold
     *_, first, second = report.sets[0].reconstructions
     assert (first.route, second.route) == ("amortised_by_label", "amortised_nearby")
     assert second.details["near_pairs"] == 700 and round(first.details["pairs_a_victim"]) == 60
+
+
+def test_no_private_image_among_generated_ones_makes_a_pair(adapter_folder, monkeypatch):
+    private, used, made = load_images("embedded", role="private", count=1), [], label_by_label._inverter
+    pool = replace(load_images("embedded", count=300), random_labels=True)
+    pool = replace(pool, images=torch.cat([private.images, pool.images]), labels=torch.zeros(301, dtype=torch.int64))
+    monkeypatch.setitem(DEFAULT_COUNT, "proxy", 30)
+    monkeypatch.setattr(module, "generated_nearby", lambda base, seed: pool)
+
+    def recording(target, a, proxy, *others):
+        used.append(len(proxy) - len(unseen_rows(proxy.images, private.images)))
+        return made(target, a, proxy, *others)
+
+    monkeypatch.setattr(label_by_label, "_inverter", recording)
+    config = replace(CONFIG, routes=("amortised_nearby",))
+    audit([adapter_folder], proxy="procedural", private="embedded:0", config=config)
+    assert used == [0, 0]  # of the first and of the second estimate
+    audit([adapter_folder], proxy="procedural", config=config)
+    assert used[2:] == [0, 1]  # nobody said that it is private
 
 
 def test_a_proxy_that_cannot_be_loaded_whole_leaves_the_start_to_the_pairs(adapter_folder, monkeypatch):

@@ -100,6 +100,32 @@ def test_pairs_are_as_many_as_fit_into_memory(victims, recorded):
     assert 30 <= found.details["near_pairs"] <= 60
 
 
+def test_many_victims_of_one_label_leave_the_others_their_pairs(victims, recorded):
+    """Label 1 has two victims, the others one each; a limit holds for all victims of a label together."""
+    target, a, private, observed, public = victims
+    first = Reconstruction("", private.batch(slice(None)), private.labels, "", 0.0)
+    invert_nearby(target, a, public, observed, first, near(private, 60, 0.1), most=50)
+    assert [int(used.labels[0]) for used in recorded] == [1, 2, 6]
+    assert [len(used) for used in recorded] == [50, 50, 50]
+    recorded.clear()
+    invert_nearby(target, a, public, observed, first, near(private, 60, 0.1), most=20)  # 20 for each of the two
+    assert [len(used) for used in recorded] == [20, 20, 20]
+    with pytest.raises(R2FError, match="pairs of only 19 images of a label fit into memory"):
+        invert_nearby(target, a, public, observed, first, near(private, 60, 0.1), most=19)
+
+
+def test_labels_that_say_nothing_share_their_candidates(victims, recorded):
+    target, a, private, observed, _ = victims
+    first, told, public = (
+        Reconstruction("", private.batch(slice(None)), private.labels, "", 0.0),
+        [],
+        near(private, 9, 0.1),
+    )
+    invert_nearby(target, a, public, observed, first, advance=told.append)
+    assert sum(told) == candidates_nearby(public, private.labels, None) == VARIANTS * len(public)
+    assert [int(used.labels[0]) for used in recorded] == [1, 2, 6]
+
+
 def test_too_few_candidates_are_refused(victims):
     target, a, private, observed, public = victims
     first = Reconstruction("", private.batch(slice(None)), private.labels, "", 0.0)

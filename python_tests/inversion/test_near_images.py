@@ -19,22 +19,28 @@ def pool():
 @pytest.mark.parametrize("chunk", [7, 64, 300])
 def test_the_nearest_are_those_of_a_full_sort(pool, chunk):
     estimates = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    images, places = near_images(pool.split(chunk), estimates, 20)
-    exact = (estimates[:, None].double() - pool.double() / 255).square().flatten(2).sum(2).argsort(1)[:, :20]
-    assert places.shape == (5, 20) and images.dtype == torch.uint8
-    assert torch.equal(images[places], pool[exact])
-    assert len(images) == len(exact.unique()) and len(images.unique(dim=0)) == len(images)
+    counts = torch.tensor([20, 1, 20, 7, 30])
+    images, places = near_images(pool.split(chunk), estimates, counts)
+    order = (estimates[:, None].double() - pool.double() / 255).square().flatten(2).sum(2).argsort(1)
+    exact = [row[:count] for row, count in zip(order, counts, strict=True)]
+    assert images.dtype == torch.uint8 and len(images) == len(torch.cat(exact).unique())
+    for found, expected in zip(places, exact, strict=True):
+        assert torch.equal(images[found], pool[expected])
 
 
 def test_with_fewer_candidates_all_are_taken(pool):
-    images, places = near_images(pool[:10].split(4), torch.rand(2, 3, 8, 8), 20)
-    assert torch.equal(images, pool[:10]) and torch.equal(places.sort(1).values, torch.arange(10).expand(2, -1))
+    images, places = near_images(pool[:10].split(4), torch.rand(2, 3, 8, 8), torch.tensor([20, 20]))
+    assert torch.equal(images, pool[:10]) and all(place.sort().values.tolist() == [*range(10)] for place in places)
 
 
 def test_variants_are_flipped_and_shifted_images(pool, monkeypatch):
     monkeypatch.setattr(module, "GAINS", (1.0, 1.0))
     monkeypatch.setattr(module, "CHUNK", 128)
-    made = torch.cat(list(variants(pool))).unflatten(0, (VARIANTS, len(pool)))
+    pool = torch.cat([pool, pool[:9]])
+    chunks = list(variants(pool, torch.arange(300)))
+    assert max(map(len, chunks)) == 128
+    pool = pool[:300]
+    made = torch.cat(chunks).unflatten(0, (VARIANTS, len(pool)))
     assert torch.equal(made[0], pool)
     inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
     expected = [
@@ -52,7 +58,7 @@ def test_variants_are_flipped_and_shifted_images(pool, monkeypatch):
 
 
 def test_gains_vary_and_are_the_same_in_every_call(pool):
-    first, again = (torch.cat(list(variants(pool))) for _ in range(2))
+    first, again = (torch.cat(list(variants(pool, torch.arange(len(pool))))) for _ in range(2))
     assert torch.equal(first, again) and torch.equal(first[: len(pool)], pool)
     flipped = first.unflatten(0, (VARIANTS, len(pool)))[VARIANTS // 2]  # not shifted
     gains = flipped.float().flatten(1).sum(1) / pool.float().flatten(1).sum(1)
@@ -61,7 +67,13 @@ def test_gains_vary_and_are_the_same_in_every_call(pool):
 
 def test_generated_candidates_are_the_stream_s_images():
     small = ProceduralStream(600, (3, 8, 8), 10)
-    assert torch.equal(torch.cat(list(streamed(small))), procedural_images(600, (3, 8, 8)))
+    assert torch.equal(torch.cat(list(streamed(small, (3, 8, 8)))), procedural_images(600, (3, 8, 8)))
+
+
+def test_large_images_are_compared_in_smaller_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 40)
+    images = torch.zeros(30, 1, 64, 96, dtype=torch.uint8)
+    assert {len(chunk) for chunk in variants(images, torch.arange(30))} == {20, 10}
 
 
 def test_of_large_images_fewer_are_generated():

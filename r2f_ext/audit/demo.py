@@ -128,7 +128,7 @@ def _searched(
     """The first SEARCHED victims of an audit by Gauss-Newton, from every image that the package ships.
 
     Returns:
-        (one set with the search and its start, or none where both failed or the amortised route, which finds the
+        (one set with the search and its starts, or none where both failed or the amortised route, which finds the
         labels, did; routes that did not run -> the reason).
     """
     target, first = result.problem.target, slice(0, SEARCHED)

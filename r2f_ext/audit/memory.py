@@ -54,7 +54,7 @@ def fit_to_memory(
 
 
 def start_images(target: Target, count: int, public: int, free: int | None = None) -> int:
-    """How many of `public` images of one label fit into memory for Gauss-Newton's start, beside `count` proxy pairs.
+    """How many images of a label, of at most `public`, fit into memory for Gauss-Newton's start, beside `count` pairs.
 
     Args:
         free: available memory in bytes; None: that of the system.

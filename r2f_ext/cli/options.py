@@ -210,7 +210,8 @@ def _audit(commands: Commands) -> None:
     _gauss_newton(
         command,
         "it starts from all images of --proxy with the adapter's label (procedural ones, whatever the label: 8000, or "
-        "--count if that is more), not only from --count pairs",
+        "--count if that is more), not only from --count pairs, and then from those most like this first estimate, "
+        "among their variants or more generated ones",
     )
     _initial(command)
     _precision(command)

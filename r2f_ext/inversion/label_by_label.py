@@ -21,8 +21,8 @@ from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training
 from r2f_ext.progress import Advance, no_progress
 from r2f_ext.types import Reconstruction, Target
 
-# Most images near one estimate that make pairs, and most for all estimates of a label; where a label has fewer images,
-# as many as it has, but not less than NEAR_LEAST.
+# Most images near one estimate that make pairs, and most for all estimates of a label: at most as many as the label has
+# images, but if these are fewer than NEAR_LEAST, up to so many.
 NEAR_EACH, NEAR_PAIRS, NEAR_LEAST = 4000, 8000, 1000
 
 
@@ -62,8 +62,7 @@ def invert_by_label(
         R2FError: fewer than 20 images in the proxy, or `most` is less.
     """
     began = time.perf_counter()
-    if most is not None and most < MIN_PAIRS:
-        raise R2FError(f"pairs of only {most} images of a label fit into memory: use a machine with more.")
+    _check_most(most)
     if labels is None:
         first = proxy.take(torch.arange(min(LABEL_PAIRS, len(proxy))))
         labels = _inverter(target, a, first, advance, precision, training).find_labels(observed)
@@ -108,8 +107,8 @@ def invert_nearby(
 ) -> Reconstruction:
     """A second estimate: kernel ridge on pairs of those images that are nearest to the first one.
 
-    They are chosen among `generated` images or, where there are none, among the variants of the images of the victim's
-    label (see `near_images`). Far more candidates than pairs thus serve the estimate.
+    They are chosen among `generated` images or, where there are none, among the variants of those images of `proxy`
+    that `invert_by_label` uses for the label (see `near_images.variants`).
 
     Args:
         first: images [V, c, h, w] and labels [V]. Its `loo_errors` stay: images near the estimate are estimated better
@@ -124,6 +123,7 @@ def invert_nearby(
     """
     began, images, pairs = time.perf_counter(), first.images.clone(), 0.0
     assert first.labels is not None
+    _check_most(most)
     for label, victims, near in _near(proxy, first, generated, most, advance):
         near = near if private is None else near[unseen_rows(near, private)]
         chosen = ImageSet(proxy.name, near, torch.full((len(near),), label))
@@ -133,39 +133,51 @@ def invert_nearby(
         pairs += float(victims.float().mean()) * len(near)
         del inverter  # before the next one takes as much memory
     why = f"statistical estimate by kernel ridge from {pairs:.0f} public images that are near an earlier estimate"
-    details = {**first.details, "near_pairs": pairs}
-    return replace(first, images=images, why=why, seconds=time.perf_counter() - began, details=details)
+    return replace(first, images=images, why=why, seconds=time.perf_counter() - began, details={"near_pairs": pairs})
 
 
 def candidates_nearby(proxy: ImageSet, labels: Tensor, generated: ProxyImages | None) -> int:
     """How many candidates `invert_nearby` compares for victims of these labels [V]."""
     if generated is not None:
         return len(generated)
-    return VARIANTS * sum(len(_rows_of_label(proxy, label, None)) for label in labels.unique().tolist())
+    return VARIANTS * sum(len(_rows_of_label(proxy, one[0], None)) for one in _screened(proxy, labels, False))
 
 
 def _near(
     proxy: ImageSet, first: Reconstruction, generated: ProxyImages | None, most: int | None, advance: Advance
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each label, its victims, bool [V], and the images near their estimates, uint8 [n, c, h, w]."""
-    assert first.labels is not None
-    of_labels = {label: first.labels == label for label in first.labels.unique().tolist()}
-    rows = {label: _rows_of_label(proxy, label, None) for label in of_labels}
-    each = {label: _near_each(int(victims.sum()), len(rows[label]), most) for label, victims in of_labels.items()}
-    if generated is not None:  # compared with all estimates at once, because making images takes longest
-        images, places = near_images(_counted(streamed(generated), advance), first.images, min(each.values()))
-        yield from ((label, own, images[places[own.cpu()].unique()]) for label, own in of_labels.items())
-        return
-    for label, victims in of_labels.items():
-        candidates = _counted(variants(proxy.images[rows[label]]), advance)
-        yield label, victims, near_images(candidates, first.images[victims], each[label])[0]
+    """Each label, its victims, bool [V], and the images near their estimates, uint8 [n, c, h, w], the nearest first."""
+    labels, shape = first.labels, first.images.shape[1:]
+    assert labels is not None
+    for group in _screened(proxy, labels, generated is not None):
+        rows = _rows_of_label(proxy, group[0], None)
+        limit = min(NEAR_PAIRS, max(NEAR_LEAST, len(rows)))
+        limit = limit if most is None else min(limit, most)
+        candidates = variants(proxy.images, rows) if generated is None else streamed(generated, shape)
+        together = torch.isin(labels, labels.new_tensor(group))
+        own = labels[together].cpu()
+        counts = torch.stack([_near_each(int((own == label).sum()), limit) for label in own])
+        images, places = near_images(_counted(candidates, advance), first.images[together], counts)
+        for label in group:
+            of_label = torch.stack([place for place, its in zip(places, own.tolist(), strict=True) if its == label])
+            nearest_first = list(dict.fromkeys(of_label.T.flatten().tolist()))
+            yield label, labels == label, images[nearest_first[:limit]]
 
 
-def _near_each(victims: int, images: int, most: int | None) -> int:
-    """How many images near each estimate of a label make pairs; `images`: of the label, `most`: see `Public`."""
-    limit = min(NEAR_PAIRS, max(NEAR_LEAST, images))
-    limit = limit if most is None else min(limit, most)
-    return max(MIN_PAIRS, min(NEAR_EACH, limit // victims))
+def _screened(proxy: ImageSet, labels: Tensor, generated: bool) -> list[list[int]]:
+    """The labels [V] in groups that have the same candidates."""
+    found = labels.unique().tolist()
+    return [found] if generated or proxy.random_labels else [[label] for label in found]
+
+
+def _near_each(victims: int, limit: int) -> Tensor:
+    """How many images near each of this many estimates of a label make pairs; `limit`: for all of them."""
+    return torch.tensor(max(MIN_PAIRS, min(NEAR_EACH, limit // victims)))
+
+
+def _check_most(most: int | None) -> None:
+    if most is not None and most < MIN_PAIRS:
+        raise R2FError(f"pairs of only {most} images of a label fit into memory: use a machine with more.")
 
 
 def _counted(chunks: Iterator[Tensor], advance: Advance) -> Iterator[Tensor]:

@@ -95,7 +95,7 @@ class Public:
     Attributes:
         images: none of them is private.
         generated: more images, for any label, that are made when they are needed; None: there are none.
-        private: uint8 [n, c, h, w], not to be used where `generated` holds them; None: not known.
+        private: uint8 [n, c, h, w], not used even if generated or made as variants; None: not known.
         most: images of one label whose pairs fit into memory; None: all.
         precision: of the model when pairs are made of them (see `GeneratedPairs`).
     """

@@ -94,6 +94,6 @@ def remarked(found: Reconstruction, remark: str) -> Reconstruction:
 
 
 def best_estimate(problem: Problem, routes: Sequence[str]) -> Reconstruction:
-    """Among the estimates that these routes found, the one from most pairs of a victim's label."""
+    """Among the estimates that these routes found, the second one, or else that from most pairs of a victim's label."""
     found = [problem.found[name] for name in routes if name in problem.found]
-    return max(found, key=lambda each: each.details.get("pairs_a_victim", 0.0))
+    return max(found, key=lambda each: ("near_pairs" in each.details, each.details.get("pairs_a_victim", 0.0)))

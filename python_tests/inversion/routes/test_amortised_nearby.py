@@ -20,6 +20,10 @@ def test_it_follows_the_first_estimate_and_searches_start_from_it(labelled):
     assert second.labels.tolist() == [3, 1, 3] and set(second.loo_errors) == {1, 3}
     both = replace(labelled, found={**labelled.found, first.route: first, second.route: second})
     assert best_estimate(both, GaussNewton.after) is second
+    # `amortised` counts the pairs of all labels where few have the victim's.
+    crowded = replace(both.found["amortised"], details={"pairs_a_victim": 1e6})
+    more = replace(both, found={**both.found, "amortised": crowded})
+    assert best_estimate(more, GaussNewton.after) is second
 
 
 def test_all_units_are_reported(labelled):
@@ -33,7 +37,7 @@ def test_all_units_are_reported(labelled):
         told.clear()
         found = route.run(posed, told.append)
         assert sum(told) == route.units(posed) == (18 * 360 if generated is None else 70)
-        assert found.details["pairs_a_victim"] == first.details["pairs_a_victim"]
+        assert found.details.keys() == {"near_pairs"}
 
 
 def test_without_images_beyond_the_pairs_it_says_so(labelled):

@@ -12,7 +12,7 @@ from r2f_ext.types import Reconstruction
 
 
 class AmortisedByLabel(Route):
-    """See `inversion/amortised.py`; pairs are made and held in memory for one label at a time."""
+    """See `inversion/label_by_label.py`; pairs are made and held in memory for one label at a time."""
 
     name = "amortised_by_label"
     title = "amortised, label by label"

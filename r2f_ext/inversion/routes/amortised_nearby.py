@@ -29,6 +29,7 @@ class AmortisedNearby(Route):
         return search_verdict(problem, self.name, description)
 
     def units(self, problem: Problem) -> int:
+        """The candidates that are compared; pairs and fits follow them."""
         public, labels = problem.public, problem.found["amortised_by_label"].labels
         assert public is not None and labels is not None
         return candidates_nearby(public.images, labels, public.generated)
