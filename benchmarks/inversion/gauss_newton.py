@@ -32,7 +32,7 @@ from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import mean_interval, psnr_db
 from r2f_ext.audit.victims import VictimConfig, train_victims
-from r2f_ext.data import ImageSet, ProceduralStream, drop_private, load_images
+from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.decoders import stack_updates
 from r2f_ext.files import write_atomically
 from r2f_ext.inversion import gauss_newton as module
@@ -119,7 +119,7 @@ def attack(target: Target, a: dict[str, Tensor], observed: dict[str, Tensor], pr
     public, device = drop_private(load_images(proxy, count=count), private), target.base.device
     began = time.perf_counter()
     first = invert_by_label(target, a, public, observed).reconstruction
-    generated = generated_nearby(target.base, 0) if proxy == ProceduralStream.name else None
+    generated = generated_nearby(target.base, proxy)
     start = invert_nearby(target, a, public, observed, first, generated, private.images)
     some = public.take(torch.arange(min(SUBSPACE_IMAGES, len(public)))).batch(slice(None), device)
     begun, originals = start_among(some, start), private.batch(slice(None), device)

@@ -34,7 +34,7 @@ from measure import json_parser, write_json
 from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
-from r2f_ext.data import ImageSet, ProceduralStream, drop_private, load_images
+from r2f_ext.data import ImageSet, drop_private, load_images
 from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.gauss_newton import gauss_newton
 from r2f_ext.inversion.label_by_label import invert_by_label, invert_nearby
@@ -346,7 +346,7 @@ def estimated(
     observed = {name: -b for name, b in victims.b.items()}
     training = None if case.training == ONE_STEP else case.training
     first = invert_by_label(target, a0, public, observed, most=most, training=training).reconstruction
-    generated = generated_nearby(target.base, 0) if public.name == ProceduralStream.name else None
+    generated = generated_nearby(target.base, public.name)
     found = invert_nearby(target, a0, public, observed, first, generated, private.images, most=most, training=training)
     print(f"amortised start: {time.perf_counter() - began:.0f} s", flush=True)
     return found

@@ -22,7 +22,7 @@ from gauss_newton_variants import CASES, embedded, initial_a, target_of
 from measure import json_parser, write_json
 
 from r2f_ext.audit.metrics import mean_interval, psnr_db
-from r2f_ext.data import ProceduralStream, drop_private, load_images
+from r2f_ext.data import drop_private, load_images
 from r2f_ext.inversion.label_by_label import invert_by_label, invert_nearby
 from r2f_ext.inversion.near_images import generated_nearby
 from r2f_ext.pairs import simulate
@@ -43,7 +43,7 @@ def main() -> None:
         parser.error(f"'{options.private}' has only {len(private)} images: see --first and --victims")
     private = private.take(numbers)
     public = drop_private(load_images(options.proxy), private)
-    generated = generated_nearby(base, 0) if options.proxy == ProceduralStream.name else None
+    generated = generated_nearby(base, options.proxy)
     case, images = CASES["default"], private.batch(slice(None), base.device)
     target = target_of(base, case)
     a = initial_a(target)

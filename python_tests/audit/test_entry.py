@@ -128,7 +128,7 @@ def test_no_private_image_among_generated_ones_makes_a_pair(adapter_folder, monk
     pool = replace(load_images("embedded", count=300), random_labels=True)
     pool = replace(pool, images=torch.cat([private.images, pool.images]), labels=torch.zeros(301, dtype=torch.int64))
     monkeypatch.setitem(DEFAULT_COUNT, "proxy", 30)
-    monkeypatch.setattr(module, "generated_nearby", lambda base, seed: pool)
+    monkeypatch.setattr(module, "generated_nearby", lambda base, proxy, seed: pool)
 
     def recording(target, a, proxy, *others):
         used.append(len(proxy) - len(unseen_rows(proxy.images, private.images)))

@@ -78,7 +78,9 @@ def test_large_images_are_compared_in_smaller_chunks(monkeypatch):
 
 def test_of_large_images_fewer_are_generated():
     def count(*shape):
-        return len(generated_nearby(SimpleNamespace(input_shape=shape, num_classes=10, device="cpu"), 0))
+        base = SimpleNamespace(input_shape=shape, num_classes=10, device="cpu")
+        assert generated_nearby(base, "fashion-mnist") is None
+        return len(generated_nearby(base, "procedural"))
 
     assert count(3, 32, 32) == count(1, 16, 16) == module.GENERATED
     assert count(3, 64, 64) == module.GENERATED // 4

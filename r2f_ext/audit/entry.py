@@ -15,7 +15,7 @@ from r2f_ext.audit.report import AuditReport
 from r2f_ext.audit.sets import set_report
 from r2f_ext.audit.write import replacing_report, write_report
 from r2f_ext.config import AuditConfig
-from r2f_ext.data import ImageSet, ProceduralStream, drop_private, images_for
+from r2f_ext.data import ImageSet, drop_private, images_for
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
 from r2f_ext.inversion.near_images import generated_nearby
@@ -152,7 +152,7 @@ def _public(
     whole = max(whole, images, key=len)  # more generated images may be asked for than are made by default
     if not (len(whole) > len(images) or whole.random_labels):
         return images, None
-    generated = generated_nearby(target.base, config.seed) if proxy == ProceduralStream.name else None
+    generated = generated_nearby(target.base, proxy, config.seed)
     return images, Public(whole, generated, None if originals is None else originals.images)
 
 

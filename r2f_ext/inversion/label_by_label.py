@@ -156,7 +156,7 @@ def _near(
         candidates = variants(proxy.images, rows) if generated is None else streamed(generated, shape)
         together = torch.isin(labels, labels.new_tensor(group))
         own = labels[together].cpu()
-        counts = torch.stack([_near_each(int((own == label).sum()), limit) for label in own])
+        counts = torch.tensor([_near_each(int((own == label).sum()), limit) for label in own])
         images, places = near_images(_counted(candidates, advance), first.images[together], counts)
         for label in group:
             of_label = torch.stack([place for place, its in zip(places, own.tolist(), strict=True) if its == label])
@@ -170,9 +170,9 @@ def _screened(proxy: ImageSet, labels: Tensor, generated: bool) -> list[list[int
     return [found] if generated or proxy.random_labels else [[label] for label in found]
 
 
-def _near_each(victims: int, limit: int) -> Tensor:
+def _near_each(victims: int, limit: int) -> int:
     """How many images near each of this many estimates of a label make pairs; `limit`: for all of them."""
-    return torch.tensor(max(MIN_PAIRS, min(NEAR_EACH, limit // victims)))
+    return max(MIN_PAIRS, min(NEAR_EACH, limit // victims))
 
 
 def _check_most(most: int | None) -> None:

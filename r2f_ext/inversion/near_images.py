@@ -54,8 +54,10 @@ def near_images(candidates: Iterable[Tensor], estimates: Tensor, counts: Tensor)
     return images, [torch.searchsorted(kept, row[:count].contiguous()) for row, count in own]
 
 
-def generated_nearby(base: BaseModel, seed: int) -> ProceduralStream:
-    """Generated images at a base's input size that serve as candidates."""
+def generated_nearby(base: BaseModel, proxy: str, seed: int = 0) -> ProceduralStream | None:
+    """Generated images at a base's input size that serve as candidates; None if the proxy of this name is another."""
+    if proxy != ProceduralStream.name:
+        return None
     count = GENERATED * SMALL // max(SMALL, prod(base.input_shape))
     return ProceduralStream(count, base.input_shape, base.num_classes, seed, base.device)
 
