@@ -19,6 +19,7 @@ LAYERS = (
         "malloc",
         "progress",
         "distributed",
+        "forked",
         "cuda_graph",
         "graph_optimizer",
         "ops",

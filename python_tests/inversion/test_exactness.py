@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from r2f_ext.inversion.exactness import (
-    EXPLAINED,
     Bound,
     bound_error,
     exactness_of,
     rounded,
     storage_precision,
 )
+from r2f_ext.inversion.pixel_axes import EXPLAINED
 from r2f_ext.types import Reconstruction
 
 PIXELS, LABEL = 40, torch.tensor([0])

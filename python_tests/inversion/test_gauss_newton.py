@@ -1,5 +1,6 @@
 """Gauss-Newton in LoRA space: on a small ViT in float64, against the images that the updates were made from."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,15 @@ from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import gauss_newton as module
 from r2f_ext.inversion.exactness import exactness_of
-from r2f_ext.inversion.gauss_newton import UpdateBound, _task_of, finished, gauss_newton, search
+from r2f_ext.inversion.gauss_newton import (
+    UpdateBound,
+    _task_of,
+    finished,
+    free_positions,
+    gauss_newton,
+    search,
+    searching_processes,
+)
 from r2f_ext.inversion.newton import SOLVED, Search
 from r2f_ext.inversion.task import NEAR, GaussNewtonConfig
 from r2f_ext.inversion.update_map import UpdateMap, flat_units
@@ -140,6 +149,29 @@ def test_searches_side_by_side_end_where_each_ends_alone(problem, monkeypatch):
     torch.testing.assert_close(together.images, alone.images, rtol=0, atol=1e-7)
     for figure in ("passes", "exact", "start_residual"):
         torch.testing.assert_close(together.per_victim[figure], alone.per_victim[figure])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+def test_searches_in_processes_of_their_own_end_where_they_end_here(problem, monkeypatch):
+    target, a, observed, images, labels, subspace = problem
+    start = start_near(images, labels, subspace, 0.3)
+    found = {}
+    for processes in (1, 2):
+        monkeypatch.setattr(module, "searching_processes", lambda *_, count=processes: count)
+        found[processes] = gauss_newton(target, a, observed, start, subspace)
+    torch.testing.assert_close(found[2].images, found[1].images, rtol=0, atol=1e-6)
+    assert found[2].details["exact"] == 2 and found[2].why == found[1].why
+
+
+def test_processes_are_as_many_as_threads_and_memory_allow(problem, monkeypatch):
+    target, a, observed, _, _, subspace = problem
+    asked = []
+    monkeypatch.setattr(module, "processes_for", lambda items, each: asked.append((items, each)) or 3)
+    updates = UpdateMap(target, a, SHAPE, 64)
+    positions = free_positions(updates, subspace)
+    assert searching_processes(updates, subspace, positions, 7) == 3
+    (items, each), numbers = asked[0], sum(update[0].numel() for update in observed.values())
+    assert items == 7 and each > 8 * positions.basis.shape[1] * numbers
 
 
 def task_of(problem, victim):

@@ -5,7 +5,8 @@ from math import log10
 import pytest
 import torch
 
-from r2f_ext.inversion.exactness import CEILING_DB, EXACT_DB, SAFETY
+from r2f_ext.inversion.exactness import CEILING_DB, EXACT_DB
+from r2f_ext.inversion.pixel_axes import SAFETY
 from r2f_ext.inversion.reconstruction import stack_victims
 from r2f_ext.types import Reconstruction
 

@@ -98,6 +98,27 @@ def test_searches_may_end_in_any_order():
     assert [line[-14:] for _, line in script.said] == ["0 exact so far", "0 exact so far", "1 exact so far"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+def test_processes_that_share_the_victims_change_nothing(tmp_path):
+    """The searches run elsewhere; figures, images, lines and files are the same."""
+    alone, files = Script(), SearchFiles(tmp_path, "gauss_newton", ("a" * 64, "b" * 64, "c" * 64))
+    expected, script = alone.run(), Script()
+    found = search_each("gauss_newton", START, one_by_one(script.find), script.bound, script.advance, None, files, 2)
+    assert not script.searched and not script.judged
+    assert torch.equal(found.images, expected.images) and (found.why, found.details) == (expected.why, expected.details)
+    for name, values in expected.per_victim.items():
+        torch.testing.assert_close(found.per_victim[name], values, equal_nan=True)
+    assert sorted(line.split("(")[1].split(";")[0] for _, line in script.said) == sorted(
+        line.split("(")[1].split(";")[0] for _, line in alone.said
+    )
+    files.path(1).unlink()
+    again = Script()
+    kept = search_each("gauss_newton", START, one_by_one(again.find), again.bound, again.advance, None, files, 2)
+    assert torch.equal(kept.images, expected.images)
+    assert sum(line.endswith("; it had ended in an earlier run") for _, line in again.said) == 2
+    assert files.read(1, START.images[1].flatten()) is not None
+
+
 def test_a_damaged_file_is_named_and_searched_anew(tmp_path):
     files = SearchFiles(tmp_path, "gauss_newton", ("a" * 64, "b" * 64, "c" * 64))
     Script().run(files)
@@ -155,7 +176,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         text=True,
         env={**os.environ, "PYTHONPATH": path},
     )
-    assert program.stdout is not None and program.stdout.readline().startswith("search 1 of 2 (victim 1): residual")
+    assert program.stdout is not None and program.stdout.readline().startswith("search 1 of 2 (victim ")
     program.send_signal(signal.SIGKILL)
     assert program.wait() == -signal.SIGKILL
     assert len(list(tmp_path.glob("search-gauss_newton-*.safetensors"))) >= 1

@@ -26,10 +26,11 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
+from r2f_ext.forked import processes_for
+from r2f_ext.inversion.descents import FREE_TOGETHER
 from r2f_ext.inversion.exactness import (
     DRAWS,
     Bound,
-    DenseMap,
     arithmetic_errors,
     bound_error,
     in_float64,
@@ -39,6 +40,7 @@ from r2f_ext.inversion.exactness import (
 from r2f_ext.inversion.geometry import PATCH_EMBED
 from r2f_ext.inversion.linearisation import Axes
 from r2f_ext.inversion.newton import ARRIVED, CREDIBLE, SOLVED, Search
+from r2f_ext.inversion.pixel_axes import DenseMap
 from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.saved_searches import SavedSearches, by_victim, files_of
 from r2f_ext.inversion.searches import search_each
@@ -241,7 +243,23 @@ def gauss_newton(
             yield victims[place], finished(alone, found)
 
     files = files_of(saved, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
-    return search_each(ROUTE, start, find, bound, advance, doubt, files)
+    processes = searching_processes(updates, subspace, positions, len(targets))
+    return search_each(ROUTE, start, find, bound, advance, doubt, files, processes)
+
+
+def searching_processes(updates: SearchMap, subspace: Subspace, positions: FreePositions | None, victims: int) -> int:
+    """How many processes share the searches of V victims: on a GPU one.
+
+    The largest pass of a victim is that with free positions, or the finish in float64. Each holds two copies of a
+    Jacobian, and about six matrices of the size of J^T J.
+    """
+    basis = subspace.basis
+    if basis.device.type == "cuda":
+        return 1
+    numbers = sum(layer.d_out * layer.rank for layer in updates.target.layers)
+    directions = basis.shape[1] if positions is None else positions.basis.shape[1]
+    jacobian = 8 * max(directions, 2 * basis.shape[1]) * numbers
+    return processes_for(victims, jacobian + FREE_TOGETHER * 48 * directions**2)
 
 
 def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Subspace) -> Task:

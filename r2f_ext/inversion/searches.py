@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from math import floor
 
 import torch
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
+from r2f_ext.forked import shared
 from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.saved_searches import SearchFiles
+from r2f_ext.inversion.side_by_side import CPU_TOGETHER
 from r2f_ext.progress import Advance
 from r2f_ext.types import Reconstruction
 
@@ -38,6 +41,7 @@ def search_each(
     advance: Advance,
     doubt: str | None = None,
     files: SearchFiles | None = None,
+    processes: int = 1,
 ) -> Reconstruction:
     """Run one search per victim; its image replaces the start if its residual is small or far below the start's.
 
@@ -49,13 +53,14 @@ def search_each(
         advance: called with 1 and a line after each victim.
         doubt: why none can be called exact, as a clause.
         files: where each search is kept once it has ended, and taken from if it is there; None: nowhere.
+        processes: that share the victims, see `forked.shared`.
 
     Returns:
         `per_victim` holds `residual`, `start_residual`, `passes`, `search_seconds`, `stopped` and `exact` (1 or 0),
         `bound_db`, `free_directions` and `misfit` (see `Bound`; NaN where not computed); `details` how many are exact.
 
     Raises:
-        R2FError: the start has no labels.
+        R2FError: the start has no labels, or a process was killed.
     """
     began = time.perf_counter()
     if start.labels is None:
@@ -64,29 +69,31 @@ def search_each(
         which, verb = ("search", "is") if unrelated == 1 else ("searches", "are")
         others = f"{unrelated} kept {which} {verb} of other adapters, images, settings or code"
         advance(0, f"{others} and {verb} not used")
+    points, labels = start.images.flatten(1), start.labels
+    kept, remarks = zip(*(_read(victim, point, files) for victim, point in enumerate(points)), strict=True)
+
+    def judged(victims: Sequence[int]) -> Iterator[tuple[int, Search | Bound]]:
+        """Each victim's search, and then its bound."""
+        for victim, found in _in_turn(victims, points, labels, find, kept):
+            yield victim, found
+            known = found.improved and doubt is None
+            yield victim, bound(victim, found.image, labels[victim, None]) if known else Bound()
+
     figures: list[dict[str, float]] = [{} for _ in start.images]
-    images = start.images.clone()
-    for count, (victim, found, remark) in enumerate(_in_turn(start.images.flatten(1), start.labels, find, files), 1):
-        judged = found.improved and doubt is None
-        known = bound(victim, found.image, start.labels[victim, None]) if judged else Bound()
-        figures[victim] = {
-            "residual": found.residual,
-            "start_residual": found.start_residual,
-            "passes": found.passes,
-            "search_seconds": found.seconds,
-            "stopped": found.stopped,
-            "exact": known.exact,
-            "bound_db": known.db,
-            "free_directions": known.free,
-            "misfit": known.misfit,
-        }
-        if found.improved:
-            images[victim] = found.image.view_as(images[victim])
-        words = f"exact to {floor(known.db)} dB" if known.exact else "not exact"
-        words += ", stopped by the time limit" if found.stopped else ""
-        so_far = sum(bool(each.get("exact")) for each in figures)
-        of = f"search {count} of {len(images)} (victim {victim + 1})"
-        advance(1, f"{of}: residual {found.residual:.1e}, {words}; {so_far} exact so far{remark}")
+    images, searches, said = start.images.clone(), dict[int, Search](), list(remarks)
+    with closing(shared(judged, _groups(kept, processes), processes)) as results:
+        for victim, result in results:
+            if isinstance(result, Search):
+                searches[victim] = result
+                said[victim] += _write(victim, result, files) if kept[victim] is None else ""
+                continue
+            found = searches[victim]
+            figures[victim] = _figures(found, result)
+            if found.improved:
+                images[victim] = found.image.view_as(images[victim])
+            of = f"search {sum(map(bool, figures))} of {len(images)} (victim {victim + 1})"
+            so_far = sum(bool(each.get("exact")) for each in figures)
+            advance(1, f"{of}: {_words(found, result)}; {so_far} exact so far{said[victim]}")
     per_victim = {key: torch.tensor([float(each[key]) for each in figures], dtype=torch.float64) for key in figures[0]}
     exact = int(per_victim["exact"].sum())
     why = f"Gauss-Newton on the update itself: {exact} of {len(images)} images are exact"
@@ -98,19 +105,43 @@ def search_each(
     return Reconstruction(route, images, start.labels, why, seconds, details, per_victim=per_victim, doubt=doubt)
 
 
+def _figures(found: Search, known: Bound) -> dict[str, float]:
+    return {
+        "residual": found.residual,
+        "start_residual": found.start_residual,
+        "passes": found.passes,
+        "search_seconds": found.seconds,
+        "stopped": found.stopped,
+        "exact": known.exact,
+        "bound_db": known.db,
+        "free_directions": known.free,
+        "misfit": known.misfit,
+    }
+
+
+def _words(found: Search, known: Bound) -> str:
+    words = f"exact to {floor(known.db)} dB" if known.exact else "not exact"
+    return f"residual {found.residual:.1e}, {words}" + (", stopped by the time limit" if found.stopped else "")
+
+
+def _groups(kept: Sequence[Search | None], processes: int) -> list[list[int]]:
+    """Victims that one process takes together, so few that each process takes two groups or more if it can; those whose
+    search is kept, which take the least time, come last."""
+    victims = sorted(range(len(kept)), key=lambda victim: kept[victim] is not None)
+    if processes == 1:
+        return [victims]
+    size = min(CPU_TOGETHER, max(1, len(victims) // (2 * processes)))
+    return [victims[first : first + size] for first in range(0, len(victims), size)]
+
+
 def _in_turn(
-    points: Tensor, labels: Tensor, find: Find, files: SearchFiles | None
-) -> Iterator[tuple[int, Search, str]]:
-    """Each victim, its search and a remark on its file: first those that are kept, then the others as they end."""
-    kept = [_read(victim, point, files) for victim, point in enumerate(points)]
-    for victim, (search, remark) in enumerate(kept):
-        if search is not None:
-            yield victim, search, remark
-    missing = [victim for victim, (search, _) in enumerate(kept) if search is None]
-    if not missing:
-        return
-    for victim, search in find(missing, points[missing], labels[missing]):
-        yield victim, search, kept[victim][1] + _write(victim, search, files)
+    victims: Sequence[int], points: Tensor, labels: Tensor, find: Find, kept: Sequence[Search | None]
+) -> Iterator[tuple[int, Search]]:
+    """These victims and their searches: first those that are kept, then the others as they end."""
+    yield from ((victim, search) for victim in victims if (search := kept[victim]) is not None)
+    missing = [victim for victim in victims if kept[victim] is None]
+    if missing:
+        yield from find(missing, points[missing], labels[missing])
 
 
 def _read(victim: int, start: Tensor, files: SearchFiles | None) -> tuple[Search | None, str]:

@@ -12,6 +12,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.adamw_step import first_adamw_step, reads_adamw
 from r2f_ext.inversion.counting import doubt, search_verdict
 from r2f_ext.inversion.exactness import Bound
+from r2f_ext.inversion.gauss_newton import searching_processes
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.inversion.saved_searches import files_of
@@ -57,7 +58,9 @@ class GaussNewtonUnrolled(Route):
         factors = [{f"{name}.{side}": t for side in "ab" for name, t in getattr(one, side).items()} for one in adapters]
         settings = config, training
         files = files_of(problem.saved, self.name, settings, problem.target, a0, factors, start.labels)
-        found = search_each(self.name, start, one_by_one(find), bound, advance, _doubt(problem, training), files)
+        processes = searching_processes(searches.updates, searches.subspace, searches.positions, len(adapters))
+        why = _doubt(problem, training)
+        found = search_each(self.name, start, one_by_one(find), bound, advance, why, files, processes)
         return remarked(found, begun.remark)
 
 
