@@ -12,6 +12,7 @@ from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.inversion import gauss_newton as module
+from r2f_ext.inversion import searches
 from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.inversion.gauss_newton import (
     UpdateBound,
@@ -19,12 +20,12 @@ from r2f_ext.inversion.gauss_newton import (
     finished,
     free_positions,
     gauss_newton,
+    process_bytes,
     search,
-    searching_processes,
 )
 from r2f_ext.inversion.newton import SOLVED, Search
 from r2f_ext.inversion.task import NEAR, GaussNewtonConfig
-from r2f_ext.inversion.update_map import UpdateMap, flat_units
+from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.types import Reconstruction
 
 
@@ -155,23 +156,26 @@ def test_searches_side_by_side_end_where_each_ends_alone(problem, monkeypatch):
 def test_searches_in_processes_of_their_own_end_where_they_end_here(problem, monkeypatch):
     target, a, observed, images, labels, subspace = problem
     start = start_near(images, labels, subspace, 0.3)
-    found = {}
-    for processes in (1, 2):
-        monkeypatch.setattr(module, "searching_processes", lambda *_, count=processes: count)
-        found[processes] = gauss_newton(target, a, observed, start, subspace)
-    torch.testing.assert_close(found[2].images, found[1].images, rtol=0, atol=1e-6)
-    assert found[2].details["exact"] == 2 and found[2].why == found[1].why
+    expected = gauss_newton(target, a, observed, start, subspace)
+    here, ended = [], module.finished
+    monkeypatch.setattr(searches, "processes_for", lambda *_: 2)
+    monkeypatch.setattr(module, "finished", lambda *given: here.append(given) or ended(*given))
+    found = gauss_newton(target, a, observed, start, subspace)
+    assert not here, "no search ran in this process"
+    torch.testing.assert_close(found.images, expected.images, rtol=0, atol=1e-6)
+    assert found.details["exact"] == 2 and found.why == expected.why
 
 
-def test_processes_are_as_many_as_threads_and_memory_allow(problem, monkeypatch):
-    target, a, observed, _, _, subspace = problem
-    asked = []
-    monkeypatch.setattr(module, "processes_for", lambda items, each: asked.append((items, each)) or 3)
-    updates = UpdateMap(target, a, SHAPE, 64)
-    positions = free_positions(updates, subspace)
-    assert searching_processes(updates, subspace, positions, 7) == 3
-    (items, each), numbers = asked[0], sum(update[0].numel() for update in observed.values())
-    assert items == 7 and each > 8 * positions.basis.shape[1] * numbers
+@pytest.mark.parametrize("frees", [True, False])
+def test_the_memory_of_a_process_covers_its_largest_matrices(problem, frees):
+    target, a, *_, subspace = problem
+    positions = free_positions(UpdateMap(target, a, SHAPE, 64), subspace) if frees else None
+    q, numbers = subspace.basis.shape[1], 10**6
+    known = process_bytes(subspace, positions, numbers)
+    cloud = 3 * q * (2 * 4 * numbers + 3 * q * 8)  # updates, centred ones, and kernels in float64
+    jacobian = q if positions is None else positions.basis.shape[1]
+    assert known >= max(cloud, 2 * 4 * jacobian * numbers)
+    assert process_bytes(Subspace(subspace.basis.to("meta")), None, numbers) is None
 
 
 def task_of(problem, victim):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -26,7 +25,6 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
-from r2f_ext.forked import processes_for
 from r2f_ext.inversion.descents import FREE_TOGETHER
 from r2f_ext.inversion.exactness import (
     DRAWS,
@@ -44,7 +42,7 @@ from r2f_ext.inversion.pixel_axes import DenseMap
 from r2f_ext.inversion.positions import FreePositions
 from r2f_ext.inversion.saved_searches import SavedSearches, by_victim, files_of
 from r2f_ext.inversion.searches import search_each
-from r2f_ext.inversion.side_by_side import Kind, search_together, victims_together
+from r2f_ext.inversion.side_by_side import CPU_TOGETHER, Kind, search_together, victims_together
 from r2f_ext.inversion.task import NEAR, Freed, GaussNewtonConfig, Task
 from r2f_ext.inversion.update_map import Subspace, UpdateMap, flat_units
 from r2f_ext.progress import Advance, no_progress
@@ -147,18 +145,18 @@ class UpdateBound:
     """Bounds the errors of images that were found for the updates of V one-step adapters.
 
     Args:
-        updates: the map of the search; another one in float64 is made of it on first use.
+        updates: the map of the search.
+
+    Attributes:
+        precise: the same map in float64.
         observed: name -> updates [V, d_out, r], in the values that were stored.
     """
 
     def __init__(self, updates: UpdateMap, observed: dict[str, Tensor]) -> None:
         self.updates = updates
         self.observed = {name: observed[name] for name in updates.target.names}
-
-    @cached_property
-    def precise(self) -> UpdateMap:
-        a = {name: each.double() for name, each in self.updates.a.items()}
-        return UpdateMap(in_float64(self.updates.target), a, self.updates.shape, self.updates.directions)
+        a = {name: each.double() for name, each in updates.a.items()}
+        self.precise = UpdateMap(in_float64(updates.target), a, updates.shape, updates.directions)
 
     def __call__(self, victim: int, image: Tensor, label: Tensor) -> Bound:
         """The bound for an image [c * h * w] in [0, 1] of label [1]; nothing is computed far from a solution."""
@@ -228,13 +226,14 @@ def gauss_newton(
     targets = flat_units({layer.name: observed[layer.name] for layer in target.layers})
     bound = UpdateBound(updates, observed)
     positions = free_positions(updates, subspace)
+    freed_updates = None if positions is None else updates.on(positions.base)  # traced once for all groups of victims
     together = victims_together(targets.device, subspace.basis.shape[1], targets.shape[1])
 
     def find(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[tuple[int, Search]]:
         wanted = targets[list(victims)]
         task = _task_of(updates, wanted, labels, subspace)
-        if positions is not None:
-            freed = _task_of(updates.on(positions.base), wanted, labels, Subspace(positions.basis))
+        if positions is not None and freed_updates is not None:
+            freed = _task_of(freed_updates, wanted, labels, Subspace(positions.basis))
             task = replace(task, freed=Freed(positions, freed))
         axes = [Axes.of(subspace.basis, start.loo_errors.get(label)) for label in labels.tolist()]
         for place, found in search_together(task, points, config, axes, together):
@@ -243,23 +242,27 @@ def gauss_newton(
             yield victims[place], finished(alone, found)
 
     files = files_of(saved, ROUTE, config, target, updates.a, by_victim(observed), start.labels)
-    processes = searching_processes(updates, subspace, positions, len(targets))
-    return search_each(ROUTE, start, find, bound, advance, doubt, files, processes)
+    memory = process_bytes(subspace, positions, targets.shape[1])
+    return search_each(ROUTE, start, find, bound, advance, doubt, files, memory)
 
 
-def searching_processes(updates: SearchMap, subspace: Subspace, positions: FreePositions | None, victims: int) -> int:
-    """How many processes share the searches of V victims: on a GPU one.
+def process_bytes(subspace: Subspace, positions: FreePositions | None, numbers: int) -> int | None:
+    """Bytes of a process that searches for up to CPU_TOGETHER victims; None: not on a CPU, where processes do not help.
 
-    The largest pass of a victim is that with free positions, or the finish in float64. Each holds two copies of a
-    Jacobian, and about six matrices of the size of J^T J.
+    Args:
+        numbers: R of an update.
     """
     basis = subspace.basis
-    if basis.device.type == "cuda":
-        return 1
-    numbers = sum(layer.d_out * layer.rank for layer in updates.target.layers)
-    directions = basis.shape[1] if positions is None else positions.basis.shape[1]
-    jacobian = 8 * max(directions, 2 * basis.shape[1]) * numbers
-    return processes_for(victims, jacobian + FREE_TOGETHER * 48 * directions**2)
+    if basis.device.type != "cpu":
+        return None
+    q, freed = basis.shape[1], basis.shape[1] if positions is None else positions.basis.shape[1]
+    # Factors count the bytes of the matrices that each pass holds at its peak.
+    return max(
+        24 * q * numbers + 800 * q**2,  # cloud of three images a direction: updates, and kernels in float64
+        8 * q * numbers + CPU_TOGETHER * 100 * q**2,  # descent
+        16 * q * numbers + 350 * q**2,  # Newton in float64, with factors for every damping
+        8 * freed * numbers + FREE_TOGETHER * 48 * freed**2,  # free positions
+    )
 
 
 def _task_of(updates: UpdateMap, observed: Tensor, labels: Tensor, subspace: Subspace) -> Task:

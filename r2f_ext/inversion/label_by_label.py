@@ -111,8 +111,7 @@ def invert_nearby(
     that `invert_by_label` uses for the label (see `near_images.variants`).
 
     Args:
-        first: images [V, c, h, w] and labels [V]. Its `loo_errors` stay: images near the estimate are estimated better
-            than the victims' are.
+        first: images [V, c, h, w] and labels [V].
         generated: images that are good for any label.
         private: images uint8 [n, c, h, w] that are not used.
         advance: called with the number of candidates that were compared.
@@ -122,6 +121,7 @@ def invert_nearby(
         R2FError: fewer than 20 candidates, or `most` is less.
     """
     began, images, pairs = time.perf_counter(), first.images.clone(), 0.0
+    errors: dict[int, Tensor] = {}
     assert first.labels is not None
     _check_most(most)
     for label, victims, near in _near(proxy, first, generated, most, advance):
@@ -129,11 +129,14 @@ def invert_nearby(
         chosen = ImageSet(proxy.name, near, torch.full((len(near),), label))
         inverter = _inverter(target, a, _shuffled(chosen), no_progress, precision, training)
         own = {name: update[victims] for name, update in observed.items()}
-        images[victims] = inverter.invert(own, first.labels[victims]).images
+        found = inverter.invert(own, first.labels[victims])
+        images[victims] = found.images
+        errors |= found.loo_errors
         pairs += float(victims.float().mean()) * len(near)
         del inverter  # before the next one takes as much memory
     why = f"statistical estimate by kernel ridge from {pairs:.0f} public images that are near an earlier estimate"
-    return replace(first, images=images, why=why, seconds=time.perf_counter() - began, details={"near_pairs": pairs})
+    seconds, details = time.perf_counter() - began, {"near_pairs": pairs}
+    return replace(first, images=images, why=why, seconds=seconds, details=details, loo_errors=errors)
 
 
 def candidates_nearby(proxy: ImageSet, labels: Tensor, generated: ProxyImages | None) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
-from r2f_ext.forked import shared
+from r2f_ext.forked import processes_for, shared
 from r2f_ext.inversion.exactness import Bound
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.saved_searches import SearchFiles
@@ -41,19 +41,20 @@ def search_each(
     advance: Advance,
     doubt: str | None = None,
     files: SearchFiles | None = None,
-    processes: int = 1,
+    memory: int | None = None,
 ) -> Reconstruction:
     """Run one search per victim; its image replaces the start if its residual is small or far below the start's.
 
     Args:
         start: images [V, c, h, w] in [0, 1] and labels [V] that the searches begin from.
-        find: runs the searches of the victims without a kept search, each only when its result is asked for.
+        find: runs the searches of victims without a kept search, each only when its result is asked for.
         bound: (victim, image found [c * h * w], label [1]) -> what the update says of it; for images that replace the
             start, unless there is a doubt.
         advance: called with 1 and a line after each victim.
         doubt: why none can be called exact, as a clause.
         files: where each search is kept once it has ended, and taken from if it is there; None: nowhere.
-        processes: that share the victims, see `forked.shared`.
+        memory: bytes of a process for up to CPU_TOGETHER victims; forked processes may then share the victims (see
+            `forked`), and searches run ahead of what is asked for. None: they run in the present process.
 
     Returns:
         `per_victim` holds `residual`, `start_residual`, `passes`, `search_seconds`, `stopped` and `exact` (1 or 0),
@@ -79,9 +80,11 @@ def search_each(
             known = found.improved and doubt is None
             yield victim, bound(victim, found.image, labels[victim, None]) if known else Bound()
 
+    left = [victim for victim, search in enumerate(kept) if search is None]
+    processes = 1 if memory is None else processes_for(len(left or kept), memory)
     figures: list[dict[str, float]] = [{} for _ in start.images]
     images, searches, said = start.images.clone(), dict[int, Search](), list(remarks)
-    with closing(shared(judged, _groups(kept, processes), processes)) as results:
+    with closing(shared(judged, _groups(kept, left, processes), processes)) as results:
         for victim, result in results:
             if isinstance(result, Search):
                 searches[victim] = result
@@ -124,14 +127,14 @@ def _words(found: Search, known: Bound) -> str:
     return f"residual {found.residual:.1e}, {words}" + (", stopped by the time limit" if found.stopped else "")
 
 
-def _groups(kept: Sequence[Search | None], processes: int) -> list[list[int]]:
-    """Victims that one process takes together, so few that each process takes two groups or more if it can; those whose
-    search is kept, which take the least time, come last."""
-    victims = sorted(range(len(kept)), key=lambda victim: kept[victim] is not None)
+def _groups(kept: Sequence[Search | None], left: Sequence[int], processes: int) -> list[list[int]]:
+    """Victims that one process takes together: the searches that are left in groups so small that each process gets
+    two or more, if there are as many, and then those that are kept, of which only the bounds are computed."""
     if processes == 1:
-        return [victims]
-    size = min(CPU_TOGETHER, max(1, len(victims) // (2 * processes)))
-    return [victims[first : first + size] for first in range(0, len(victims), size)]
+        return [list(range(len(kept)))]
+    size = min(CPU_TOGETHER, max(1, len(left) // (2 * processes)))
+    groups = [list(left[first : first + size]) for first in range(0, len(left), size)]
+    return groups + [[victim] for victim, search in enumerate(kept) if search is not None]
 
 
 def _in_turn(

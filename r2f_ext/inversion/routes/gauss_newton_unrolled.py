@@ -12,7 +12,7 @@ from r2f_ext.errors import R2FError
 from r2f_ext.inversion.adamw_step import first_adamw_step, reads_adamw
 from r2f_ext.inversion.counting import doubt, search_verdict
 from r2f_ext.inversion.exactness import Bound
-from r2f_ext.inversion.gauss_newton import searching_processes
+from r2f_ext.inversion.gauss_newton import process_bytes
 from r2f_ext.inversion.newton import Search
 from r2f_ext.inversion.route import Problem, Route, Verdict
 from r2f_ext.inversion.saved_searches import files_of
@@ -58,9 +58,10 @@ class GaussNewtonUnrolled(Route):
         factors = [{f"{name}.{side}": t for side in "ab" for name, t in getattr(one, side).items()} for one in adapters]
         settings = config, training
         files = files_of(problem.saved, self.name, settings, problem.target, a0, factors, start.labels)
-        processes = searching_processes(searches.updates, searches.subspace, searches.positions, len(adapters))
+        numbers = sum((layer.d_out + layer.d_in) * layer.rank for layer in problem.target.layers)
+        memory = process_bytes(searches.subspace, searches.positions, numbers)
         why = _doubt(problem, training)
-        found = search_each(self.name, start, one_by_one(find), bound, advance, why, files, processes)
+        found = search_each(self.name, start, one_by_one(find), bound, advance, why, files, memory)
         return remarked(found, begun.remark)
 
 
