@@ -86,3 +86,9 @@ def test_slopes_of_a_few_victims_on_a_gpu_are_those_of_a_cpu(problem):
         given = (each[:count].cuda() for each in (points, labels, wanted))
         for found, other in zip(updates.slopes(*given), expected, strict=True):
             torch.testing.assert_close(found.cpu(), other[:count], rtol=1e-6, atol=1e-9)
+
+
+def test_the_map_for_another_base_is_made_once(problem):
+    target, a, *_ = problem
+    updates, base = UpdateMap(target, a, SHAPE, 64), copy.copy(target.base)
+    assert updates.on(base) is updates.on(base) and updates.on(base).target.base is base

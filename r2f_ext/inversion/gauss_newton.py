@@ -146,10 +146,10 @@ class UpdateBound:
 
     Args:
         updates: the map of the search.
+        observed: name -> updates [V, d_out, r], in the values that were stored.
 
     Attributes:
-        precise: the same map in float64.
-        observed: name -> updates [V, d_out, r], in the values that were stored.
+        precise: the map in float64.
     """
 
     def __init__(self, updates: UpdateMap, observed: dict[str, Tensor]) -> None:
@@ -226,14 +226,13 @@ def gauss_newton(
     targets = flat_units({layer.name: observed[layer.name] for layer in target.layers})
     bound = UpdateBound(updates, observed)
     positions = free_positions(updates, subspace)
-    freed_updates = None if positions is None else updates.on(positions.base)  # traced once for all groups of victims
     together = victims_together(targets.device, subspace.basis.shape[1], targets.shape[1])
 
     def find(victims: Sequence[int], points: Tensor, labels: Tensor) -> Iterator[tuple[int, Search]]:
         wanted = targets[list(victims)]
         task = _task_of(updates, wanted, labels, subspace)
-        if positions is not None and freed_updates is not None:
-            freed = _task_of(freed_updates, wanted, labels, Subspace(positions.basis))
+        if positions is not None:
+            freed = _task_of(updates.on(positions.base), wanted, labels, Subspace(positions.basis))
             task = replace(task, freed=Freed(positions, freed))
         axes = [Axes.of(subspace.basis, start.loo_errors.get(label)) for label in labels.tolist()]
         for place, found in search_together(task, points, config, axes, together):

@@ -78,10 +78,14 @@ class UpdateMap:
         self.a = {layer.name: a[layer.name] for layer in target.layers}
         self.tangents = CaptureTangents(target)
         self._tangents, self._slopes = Replayed(self._tangents_of), Replayed(self._slopes_of)
+        self._others: dict[BaseModel, UpdateMap] = {}
 
     def on(self, base: BaseModel) -> UpdateMap:
-        """The same map for the images of another base with the same layers."""
-        return UpdateMap(replace(self.target, base=base), self.a, torch.Size(base.input_shape), self.directions)
+        """The same map for the images of another base with the same layers; made once, because tracing takes long."""
+        if base not in self._others:
+            target, shape = replace(self.target, base=base), torch.Size(base.input_shape)
+            self._others[base] = UpdateMap(target, self.a, shape, self.directions)
+        return self._others[base]
 
     def __call__(self, points: Tensor, labels: Tensor) -> Tensor:
         """Points [n, c * h * w] in [0, 1], labels [n], or [1] where all have one -> [n, R]."""

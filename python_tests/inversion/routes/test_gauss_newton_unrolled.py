@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from route_cases import posed, worst_psnr
 
+from r2f_ext.inversion import searches
 from r2f_ext.inversion.exactness import exactness_of
 from r2f_ext.inversion.route import Certainty
 from r2f_ext.inversion.routes import run_routes, verdicts_of
@@ -20,8 +21,10 @@ from r2f_ext.progress import no_progress
     [Training(steps=2, lr=0.02), Training(optimizer="adamw", lr=1e-3)],
     ids=["two steps", "the first step of AdamW"],
 )
-def test_finds_the_images_from_the_amortised_start(training: Training) -> None:
+def test_finds_the_images_from_the_amortised_start(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, images = posed(training)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(searches, "processes_for", lambda *given: asked.append(given) or 1)
     problem = replace(problem, gauss_newton=GaussNewtonConfig(directions=12))
     if training.optimizer == "adamw":  # its signs make a poor start: this one is near
         start = run_routes(posed()[0], verdicts_of(problem), ["amortised"]).reconstructions[0]
@@ -34,6 +37,8 @@ def test_finds_the_images_from_the_amortised_start(training: Training) -> None:
     assert found.per_victim["free_directions"].min() >= 384  # patches of 48 numbers are embedded in 24
     assert exactness_of(found, 0).words.startswith("determined up to ")
     assert worst_psnr(found.images, images) > 60
+    ((victims, memory),) = asked  # processes may share them
+    assert victims == 2 and memory > 0
 
 
 def test_refusals_say_why() -> None:
