@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import torch
 
+from r2f_ext.audit.accuracy import DecoderFigures
 from r2f_ext.audit.base_check import BaseCheck
 from r2f_ext.audit.controls import Controls
 from r2f_ext.audit.phase0 import Phase0Report
@@ -91,11 +92,8 @@ def victims(count=1, shape=(1, 32, 32), name="my-adapter", private=True, exact=T
 
 def report(sets, phase0=(), adapters=None):
     """The figures of a report on sets of `victims`."""
-    cosines = {"cosine_mean": 0.93, "cosine_p05": 0.88, "norm_error": 0.1}
-    beside = {"class_mean_cosine": 0.76, "floor_cosine": 0.3, "victim_estimate": 0.7, "victim_true": 0.65}
-    decoders = {
-        layer: {kind: {**cosines, **beside} for kind in ("projection", "row_lmmse", "ridge")} for layer in LAYERS
-    }
+    figures = DecoderFigures(0.93, 0.88, 0.1, 0.7, victim_true=0.65, class_mean_cosine=0.76, floor_cosine=0.3)
+    decoders = {layer: dict.fromkeys(("projection", "row_lmmse", "ridge"), figures) for layer in LAYERS}
     exact = [
         ExactImage(part.name, i, route, **asdict(one))
         for part, figures in sets

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +161,13 @@ def control(pairs: GeneratedPairs, count: int, by_class: bool) -> HeldOut:
 
 def figures(held_out: HeldOut) -> dict[str, Any]:
     layers = held_out.summary()
-    means = [layer["cosine_mean"] for layer in layers.values()]
+    means = [layer.cosine_mean for layer in layers.values()]
     return {
         "cosine_mean": sum(means) / len(means),
         "cosine_worst_layer": min(means),
-        "cosine_worst_p05": min(layer["cosine_p05"] for layer in layers.values()),
-        "norm_error_worst": max(layer["norm_error"] for layer in layers.values()),
-        "layers": layers,
+        "cosine_worst_p05": min(layer.cosine_p05 for layer in layers.values()),
+        "norm_error_worst": max(layer.norm_error for layer in layers.values()),
+        "layers": {name: asdict(layer) for name, layer in layers.items()},
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,15 +42,15 @@ def main() -> None:
             decoder = Ridge(own=own)
             decoder.fit(pairs, count)
             figures = held_out_cosines(decoder.decode(updates), pairs, len(pairs) - HELD_OUT, len(pairs)).summary()
-            means = [layer["cosine_mean"] for layer in figures.values()]
+            means = [layer.cosine_mean for layer in figures.values()]
             row = {
                 "proxy": name,
                 "own": own,
                 "pairs": count,
                 "cosine_mean": sum(means) / len(means),
                 "cosine_worst_layer": min(means),
-                "cosine_worst_p05": min(layer["cosine_p05"] for layer in figures.values()),
-                "layers": figures,
+                "cosine_worst_p05": min(layer.cosine_p05 for layer in figures.values()),
+                "layers": {name: asdict(layer) for name, layer in figures.items()},
             }
             rows.append(row)
             print(

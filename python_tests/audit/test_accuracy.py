@@ -1,5 +1,7 @@
 """Figures beside a decoder's: what needs no decoder, what to expect of the victims, and their truth."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from cases import cosine
@@ -142,9 +144,10 @@ def test_all_are_scored_in_one_pass_and_as_each_alone(pairs, proxy, bound, monke
         expected = held_out_cosines(fitted[kind].decode(asked), pairs, rest.start, rest.stop).summary()
         for name, figures in expected.items():
             found = scored.figures[name][kind]
-            assert {key: found[key] for key in figures} == pytest.approx(figures, abs=1e-5)
-            assert found["floor_cosine"] == scored.figures[name]["projection"]["cosine_mean"]
-            assert 0 < found["class_mean_cosine"] < 1
+            for figure, value in asdict(figures).items():
+                assert getattr(found, figure) == pytest.approx(value, abs=1e-5)
+            assert found.floor_cosine == scored.figures[name]["projection"].cosine_mean
+            assert 0 < found.class_mean_cosine < 1 and found.victim_true is None
     for name, gradient in fitted["ridge"].decode(stack_updates([bound[1]])).dense.items():
         torch.testing.assert_close(scored.decoded.dense[name], gradient, rtol=1e-3, atol=1e-7)
         assert scored.decoded.dense[name].untyped_storage().nbytes() == gradient.nbytes  # not a view of the held-out

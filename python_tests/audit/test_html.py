@@ -206,9 +206,8 @@ def test_marks_of_figures_that_are_missing_are_left_out(tmp_path):
     sets = [victims(1)]
     whole = report(sets)
     for kinds in whole.proxies["procedural"].decoders.values():
-        for figures in kinds.values():
-            figures |= {"victim_true": None, "class_mean_cosine": -0.2}
-            del figures["floor_cosine"]
+        for kind, figures in kinds.items():
+            kinds[kind] = replace(figures, victim_true=None, class_mean_cosine=-0.2, floor_cosine=None)
     text, reader = page_of(tmp_path / "r.html", sets, figures=whole)
     assert "on the private images" not in reader.text and "floor" not in reader.text and "-0.200" in reader.text
     assert 'x1="0.00%"' in text and "-20" not in text

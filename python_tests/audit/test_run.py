@@ -1,6 +1,6 @@
 """A small audit of real victims: what each stage handed on."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -60,10 +60,11 @@ def test_scores_are_held_out(audited):
         expected = held_out_cosines(decoder.decode(asked), pairs, 90, 110).summary()
         for name, figures in expected.items():
             found = audited.result.decoders[name][kind]
-            assert {figure: found[figure] for figure in figures} == pytest.approx(figures, abs=1e-3)
+            for figure, value in asdict(figures).items():
+                assert getattr(found, figure) == pytest.approx(value, abs=1e-3)
     for figures in audited.result.decoders.values():
         assert set(figures) == KINDS
-        means = {kind: figures[kind]["cosine_mean"] for kind in KINDS}
+        means = {kind: figures[kind].cosine_mean for kind in KINDS}
         assert means["projection"] < means["row_lmmse"] < 1 and means["projection"] < means["ridge"] < 1
 
 

@@ -154,9 +154,8 @@ def test_figures_that_are_missing_are_left_out(screen):
     file = screen()
     whole = report([victims(2)])
     for kinds in whole.proxies["procedural"].decoders.values():
-        for figures in kinds.values():
-            figures["victim_true"] = None
-            del figures["victim_estimate"]
+        for kind, figures in kinds.items():
+            kinds[kind] = replace(figures, victim_true=None, victim_estimate=None)
     intervals = whole.reconstruction["my-adapter"].control_intervals
     intervals["shuffled_adapter"] = replace(intervals["shuffled_adapter"], interval_db=None)
     display.print_report(whole)

@@ -39,7 +39,9 @@ def test_the_figures_are_those_of_a_fit_to_the_first_pairs(tmp_path):
         expected = held_out_cosines(decoder.decode(pairs.updates(24, 30)), pairs, 24, 30).summary()
         assert list(found.decoders[decoder.kind]) == list(pairs.target.names)
         for name, figures in expected.items():
-            assert found.decoders[decoder.kind][name] == pytest.approx(figures, abs=1e-5)
+            assert dataclasses.asdict(found.decoders[decoder.kind][name]) == pytest.approx(
+                dataclasses.asdict(figures), abs=1e-5
+            )
 
 
 def test_an_adapter_is_decoded_as_by_the_decoder_itself(tmp_path):

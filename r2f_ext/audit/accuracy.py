@@ -8,7 +8,7 @@ victims from the distance of their updates to the fitted ones, and, if the priva
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.capture import Capture
-from r2f_ext.decoders import DEFAULT_KINDS, Decoder, Guess, Updates, held_out_cosines_of_each, with_saved
+from r2f_ext.decoders import DEFAULT_KINDS, Accuracy, Decoder, Guess, Updates, held_out_cosines_of_each, with_saved
 from r2f_ext.decoders.base import MatrixDecoder
 from r2f_ext.errors import expected
 from r2f_ext.linalg import sum_in_place
@@ -31,9 +31,27 @@ CLASSES = 10  # class means in memory: of the labels that are most frequent amon
 UNLIKE, UNLIKE_QUANTILE = 0.25, 0.05  # see `estimated_cosine`
 LEAST_OF_CLASS = 20  # a mean of fewer gradients says little
 
-Figures = dict[str, dict[str, dict[str, float | None]]]  # layer -> decoder -> name -> value
 Part = TypeVar("Part")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class DecoderFigures(Accuracy):
+    """The accuracy of one decoder in one layer, and what it is compared with. None: not known.
+
+    Attributes:
+        victim_estimate: the mean cosine to expect of the victims.
+        victim_true: their mean cosine, where the private images are known.
+        class_mean_cosine, floor_cosine: on held-out pairs, of the class means and of FLOOR; the same for every decoder.
+    """
+
+    victim_estimate: float | None = None
+    victim_true: float | None = None
+    class_mean_cosine: float | None = None
+    floor_cosine: float | None = None
+
+
+Figures = dict[str, dict[str, DecoderFigures]]  # layer -> decoder -> figures
 
 
 @dataclass(frozen=True)
@@ -41,8 +59,7 @@ class Scored:
     """Decoders' figures, and what they decode.
 
     Attributes:
-        figures: layer -> kind -> {cosine_mean, cosine_p05, norm_error} on held-out pairs; class_mean_cosine and
-            floor_cosine, the same for every kind; victim_estimate, the mean over victims. None: not known.
+        figures: layer -> kind -> figures, without `victim_true`.
         decoded: the victims' gradients by the decoder DECODED, [V, d_out, d_in] a layer; exact where the update is one;
             None where that decoder failed.
         matrices: kind -> layer -> [r, d_in], of the decoders that multiply updates by a matrix.
@@ -142,16 +159,16 @@ def score_and_decode(
     for kind in guesses:
         for name, summary in found[kind].summary().items():
             estimate = estimated_cosine(near[:count], found[kind].cosine[name], near[count:])
-            figures[name][kind] = {**summary, "victim_estimate": estimate}
+            figures[name][kind] = DecoderFigures(**asdict(summary), victim_estimate=estimate)
     for name, kinds in figures.items():
-        floor = kinds[FLOOR]["cosine_mean"] if FLOOR in kinds else None
+        floor = kinds[FLOOR].cosine_mean if FLOOR in kinds else None
         mean = (
             float(found[CLASS_MEAN].cosine[name][means.has_mean].mean())
             if isinstance(means, ClassMeans) and beside
             else None
         )
-        for one in kinds.values():
-            one |= {"class_mean_cosine": mean, "floor_cosine": floor}
+        for kind, one in kinds.items():
+            kinds[kind] = replace(one, class_mean_cosine=mean, floor_cosine=floor)
     decoded = None
     if DECODED in guesses:
         victims = slice(count, len(near))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -183,7 +183,7 @@ class AuditReport:
             figures[layer] = {}
             for kind, values in kinds.items():
                 true = [part[layer][kind] for part in parts if kind in part.get(layer, {})]
-                figures[layer][kind] = {**values, "victim_true": float(torch.cat(true).mean()) if true else None}
+                figures[layer][kind] = replace(values, victim_true=float(torch.cat(true).mean()) if true else None)
         return figures
 
 

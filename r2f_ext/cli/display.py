@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from r2f_ext.audit.accuracy import DecoderFigures
 from r2f_ext.audit.names import counted, layers_in_words, row_name
 from r2f_ext.audit.schema import (
     ClosedFormFigures,
@@ -27,7 +28,7 @@ from r2f_ext.progress import Advance, Stages
 
 PIPE_WIDTH = 10_000  # wider than any row, so that a program that reads the pipe gets each row on one line
 CONTROL = "red"
-# Keys of a decoder's figures, which are shown if the report has them -> headings of their columns.
+# Fields of a decoder's figures, which are shown where they are known -> headings of their columns.
 BESIDE = {
     "victim_true": "private images",
     "victim_estimate": "estimate for victims",
@@ -225,7 +226,7 @@ def print_phase0(title: str, figures: Sequence[ClosedFormFigures]) -> None:
 
 
 def _print_decoders(proxy: str, part: ProxyFigures) -> None:
-    by_kind: dict[str, list[dict[str, float | None]]] = {}
+    by_kind: dict[str, list[DecoderFigures]] = {}
     for kinds in part.decoders.values():
         for kind, figures in kinds.items():
             by_kind.setdefault(kind, []).append(figures)
@@ -233,8 +234,8 @@ def _print_decoders(proxy: str, part: ProxyFigures) -> None:
     every = [figures for layers in by_kind.values() for figures in layers]
     more = [(key, name) for key, name in BESIDE.items() if _known(every, key)]
     for kind, layers in by_kind.items():
-        means = _known(layers, "cosine_mean")
-        rows.append([kind, _mean(means), f"{min(means):.3f}", f"{min(_known(layers, 'cosine_p05')):.3f}"])
+        means = [one.cosine_mean for one in layers]
+        rows.append([kind, _mean(means), f"{min(means):.3f}", f"{min(one.cosine_p05 for one in layers):.3f}"])
         rows[-1] += [_mean(_known(layers, key)) for key, _ in more]
     if not rows:
         return
@@ -243,9 +244,9 @@ def _print_decoders(proxy: str, part: ProxyFigures) -> None:
     table(title, ["kind", "mean", "worst layer", "worst 5%", *(name for _, name in more)], rows)
 
 
-def _known(layers: Sequence[dict[str, float | None]], key: str) -> list[float]:
-    """A figure of the layers that have it."""
-    return [value for figures in layers if (value := figures.get(key)) is not None]
+def _known(layers: Sequence[DecoderFigures], field: str) -> list[float]:
+    """A figure of the layers of which it is known."""
+    return [value for figures in layers if (value := getattr(figures, field)) is not None]
 
 
 def _mean(values: list[float]) -> str:

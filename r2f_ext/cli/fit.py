@@ -26,7 +26,7 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
     with _tensorboard(options.log_dir, options.kind) as log, drawn_stages() as stages:
         found = fit_folder(pairs, folder, options.kind, stages, log, PRECISIONS[options.precision])
     rows = [
-        [name, *(f"{f[name]['cosine_mean']:.3f} ({f[name]['cosine_p05']:.3f})" for f in found.decoders.values())]
+        [name, *(f"{f[name].cosine_mean:.3f} ({f[name].cosine_p05:.3f})" for f in found.decoders.values())]
         for name in pairs.target.names
     ]
     title = f"Held-out cosine on {found.held_out} pairs, mean (5th percentile)"

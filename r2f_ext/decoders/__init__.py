@@ -3,7 +3,7 @@
 from r2f_ext.decoders.agnostic import ANY_A, ANY_A_KINDS, AgnosticPairs, ConcatenatedPairs, ProductPairs, shared_core
 from r2f_ext.decoders.base import Decoder, Updates, stack_updates, with_saved
 from r2f_ext.decoders.conv import Conv, UNet
-from r2f_ext.decoders.evaluate import Guess, HeldOut, held_out_cosines, held_out_cosines_of_each
+from r2f_ext.decoders.evaluate import Accuracy, Guess, HeldOut, held_out_cosines, held_out_cosines_of_each
 from r2f_ext.decoders.fit import fit_decoders
 from r2f_ext.decoders.folder import decode_from_folder, fit_folder
 from r2f_ext.decoders.kernel_ridge import KernelRidge
@@ -20,6 +20,7 @@ __all__ = [
     "DEFAULT_KINDS",
     "KINDS",
     "MLP",
+    "Accuracy",
     "AgnosticPairs",
     "ConcatenatedPairs",
     "Conv",

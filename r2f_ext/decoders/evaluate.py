@@ -15,20 +15,30 @@ from r2f_ext.types import Gradient
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """The accuracy of one decoder in one layer on held-out pairs.
+
+    Attributes:
+        cosine_mean, cosine_p05: of decoded and true gradients: the mean, and the 5th percentile.
+        norm_error: the mean of ||decoded| / |true| - 1|.
+    """
+
+    cosine_mean: float
+    cosine_p05: float
+    norm_error: float
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """For n held-out pairs: cosine[name] [n] of decoded and true gradient; norm[name] [n], |decoded| / |true|."""
 
     cosine: dict[str, Tensor]
     norm: dict[str, Tensor]
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """name -> {cosine_mean, cosine_p05, norm_error}; norm_error is the mean of ||decoded| / |true| - 1|."""
+    def summary(self) -> dict[str, Accuracy]:
+        """The accuracy in each layer."""
         return {
-            name: {
-                "cosine_mean": float(c.mean()),
-                "cosine_p05": float(c.quantile(0.05)),
-                "norm_error": float((self.norm[name] - 1).abs().mean()),
-            }
+            name: Accuracy(float(c.mean()), float(c.quantile(0.05)), float((self.norm[name] - 1).abs().mean()))
             for name, c in self.cosine.items()
         }
 

@@ -12,7 +12,7 @@ from r2f_ext import distributed
 from r2f_ext.decoders.agnostic import ANY_A, ANY_A_KINDS, AgnosticPairs, shared_core
 from r2f_ext.decoders.base import Log, no_log, stack_updates, with_saved
 from r2f_ext.decoders.checkpoint import Checkpoint
-from r2f_ext.decoders.evaluate import held_out_cosines
+from r2f_ext.decoders.evaluate import Accuracy, held_out_cosines
 from r2f_ext.decoders.fit import fit_decoders
 from r2f_ext.decoders.kinds import DEFAULT_KINDS
 from r2f_ext.decoders.store import load_core, load_decoder, save_decoders
@@ -23,7 +23,7 @@ from r2f_ext.types import Gradient, LoraUpdate, Target
 
 MOST_HELD_OUT, LEAST_HELD_OUT = 200, 4  # pairs that the decoders are not fitted to: at most a fifth of all
 
-Accuracy = dict[str, dict[str, dict[str, float]]]  # kind -> layer -> see `HeldOut.summary`
+Accuracies = dict[str, dict[str, Accuracy]]  # kind -> layer -> accuracy
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class FittedFolder:
 
     Attributes:
         fitted: number of pairs that they are fitted to; held_out: number of the pairs after these.
-        decoders: kind -> layer -> accuracy on the held-out pairs, see `HeldOut.summary`.
+        decoders: kind -> layer -> accuracy on the held-out pairs.
     """
 
     fitted: int
     held_out: int
-    decoders: Accuracy
+    decoders: Accuracies
 
 
 def fit_folder(
@@ -131,9 +131,9 @@ def _kinds_for(pairs: StoredPairs, asked: Sequence[str] | None) -> Sequence[str]
     return asked or [kind for kind in DEFAULT_KINDS if kind in ANY_A_KINDS]
 
 
-def _of_all_layers(scored: Accuracy, pairs: StoredPairs) -> Accuracy:
+def _of_all_layers(scored: Accuracies, pairs: StoredPairs) -> Accuracies:
     """The accuracy that all processes measured, each on its own layers, in the order of the target's layers."""
-    found: Accuracy = {kind: {} for kind in scored}
+    found: Accuracies = {kind: {} for kind in scored}
     for part in distributed.gather(scored):
         for kind, layers in part.items():
             found[kind] |= layers
