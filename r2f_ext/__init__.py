@@ -64,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(globals() | dict.fromkeys(__all__))
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

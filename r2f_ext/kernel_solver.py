@@ -1,6 +1,6 @@
 """Kernel ridge regression: solve (K + lambda I) w = y, leave-one-out errors, and the choice of lambda.
 
-Used by the decoders (`decoders/ridge.py`, `decoders/kernel_ridge.py`) and by the regressions from updates to images
+Used by decoders (`decoders/ridge.py`, `kernel_ridge.py`, `row_lmmse.py`) and by the regressions from updates to images
 (`inversion/amortised.py`, `inversion/linearisation.py`). The kernels themselves belong to those modules.
 """
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from r2f_ext.ops import perceptrons
 
 pytestmark = pytest.mark.benchmark(group="perceptrons")
-SHAPES = {"stacked": [(256, 128)] * 16, "ragged": EMBEDDED}  # one shape for all layers, so that bmm applies, or several
 RANK, HIDDEN, OUT = 8, 256, 256
 
 
@@ -33,41 +32,21 @@ def loop(inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor]) -> l
     ]
 
 
-def stacked(weights: list[Tensor], biases: list[Tensor], contiguous: bool) -> Callable[[Tensor], Tensor]:
-    """All layers by batched products, of weights that are stacked and transposed before the clock starts."""
-    w1, w2 = (torch.stack(weights[j::2]).mT for j in (0, 1))
-    b1, b2 = (torch.stack(biases[j::2])[:, None] for j in (0, 1))
-    if contiguous:
-        w1, w2 = w1.contiguous(), w2.contiguous()
-    return lambda z: torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, z, w1)), w2)
-
-
-def slices_of_stacks(tensors: list[Tensor]) -> list[Tensor]:
-    """The same tensors as slices of two stacked ones: one for all hidden layers, one for all output layers."""
-    hidden, output = torch.stack(tensors[::2]), torch.stack(tensors[1::2])
-    return [tensor for pair in zip(hidden, output, strict=True) for tensor in pair]
-
-
 @pytest.mark.parametrize("batch", [1, 2, 64])
-@pytest.mark.parametrize("kind", SHAPES)
-def bench_perceptrons(versus: Callable[..., None], device: str, kind: str, batch: int) -> None:
-    widths = [d_out * RANK for d_out, _ in SHAPES[kind]]
+def bench_perceptrons(versus: Callable[..., None], device: str, batch: int) -> None:
+    widths = [d_out * RANK for d_out, _ in EMBEDDED]
 
     def make() -> Functions:
         weights, biases = parameters(widths, device)
         inputs = [torch.randn(batch, width, device=device) for width in widths]
-        functions: dict[str, Callable[[], object]] = {"ours": lambda: perceptrons(inputs, weights, biases)}
-        if kind == "stacked":  # ours gets slices: every form reads the same memory
-            together = torch.stack(inputs)
-            inputs = list(together)
-            copies, views = stacked(weights, biases, True), stacked(weights, biases, False)
-            weights, biases = (slices_of_stacks(each) for each in (weights, biases))
-            functions |= {"stacked bmm": lambda: copies(together), "stacked bmm, views": lambda: views(together)}
-        return functions | {"loop of F.linear": lambda: loop(inputs, weights, biases)}
+        return {
+            "ours": lambda: perceptrons(inputs, weights, biases),
+            "loop of F.linear": lambda: loop(inputs, weights, biases),
+        }
 
     read = sum(HIDDEN * (width + 1) + OUT * (HIDDEN + 1) for width in widths)
     with torch.no_grad():
-        versus(f"perceptrons {kind}", [batch, len(widths)], make, traffic=4.0 * read, flops=2.0 * batch * read)
+        versus("perceptrons", [batch, len(widths)], make, traffic=4.0 * read, flops=2.0 * batch * read)
 
 
 def bench_perceptrons_training(versus: Callable[..., None], device: str) -> None:

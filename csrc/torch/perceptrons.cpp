@@ -1,10 +1,8 @@
 // torch.ops.r2f.perceptrons and its backward in ATen operators. Schemas and formulas are in r2f_ext/ops.
 //
-// Perceptrons of the same shapes form a group, which takes one batched product per linear layer. Tensors that are
-// equally spaced in one storage, like the slices of a stacked tensor, are read in place. On CUDA, other tensors are
-// first copied into a stacked tensor, because for small layers a kernel launch costs more than the arithmetic. On the
-// CPU, perceptrons whose weights are not equally spaced form groups of one, because copying the weights costs more than
-// it saves.
+// On CUDA, perceptrons of the same shapes form a group, which takes one batched product per linear layer. Their tensors
+// are first copied into stacked ones, because for small layers a kernel launch costs more than the arithmetic. On the
+// CPU each perceptron is a group of its own, because copying the weights costs more than it saves.
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/empty.h>
@@ -37,30 +35,9 @@ struct PerDecoder {
   // Tensor j of a group's decoders: the tensor itself for one decoder, stacked along a new first dimension for several.
   at::Tensor gather(const Group& group, size_t j) const {
     if (group.size() == 1) return of(group[0], j);
-    if (equally_spaced(group, j)) {
-      const at::Tensor &first = of(group[0], j), &second = of(group[1], j);
-      std::vector<int64_t> sizes = first.sizes().vec(), strides = first.strides().vec();
-      sizes.insert(sizes.begin(), static_cast<int64_t>(group.size()));
-      strides.insert(strides.begin(), second.storage_offset() - first.storage_offset());
-      return first.as_strided(sizes, strides, first.storage_offset());
-    }
     Tensors picked;
     for (const size_t decoder : group) picked.push_back(of(decoder, j));
     return at::stack(picked);
-  }
-
-  // Whether the group's decoders, in their order, hold tensor j in one storage, at one constant positive distance.
-  bool equally_spaced(const Group& group, size_t j) const {
-    const at::Tensor& first = of(group[0], j);
-    const int64_t step = of(group[1], j).storage_offset() - first.storage_offset();
-    if (step <= 0) return false;
-    for (size_t k = 1; k < group.size(); ++k) {
-      const at::Tensor& t = of(group[k], j);
-      if (!t.is_alias_of(first) || t.strides() != first.strides() ||
-          t.storage_offset() != first.storage_offset() + static_cast<int64_t>(k) * step)
-        return false;
-    }
-    return true;
   }
 };
 
@@ -98,25 +75,15 @@ void check_shapes(at::TensorList inputs, at::TensorList weights, at::TensorList 
 }
 
 std::vector<Group> groups_of(at::TensorList inputs, at::TensorList weights, size_t depth) {
-  std::map<std::vector<int64_t>, Group> by_shape;
+  std::map<std::vector<int64_t>, Group> by_key;
   for (size_t l = 0; l < inputs.size(); ++l) {
     std::vector<int64_t> key = inputs[l].sizes().vec();
     for (size_t j = 0; j < depth; ++j) key.push_back(weights[l * depth + j].size(0));
-    by_shape[key].push_back(l);
+    if (inputs[0].is_cpu()) key.push_back(static_cast<int64_t>(l));
+    by_key[key].push_back(l);
   }
-  const auto copied = [&](const Group& group) {
-    for (size_t j = 0; j < depth; ++j)
-      if (!PerDecoder{weights, depth}.equally_spaced(group, j)) return true;
-    return false;
-  };
   std::vector<Group> groups;
-  for (const auto& [key, group] : by_shape) {
-    if (group.size() > 1 && inputs[0].is_cpu() && copied(group)) {
-      for (const size_t decoder : group) groups.push_back({decoder});
-    } else {
-      groups.push_back(group);
-    }
-  }
+  for (const auto& [key, group] : by_key) groups.push_back(group);
   return groups;
 }
 

@@ -41,7 +41,7 @@ def test_routes_that_do_not_run_say_why(inverted):
 def test_decoded_gradients_add_the_route_matching(inverted, stages):
     printed, _ = inverted("--gradients", stages.gradients)
     assert set(printed["routes"]) == {"amortised", "amortised_refined", "matching"}
-    assert set(printed["not_run"]) == {"adapter_rowspace"}
+    assert set(printed["not_run"]) == {"adapter_rowspace", "attention_rowspace", "patch_position"}
 
 
 def test_what_the_factors_show_is_said(inverted):

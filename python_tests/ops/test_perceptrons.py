@@ -158,30 +158,6 @@ def test_any_strides_and_deterministic(device):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("strange", [None, "reversed", "one apart", "expanded"])
-def test_slices_of_stacked_tensors_give_what_separate_ones_give(device, strange):
-    """Slices are read where they lie; those out of order, at other distances or at none are not mistaken for it."""
-    lists = make(depth=2, shapes=[(64, 33, 16)] * 4, device=device)
-    stacks = [torch.stack(lists[0]), *(torch.stack(each[j::2]) for each in lists[1:] for j in (0, 1))]
-    slices = [list(stack.unbind()) for stack in stacks]
-    if strange == "reversed":
-        slices[1].reverse()
-    elif strange == "one apart":
-        slices[2][3] = slices[2][3].clone()
-    elif strange == "expanded":
-        slices[1] = list(slices[1][0].expand(4, 33, 64).unbind())
-    inputs, first, second, first_bias, second_bias = slices
-    weights = [w for pair in zip(first, second, strict=True) for w in pair]
-    biases = [b for pair in zip(first_bias, second_bias, strict=True) for b in pair]
-    variables = [t.requires_grad_() for t in (*inputs, *weights, *biases)] if strange is None else []
-    outputs, expected = perceptrons(inputs, weights, biases), by_modules(inputs, weights, biases)
-    assert_close(outputs, expected, torch.float32)
-    if variables:
-        factors = [torch.randn_like(t) for t in expected]
-        got = torch.autograd.grad(outputs, variables, [f.float() for f in factors])
-        assert_close(got, [g.double() for g in torch.autograd.grad(expected, variables, factors)], torch.float32)
-
-
 def test_without_gradients_nothing_is_saved(device):
     lists = make(device=device)
     assert torch.ops.r2f.perceptrons(*lists, False)[1] == decoder_reference.perceptrons(*lists, False)[1] == []

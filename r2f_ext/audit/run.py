@@ -17,7 +17,6 @@ from r2f_ext.data import ImageSet
 from r2f_ext.decoders import DEFAULT_KINDS, KINDS, Updates
 from r2f_ext.errors import R2FError, expected
 from r2f_ext.inversion.label_by_label import NEAR_PAIRS
-from r2f_ext.inversion.patch_position import ROUTE as PATCH_POSITION
 from r2f_ext.inversion.route import Problem, Proxies, Verdict
 from r2f_ext.inversion.routes import (
     LACKING,
@@ -143,8 +142,6 @@ def run_audit_stages(
     config = fit_to_memory(target, problem.victims, count, config)
     verdicts = verdicts_of(problem) if verdicts is None else verdicts
     names = chosen_routes(config)
-    if config.routes is None and problem.gradients is not None:
-        names += (PATCH_POSITION,)
     check_runnable(problem, verdicts, names, later=LATER)
     held_out = min(config.held_out, count // 4)
     fitted = min(config.decoder_pairs, count - held_out)

@@ -115,7 +115,7 @@ class Capture:
             module, inputs = self._modules[name], self._seen[name][0]
             tokens = as_tokens(module, inputs if create_graph else inputs.detach())
             grad = _output_as_tokens(module, grad)
-            if low:  # as the layer multiplied them: autocast rounded its input and its output's gradient
+            if low:  # autocast rounded both before the layer multiplied them
                 tokens, grad = tokens.bfloat16(), grad.bfloat16()
             x[name] = tokens.reshape(groups, -1, tokens.shape[-1])
             delta[name] = grad.reshape(groups, -1, grad.shape[-1])

@@ -190,8 +190,8 @@ def _routes(command: argparse.ArgumentParser) -> None:
         "--routes",
         metavar="NAMES",
         type=lambda names: tuple(name.strip() for name in names.split(",") if name.strip()),
-        help="the routes to run, separated by commas (default: adapter_rowspace, amortised, amortised_refined, "
-        "matching)",
+        help="the routes to run, separated by commas (default: all but the Gauss-Newton searches and the estimates "
+        "that only these start from)",
     )
 
 

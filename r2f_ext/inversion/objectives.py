@@ -99,7 +99,7 @@ class Objective(Protocol):
 
 
 class GradientObjective:
-    """Distance between full gradients. The gradient of a candidate given as factors is never formed.
+    """Distance between full gradients. On a CPU the gradient of a candidate given as factors is never formed.
 
     Args:
         observed: dense[name] [V, d_out, d_in] by layer, or factors, which are written out; or, to match gradients of

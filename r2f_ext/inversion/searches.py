@@ -128,8 +128,11 @@ def _words(found: Search, known: Bound) -> str:
 
 
 def _groups(kept: Sequence[Search | None], left: Sequence[int], processes: int) -> list[list[int]]:
-    """Victims that one process takes together: the searches that are left in groups so small that each process gets
-    two or more, if there are as many, and then those that are kept, of which only the bounds are computed."""
+    """Victims that one process takes together.
+
+    First come the searches that are left, in groups so small that each process gets two or more if there are enough.
+    The searches that are kept follow one by one: only their bounds are computed.
+    """
     if processes == 1:
         return [list(range(len(kept)))]
     size = min(CPU_TOGETHER, max(1, len(left) // (2 * processes)))

@@ -27,9 +27,9 @@ def perceptrons(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Seq
         returns  L tensors [b_l, out of the last linear layer]
 
     GELU is the exact form with erf (Hendrycks and Gimpel 2016). All tensors share one dtype, float32, float64 or
-    bfloat16, which the results also have; matrix products are library calls. On CUDA, decoders of the same shapes take
-    one batched product per linear layer; weights that are slices of one stacked tensor are read in place, others are
-    copied first. Any strides. Differentiable once in all tensors.
+    bfloat16, which the results also have; matrix products are library calls. On CUDA, decoders of the same shapes are
+    copied into stacked tensors and take one batched product per linear layer. Any strides. Differentiable once in all
+    tensors.
 
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, several devices.

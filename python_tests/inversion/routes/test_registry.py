@@ -134,3 +134,9 @@ def test_images_lie_in_the_unit_box_and_progress_adds_up():
         assert found.images.min() >= 0 and found.images.max() <= 1
         assert sum(told) in (route.units(problem), route.units(problem) + 1)
         assert torch.equal(found.labels, torch.tensor([2, 2]))
+
+
+def test_the_help_of_routes_and_the_readme_say_which_run_by_default():
+    named = {"gauss_newton", "gauss_newton_unrolled", "gauss_newton_matrix_free"}  # the searches
+    named |= {"amortised_by_label", "amortised_nearby"}  # the estimates that only these start from
+    assert set(default_routes()) == set(registry()) - named

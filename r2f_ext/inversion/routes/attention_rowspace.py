@@ -19,7 +19,6 @@ class AttentionRowspace(Route):
         "A server of federated learning that sees the exact gradient of one image, and knows the base, can run it."
     )
     reads = ("gradients",)
-    by_default = False
 
     def verdict(self, problem: Problem) -> Verdict:
         verdict = count_attention_rowspace(problem.base, problem.batch, problem.shared)

@@ -66,7 +66,7 @@ class GaussNewtonUnrolled(Route):
 
 
 def _doubt(problem: Problem, training: Training) -> str | None:
-    """As `doubt`; that B shows mostly signs is none where AdamW itself is modelled."""
+    """See `doubt`. That B holds mostly signs is no reason for doubt here if AdamW itself is modelled."""
     return doubt(replace(problem, evidence=None) if training.optimizer == "adamw" else problem)
 
 

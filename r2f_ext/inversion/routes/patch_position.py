@@ -19,7 +19,6 @@ class PatchPosition(Route):
         "A server of federated learning that sees the exact gradients of one image, and knows the base, can run it."
     )
     reads = ("gradients",)
-    by_default = False
 
     def verdict(self, problem: Problem) -> Verdict:
         verdict = count_patch_position(problem.base, problem.batch, problem.shared)
