@@ -45,7 +45,8 @@ def test_what_comes_out(audited):
         "amortised_refined",
         "control",
     }
-    assert set(result.not_run) == {"adapter_rowspace"} and "Not exact" in result.not_run["adapter_rowspace"]
+    assert set(result.not_run) == {"adapter_rowspace", "attention_rowspace", "patch_position"}
+    assert "Not exact" in result.not_run["adapter_rowspace"]
     assert result.verdicts["gauss_newton"].identifiable
     assert result.notes == (*audited.result.problem.evidence.sentences, *result.base_check.notes)
     assert result.estimates.stranger.shape == (1, 3, 32, 32) and result.failed == {}
