@@ -24,6 +24,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import r2f_ext
+from r2f_ext.ops import build_information
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from device_time import device_medians
 from measure import (
@@ -57,6 +60,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--rounds {rounds}: medians need at least {LEAST_ROUNDS}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU.")
+    if not config.getoption("benchmark_disable") and not build_information()["loaded"]:
+        # `python -m pytest` from the root imports the source folder, which has no compiled module.
+        raise pytest.UsageError(f"the compiled operators are not used ({r2f_ext.__file__}): run `pytest benchmarks`.")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
