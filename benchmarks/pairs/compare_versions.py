@@ -61,7 +61,7 @@ def measured(package: Path) -> dict[str, float]:
     """Work -> milliseconds, of one process with the package in that folder."""
     environment = {**os.environ, "PYTHONPATH": str(package)}
     command = [sys.executable, __file__, "--work"]
-    told = subprocess.run(command, env=environment, cwd=package, check=True, capture_output=True, text=True).stdout
+    told = subprocess.run(command, env=environment, cwd=package, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: dict[str, float] = json.loads(told.splitlines()[-1])
     return figures
 
@@ -76,12 +76,15 @@ def work() -> None:
     from r2f_ext.inversion.matching import MatchingConfig, match
     from r2f_ext.inversion.objectives import GradientObjective
     from r2f_ext.models import load_base
+    from r2f_ext.ops import build_information
     from r2f_ext.pairs import GeneratedPairs
     from r2f_ext.types import AdaptedLayer, Gradient, Target
 
+    if not build_information()["loaded"]:
+        raise SystemExit("the compiled operators of a version are not used: install it for this torch, see `r2f env`.")
     base = load_base()
-    linear = {n: m.weight for n, m in base.model.named_modules() if n.endswith(("qkv", "proj", "fc1", "fc2"))}
-    linear = {name: weight for name, weight in linear.items() if name.startswith("blocks.")}
+    ends = ("qkv", "attn.proj", "fc1", "fc2")
+    linear = {n: m.weight for n, m in base.model.named_modules() if n.endswith(ends)}
     target = Target(base, tuple(AdaptedLayer(n, len(w), w.shape[1], 8, 2.0) for n, w in linear.items()))
     torch.manual_seed(0)
     a = {name: torch.randn(8, weight.shape[1]) / weight.shape[1] ** 0.5 for name, weight in linear.items()}
