@@ -64,7 +64,10 @@ CASES = [
 def plain_forms(
     x: list[Tensor], delta: list[Tensor], A: list[Tensor], B: list[Tensor] | None
 ) -> dict[str, Callable[[], object]]:
-    """The same results in plain PyTorch. All forms but "DᵀU" return grad_B as a transposed view."""
+    """The same results in plain PyTorch. All forms but "DᵀU" return grad_B as a transposed view.
+
+    In bfloat16 only the form "bmm in float32" keeps the precision of ours; the others round products to bfloat16.
+    """
     if A[0].ndim == 2:  # made before the clock starts
         columns, shared = [a.mT.contiguous() for a in A], [a.mT.expand(len(x[0]), *a.mT.shape) for a in A]
     else:
@@ -81,10 +84,15 @@ def plain_forms(
 
     forms = {
         "bmm": every_layer(lambda i: torch.bmm(torch.bmm(x[i], shared[i]).mT, delta[i]).mT),
+        "bmm in float32": every_layer(
+            lambda i: torch.bmm(torch.bmm(x[i].float(), shared[i].float()).mT, delta[i].float()).mT
+        ),
         "((Axᵀ)D)ᵀ": every_layer(lambda i: ((A[i] @ x[i].mT) @ delta[i]).mT),
         "(UᵀD)ᵀ": every_layer(lambda i: ((x[i] @ columns[i]).mT @ delta[i]).mT),
         "DᵀU": every_layer(lambda i: delta[i].mT @ (x[i] @ columns[i])),
     }
+    if x[0].dtype != torch.bfloat16:
+        del forms["bmm in float32"]
     if A[0].ndim == 2:
         forms["(UᵀD)ᵀ, linear"] = every_layer(lambda i: (linear(x[i], A[i]).mT @ delta[i]).mT)
     return forms

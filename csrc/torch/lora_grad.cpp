@@ -6,6 +6,8 @@
 // rows are faster.
 #include "kernels/lora_grad.h"
 
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -76,12 +78,12 @@ at::Tensor scaled_product(const at::Tensor& a, const at::Tensor& b, double scale
 }
 
 // u^T = A x^T [P, r, N], group by group, which is faster than one product of all groups' tokens. For A [r, d_in] or
-// [P, r, d_in]. Around rank 8, PEFT's default, and for long rows the product that writes u^T is faster than the one
-// that writes u, by up to a third; elsewhere it is slower.
+// [P, r, d_in]. For ranks from 10 to 15, and for long rows from PEFT's default rank, 8, on, the product that writes u^T
+// is faster than the one that writes u, by up to a third; elsewhere it is slower.
 at::Tensor projected_rows(const at::Tensor& x, const at::Tensor& any_A) {
   const at::Tensor A = any_A.dim() == 2 ? any_A.expand({x.size(0), any_A.size(0), any_A.size(1)}) : any_A;
-  const int64_t rank = A.size(1), d_in = A.size(2);
-  return rank >= 8 && rank < 16 && d_in >= 256 ? at::bmm(A, x.mT()) : at::bmm(x, A.mT()).mT();
+  const int64_t rank = A.size(1), first = A.size(2) >= 512 ? 8 : 10;
+  return rank >= first && rank < 16 ? at::bmm(A, x.mT()) : at::bmm(x, A.mT()).mT();
 }
 
 // Computes (u^T delta)^T instead of delta^T u, so that the long rows of delta are read sequentially. Returns a
@@ -93,16 +95,20 @@ at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Ten
     if (scale != 1) u.mul_(scale);
     return at::bmm(u, delta).mT();
   }
-  // bfloat16 inputs are converted in chunks of groups that stay in the L2 cache.
+  // bfloat16 inputs are converted in chunks of groups that stay in the L2 cache of the thread that multiplies them.
+  // Where the library's products of bfloat16 are faster than this, they round u and the result to bfloat16.
   constexpr int64_t chunk_bytes = 1 << 20;
   const int64_t P = x.size(0), group_bytes = 4 * x.size(1) * (x.size(2) + delta.size(2));
   const int64_t chunk = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(1, group_bytes));
   const at::Tensor rows = at::empty({P, A.size(-2), delta.size(2)}, A.options());
-  for (int64_t first = 0; first < P; first += chunk) {
-    const auto part = [&](const at::Tensor& t) { return t.narrow(0, first, std::min(chunk, P - first)); };
-    const at::Tensor u = projected_rows(wide(part(x)), A.dim() == 2 ? A : part(A));
-    add_product(part(rows), u, wide(part(delta)), scale, 0);
-  }
+  at::parallel_for(0, P, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread; the caller's does not reach it
+    for (int64_t first = begin; first < end; first += chunk) {
+      const auto part = [&](const at::Tensor& t) { return t.narrow(0, first, std::min(chunk, end - first)); };
+      const at::Tensor u = projected_rows(wide(part(x)), A.dim() == 2 ? A : part(A));
+      add_product(part(rows), u, wide(part(delta)), scale, 0);
+    }
+  });
   return rows.mT();
 }
 
