@@ -191,8 +191,12 @@ def slug(name: str) -> str:
 
 
 def record_path(device: str = "cpu") -> Path:
-    """Where `make bench` writes: results/<version>/<processor>-ops.json."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    """Where `make bench` writes: results/<version>/<processor>-ops.json.
+
+    A CPU is named with the instruction set of its kernels: processors of one model name may differ in it.
+    """
+    cpu = f"{cpu_name()} {build_information().get('cpu_isa', '')}"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return RESULTS / r2f_ext.__version__ / f"{slug(name)}-ops.json"
 
 

@@ -57,13 +57,13 @@ def rival(row: Row, prefix: str = "") -> str:
 
 
 def processor(machine: dict[str, Any]) -> str:
-    return machine["gpu"] or machine["cpu"]
+    """A GPU's name, or a CPU's with the instruction set of its kernels, in which CPUs of one name may differ."""
+    return machine["gpu"] or ", ".join(filter(None, (machine["cpu"], machine["instructions"])))
 
 
 def machine_sentence(machine: dict[str, Any]) -> str:
-    where = (
-        "" if machine["gpu"] else f"{machine['threads']} threads, {machine['instructions'] or 'no compiled kernels'}, "
-    )
+    kernels = "" if machine["instructions"] else "no compiled kernels, "
+    where = "" if machine["gpu"] else f"{machine['threads']} threads, {kernels}"
     return (
         f"{where}torch {machine['torch']}, r2f-ext {machine['r2f_ext']}. Copy {machine['copy_GB_per_s']:.1f} GB/s; "
         f"matrix products {machine['gemm_float32_GFLOP_per_s']:.0f} GFLOP/s in float32,\n"

@@ -226,7 +226,7 @@ def _demo(commands: Commands) -> None:
     _command(
         commands,
         "demo",
-        "train 24 real victims with PEFT and audit them; about 9 minutes on 2 cores",
+        "train 24 real victims with PEFT and audit them; 4 to 9 minutes on 2 cores",
         out="for the victims and the report",
     )
 

@@ -64,10 +64,10 @@ class PairsInMemory:
         return cls(target, pairs.a, tuple(parts), pairs.one_step, pairs.per_victim_a, pairs.group_size)
 
     @classmethod
-    def of_images(cls, target: Target, images: ImageSet, group_size: int = 1) -> PairsInMemory:
+    def of_images(cls, target: Target, images: ImageSet) -> PairsInMemory:
         """The gradients at the start, without updates; `seen_by` adds those of an adapter. Raises what `of` raises."""
         blank = {layer.name: torch.zeros(1, layer.d_in, device=target.base.device) for layer in target.layers}
-        found = cls.of(GeneratedPairs(target, blank, images, group_size))
+        found = cls.of(GeneratedPairs(target, blank, images))
         return replace(found, a={}, parts=tuple(replace(batch, updates={}) for batch in found.parts))
 
     def seen_by(self, target: Target, a: dict[str, Tensor]) -> PairsInMemory:
