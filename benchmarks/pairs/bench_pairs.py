@@ -199,7 +199,7 @@ class Pairs:
     def flops(self) -> float:
         """Operations of the bare model's pass over one image."""
         with FlopCounterMode(display=False) as counter:
-            bare_model(self.base, self.images[:1], self.labels[:1], 1)()
+            bare_model(self.base, self.images[:1], self.labels[:1], 1, fused=False)()  # it cannot count fused attention
         return counter.get_total_flops()
 
 

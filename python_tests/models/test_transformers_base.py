@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 from transformers_cases import CLASSES, FAMILIES, PATCHES, SIZES, classifier, dinov3, moved
 
-from r2f_ext.capture import Capture
+from r2f_ext.capture import Capture, hooks
 from r2f_ext.capture.tangents import CaptureTangents
 from r2f_ext.errors import R2FError
 from r2f_ext.models import load_base
@@ -45,6 +45,22 @@ def test_logits_are_those_of_transformers(family, folders):
     assert (base.input_shape, base.num_classes, base.spec) == ((3, 16, 16), CLASSES, str(folder))
     assert not any(module.training for module in base.model.modules())
     assert not any(p.requires_grad or p.dtype != torch.float32 for p in base.model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_fused_while_gradients_are_captured_for_use_as_they_are(family, folders, device):
+    base = load_base(str(folders[family][0]), device=device)
+    target, seen = target_of(base, layers_of(base, family)), []
+    attention = [module for module in base.model.modules() if hooks._switch_of(module) is not None]
+    switch = hooks._switch_of(attention[0])
+    images, labels = torch.rand(2, 3, 3, 16, 16, device=device), torch.zeros(2, 3, dtype=torch.int64, device=device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    record = attention[0].register_forward_hook(lambda *_: seen.append(switch.get()))
+    with record, Capture(target, dtype) as capture:
+        fused, plain = capture(images, labels), capture(images, labels, create_graph=True)
+    assert len(attention) == 2 and seen == [True, False] and not switch.get()
+    for name in target.names:
+        torch.testing.assert_close(fused.dense(name), plain.dense(name).detach(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,10 @@ class Capture:
         target: base model and adapted layers.
         dtype: float32 runs the model as it is; bfloat16 runs it under autocast (products of matrices in bfloat16, sums,
             softmax, norms and loss in float32) and gives factors in bfloat16. That is faster on processors that
-            multiply bfloat16 matrices faster than float32 ones (GPUs, CPUs with AMX). On a GPU, bfloat16 also enables
-            timm's fused attention, except if the graph is kept (fused attention has no double backward) and for more
-            than FUSED_TOKENS tokens (equal passes would not give equal bits). In float32, fused attention is slower on
-            a GPU.
+            multiply bfloat16 matrices faster than float32 ones (GPUs, CPUs with AVX512_BF16 or AMX). Fused
+            attention is enabled where it is faster, in bfloat16 on a GPU and in float32 on a CPU, except if the graph
+            is kept (it has no double backward) and for more than FUSED_TOKENS tokens (on a GPU equal passes would not
+            give equal bits).
         tf32: on a GPU, multiply float32 numbers rounded to TF32's 11 bits.
 
     Raises:
@@ -97,8 +97,12 @@ class Capture:
         """
         groups, size = labels.shape
         low = self.dtype == torch.bfloat16
-        fused = low and images.is_cuda and not create_graph
-        with torch.enable_grad(), _gpu_products(images.is_cuda, self.tf32), _fused(self.target, fused):
+        fused = low == images.is_cuda and not create_graph  # slower in float32 on a GPU and in bfloat16 on a CPU
+        with (
+            torch.enable_grad(),
+            _gpu_products(images.is_cuda, self.tf32),
+            fused_attention(self.target.base.model, fused),
+        ):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
                 logits = self.target.base.model(self.target.base.normalize(images.flatten(0, 1)))
             logits = logits.float() if low else logits  # its gradient is a difference of probabilities
@@ -147,25 +151,51 @@ def _gpu_products(on_gpu: bool, tf32: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _fused(target: Target, wanted: bool) -> Iterator[None]:
-    """Inside this context, timm's attention layers of this model run FlashAttention, if `wanted`.
+def fused_attention(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside this context, the attention layers of a timm or transformers `model` run FlashAttention, if `wanted`.
 
-    Layers of more than FUSED_TOKENS tokens [n, tokens, d] do not.
+    Layers of more than FUSED_TOKENS tokens [n, tokens, d], and layers that offer no choice, do not.
     """
+    modules = model.modules() if wanted else ()
+    switches = {module: switch for module in modules if (switch := _switch_of(module)) is not None}
 
-    def choose(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        module.fused_attn = args[0].ndim == 3 and args[0].shape[1] <= FUSED_TOKENS  # type: ignore[assignment]
+    def choose(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = args[0] if args else named["hidden_states"]
+        switches[module].set(x.ndim == 3 and x.shape[1] <= FUSED_TOKENS)
 
-    layers = [m for m in target.base.model.modules() if hasattr(m, "fused_attn")] if wanted else []
-    before = [layer.fused_attn for layer in layers]
-    handles = [layer.register_forward_pre_hook(choose) for layer in layers]
+    before = [switch.get() for switch in switches.values()]
+    handles = [module.register_forward_pre_hook(choose, with_kwargs=True) for module in switches]
     try:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if wanted else nullcontext():
             yield
     finally:
-        for layer, flag, handle in zip(layers, before, handles, strict=True):
-            layer.fused_attn = flag
+        for switch, fused, handle in zip(switches.values(), before, handles, strict=True):
+            switch.set(fused)
             handle.remove()
+
+
+class _Switch(NamedTuple):
+    """Where an attention layer reads whether it is fused: attribute `name` of `holder`."""
+
+    holder: object
+    name: str
+    fused: object
+    plain: object
+
+    def get(self) -> bool:
+        return getattr(self.holder, self.name) == self.fused
+
+    def set(self, fused: bool) -> None:
+        setattr(self.holder, self.name, self.fused if fused else self.plain)
+
+
+def _switch_of(module: nn.Module) -> _Switch | None:
+    """The switch of an attention layer of timm, or of one of transformers that calls the interface of attentions."""
+    if hasattr(module, "fused_attn"):
+        return _Switch(module, "fused_attn", True, False)
+    if hasattr(module, "config") and hasattr(module, "is_causal"):
+        return _Switch(module.config, "_attn_implementation", "sdpa", "eager")
+    return None
 
 
 def as_tokens(module: nn.Module, x: Tensor) -> Tensor:
