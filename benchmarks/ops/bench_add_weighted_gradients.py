@@ -66,11 +66,13 @@ def bench_add_weighted_gradients(versus: Callable[..., None], device: str, victi
         return {"ours": ours, **{name: on_own(form, totals()) for name, form in forms}}
 
     read = PAIRS * N * sum(d_out + d_in for d_out, d_in in EMBEDDED)
-    size = victims * sum(d_out * d_in for d_out, d_in in EMBEDDED)
+    weights = sum(d_out * d_in for d_out, d_in in EMBEDDED)  # of one gradient
+    # By factors, or by dense gradients that all victims share.
+    flops = min(2.0 * PAIRS * N * victims * weights, 2.0 * PAIRS * (N + victims) * weights)
     versus(
         "add_weighted_gradients_ embedded",
         [victims, PAIRS, N, len(EMBEDDED)],
         make,
-        traffic=4.0 * (read + 2 * size),
-        flops=2.0 * PAIRS * N * size,
+        traffic=4.0 * (read + 2 * victims * weights),
+        flops=flops,
     )

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import json_parser, machine, write_json
 from targets import all_linear, bare_model, initial_a
 
+from r2f_ext.capture.hooks import fused_attention
 from r2f_ext.data import ImageSet, ProceduralStream, load_images
 from r2f_ext.models import load_base
 from r2f_ext.pairs import GeneratedPairs, write_pairs
@@ -70,17 +71,15 @@ def walked(pairs: GeneratedPairs, count: int) -> Callable[[], None]:
 @contextmanager
 def as_in(base: BaseModel, precision: str) -> Iterator[None]:
     """The bare model as `Capture` runs it in this precision."""
-    layers = [m for m in base.model.modules() if hasattr(m, "fused_attn")]
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
-    for layer in layers:
-        layer.fused_attn = precision == "bfloat16"
-    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
-        yield
-    for layer in layers:
-        layer.fused_attn = False
-    matmul.allow_tf32, cudnn.allow_tf32 = before
+    low = precision == "bfloat16"
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=low), fused_attention(base.model, low):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def embedded() -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from cases import CONV, LINEAR, samples, target_of, tiny_base
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from r2f_ext.capture import Capture, hooks
+from r2f_ext.capture import Capture
 from r2f_ext.capture.hooks import FUSED_TOKENS, fused_attention
 from r2f_ext.errors import R2FError
 from r2f_ext.models import load_base
@@ -123,7 +123,6 @@ def capture_with_graph(monkeypatch, base, names, images, labels):
         return grads
 
     monkeypatch.setattr(torch.autograd, "grad", recorded)
-    monkeypatch.setattr(hooks, "FUSED_TOKENS", 0)  # attention shows its products
     with Capture(target_of(base, names)) as capture, forward:
         found = capture(images[:, None], labels[:, None])
     monkeypatch.undo()
@@ -217,20 +216,22 @@ def test_layers_that_do_not_reach_the_logits():
         capture(*inputs)
 
 
-def test_attention_is_fused_in_the_context_alone_and_for_few_tokens():
+def test_attention_is_fused_in_the_context_alone_and_on_a_gpu_for_few_tokens(device):
     base = tiny_base(torch.float32)
+    base.model.to(device)
     attention, seen = base.model.blocks[0].attn, []
-    images = samples(2, base, torch.float32)[0]
+    images = samples(2, base, torch.float32)[0].to(device)
     with attention.register_forward_hook(lambda module, args, output: seen.append(module.fused_attn)):
         with fused_attention(base.model, True):
+            attention(torch.zeros(1, FUSED_TOKENS + 1, 24, device=device))
             found = base.model(images)
-            attention(torch.zeros(1, FUSED_TOKENS + 1, 24))
         with fused_attention(base.model, False):
             plain = base.model(images)
         with pytest.raises(ValueError), fused_attention(base.model, True):
+            base.model(images)
             raise ValueError
         base.model(images)
-    assert seen == [True, False, False, False] and not attention._forward_pre_hooks
+    assert seen == [device.type == "cpu", True, False, True, False] and not attention._forward_pre_hooks
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -240,7 +241,8 @@ def test_fused_attention_runs_where_it_is_faster_and_nothing_is_differentiated(d
     images, labels = (each.to(device)[:, None] for each in samples(8, base, torch.float32))
     with base.model.blocks[0].attn.register_forward_hook(lambda module, *_: seen.append(module.fused_attn)):
         for dtype in (torch.float32, torch.bfloat16):
-            with Capture(target, dtype) as capture:
-                capture(images, labels)
-                capture(images, labels, create_graph=True)
-    assert seen == [device.type == "cpu", False, device.type == "cuda", False]
+            for fused in (True, False):
+                with Capture(target, dtype, fused=fused) as capture:
+                    capture(images, labels)
+                    capture(images, labels, create_graph=True)
+    assert seen == [device.type == "cpu", *3 * [False], device.type == "cuda", *3 * [False]]

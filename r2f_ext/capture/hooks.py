@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from r2f_ext.errors import R2FError
 from r2f_ext.types import FactoredGradient, Target
 
-# FlashAttention's backward adds blocks of 128 keys in no fixed order; with two blocks, the order changes no bit.
+# On a GPU, FlashAttention's backward adds blocks of 128 keys in no fixed order; with two, the order changes no bit.
 FUSED_TOKENS = 256
 
 
@@ -33,11 +33,13 @@ class Capture:
         target: base model and adapted layers.
         dtype: float32 runs the model as it is; bfloat16 runs it under autocast (products of matrices in bfloat16, sums,
             softmax, norms and loss in float32) and gives factors in bfloat16. That is faster on processors that
-            multiply bfloat16 matrices faster than float32 ones (GPUs, CPUs with AVX512_BF16 or AMX). Fused
-            attention is enabled where it is faster, in bfloat16 on a GPU and in float32 on a CPU, except if the graph
-            is kept (it has no double backward) and for more than FUSED_TOKENS tokens (on a GPU equal passes would not
-            give equal bits).
+            multiply bfloat16 matrices faster than float32 ones (GPUs, CPUs with AVX512_BF16 or AMX).
         tf32: on a GPU, multiply float32 numbers rounded to TF32's 11 bits.
+        fused: use fused attention where it is faster: in bfloat16 on a GPU, for up to FUSED_TOKENS tokens (beyond that
+            equal passes would not give equal bits), and in float32 and float64 on a CPU. On a CPU, float32 gradients
+            of early layers then have up to twice the rounding error (1.5e-6 instead of 7e-7 of their norm in the
+            embedded model), which pairs for decoders tolerate. A pass that keeps its graph is never fused, because
+            fused attention has no double backward.
 
     Raises:
         R2FError: the base has no such layer.
@@ -47,8 +49,10 @@ class Capture:
             gradient = capture(images, labels)
     """
 
-    def __init__(self, target: Target, dtype: torch.dtype = torch.float32, tf32: bool = False) -> None:
-        self.target, self.dtype, self.tf32 = target, dtype, tf32
+    def __init__(
+        self, target: Target, dtype: torch.dtype = torch.float32, tf32: bool = False, fused: bool = False
+    ) -> None:
+        self.target, self.dtype, self.tf32, self.fused = target, dtype, tf32, fused
         modules = dict(target.base.model.named_modules())
         absent = [name for name in target.names if name not in modules]
         if absent:
@@ -97,7 +101,8 @@ class Capture:
         """
         groups, size = labels.shape
         low = self.dtype == torch.bfloat16
-        fused = low == images.is_cuda and not create_graph  # slower in float32 on a GPU and in bfloat16 on a CPU
+        faster = low if images.is_cuda else images.device.type == "cpu" and not low
+        fused = self.fused and faster and not create_graph
         with (
             torch.enable_grad(),
             _gpu_products(images.is_cuda, self.tf32),
@@ -154,23 +159,23 @@ def _gpu_products(on_gpu: bool, tf32: bool) -> Iterator[None]:
 def fused_attention(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Inside this context, the attention layers of a timm or transformers `model` run FlashAttention, if `wanted`.
 
-    Layers of more than FUSED_TOKENS tokens [n, tokens, d], and layers that offer no choice, do not.
+    Layers that offer no choice do not, nor do layers of more than FUSED_TOKENS tokens [n, tokens, d] on a GPU.
     """
     modules = model.modules() if wanted else ()
     switches = {module: switch for module in modules if (switch := _switch_of(module)) is not None}
 
     def choose(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        x = args[0] if args else named["hidden_states"]
-        switches[module].set(x.ndim == 3 and x.shape[1] <= FUSED_TOKENS)
+        x = args[0] if args else named.get("hidden_states")
+        switches[module].set(x is not None and x.ndim == 3 and (not x.is_cuda or x.shape[1] <= FUSED_TOKENS))
 
-    before = [switch.get() for switch in switches.values()]
+    before = [getattr(switch.holder, switch.name) for switch in switches.values()]
     handles = [module.register_forward_pre_hook(choose, with_kwargs=True) for module in switches]
     try:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if wanted else nullcontext():
             yield
     finally:
-        for switch, fused, handle in zip(switches.values(), before, handles, strict=True):
-            switch.set(fused)
+        for switch, value, handle in zip(switches.values(), before, handles, strict=True):
+            setattr(switch.holder, switch.name, value)
             handle.remove()
 
 
@@ -181,9 +186,6 @@ class _Switch(NamedTuple):
     name: str
     fused: object
     plain: object
-
-    def get(self) -> bool:
-        return getattr(self.holder, self.name) == self.fused
 
     def set(self, fused: bool) -> None:
         setattr(self.holder, self.name, self.fused if fused else self.plain)

@@ -168,7 +168,8 @@ class GeneratedPairs(ProxyPairs):
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
         passes = self._passes(start, stop)
-        with Capture(self.target, PRECISIONS[self.precision], self.precision == "tf32") as capture:
+        precision = PRECISIONS[self.precision]
+        with Capture(self.target, precision, self.precision == "tf32", fused=True) as capture:
             for one in passes:
                 images, labels, a0 = self._victims(*one)
                 gradient = capture(images, labels)

@@ -130,7 +130,7 @@ class AdaptedCapture(Capture):
     """Capture on a model whose layers carry one adapter a group; `b` is None while every B is still zero."""
 
     def __init__(self, target: Target, a: dict[str, Tensor], dropout: float, precision: str) -> None:
-        super().__init__(target, PRECISIONS[precision], precision == "tf32")
+        super().__init__(target, PRECISIONS[precision], precision == "tf32", fused=True)
         self.a, self.dropout = a, dropout
         self.b: dict[str, Tensor] | None = None
         self.adapter_inputs: dict[str, Tensor] = {}  # name -> inputs of A after dropout [P, b * tokens, d_in]
