@@ -44,14 +44,18 @@ class Replayed:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None:
         own = [each.detach().clone() for each in inputs]
-        side = torch.cuda.Stream(own[0].device)
-        side.wait_stream(torch.cuda.current_stream(own[0].device))
+        with torch.cuda.device(own[0].device):  # a capture records the current device
+            return self._captured(own)
+
+    def _captured(self, own: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP - 1):
                 self._function(*own)
             waits = self._waits(own)
-        torch.cuda.current_stream(own[0].device).wait_stream(side)
-        torch.cuda.synchronize(own[0].device)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
         if waits:
             return None
         graph = torch.cuda.CUDAGraph()

@@ -18,6 +18,7 @@ from r2f_ext.config import AuditConfig
 from r2f_ext.data import ImageSet, drop_private, images_for
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder
+from r2f_ext.gpu import float32_products
 from r2f_ext.inversion.near_images import generated_nearby
 from r2f_ext.inversion.route import Public, Verdict, adapter_problem
 from r2f_ext.inversion.routes import any_failed, default_routes, needs, verdicts_of
@@ -48,6 +49,7 @@ class Prepared:
     evidence: Evidence
 
 
+@float32_products()
 def audit(
     adapters: Sequence[str | Path],
     *,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-import psutil
-
 from r2f_ext.config import AuditConfig
 from r2f_ext.errors import R2FError
+from r2f_ext.gpu import free_memory
 from r2f_ext.types import Target
 
 FLOAT = 4
@@ -28,13 +27,13 @@ def fit_to_memory(
     Args:
         victims: number of adapters to decode.
         count: number of proxy pairs.
-        free: available memory in bytes; None: that of the system.
+        free: available memory in bytes; None: that of the base's device.
         fewer: the remedy, with {} for the number of pairs that fit.
 
     Raises:
         R2FError: not even the pairs fit; the sentence says how many would.
     """
-    free = int(SHARE * (psutil.virtual_memory().available if free is None else free))
+    free = int(SHARE * (free_memory(target.base.device) if free is None else free))
     update, image = _bytes_of_a_pair(target)
     gradient = FLOAT * sum(layer.d_out * layer.d_in for layer in target.layers)
     # Three copies each of updates (collected, unit rows, temporary), images (targets, dual weights, temporary), kernel.
@@ -46,7 +45,7 @@ def fit_to_memory(
     if held_out < min(4, config.held_out):
         square = (3 + 2 * (len(target.layers) + 1)) * FLOAT
         fits = _largest(free - 2 * (victims + 4) * gradient, 3 * update + 3 * image, square)
-        remedy = fewer.format(fits) if fits >= 40 else "use a machine with more memory"
+        remedy = fewer.format(fits) if fits >= 40 else "use a device with more memory"
         raise R2FError(
             f"{count} pairs of '{target.base.spec}' do not fit into {free / 1e9:.0f} GB of memory: {remedy}."
         )
@@ -57,9 +56,9 @@ def start_images(target: Target, count: int, public: int, free: int | None = Non
     """How many images of a label, of at most `public`, fit into memory for Gauss-Newton's start, beside `count` pairs.
 
     Args:
-        free: available memory in bytes; None: that of the system.
+        free: available memory in bytes; None: that of the base's device.
     """
-    free = int(SHARE * (psutil.virtual_memory().available if free is None else free))
+    free = int(SHARE * (free_memory(target.base.device) if free is None else free))
     update, image = _bytes_of_a_pair(target)
     held = count * 2 * (update + image)  # updates and unit rows
     # Two copies each of updates and images, and the kernel with two temporaries.

@@ -10,6 +10,7 @@ from r2f_ext.audit.metrics import psnr_db
 from r2f_ext.audit.schema import ClosedFormFigures
 from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
+from r2f_ext.gpu import float32_products
 from r2f_ext.inversion.exact_gradients import exact_gradients
 from r2f_ext.inversion.route import Certainty, Problem, Verdict
 from r2f_ext.inversion.routes import registry, run_routes, verdicts_of
@@ -24,6 +25,7 @@ class Phase0Report:
     images: Tensor
 
 
+@float32_products()
 def phase0(base: BaseModel, private: ImageSet) -> tuple[list[Phase0Report], dict[str, Verdict]]:
     """Run the routes that read exact gradients on each image's own, where the count allows it, and score the results.
 

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from r2f_ext.errors import R2FError
+from r2f_ext.gpu import float32_products
 from r2f_ext.types import FactoredGradient, Target
 
-# On a GPU, FlashAttention's backward adds blocks of 128 keys in no fixed order; with two, the order changes no bit.
-FUSED_TOKENS = 256
+# On a GPU, FlashAttention's backward adds blocks of 128 keys in no fixed order; with two, the order changes no bit. For
+# heads of more than 64 numbers a block may hold 64 keys.
+FUSED_TOKENS, WIDE_HEAD = 256, 64
 
 
 class Capture:
@@ -35,11 +37,11 @@ class Capture:
             softmax, norms and loss in float32) and gives factors in bfloat16. That is faster on processors that
             multiply bfloat16 matrices faster than float32 ones (GPUs, CPUs with AVX512_BF16 or AMX).
         tf32: on a GPU, multiply float32 numbers rounded to TF32's 11 bits.
-        fused: use fused attention where it is faster: in bfloat16 on a GPU, for up to FUSED_TOKENS tokens (beyond that
-            equal passes would not give equal bits), and in float32 and float64 on a CPU. On a CPU, float32 gradients
-            of early layers then have up to twice the rounding error (1.5e-6 instead of 7e-7 of their norm in the
-            embedded model), which pairs for decoders tolerate. A pass that keeps its graph is never fused, because
-            fused attention has no double backward.
+        fused: use fused attention where it is faster: in bfloat16 on a GPU, for up to FUSED_TOKENS tokens (half as
+            many if heads are wide; beyond that equal passes would not give equal bits), and in float32 and float64 on a
+            CPU. There, float32 gradients of early layers have up to twice the rounding error (1.5e-6 instead of 7e-7 of
+            their norm in the embedded model), which pairs for decoders tolerate. A pass that keeps its graph is never
+            fused, because fused attention has no double backward.
 
     Raises:
         R2FError: the base has no such layer.
@@ -105,7 +107,7 @@ class Capture:
         fused = self.fused and faster and not create_graph
         with (
             torch.enable_grad(),
-            _gpu_products(images.is_cuda, self.tf32),
+            float32_products(self.tf32),
             fused_attention(self.target.base.model, fused),
         ):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
@@ -141,32 +143,17 @@ class Capture:
 
 
 @contextmanager
-def _gpu_products(on_gpu: bool, tf32: bool) -> Iterator[None]:
-    """Run both float32 products and float32 convolutions in TF32, or neither: torch's defaults for the two differ."""
-    if not on_gpu:
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-@contextmanager
 def fused_attention(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Inside this context, the attention layers of a timm or transformers `model` run FlashAttention, if `wanted`.
 
-    Layers that offer no choice do not, nor do layers of more than FUSED_TOKENS tokens [n, tokens, d] on a GPU.
+    Layers that offer no choice do not, nor do layers of more than `_most_tokens` tokens [n, tokens, d] on a GPU.
     """
     modules = model.modules() if wanted else ()
     switches = {module: switch for module in modules if (switch := _switch_of(module)) is not None}
 
     def choose(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         x = args[0] if args else named.get("hidden_states")
-        switches[module].set(x is not None and x.ndim == 3 and (not x.is_cuda or x.shape[1] <= FUSED_TOKENS))
+        switches[module].set(x is not None and x.ndim == 3 and (not x.is_cuda or x.shape[1] <= _most_tokens(module)))
 
     before = [getattr(switch.holder, switch.name) for switch in switches.values()]
     handles = [module.register_forward_pre_hook(choose, with_kwargs=True) for module in switches]
@@ -189,6 +176,12 @@ class _Switch(NamedTuple):
 
     def set(self, fused: bool) -> None:
         setattr(self.holder, self.name, self.fused if fused else self.plain)
+
+
+def _most_tokens(module: nn.Module) -> int:
+    """Of an attention layer that is fused on a GPU."""
+    head = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
+    return FUSED_TOKENS if head is not None and head <= WIDE_HEAD else FUSED_TOKENS // 2
 
 
 def _switch_of(module: nn.Module) -> _Switch | None:

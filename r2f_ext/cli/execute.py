@@ -15,6 +15,7 @@ from r2f_ext.cli.device import chosen_device, uses_cuda
 from r2f_ext.cli.failures import INCOMPLETE
 from r2f_ext.errors import R2FError
 from r2f_ext.files import output_folder, write_text
+from r2f_ext.gpu import float32_products
 from r2f_ext.malloc import keep_freed_memory
 
 
@@ -31,7 +32,7 @@ def execute(options: argparse.Namespace) -> int:
         raise R2FError(f"only {' and '.join(commands.DISTRIBUTED)} run on several processes: leave torchrun out.")
     if uses_cuda(options) and ":" in (device := chosen_device(options)):
         torch.cuda.set_device(device)  # for tensors made on "cuda" without a number, and for the GPU's name in reports
-    with distributed.processes(cuda=uses_cuda(options)):
+    with distributed.processes(cuda=uses_cuda(options)), float32_products():
         first = distributed.rank() == 0
         display.console.quiet = not first
         printed = commands.load(options.command)(options)

@@ -29,6 +29,7 @@ from r2f_ext.decoders.base import Decoder, Updates, joined, unit_updates
 from r2f_ext.decoders.core import Core
 from r2f_ext.errors import R2FError
 from r2f_ext.files import seed_of
+from r2f_ext.gpu import seeded
 from r2f_ext.pairs import PairSource
 from r2f_ext.types import FactoredGradient, Gradient, PairBatch
 
@@ -125,8 +126,7 @@ class Learned(Decoder):
         self.prepare()
         self.networks: dict[str, nn.Module] = {}
         for name, shape in self.shapes.items():
-            with torch.random.fork_rng():
-                torch.manual_seed(seed_of(f"{self.seed}/{name}"))
+            with seeded(seed_of(f"{self.seed}/{name}")):
                 self.networks[name] = self.network(name, shape).to(pairs.target.base.device)
 
     def observe(self, batch: PairBatch) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from r2f_ext.capture import Capture
 from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
+from r2f_ext.gpu import float32_products
 from r2f_ext.inversion.descents import FREE_TOGETHER
 from r2f_ext.inversion.exactness import (
     DRAWS,
@@ -188,6 +189,7 @@ class UpdateBound:
         return torch.cat(found) - flat_units(project(precise.target, gradient, precise.a))
 
 
+@float32_products()
 def gauss_newton(
     target: Target,
     a: dict[str, Tensor],

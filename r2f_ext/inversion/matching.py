@@ -20,6 +20,7 @@ from torch import Tensor
 from r2f_ext.cuda_graph import Replayed
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256_of, write_tensors
+from r2f_ext.gpu import float32_products
 from r2f_ext.inversion.candidates import Candidates, candidates_of
 from r2f_ext.inversion.objectives import Candidate, Distance, Objective
 from r2f_ext.inversion.optimizers import LBFGS, Adam, Box, Optimizer
@@ -112,6 +113,7 @@ class MatchingConfig:
         return None if self.low is None or self.high is None else (self.low, self.high)
 
 
+@float32_products()
 def match(
     model: Target | BaseModel,
     objective: Objective,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
+from r2f_ext.gpu import seeded
 from r2f_ext.inversion.prior import diffusers_classes
 from r2f_ext.progress import Advance, no_progress
 
@@ -70,8 +71,7 @@ def train_prior(
     Raises:
         R2FError: diffusers is not installed, or the images' sides are not multiples of 4.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         height, width = images.images.shape[-2:]
         unet = build_unet(height, width, channels)
         _, scheduler_class = diffusers_classes()

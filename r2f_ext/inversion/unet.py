@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
+from r2f_ext.gpu import seeded
 from r2f_ext.inversion.amortised import AmortisedInverter
 from r2f_ext.progress import Advance, no_progress
 from r2f_ext.types import Reconstruction
@@ -121,8 +122,7 @@ class UNetInverter:
             raise R2FError(f"the U-Net needs sides that are multiples of 4, got {height}x{width}: use kernel ridge.")
         self.ridge, self.config = ridge, config or UNetConfig()
         estimates = ridge.leave_one_out().clamp(0, 1).unflatten(1, ridge.shape)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
+        with seeded(self.config.seed):
             self.whitening = Whitening(ridge.units, self.config.components)  # svd_lowrank draws random numbers
             features = self._features(ridge.units, ridge.labels)
             net = RefiningUNet(channels, features.shape[1], self.config.width).to(features)

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from r2f_ext.errors import R2FError
+from r2f_ext.gpu import seeded
 from r2f_ext.models.adapter_files import PREFIX, read_factors
 from r2f_ext.types import LoraUpdate, Target
 
@@ -163,8 +164,7 @@ def _draw(target: Target, names: tuple[str, ...], seed: int, init: Any, like: di
         skeleton.add_module(slot, module)
     ranks = {slot: target.layer(name).rank for slot, name in zip(slots, names, strict=True)}
     config = LoraConfig(r=ranks[slots[0]], rank_pattern=ranks, target_modules=slots, init_lora_weights=init)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         wrapped = get_peft_model(skeleton, config)
     layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
     drawn = (layer.lora_A["default"].weight.detach().flatten(1) for layer in layers)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from r2f_ext.gpu import seeded
 from r2f_ext.models.embedded import PIXEL_MEAN, PIXEL_STD, build_embedded_vit
 from r2f_ext.progress import Advance, no_progress
 
@@ -48,8 +49,7 @@ def pretrain(images: Tensor, labels: Tensor, recipe: Pretraining, advance: Advan
     Returns:
         the model in training mode, with the head that it was trained with (see `reset_head`).
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         model = build_embedded_vit()
         optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.factor)

@@ -315,12 +315,13 @@ def _files_of(plan: PairsPlan, shard: int, batch: PairBatch) -> _Files:
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies in pinned memory of tensors on a GPU: queued together, and waited for once."""
-    if not any(tensor.is_cuda for tensor in tensors.values()):
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
         return tensors
     found = {name: torch.empty_like(tensor, device="cpu", pin_memory=True) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         found[name].copy_(tensor, non_blocking=True)
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     return found
 
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from r2f_ext.capture.hooks import Capture, as_tokens
 from r2f_ext.data import ProxyImages
+from r2f_ext.data.device import to_device
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256_of
+from r2f_ext.gpu import seeded
 from r2f_ext.ops import lora_grad
 from r2f_ext.pairs.generate import (
     GPU_SAMPLES,
@@ -197,11 +199,11 @@ def simulate(
     optimizer = training.optimizer_of([*(each for name, each in a.items() if name not in frozen), *b.values()])
     average = _Average(training.steps, dense)
     finite_steps = torch.full((victims,), training.steps, device=images.device)
-    with torch.random.fork_rng(), AdaptedCapture(target, a, training.dropout, precision) as capture:
-        torch.manual_seed(seed)
+    batches = to_device(torch.tensor([training.batch_of(step) for step in range(training.steps)]), images.device)
+    with seeded(seed), AdaptedCapture(target, a, training.dropout, precision) as capture:
         capture.b = None if starts_at_zero else b
         for step, rate in enumerate(training.rates()):
-            index = training.batch_of(step)
+            index = batches[step]
             gradient = capture(images[:, index], labels[:, index])
             if precision != "float32":
                 gradient = gradient.float32()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from r2f_ext.data.device import to_device
 from r2f_ext.files import seed_of
 from r2f_ext.types import Target
 
@@ -26,5 +27,5 @@ def random_a(target: Target, seed: int, first: int, count: int) -> dict[str, Ten
             found[layer.name] = torch.eye(layer.d_in, device=target.base.device).expand(count, -1, -1)
     for layer, part in zip(layers, flat.split(sizes, dim=1), strict=True):
         uniform = part.unflatten(1, (layer.rank, layer.d_in)).mul(2).sub(1)
-        found[layer.name] = (uniform * layer.d_in**-0.5).to(target.base.device)
+        found[layer.name] = to_device(uniform * layer.d_in**-0.5, target.base.device)
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from r2f_ext.discovery import classes_in
 from r2f_ext.errors import R2FError, expected
+from r2f_ext.gpu import float32_products
 from r2f_ext.inversion.route import Certainty, Problem, Route, Verdict
 from r2f_ext.progress import Stages
 from r2f_ext.types import Reconstruction
@@ -86,6 +87,7 @@ def check_runnable(
         raise R2FError(f"none of the chosen routes can run. {listed}")
 
 
+@float32_products()
 def run_routes(
     problem: Problem, verdicts: dict[str, Verdict], names: Sequence[str] | None = None, stages: Stages | None = None
 ) -> Outcome:
