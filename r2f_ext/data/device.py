@@ -12,3 +12,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def as_floats(images: Tensor, device: str | torch.device | None = None) -> Tensor:
+    """uint8 images as float32 in [0, 1] on the device (None: their own). The bytes are copied, and divided there."""
+    there = images if device is None else to_device(images, torch.device(device))
+    return there.float().div_(255)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2f_ext.data.device import as_floats
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256_of
 
@@ -56,7 +57,7 @@ class ImageSet:
 
     def batch(self, indices: Tensor | list[int] | slice, device: str | torch.device | None = None) -> Tensor:
         """The images at `indices` as float32 [len(indices), c, h, w] in [0, 1]."""
-        return self.images[indices].to(device=device, dtype=torch.float32).div_(255)
+        return as_floats(self.images[indices], device)
 
     def take(self, indices: Tensor) -> ImageSet:
         """The rows at `indices`, in that order."""

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from r2f_ext.data.device import as_floats
 from r2f_ext.data.procedural import chunk_of, chunk_size, procedural_images, procedural_labels
 
 CACHED_CHUNKS = 2  # a batch may span two chunks
@@ -35,8 +36,8 @@ class ProxyImages(Protocol):
         """n."""
         ...
 
-    def batch(self, indices: slice) -> Tensor:
-        """The images of a slice as float32 [n, c, h, w] in [0, 1]."""
+    def batch(self, indices: slice, device: str | torch.device | None = None) -> Tensor:
+        """The images of a slice as float32 [n, c, h, w] in [0, 1], on `device` (None: where they are)."""
         ...
 
 
@@ -83,12 +84,12 @@ class ProceduralStream:
             made += f"/{torch.cuda.get_device_name(self.device)}"
         return hashlib.sha256(made.encode()).hexdigest()
 
-    def batch(self, indices: slice) -> Tensor:
+    def batch(self, indices: slice, device: str | torch.device | None = None) -> Tensor:
         first, stop, step = indices.indices(self.count)
         size = chunk_size(self.shape, self.device.type == "cuda")
         chunks = range(first // size, -(-stop // size))
         parts = [self._chunk(i)[max(first - i * size, 0) : stop - i * size] for i in chunks]
-        return torch.cat(parts)[::step].float().div_(255)
+        return as_floats(torch.cat(parts)[::step], device)
 
     def _chunk(self, index: int) -> Tensor:
         if index not in self._chunks:

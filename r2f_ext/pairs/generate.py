@@ -222,5 +222,5 @@ def resident(proxy: ProxyImages, device: torch.device) -> ProxyImages:
 def samples_of(proxy: ProxyImages, first: int, groups: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images [groups, size, c, h, w] and labels [groups, size] of the victims from `first` on."""
     rows = slice(first * size, (first + groups) * size)
-    images, labels = to_device(proxy.batch(rows), device), to_device(proxy.labels[rows], device)
+    images, labels = proxy.batch(rows, device), to_device(proxy.labels[rows], device)
     return images.unflatten(0, (groups, size)), labels.unflatten(0, (groups, size))
