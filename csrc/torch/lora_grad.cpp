@@ -78,8 +78,8 @@ at::Tensor scaled_product(const at::Tensor& a, const at::Tensor& b, double scale
 }
 
 // u^T = A x^T [P, r, N], group by group, which is faster than one product of all groups' tokens. For A [r, d_in] or
-// [P, r, d_in]. For ranks from 10 to 15, and for long rows from PEFT's default rank, 8, on, the product that writes u^T
-// is faster than the one that writes u, by up to a third; elsewhere it is slower.
+// [P, r, d_in]. For ranks 10 to 15, and for rows of 512 or more numbers also for ranks 8 (PEFT's default) and 9, the
+// product that writes u^T is faster than the one that writes u, by up to a third; elsewhere it is mostly slower.
 at::Tensor projected_rows(const at::Tensor& x, const at::Tensor& any_A) {
   const at::Tensor A = any_A.dim() == 2 ? any_A.expand({x.size(0), any_A.size(0), any_A.size(1)}) : any_A;
   const int64_t rank = A.size(1), first = A.size(2) >= 512 ? 8 : 10;
@@ -95,8 +95,8 @@ at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Ten
     if (scale != 1) u.mul_(scale);
     return at::bmm(u, delta).mT();
   }
-  // bfloat16 inputs are converted in chunks of groups that stay in the L2 cache of the thread that multiplies them.
-  // Where the library's products of bfloat16 are faster than this, they round u and the result to bfloat16.
+  // bfloat16 inputs are converted in chunks of small groups that stay in the L2 cache of the thread that multiplies
+  // them. Where the library's products of bfloat16 are faster than this, they round u and the result to bfloat16.
   constexpr int64_t chunk_bytes = 1 << 20;
   const int64_t P = x.size(0), group_bytes = 4 * x.size(1) * (x.size(2) + delta.size(2));
   const int64_t chunk = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(1, group_bytes));

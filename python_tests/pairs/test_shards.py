@@ -288,6 +288,13 @@ def test_pairs_that_are_not_finite_are_refused_when_made(part, made, tmp_path, m
     ]
 
 
+def test_processes_whose_gpus_would_make_other_files_are_refused(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.distributed, "gather", lambda part: [part, "that of a larger GPU"])
+    with pytest.raises(R2FError, match="GPUs differ in memory"):
+        plan_pairs(made, 25, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_space_is_asked_for_before_the_first_shard(made, tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: Usage(0, 0, 10_000))
     with pytest.raises(R2FError, match="ask for fewer pairs"):

@@ -131,11 +131,16 @@ def plan_pairs(pairs: WritablePairs, count: int, folder: str | Path, dense: bool
         dense: write gradients out instead of as factors.
 
     Raises:
-        R2FError: the folder cannot be written to, holds finished pairs of another recipe or a damaged manifest, or the
-            disk cannot hold the pairs.
+        R2FError: the folder cannot be written to, holds finished pairs of another recipe or a damaged manifest, the
+            disk cannot hold the pairs, or the processes of a distributed run disagree on the recipe.
     """
     folder = output_folder(folder)
     recipe = _recipe(pairs, count, dense)
+    if len(set(distributed.gather(_run_of(recipe)))) > 1:
+        raise R2FError(
+            "the processes of this run would not make the same files, because their GPUs differ in memory: use GPUs of "
+            "one kind, or one process."
+        )
     manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
     if manifest is not None:
         _check_same_recipe(folder, manifest, recipe)
