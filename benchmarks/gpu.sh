@@ -2,7 +2,8 @@
 # What only a GPU can show: the tests, compute-sanitizer on the kernels' tests, the benchmarks.
 #   benchmarks/gpu.sh [FOLDER FOR THE RESULTS [STEP ...]]
 # FOLDER: benchmarks/results/<version> unless given. STEP: ops, pipeline, memcheck, racecheck, bench-ops, bench-pairs,
-# tables; all of them unless given. A step ends within LIMIT seconds (540). A step that fails does not stop the next
+# tables, pair-rates, decoder-rates, searches; all of them unless given. The last three are the scripts behind the tables
+# of docs/gpu.md; searches needs Fashion-MNIST. A step ends within LIMIT seconds (540). A step that fails does not stop the next
 # ones; the exit status tells. Tests run in WORKERS processes (8) where pytest-xdist is installed. memcheck and
 # racecheck run python_tests/ops/test_kernels.py, one small case of each kernel, dtype and edge, one process for each operator.
 # Needs a GPU, the CUDA toolkit, pytest-benchmark, and r2f-ext with CUDA kernels in the Python that runs (PYTHON=...):
@@ -35,7 +36,8 @@ read -r folder device <<< "$version_and_device"
 out=${1:-$folder}
 shift || true
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(ops pipeline memcheck racecheck bench-ops bench-pairs tables)
+[ ${#steps[@]} -gt 0 ] || steps=(ops pipeline memcheck racecheck bench-ops bench-pairs tables pair-rates decoder-rates
+  searches)
 mkdir -p "$out"
 
 tests() { # NAME, ARGUMENTS OF PYTEST
@@ -82,6 +84,10 @@ tables() { # of the suites that ran
   "$python" -P benchmarks/tables.py --write "$out/$device.md" "${records[@]}"
 }
 
+rates() { # STEP, SCRIPT, ARGUMENTS
+  timeout "$limit" "$python" -P "benchmarks/$2" "${@:3}" --json "$out/$device-$1.json" 2>&1 | tee "$out/$device-$1.txt"
+}
+
 operators=("lora_grad and float32" "lora_grad and bfloat16" "test_matching and float32" "test_matching and float64"
   "test_matching and bfloat16" "test_matching and table" test_factored test_signed)
 
@@ -95,6 +101,9 @@ step() {
     bench-ops) bench ops ;;
     bench-pairs) bench pairs ;;
     tables) tables ;;
+    pair-rates) rates "$1" pairs/on_gpu.py ;;
+    decoder-rates) rates "$1" decoders/on_gpu.py ;;
+    searches) rates "$1" inversion/gauss_newton.py --victims 100 --minutes 3 --device cuda ;;
     *) echo "gpu.sh: there is no step $1"; return 1 ;;
   esac
 }
