@@ -3,9 +3,10 @@
 #   benchmarks/gpu.sh [FOLDER FOR THE RESULTS [STEP ...]]
 # FOLDER: benchmarks/results/<version> unless given. STEP: ops, pipeline, memcheck, racecheck, bench-ops, bench-pairs,
 # tables, pair-rates, decoder-rates, searches; all of them unless given. The last three are the scripts behind the tables
-# of docs/gpu.md; searches needs Fashion-MNIST. A step ends within LIMIT seconds (540). A step that fails does not stop the next
-# ones; the exit status tells. Tests run in WORKERS processes (8) where pytest-xdist is installed. memcheck and
-# racecheck run python_tests/ops/test_kernels.py, one small case of each kernel, dtype and edge, one process for each operator.
+# of docs/gpu.md; searches needs Fashion-MNIST. A step ends within LIMIT seconds (540). A step that fails does not stop
+# the next ones; the exit status tells. Tests run in WORKERS processes (8) where pytest-xdist is installed. memcheck and
+# racecheck run python_tests/ops/test_kernels.py, one small case of each kernel, dtype and edge, one process for each
+# operator.
 # Needs a GPU, the CUDA toolkit, pytest-benchmark, and r2f-ext with CUDA kernels in the Python that runs (PYTHON=...):
 #   from this folder       R2F_BUILD=cuda python setup.py build_ext --inplace
 #   or an installed one    R2F_BUILD=cuda pip install --no-build-isolation .
