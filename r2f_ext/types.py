@@ -6,6 +6,7 @@ keyed by the module path of an adapted layer in the base model, e.g. `blocks.0.a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -132,8 +133,8 @@ class FactoredGradient:
         delta: name -> loss gradients at the layer outputs [P, N, d_out].
     """
 
-    x: dict[str, Tensor]
-    delta: dict[str, Tensor]
+    x: Mapping[str, Tensor]
+    delta: Mapping[str, Tensor]
 
     @classmethod
     def of_dense(cls, dense: dict[str, Tensor]) -> FactoredGradient:
@@ -146,10 +147,24 @@ class FactoredGradient:
         return self.delta[name].mT @ self.x[name]
 
     def float32(self) -> FactoredGradient:
-        """The same factors in float32."""
-        return FactoredGradient(
-            {name: x.float() for name, x in self.x.items()}, {name: d.float() for name, d in self.delta.items()}
-        )
+        """The same factors in float32. A factor is converted whenever it is read, so that unread ones cost nothing."""
+        return FactoredGradient(_InFloat32(self.x), _InFloat32(self.delta))
+
+
+@dataclass(frozen=True)
+class _InFloat32(Mapping[str, Tensor]):
+    """Tensors of any dtype, read as float32."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 @dataclass(frozen=True)

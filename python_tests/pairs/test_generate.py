@@ -22,6 +22,7 @@ from r2f_ext.data import ProceduralStream
 from r2f_ext.errors import R2FError
 from r2f_ext.models import load_base
 from r2f_ext.pairs import GeneratedPairs, SimulatedPairs, Training, generate
+from r2f_ext.types import FactoredGradient
 
 LR = 0.1
 BLOCKS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -170,3 +171,11 @@ def test_passes_of_a_gpu_do_not_wait_for_it_and_repeat_to_the_bit(precision, mon
         assert [len(updates[LINEAR[0]]) for updates in again] == [128, 128, 128, 16]
         for one, other in zip(first, again, strict=True):
             assert all(torch.equal(one[name], other[name]) for name in LINEAR)
+
+
+def test_factors_in_bfloat16_are_read_in_float32_layer_by_layer():
+    x, delta = ({"l": torch.randn(2, 3, 4).bfloat16()} for _ in range(2))
+    found = FactoredGradient(x, delta).float32()
+    assert found.x["l"].dtype == found.dense("l").dtype == torch.float32
+    assert torch.equal(found.x["l"], x["l"].float()) and torch.equal(found.delta["l"], delta["l"].float())
+    assert list(found.x) == ["l"] and len(found.delta) == 1 and found.x.tensors["l"] is x["l"]

@@ -9,7 +9,7 @@ Step by step this equals PEFT's own training, to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -260,7 +260,7 @@ class _Average:
         assert self.factors is not None
         return self.factors
 
-    def _buffers(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.new_empty(len(t), self.steps * t.shape[1], t.shape[2]) for name, t in tensors.items()}
 
 

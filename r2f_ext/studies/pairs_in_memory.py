@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -124,7 +124,7 @@ def _bytes_of(batch: PairBatch) -> int:
 
 
 def _rows_of(batch: PairBatch, rows: slice) -> PairBatch:
-    def of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: each[rows] for name, each in tensors.items()}
 
     return PairBatch(
