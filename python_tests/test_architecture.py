@@ -20,6 +20,7 @@ LAYERS = (
         "progress",
         "distributed",
         "forked",
+        "gpu",
         "cuda_graph",
         "graph_optimizer",
         "ops",
