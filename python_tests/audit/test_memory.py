@@ -3,6 +3,7 @@
 import pytest
 from torch import nn
 
+from r2f_ext.audit import memory
 from r2f_ext.audit.memory import fit_to_memory, start_images
 from r2f_ext.config import AuditConfig
 from r2f_ext.errors import R2FError
@@ -13,7 +14,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def large() -> Target:
-    base = BaseModel(nn.Identity(), "large", (3, 224, 224), (0.0,) * 3, (1.0,) * 3, 10)
+    base = BaseModel(nn.Linear(1, 1), "large", (3, 224, 224), (0.0,) * 3, (1.0,) * 3, 10)
     return Target(base, tuple(AdaptedLayer(f"l{i}", 768, 3072, 8, 2.0) for i in range(12)))
 
 
@@ -40,8 +41,13 @@ def test_hopeless_memory_is_refused(large: Target) -> None:
         fit_to_memory(large, 1, 100, AuditConfig(), free=GIB // 8)
 
 
-def test_asks_the_system_by_default(large: Target) -> None:
+def test_asks_the_bases_device_by_default(large: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fit_to_memory(large, 1, 40, AuditConfig()).pairs == AuditConfig().pairs
+    asked: list[object] = []
+    monkeypatch.setattr(memory, "free_memory", lambda device: asked.append(device) or GIB // 8)
+    with pytest.raises(R2FError, match="0 GB of memory"):
+        fit_to_memory(large, 1, 100, AuditConfig())
+    assert asked == [large.base.device]
 
 
 def test_the_start_takes_as_many_images_of_a_label_as_fit_beside_the_pairs(large: Target) -> None:
