@@ -2,8 +2,8 @@
 
     python benchmarks/inversion/found_over_time.py --png docs/found-over-time.png
 
-Reads gauss_newton_cpu.json and gauss_newton_cases.json in --results. A victim is found at the end of its search if its
-image has 40 dB or more. The time is that of a search on the CPU, without start and bound.
+Reads gauss_newton_new.json, gauss_newton_cpu.json and gauss_newton_cases.json in --results. A victim is found at the end
+of its search if its image has 40 dB or more. The time is that of a search on the CPU, without start and bound.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "0.1.0"
 FOUND_DB = 40
 MINUTES = 9  # the longest search of these records ends within them
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")  # Okabe and Ito's
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for (name, rows), colour in zip(searches(options.results).items(), COLOURS, strict=False):
+    for (name, rows), colour in zip(searches(options.results).items(), COLOURS, strict=True):
         minutes, shares = curve(rows)
         axes.step(minutes, shares, where="post", color=colour, linewidth=1.6, label=f"{name} ({len(rows)})")
     axes.set(xlim=(0, MINUTES), ylim=(0, 1), xlabel="minutes of a search", ylabel=f"share at {FOUND_DB} dB or more")
@@ -40,7 +40,8 @@ def main() -> None:
 
 def searches(results: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of each kind of victim, from the starts of an attacker."""
-    found = {"one SGD step, r = 8": json.loads((results / "gauss_newton_cpu.json").read_text())["rows"]}
+    records = {"present search": "gauss_newton_new.json", "one SGD step, r = 8": "gauss_newton_cpu.json"}
+    found = {name: json.loads((results / file).read_text())["rows"] for name, file in records.items()}
     for row in json.loads((results / "gauss_newton_cases.json").read_text())["rows"]:
         found.setdefault(row["case"], []).append(row)
     return found
