@@ -2,8 +2,8 @@
 
     python benchmarks/inversion/found_over_time.py --png docs/found-over-time.png
 
-Reads gauss_newton_new.json, gauss_newton_cpu.json and gauss_newton_cases.json in --results. A victim is found at the end
-of its search if its image has 40 dB or more. The time is that of a search on the CPU, without start and bound.
+Reads gauss_newton_new.json, gauss_newton_cpu.json and gauss_newton_cases.json in --results. A victim is found at the
+end of its search if its image has 40 dB or more. The time is that of a search on the CPU, without start and bound.
 """
 
 from __future__ import annotations
