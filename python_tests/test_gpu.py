@@ -1,5 +1,7 @@
 """Switches and sizes of a GPU; what they do to PyTorch's state can be seen on a CPU as well."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -20,7 +22,12 @@ def flags() -> tuple[bool, bool]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
-def test_products_and_convolutions_are_in_float32_or_in_tf32_and_as_before_afterwards():
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_products_and_convolutions_are_in_float32_or_in_tf32_and_as_before_afterwards(as_if_on_a_gpu):
     assert flags() == (False, True)  # PyTorch's defaults
     with float32_products():
         assert flags() == (False, False)
@@ -30,6 +37,46 @@ def test_products_and_convolutions_are_in_float32_or_in_tf32_and_as_before_after
     with pytest.raises(R2FError), float32_products():
         raise R2FError("any")
     assert flags() == (False, True)
+
+
+def test_without_a_gpu_no_flag_is_touched(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with float32_products():
+        assert flags() == (False, True)
+
+
+SETTINGS = {
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "matmul": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "convolutions": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "all": "torch.backends.fp32_precision = 'ieee'",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_users_own_settings_come_back(setting):
+    """In a process of its own, because some settings cannot be taken back."""
+    code = f"""if True:
+        import torch
+        from r2f_ext.gpu import float32_products
+        torch.cuda.is_available = lambda: True
+        {SETTINGS[setting]}
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        def seen():
+            try:
+                older = torch.get_float32_matmul_precision()
+            except RuntimeError:
+                older = None
+            return [kind.fp32_precision for kind in (matmul, cudnn.conv, cudnn.rnn)], older
+        before = seen()
+        with float32_products():
+            assert matmul.fp32_precision != "tf32" != cudnn.conv.fp32_precision, seen()
+            with float32_products(tf32=True):
+                assert matmul.fp32_precision == cudnn.conv.fp32_precision == "tf32", seen()
+        assert seen() == before, (seen(), before)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 class _Seen(torch.autograd.Function):
@@ -47,7 +94,7 @@ class _Seen(torch.autograd.Function):
         return _Seen.apply(grad)
 
 
-def test_routes_run_without_tf32_up_to_their_double_backward():
+def test_routes_run_without_tf32_up_to_their_double_backward(as_if_on_a_gpu):
     problem, _ = posed()
     _Seen.record.clear()
     with problem.base.model.patch_embed.proj.register_forward_hook(lambda module, args, output: _Seen.apply(output)):
@@ -55,7 +102,7 @@ def test_routes_run_without_tf32_up_to_their_double_backward():
     assert len(_Seen.record) > 4 and set(_Seen.record) == {(False, False)} and flags() == (False, True)
 
 
-def test_exact_gradients_are_computed_without_tf32():
+def test_exact_gradients_are_computed_without_tf32(as_if_on_a_gpu):
     base, images = small_vit(torch.float32), smooth_images(2, 16)
     private = ImageSet("two", (images * 255).to(torch.uint8), torch.tensor([0, 1]))
     _Seen.record.clear()

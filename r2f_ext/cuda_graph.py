@@ -59,7 +59,7 @@ class Replayed:
         if waits:
             return None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # by default on a stream of the first capture's device
             results = self._function(*own)
         return graph, own, results
 

@@ -151,7 +151,7 @@ class FactoredGradient:
         return FactoredGradient(_InFloat32(self.x), _InFloat32(self.delta))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _InFloat32(Mapping[str, Tensor]):
     """Tensors of any dtype, read as float32."""
 

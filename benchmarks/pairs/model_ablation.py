@@ -40,7 +40,9 @@ def main() -> None:
     ) -> Callable[[], None]:
         """`other`: fuse attention where pair generation does not, and the other way round."""
 
-        @fused_attention(model, (autocast == (asked.device == "cuda")) != other)
+        low = autocast or dtype == torch.bfloat16
+
+        @fused_attention(model, (low == (asked.device == "cuda")) != other)
         def run() -> None:
             for first in range(0, SAMPLES, size):
                 x = inputs[first : first + size].to(dtype or torch.float32, copy=True).requires_grad_()

@@ -101,14 +101,18 @@ at::Tensor grad_B_of(const at::Tensor& x, const at::Tensor& delta, const at::Ten
   const int64_t P = x.size(0), group_bytes = 4 * x.size(1) * (x.size(2) + delta.size(2));
   const int64_t chunk = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(1, group_bytes));
   const at::Tensor rows = at::empty({P, A.size(-2), delta.size(2)}, A.options());
-  at::parallel_for(0, P, 1, [&](int64_t begin, int64_t end) {
+  const auto convert_and_multiply = [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread; the caller's does not reach it
     for (int64_t first = begin; first < end; first += chunk) {
       const auto part = [&](const at::Tensor& t) { return t.narrow(0, first, std::min(chunk, end - first)); };
       const at::Tensor u = projected_rows(wide(part(x)), A.dim() == 2 ? A : part(A));
       add_product(part(rows), u, wide(part(delta)), scale, 0);
     }
-  });
+  };
+  if (P >= at::get_num_threads())
+    at::parallel_for(0, P, 1, convert_and_multiply);
+  else
+    convert_and_multiply(0, P);  // each product then uses all threads
   return rows.mT();
 }
 

@@ -288,9 +288,12 @@ def test_pairs_that_are_not_finite_are_refused_when_made(part, made, tmp_path, m
     ]
 
 
-def test_processes_whose_gpus_would_make_other_files_are_refused(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards.distributed, "gather", lambda part: [part, "that of a larger GPU"])
-    with pytest.raises(R2FError, match="GPUs differ in memory"):
+@pytest.mark.parametrize(
+    ("key", "words"), [("batch_groups", "GPUs of different memory"), ("base_sha256", "other weights of the base")]
+)
+def test_processes_that_would_make_other_files_are_refused(key, words, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.distributed, "gather", lambda part: [part, {**part, key: "of another process"}])
+    with pytest.raises(R2FError, match=f"same files \\({words}\\)"):
         plan_pairs(made, 25, tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 

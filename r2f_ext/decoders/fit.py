@@ -9,10 +9,12 @@ import torch
 from r2f_ext.decoders.base import Decoder, Log, no_log
 from r2f_ext.decoders.checkpoint import Checkpoint
 from r2f_ext.decoders.kinds import DEFAULT_KINDS, KINDS
+from r2f_ext.gpu import float32_products
 from r2f_ext.pairs import PairSource
 from r2f_ext.progress import Advance, no_progress
 
 
+@float32_products()
 def fit_decoders(
     pairs: PairSource,
     count: int,

@@ -17,6 +17,7 @@ from r2f_ext.decoders.fit import fit_decoders
 from r2f_ext.decoders.kinds import DEFAULT_KINDS
 from r2f_ext.decoders.store import load_core, load_decoder, save_decoders
 from r2f_ext.errors import R2FError
+from r2f_ext.gpu import float32_products
 from r2f_ext.pairs import StoredPairs
 from r2f_ext.progress import Stages
 from r2f_ext.types import Gradient, LoraUpdate, Target
@@ -85,6 +86,7 @@ def fit_folder(
     return FittedFolder(count, held_out, figures)
 
 
+@float32_products()
 def decode_from_folder(
     folder: Path, kind: str, pairs: StoredPairs, target: Target, adapters: Sequence[LoraUpdate]
 ) -> Gradient:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from r2f_ext.gpu import float32_products
 from r2f_ext.inversion.newton import DAMPINGS, PRECISE, SOLVED, STALLED, Search
 from r2f_ext.inversion.update_map import Subspace, UpdateMap
 
@@ -168,6 +169,7 @@ def run_search(
     return Search(best[0], least, first, count, stopped, seconds=time.perf_counter() - began)
 
 
+@float32_products()
 def search_matrix_free(
     updates: UpdateMap,
     observed: Tensor,

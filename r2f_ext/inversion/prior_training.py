@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r2f_ext.data import ImageSet
 from r2f_ext.errors import R2FError
-from r2f_ext.gpu import seeded
+from r2f_ext.gpu import float32_products, seeded
 from r2f_ext.inversion.prior import diffusers_classes
 from r2f_ext.progress import Advance, no_progress
 
@@ -47,6 +47,7 @@ def build_unet(height: int, width: int, channels: tuple[int, int, int] = CHANNEL
     )
 
 
+@float32_products()
 def train_prior(
     images: ImageSet,
     steps: int,

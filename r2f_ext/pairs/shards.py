@@ -136,11 +136,7 @@ def plan_pairs(pairs: WritablePairs, count: int, folder: str | Path, dense: bool
     """
     folder = output_folder(folder)
     recipe = _recipe(pairs, count, dense)
-    if len(set(distributed.gather(_run_of(recipe)))) > 1:
-        raise R2FError(
-            "the processes of this run would not make the same files, because their GPUs differ in memory: use GPUs of "
-            "one kind, or one process."
-        )
+    _check_same_everywhere(recipe)
     manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
     if manifest is not None:
         _check_same_recipe(folder, manifest, recipe)
@@ -184,6 +180,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list) or "schema" not in manifest:
         raise R2FError(f"'{path}' is damaged: {remedy}.")
     return manifest
+
+
+def _check_same_everywhere(recipe: dict[str, Any]) -> None:
+    """Refuse a distributed run whose processes would make different files; the sentence names what differs."""
+    recipe = json.loads(json.dumps(recipe))
+    for other in distributed.gather(recipe):
+        for key in recipe:
+            if other.get(key) != recipe[key]:
+                why = "GPUs of different memory" if key == "batch_groups" else _difference(key, other, recipe)
+                raise R2FError(
+                    f"the processes of this run would not make the same files ({why}): use GPUs of one kind and the "
+                    "same inputs everywhere, or one process."
+                )
 
 
 def _check_same_recipe(folder: Path, manifest: dict[str, Any], recipe: dict[str, Any]) -> None:

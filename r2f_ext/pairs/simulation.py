@@ -205,8 +205,9 @@ def simulate(
         for step, rate in enumerate(training.rates()):
             index = batches[step]
             gradient = capture(images[:, index], labels[:, index])
-            if precision != "float32":
-                gradient = gradient.float32()
+            if precision == "bfloat16":  # converted once, because everything is read twice
+                wide = gradient.float32()
+                gradient = FactoredGradient(dict(wide.x), dict(wide.delta))
             seen = capture.adapter_inputs if training.dropout else gradient.x
             found = lora_grad(
                 [seen[name].to(dtype) for name in target.names],
