@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2f_ext.audit.victims import TARGET_MODULES
-from r2f_ext.capture.hooks import fused_attention
 from r2f_ext.pairs import random_a
 from r2f_ext.types import AdaptedLayer, BaseModel, Target
 
@@ -31,14 +30,10 @@ def initial_a(target: Target) -> dict[str, Tensor]:
     return {name: each[0] for name, each in random_a(target, 0, 0, 1).items()}
 
 
-def bare_model(base: BaseModel, images: Tensor, labels: Tensor, batch: int, fused: bool = True) -> Callable[[], None]:
-    """Forward and backward to the pixels of images [n, c, h, w], `batch` images per pass, without weight gradients.
-
-    On a CPU attention is fused, as in our passes in float32, unless `fused` is False.
-    """
+def bare_model(base: BaseModel, images: Tensor, labels: Tensor, batch: int) -> Callable[[], None]:
+    """Forward and backward to the pixels of images [n, c, h, w], `batch` images per pass, without weight gradients."""
     inputs = base.normalize(images)
 
-    @fused_attention(base.model, fused and images.device.type == "cpu")
     def run() -> None:
         for first in range(0, len(labels), batch):
             # The [:] makes x a view: FlopCounterMode counts a backward pass to a leaf only in .backward().

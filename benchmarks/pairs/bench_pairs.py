@@ -60,13 +60,10 @@ def layer_name(parameter: str) -> str:
 
 
 def peft_model(base: BaseModel, a: dict[str, Tensor]) -> nn.Module:
-    """PEFT's own model at its default start, with the given A; on a CPU attention is fused, as timm builds it."""
+    """PEFT's own model at its default start, with the given A."""
     model = get_peft_model(
         copy.deepcopy(base.model), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGET_MODULES))
     )
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = base.device.type == "cpu"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
@@ -202,9 +199,7 @@ class Pairs:
     def flops(self) -> float:
         """Operations of the bare model's pass over one image."""
         with FlopCounterMode(display=False) as counter:
-            bare_model(
-                self.base, self.images[:1], self.labels[:1], 1, fused=False
-            )()  # a CPU's fused attention is not counted
+            bare_model(self.base, self.images[:1], self.labels[:1], 1)()
         return counter.get_total_flops()
 
 

@@ -37,11 +37,10 @@ class Capture:
             softmax, norms and loss in float32) and gives factors in bfloat16. That is faster on processors that
             multiply bfloat16 matrices faster than float32 ones (GPUs, CPUs with AVX512_BF16 or AMX).
         tf32: on a GPU, multiply float32 numbers rounded to TF32's 11 bits.
-        fused: use fused attention where it is faster: in bfloat16 on a GPU, for up to FUSED_TOKENS tokens (half as
-            many if heads are wide; beyond that equal passes would not give equal bits), and in float32 and float64 on a
-            CPU. There, float32 gradients of early layers have up to twice the rounding error (1.5e-6 instead of 7e-7 of
-            their norm in the embedded model), which pairs for decoders tolerate. A pass that keeps its graph is never
-            fused, because fused attention has no double backward.
+        fused: in bfloat16 on a GPU, use fused attention for up to FUSED_TOKENS tokens (half as many if heads are wide;
+            beyond that equal passes would not give equal bits). A pass that keeps its graph is never fused, because
+            fused attention has no double backward. Elsewhere it is not faster: 0.97 to 1.03 of a pass in float32 on a
+            CPU, where it doubles the rounding error of early layers, and three times as slow in bfloat16.
 
     Raises:
         R2FError: the base has no such layer.
@@ -103,8 +102,7 @@ class Capture:
         """
         groups, size = labels.shape
         low = self.dtype == torch.bfloat16
-        faster = low if images.is_cuda else images.device.type == "cpu" and not low
-        fused = self.fused and faster and not create_graph
+        fused = self.fused and low and images.is_cuda and not create_graph
         with (
             torch.enable_grad(),
             float32_products(self.tf32),
