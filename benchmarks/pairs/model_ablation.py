@@ -3,7 +3,7 @@
     python benchmarks/pairs/model_ablation.py [--device cuda] [--json FILE]
 
 Forward and backward to the inputs of the embedded model, nothing captured. `ours` is the pass of pair generation on a
-CPU (100 samples a pass, bfloat16 by autocast, attention fused in bfloat16 on a GPU alone); each rival changes one thing.
+CPU (100 samples a pass, bfloat16 by autocast, attention fused in bfloat16 on a GPU only). Each rival changes one thing.
 """
 
 from __future__ import annotations
