@@ -13,9 +13,9 @@ import torch
 def float32_products(tf32: bool = False) -> Iterator[None]:
     """In this context, or decorated function, float32 products and convolutions both use TF32's 11 bits, or neither.
 
-    PyTorch's defaults for the two differ: convolutions, such as a patch embedding, are computed in TF32 on a GPU. An
-    error of 3e-4 in a slope or a Jacobian makes searches slow and bounds of their errors wrong. Without a GPU nothing
-    is changed.
+    PyTorch's defaults for the two differ: convolutions, such as a patch embedding, may be computed in TF32 on a GPU.
+    Its rounding, up to 5e-4, is far above that of float32, for which searches and bounds of their errors are made.
+    Without a GPU nothing is changed.
     """
     if not torch.cuda.is_available():
         yield
