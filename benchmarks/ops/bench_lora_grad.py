@@ -90,15 +90,14 @@ def plain_forms(
 
     forms = {
         "bmm": every_layer(lambda i: torch.bmm(torch.bmm(x[i], shared[i]).mT, delta[i]).mT),
-        "bmm in float32": every_layer(
-            lambda i: torch.bmm(torch.bmm(x[i].float(), shared[i].float()).mT, delta[i].float()).mT
-        ),
         "((Axᵀ)D)ᵀ": every_layer(lambda i: ((A[i] @ x[i].mT) @ delta[i]).mT),
         "(UᵀD)ᵀ": every_layer(lambda i: ((x[i] @ columns[i]).mT @ delta[i]).mT),
         "DᵀU": every_layer(lambda i: delta[i].mT @ (x[i] @ columns[i])),
     }
-    if x[0].dtype != torch.bfloat16:
-        del forms["bmm in float32"]
+    if x[0].dtype == torch.bfloat16:
+        forms["bmm in float32"] = every_layer(
+            lambda i: torch.bmm(torch.bmm(x[i].float(), shared[i].float()).mT, delta[i].float()).mT
+        )
     if A[0].ndim == 2:
         forms["(UᵀD)ᵀ, linear"] = every_layer(lambda i: (linear(x[i], A[i]).mT @ delta[i]).mT)
     return forms

@@ -3,7 +3,8 @@
     python benchmarks/pairs/model_ablation.py [--device cuda] [--json FILE]
 
 Forward and backward to the inputs of the embedded model, nothing captured. `ours` is the pass of pair generation on a
-CPU (100 samples a pass, bfloat16 by autocast, attention fused in bfloat16 on a GPU only). Each rival changes one thing.
+CPU, and on a GPU but for its size: 100 samples, bfloat16 by autocast, attention fused in bfloat16 on a GPU only. Each
+rival changes one thing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ def main() -> None:
         model: nn.Module, size: int = 100, other: bool = False, autocast: bool = False, dtype: torch.dtype | None = None
     ) -> Callable[[], None]:
         """`other`: fuse attention where pair generation does not, and the other way round."""
-
         usual = asked.device == "cuda" and (autocast or dtype == torch.bfloat16)
 
         @fused_attention(model, usual != other)

@@ -26,6 +26,7 @@ from targets import all_linear, bare_model, initial_a
 
 from r2f_ext.capture.hooks import fused_attention
 from r2f_ext.data import ImageSet, ProceduralStream, load_images
+from r2f_ext.gpu import float32_products
 from r2f_ext.models import load_base
 from r2f_ext.pairs import GeneratedPairs, write_pairs
 from r2f_ext.progress import no_progress
@@ -70,15 +71,10 @@ def walked(pairs: GeneratedPairs, count: int) -> Callable[[], None]:
 @contextmanager
 def as_in(base: BaseModel, precision: str) -> Iterator[None]:
     """The bare model as `Capture` runs it in this precision."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
     low = precision == "bfloat16"
-    try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=low), fused_attention(base.model, low):
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=low)
+    with float32_products(precision == "tf32"), autocast, fused_attention(base.model, low):
+        yield
 
 
 def embedded() -> Iterator[dict[str, Any]]:

@@ -184,26 +184,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _check_same_everywhere(recipe: dict[str, Any]) -> None:
     """Refuse a distributed run whose processes would make different files; the sentence names what differs."""
-    recipe = json.loads(json.dumps(recipe))
     for other in distributed.gather(recipe):
-        for key in recipe:
-            if other.get(key) != recipe[key]:
-                why = "GPUs of different memory" if key == "batch_groups" else _difference(key, other, recipe)
-                raise R2FError(
-                    f"the processes of this run would not make the same files ({why}): use GPUs of one kind and the "
-                    "same inputs everywhere, or one process."
-                )
+        if (key := _first_difference(other, recipe)) is not None:
+            why = "GPUs of different memory" if key == "batch_groups" else _difference(key, other, recipe)
+            raise R2FError(
+                f"the processes of this run would not make the same files ({why}): use GPUs of one kind and the same "
+                "inputs everywhere, or one process."
+            )
 
 
 def _check_same_recipe(folder: Path, manifest: dict[str, Any], recipe: dict[str, Any]) -> None:
     """Refuse to write over finished pairs of another recipe; the sentence names what differs."""
-    recipe = json.loads(json.dumps(recipe))  # as JSON has it: tuples are lists
-    for key in ("count", *recipe, *manifest):
-        if key != "shards" and recipe.get(key) != manifest.get(key):
-            raise R2FError(
-                f"'{folder}' holds finished pairs of another recipe ({_difference(key, manifest, recipe)}): name "
-                "another --out, or delete the folder first."
-            )
+    if (key := _first_difference(manifest, recipe)) is not None:
+        raise R2FError(
+            f"'{folder}' holds finished pairs of another recipe ({_difference(key, manifest, recipe)}): name another "
+            "--out, or delete the folder first."
+        )
+
+
+def _first_difference(manifest: dict[str, Any], recipe: dict[str, Any]) -> str | None:
+    """The first key, `count` before all others, in which a recipe differs from another or from a manifest."""
+    manifest, recipe = json.loads(json.dumps([manifest, recipe]))  # as JSON has it: tuples are lists
+    keys = ("count", *recipe, *manifest)
+    return next((key for key in keys if key != "shards" and recipe.get(key) != manifest.get(key)), None)
 
 
 def _difference(key: str, manifest: dict[str, Any], recipe: dict[str, Any]) -> str:
