@@ -1,14 +1,25 @@
-"""Functions that are replayed: the same results as calls, on a GPU where there is one."""
+"""Functions that are replayed: the same results as calls, on a GPU where there is one, and in emulation."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
+from emulated_graphs import emulated_graphs
 
 from r2f_ext.cuda_graph import Replayed
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+WAYS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
+CAPTURING = ["emulated", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.fixture
+def device(request):
+    """Where the tensors are; functions of a CPU's tensors are captured in emulation, or called."""
+    with emulated_graphs() if request.param == "emulated" else nullcontext():
+        yield "cuda" if request.param == "cuda" else "cpu"
+
+
+@pytest.mark.parametrize("device", WAYS, indirect=True)
 def test_results_are_the_functions_own_for_every_shape_and_for_new_values(device):
     def slope(x, y):
         x = x.detach().requires_grad_()
@@ -22,22 +33,35 @@ def test_results_are_the_functions_own_for_every_shape_and_for_new_values(device
             torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_shape_is_captured_once_and_a_call_overwrites_the_last_results():
+@pytest.mark.parametrize("device", CAPTURING, indirect=True)
+def test_a_shape_is_captured_once_and_a_call_overwrites_the_last_results(device):
     called = []
     replayed = Replayed(lambda x: (called.append(1), x + 1)[1])
-    first = replayed(torch.zeros(2, device="cuda"))
+    first = replayed(torch.zeros(2, device=device))
     times = len(called)
-    second = replayed(torch.ones(2, device="cuda"))
+    second = replayed(torch.ones(2, device=device))
     assert len(called) == times and second.tolist() == [2, 2] and first.tolist() == [2, 2]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_function_that_waits_for_the_device_is_called_as_it_is():
+@pytest.mark.parametrize("device", CAPTURING, indirect=True)
+def test_a_function_that_waits_for_the_device_is_called_as_it_is(device):
     called = []
     replayed = Replayed(lambda x: (called.append(1), x * float(x.sum()))[1])
     for value in (1.0, 2.0, 3.0):
         times = len(called)
-        found = replayed(torch.full((2,), value, device="cuda"))
+        found = replayed(torch.full((2,), value, device=device))
         assert found.tolist() == [2 * value**2] * 2 and len(called) > times
-    assert torch.cuda.get_sync_debug_mode() == 0
+    if device == "cuda":
+        assert torch.cuda.get_sync_debug_mode() == 0
+
+
+@pytest.mark.parametrize("device", CAPTURING, indirect=True)
+def test_numbers_keep_the_value_of_the_capture_and_tensors_are_read_anew(device):
+    """What a capture must not depend on, and what it may."""
+    number, tensor = [1.0], torch.ones(2, device=device)
+    replayed = Replayed(lambda x: x * number[0] * tensor)
+    given = torch.ones(2, device=device)
+    assert replayed(given).tolist() == [1, 1]
+    number[0] = 5.0
+    tensor.fill_(2.0)
+    assert replayed(given).tolist() == [2, 2]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulated_graphs import Waited
 
 from r2f_ext.errors import R2FError
 from r2f_ext.kernel_solver import RidgeSystem, best_ridge, fit_by_leave_one_out
@@ -119,3 +120,14 @@ def test_a_regression_without_finite_errors_is_refused():
     kernel, wanted = centred(*problem())
     with pytest.raises(R2FError, match="no finite leave-one-out error"):
         fit_by_leave_one_out(kernel, wanted * float("nan"), (1e-2,))
+
+
+def test_lambdas_are_compared_without_waiting_for_each():
+    """On a GPU every wait leaves it idle: one tells whether there is a finite error at all."""
+    updates = torch.randn(30, 8, dtype=torch.float64)
+    kernel = updates @ updates.T
+    kernel = kernel - kernel.mean(0) - kernel.mean(0)[:, None] + kernel.mean()
+    wanted = torch.randn(30, 3, dtype=torch.float64)
+    with Waited() as waited:
+        fit_by_leave_one_out(kernel, wanted - wanted.mean(0), [10.0**-k for k in range(12)])
+    assert waited.count == 1

@@ -111,20 +111,20 @@ def fit_by_leave_one_out(kernel: Tensor, wanted: Tensor, shares: Sequence[float]
     turned = vectors.T @ wanted
     squares = vectors.square()
 
-    def fit(share: float, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def fit(share: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         inverse = 1 / (values.clamp_min(0) + share * values[-1])
         inverse[0] = 0
         dual = vectors @ (inverse[:, None] * columns)
         return dual, dual / (squares @ inverse)[:, None]
 
     sketch = turned if turned.shape[1] <= SKETCH else turned @ _combinations(turned)
-    best, least = None, float("inf")
-    for share in shares:
-        if (size := float(fit(share, sketch)[1].square().mean())) < least:
-            best, least = share, size
-    if best is None:
+    candidates = torch.tensor(shares, dtype=values.dtype, device=values.device)
+    # Compared on the device: the host waits for it once, not once for every lambda.
+    sizes = torch.stack([fit(share, sketch)[1].square().mean() for share in candidates]).nan_to_num(nan=torch.inf)
+    least, best = sizes.min(0)
+    if not bool(least.isfinite()):
         raise R2FError("a kernel regression has no finite leave-one-out error: its updates hold NaN or do not vary.")
-    return fit(best, turned)
+    return fit(candidates.take(best), turned)
 
 
 def _combinations(columns: Tensor) -> Tensor:

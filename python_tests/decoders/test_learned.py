@@ -1,9 +1,12 @@
 """Losses against their dense definition, and properties of all kinds that are trained by gradient descent."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import LINEAR, gains_over_projection, proxy_set, target_of, tiny_base
+from emulated_graphs import emulated_graphs
 
 from r2f_ext.decoders import MLP, Conv, UNet, learned
 from r2f_ext.decoders.learned import LOSSES, NORM_WEIGHT, PATIENCE, pair_losses
@@ -43,21 +46,22 @@ def test_the_same_seed_learns_the_same(pairs):
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: elsewhere nothing is captured")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [MLP, Conv, UNet])
-def test_steps_that_are_captured_learn_what_calls_learn(kind, precision, monkeypatch):
-    """With a last batch of another size, and layers that stop before the others."""
+def test_steps_that_are_captured_learn_what_calls_learn(kind, precision, device, monkeypatch):
+    """With a last batch of another size, and layers that stop before the others; on a CPU in emulation."""
     monkeypatch.setattr(learned, "PATIENCE", 1)
     base = tiny_base(torch.float32)
-    base.model.cuda()
+    base.model.to(device)
     target = target_of(base, LINEAR)
-    a = {layer.name: torch.randn(layer.rank, layer.d_in).cuda() for layer in target.layers}
+    a = {layer.name: torch.randn(layer.rank, layer.d_in).to(device) for layer in target.layers}
     pairs, decoded = GeneratedPairs(target, a, proxy_set(150, base)), []
     for _ in range(2):
         decoder = kind(epochs=6)
         decoder.precision = precision
-        decoder.fit(pairs, 150)
+        with emulated_graphs() if device.type == "cpu" else nullcontext([True]) as captures:
+            decoder.fit(pairs, 150)
+        assert all(captures)
         decoded.append(decoder.decode(next(iter(pairs.batches(0, 20))).updates).dense)
         monkeypatch.setattr(learned, "Replayed", lambda function: function)
     for name, expected in decoded[1].items():

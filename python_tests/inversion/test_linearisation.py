@@ -129,7 +129,10 @@ def test_the_shape_mixes_the_routes_errors_with_the_proxies_variation():
     torch.testing.assert_close(mixed, expected)
 
 
-def test_two_victims_take_the_steps_that_each_takes_alone():
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_two_victims_take_the_steps_that_each_takes_alone(few, monkeypatch):
+    """Whether their clouds are mapped at once, as on a GPU, or one after the other."""
+    monkeypatch.setattr(linearisation, "clouds_together", lambda device, each: few)
     axes, wanted = axes_of(), bent(torch.rand(2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
     points = torch.tensor([[0.5], [0.4]], dtype=torch.float64).expand(2, 12)
     clouds = [Cloud(axes.covariance, samples=10.0), Cloud(axes.covariance, samples=12.0)]
@@ -137,9 +140,18 @@ def test_two_victims_take_the_steps_that_each_takes_alone():
     def generators():
         return [torch.Generator().manual_seed(seed) for seed in (0, 1)]
 
+    seen = []
     together = linearised_steps(
-        lambda images, _: bent(images), wanted, points, bent(points), [axes, axes], clouds, generators()
+        lambda images, owners: (seen.append(owners.tolist()), bent(images))[1],
+        wanted,
+        points,
+        bent(points),
+        [axes, axes],
+        clouds,
+        generators(),
     )
+    counts = [(owners.count(0), owners.count(1)) for owners in seen]
+    assert [each for each in counts if max(each) > 48] == ([(51, 61)] if few > 1 else [(51, 0), (0, 61)])
     for victim, generator in enumerate(generators()):
         rows = slice(victim, victim + 1)
         alone = linearised_step(bent, wanted[victim], points[rows], bent(points[rows]), axes, clouds[victim], generator)

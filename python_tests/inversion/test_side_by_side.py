@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from emulated_graphs import emulated_graphs
 from gauss_newton_cases import SHAPE, small_problem, start_near
 
 from r2f_ext.inversion import side_by_side as module
@@ -71,6 +72,18 @@ def test_descent_that_stalls_is_damped_more_before_another_kind_takes_its_place(
     far = [("descent", 1e-4), ("descent", 1e-5), ("descent", 1e-4), ("descent", 1e-3), ("cloud", 1e-3)]
     near = [("descent", 1e-4), ("descent", 1e-5), ("freed", 1e-4)]
     assert seen == far + (near if frees else far)
+
+
+def test_searches_whose_passes_are_captured_find_the_same(problem):
+    """In emulation: a pass that kept a number of the capture, or a result that a later call overwrites, would not."""
+    images = problem[3].flatten(1)
+    called = found(problem, 0.3)
+    with emulated_graphs() as captures:
+        replayed = found(problem, 0.3)
+    assert captures and all(captures)
+    for image, one, other in zip(images, called, replayed, strict=True):
+        assert (one.image - image).abs().max() < 1e-4 and (one.image - other.image).abs().max() < 1e-6
+        assert one.passes == other.passes
 
 
 def test_both_images_are_found_by_descent_and_by_clouds(problem):

@@ -1,13 +1,17 @@
 """The update as a function of the image: derivatives against differences and the definition."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from emulated_graphs import emulated_graphs
 from gauss_newton_cases import SHAPE, small_problem
 
 from r2f_ext.errors import R2FError
+from r2f_ext.inversion import update_map
 from r2f_ext.inversion.update_map import BOX_PENALTY, Subspace, UpdateMap, few_sizes, flat_units
 
 
@@ -75,17 +79,32 @@ def test_batches_are_filled_up_to_few_sizes_from_one_victim_on():
     assert all(count <= size < 1.25 * count + 1 for count, size in enumerate(filled, start=1))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_slopes_of_a_few_victims_on_a_gpu_are_those_of_a_cpu(problem):
-    target, a, observed, images, labels, _ = problem
+def test_passes_that_are_captured_give_what_calls_give(problem, device, monkeypatch):
+    """Values of one image, of a few and of more than are captured, tangents and slopes; on a CPU in emulation."""
+    target, a, observed, images, labels, subspace = problem
+    monkeypatch.setattr(update_map, "GRAPH_IMAGES", 4)
     wanted, points = flat_units(observed), images.flip(0).flatten(1)
-    expected = UpdateMap(target, a, SHAPE, 64).slopes(points, labels, wanted)
-    moved = replace(target, base=replace(target.base, model=copy.deepcopy(target.base.model).cuda()))
-    updates = UpdateMap(moved, {name: each.cuda() for name, each in a.items()}, SHAPE, 64)
-    for count in (1, 2):
-        given = (each[:count].cuda() for each in (points, labels, wanted))
-        for found, other in zip(updates.slopes(*given), expected, strict=True):
-            torch.testing.assert_close(found.cpu(), other[:count], rtol=1e-6, atol=1e-9)
+    several, their_labels = points.repeat(5, 1)[:9] * torch.linspace(0.5, 1, 9)[:, None].double(), labels.repeat(5)[:9]
+    counts = (1, 3, 4, 9, 3)
+    expected = UpdateMap(target, a, SHAPE, 64)
+    values = expected(several, their_labels)
+    slopes, jacobian = expected.slopes(points, labels, wanted), expected.jacobian(points[0], labels[:1], subspace.basis)
+    moved = replace(target, base=replace(target.base, model=copy.deepcopy(target.base.model).to(device)))
+    updates = UpdateMap(moved, {name: each.to(device) for name, each in a.items()}, SHAPE, 64)
+    close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-9)
+    with emulated_graphs() if device.type == "cpu" else nullcontext([True]) as captures:
+        found = [updates(several[:count].to(device), their_labels[:count].to(device)) for count in counts]
+        for count in (1, 2):
+            given = (each[:count].to(device) for each in (points, labels, wanted))
+            for one, other in zip(updates.slopes(*given), slopes, strict=True):
+                close(one.cpu(), other[:count])
+        along = updates.jacobian(points[0].to(device), labels[:1].to(device), subspace.basis.to(device))
+    assert all(captures)
+    for count, own in zip(counts, found, strict=True):  # compared last: no call overwrote the values of another
+        close(own.cpu(), values[:count])
+    close(along.cpu(), jacobian)
+    sizes = {key[0][0][0] for key in updates._values._captures}
+    assert sizes == {1, 4}
 
 
 def test_the_map_for_another_base_is_made_once(problem):

@@ -11,7 +11,7 @@ kernel models the remaining nonlinearity within the cloud.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from r2f_ext.kernel_solver import fit_by_leave_one_out
 from r2f_ext.linalg import gram
+from r2f_ext.pairs.memory import budget
 
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(4, 19))  # shares of the kernel matrix's largest eigenvalue
 GAUSSIAN, WIDTH = 0.2, 0.25  # the Gaussian share of the kernel, and its exponent at the mean squared distance
@@ -103,14 +104,14 @@ def linearised_steps(
         max(size, SHRINKS * cloud.size)
         for size, cloud in zip(_sizes(update_of, misfits, points, values, probes), clouds, strict=True)
     ]
+    lengths = torch.tensor(SHORTER, dtype=points.dtype, device=points.device)[:, None]
     trials, after = [], []
-    for victim, (own, cloud, size) in enumerate(zip(axes, clouds, sizes, strict=True)):
-        images = (points[victim] + size * shifts[victim]).clamp(0, 1)
-        updates = update_of(images, torch.full((len(images),), victim, device=points.device))
+    for victim, (images, updates) in enumerate(_mapped(update_of, points, values, sizes, shifts)):
+        own, cloud = axes[victim], clouds[victim]
         found, errors = _regress(updates, (images - points[victim]) @ own.directions, observed[victim])
-        lengths = torch.tensor(SHORTER, dtype=points.dtype, device=points.device)[:, None]
         trials.append((points[victim] + lengths * (found @ own.directions.T)).clamp(0, 1))
-        after.append(Cloud(_mixed(own.covariance, torch.cov(errors.T), EXPECTED), size, cloud.samples))
+        shape = _mixed(own.covariance, torch.cov(errors.T), EXPECTED)
+        after.append(Cloud(shape, sizes[victim], cloud.samples))
     tried = update_of(torch.cat(trials), _owners(len(points), len(SHORTER), points.device))
     candidates = torch.cat([points[:, None], torch.stack(trials)], 1)
     reached = torch.cat([values[:, None], tried.view(len(points), len(SHORTER), -1)], 1)
@@ -129,6 +130,27 @@ def drawn(axes: Axes, covariance: Tensor, count: int, generator: torch.Generator
 def _owners(victims: int, each: int, device: torch.device) -> Tensor:
     """0, 0, ..., 1, 1, ...: `each` times every victim, int64."""
     return torch.arange(victims, device=device).repeat_interleave(each)
+
+
+def clouds_together(device: torch.device, each: int) -> int:
+    """How many clouds, with updates of `each` bytes, are mapped at once: on a GPU as many as fit, so that its passes
+    are full; one on a CPU, several of whose passes it fills."""
+    return max(1, budget(device) // (3 * each)) if device.type == "cuda" else 1  # updates exist twice for a moment
+
+
+def _mapped(
+    update_of: UpdateOf, points: Tensor, values: Tensor, sizes: Sequence[float], shifts: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per victim the images of its cloud [n, p], and their updates [n, R]; some victims' clouds are mapped at once."""
+    few = clouds_together(points.device, max(map(len, shifts)) * values[0].nbytes)
+    for first in range(0, len(points), few):
+        victims = range(first, min(first + few, len(points)))
+        images = [(points[victim] + sizes[victim] * shifts[victim]).clamp(0, 1) for victim in victims]
+        owners = [
+            torch.full((len(own),), victim, device=own.device) for victim, own in zip(victims, images, strict=True)
+        ]
+        updates = update_of(torch.cat(images), torch.cat(owners))
+        yield from zip(images, updates.split([*map(len, images)]), strict=True)
 
 
 def _sizes(

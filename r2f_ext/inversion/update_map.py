@@ -20,6 +20,7 @@ from r2f_ext.types import BaseModel, Target
 MAX_PIXELS = 4096  # more make the dense Jacobian and its decomposition too large
 SUBSPACE_IMAGES = 10000  # more change the proxies' covariance little
 GPU_DIRECTIONS, GPU_IMAGES = 400, 2048  # tangents and images in one pass of a GPU
+GRAPH_IMAGES = 512  # images up to which a pass is captured: its launches take longer than the GPU's work
 # Weight of half the squared distance to [0, 1]^p in the misfit of a descent: without it many searches end outside, at
 # images that are nearly solutions.
 BOX_PENALTY = 0.1
@@ -77,7 +78,8 @@ class UpdateMap:
         self.directions, self.images = (GPU_DIRECTIONS, GPU_IMAGES) if on_gpu else (directions, directions)
         self.a = {layer.name: a[layer.name] for layer in target.layers}
         self.tangents = CaptureTangents(target)
-        self._tangents, self._slopes = Replayed(self._tangents_of), Replayed(self._slopes_of)
+        self._values, self._tangents = Replayed(self._values_of), Replayed(self._tangents_of)
+        self._slopes = Replayed(self._slopes_of)
         self._others: dict[BaseModel, UpdateMap] = {}
 
     def on(self, base: BaseModel) -> UpdateMap:
@@ -95,8 +97,18 @@ class UpdateMap:
         """Batches [n, b, c * h * w], each of one step and of one label: labels [n], or [1] for all -> [n, R]."""
         labels = labels.expand(len(batches))
         parts = zip(batches.split(self.images), labels.split(self.images), strict=True)
+        return torch.cat([self._pass(*part) for part in parts])
+
+    def _pass(self, batches: Tensor, labels: Tensor) -> Tensor:
+        """`together` in one pass through the model."""
+        count = len(batches)
+        if not Replayed.captures_on(batches.device) or count * batches.shape[1] > GRAPH_IMAGES:
+            return self._values_of(batches, labels)
+        return self._values(*_filled(1 << (count - 1).bit_length(), batches, labels))[:count].clone()
+
+    def _values_of(self, batches: Tensor, labels: Tensor) -> Tensor:
         with Capture(self.target) as capture:
-            return torch.cat([self._updates(capture, *part).detach() for part in parts])
+            return self._updates(capture, batches, labels).detach()
 
     def _updates(self, capture: Capture, batches: Tensor, labels: Tensor, create_graph: bool = False) -> Tensor:
         images = batches.unflatten(2, self.shape)
@@ -130,11 +142,8 @@ class UpdateMap:
             RuntimeError: a module of the model has no second derivative.
         """
         count, labels = len(points), labels.expand(len(points))
-        if points.device.type == "cuda":  # padded to one of a few sizes, because each size is captured separately
-            more = few_sizes(count) - count
-            points, labels, observed = (
-                torch.cat([each, each[-1:].expand(more, *each.shape[1:])]) for each in (points, labels, observed)
-            )
+        if Replayed.captures_on(points.device):
+            points, labels, observed = _filled(few_sizes(count), points, labels, observed)
         misfits, slopes = self._slopes(points, labels, observed)
         return misfits[:count], slopes[:count]
 
@@ -161,6 +170,11 @@ def with_box_penalty(points: Tensor, misfits: Tensor, slopes: Tensor) -> tuple[T
     """Misfits [n] of points [n, p], and their slopes [n, p], with BOX_PENALTY |x - clamp(x)|^2 / 2 added."""
     outside = points - points.clamp(0, 1)
     return misfits + BOX_PENALTY / 2 * outside.square().sum(1), slopes + BOX_PENALTY * outside
+
+
+def _filled(size: int, *tensors: Tensor) -> list[Tensor]:
+    """The tensors [n, ...] filled up to [size, ...] by their last rows, because each size is captured separately."""
+    return [torch.cat([each, each[-1:].expand(size - len(each), *each.shape[1:])]) for each in tensors]
 
 
 def few_sizes(count: int) -> int:
