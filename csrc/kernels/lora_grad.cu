@@ -1,7 +1,7 @@
 // LoRA-factor gradients of all layers of a model in two launches. See lora_grad.h for the formulas.
 //
 //   project:     U = x A^T. A warp processes a few tokens of one layer; its lanes divide the features.
-//   accumulate:  grad_B = scale delta^T U. A warp processes a stripe of columns of one group of one layer.
+//   accumulate:  grad_B = scale delta^T U, or += this. A warp processes a stripe of columns of one group of one layer.
 //
 // The kernels are memory-bound, so each lane keeps several 16-byte loads in flight. x and delta are read once, by loads
 // that do not allocate L1 lines, so that A and U stay in L1. The table of layers is a kernel parameter (constant
@@ -71,20 +71,20 @@ Plan plan_of(DType dtype, const LoraGradLayer* layers, int64_t count) {
 
 // Size of one layer's U, in floats.
 int64_t workspace_of(DType dtype, const LoraGradLayer& layer, const Plan& plan) {
-  if (dtype == DType::kFloat32) return layer.groups * layer.tokens * plan.ranks;
-  return layer.groups * ((layer.tokens + kTileTokens - 1) / kTileTokens) * kTileTokens * plan.ranks;
+  if (dtype == DType::kFloat32) return layer.x_groups * layer.tokens * plan.ranks;
+  return layer.x_groups * ((layer.tokens + kTileTokens - 1) / kTileTokens) * kTileTokens * plan.ranks;
 }
 
 Layer layer_from(DType dtype, const LoraGradLayer& from, float* U, const Plan& plan, Table& table) {
-  const bool one_A = !from.A_per_group && dtype == DType::kFloat32;
+  const bool one_A = from.A_groups == 1 && dtype == DType::kFloat32;
   Layer to{};
   to.x = from.x, to.delta = from.delta, to.A = from.A, to.U = U, to.grad_B = from.grad_B;
   to.tokens = from.tokens, to.d_in = from.d_in, to.d_out = from.d_out;
-  to.project_tokens = one_A ? from.groups * from.tokens : from.tokens;
-  to.A_stride = from.A_per_group ? from.rank * from.d_in : 0;
-  to.scale = static_cast<float>(from.scale), to.rank = static_cast<int>(from.rank);
+  to.project_tokens = one_A ? from.x_groups * from.tokens : from.tokens;
+  to.x_groups = from.x_groups, to.delta_groups = from.delta_groups, to.A_groups = from.A_groups;
+  to.scale = static_cast<float>(from.scale), to.rank = static_cast<int>(from.rank), to.adds = from.adds;
   to.first_project = table.projects, to.first_accumulate = table.accumulates;
-  table.projects += (one_A ? 1 : from.groups) * ((to.project_tokens + plan.project_tokens - 1) / plan.project_tokens);
+  table.projects += (one_A ? 1 : from.x_groups) * ((to.project_tokens + plan.project_tokens - 1) / plan.project_tokens);
   table.accumulates += from.groups * ((from.d_out + plan.columns - 1) / plan.columns);
   return to;
 }

@@ -8,16 +8,17 @@
 
 namespace r2f {
 
-// One layer. Arrays are contiguous; per group p of `groups`:
-//   U = x_p A^T [tokens, rank]        grad_B = scale delta_p^T U [d_out, rank]
+// One layer. Arrays are contiguous; per group p of `groups`, with q = p % x_groups:
+//   U_q = x_q A[q % A_groups]^T [tokens, rank]        grad_B_p = scale delta[p % delta_groups]^T U_q [d_out, rank]
 struct LoraGradLayer {
   int64_t groups = 0, tokens = 0, d_in = 0, d_out = 0, rank = 0;
-  const void* x = nullptr;      // [groups, tokens, d_in], float32 or bfloat16
-  const void* delta = nullptr;  // [groups, tokens, d_out]
-  const void* A = nullptr;      // [rank, d_in], or [groups, rank, d_in]
-  bool A_per_group = false;
+  int64_t x_groups = 0, delta_groups = 0, A_groups = 1;  // A_groups is 1 or divides x_groups
+  const void* x = nullptr;                               // [x_groups, tokens, d_in], float32 or bfloat16
+  const void* delta = nullptr;                           // [delta_groups, tokens, d_out]
+  const void* A = nullptr;                               // [A_groups, rank, d_in]
   double scale = 1;
   float* grad_B = nullptr;  // [groups, d_out, rank]
+  bool adds = false;        // the result is added to what grad_B holds
 };
 
 // The bfloat16 kernel multiplies U as a sum of two bfloat16 numbers, so an infinite input gives NaN, not infinity.

@@ -45,7 +45,7 @@ __device__ __forceinline__ void project_tile(const Layer& y, int64_t p, int64_t 
 #pragma unroll
   for (int n = 0; n < kRankTiles; ++n) {
     const int rank = n * 8 + lane / 4;
-    A[n] = static_cast<const BFloat16*>(y.A) + p * y.A_stride + (rank < y.rank ? rank : y.rank - 1) * y.d_in;
+    A[n] = static_cast<const BFloat16*>(y.A) + (p % y.A_groups * y.rank + (rank < y.rank ? rank : y.rank - 1)) * y.d_in;
   }
   const int own = lane % 4 * 8;
   const int64_t blocks = y.d_in / 128;
@@ -155,8 +155,9 @@ __global__ void __launch_bounds__(kSplit* kWarpSize, 1) accumulate_bfloat16(cons
   const int64_t stripes = (y.d_out + kHalfColumns - 1) / kHalfColumns, index = item - y.first_accumulate;
   const int64_t p = index / stripes, first_column = index % stripes * kHalfColumns;
   const int64_t tiles = (y.tokens + kTileTokens - 1) / kTileTokens, mine = first_column + lane / 4 * 8;
-  const BFloat16* delta = static_cast<const BFloat16*>(y.delta) + p * y.tokens * y.d_out + (mine < y.d_out ? mine : 0);
-  const float* U = y.U + p * tiles * kRankTiles * kWarpSize * 4;
+  const BFloat16* delta =
+      static_cast<const BFloat16*>(y.delta) + p % y.delta_groups * y.tokens * y.d_out + (mine < y.d_out ? mine : 0);
+  const float* U = y.U + p % y.x_groups * tiles * kRankTiles * kWarpSize * 4;
   float sums[kRankTiles][8][4] = {};
   for (int64_t pair = warp; pair < tiles / 2; pair += kSplit)
     add_tiles<kRankTiles, 2>(y, delta, U, pair * 2, lane, sums);
@@ -177,8 +178,10 @@ __global__ void __launch_bounds__(kSplit* kWarpSize, 1) accumulate_bfloat16(cons
     const int rank = n * 8 + lane / 4;
 #pragma unroll
     for (int i = 0; i < 16; ++i)
-      if (rank < y.rank && column + i < y.d_out)
-        y.grad_B[(p * y.d_out + column + i) * y.rank + rank] = y.scale * both[n][i];
+      if (rank < y.rank && column + i < y.d_out) {
+        float& out = y.grad_B[(p * y.d_out + column + i) * y.rank + rank];
+        out = y.adds ? out + y.scale * both[n][i] : y.scale * both[n][i];
+      }
   }
 }
 

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_float(const 
 #pragma unroll
   for (int k = 0; k < kTokens; ++k)  // past the last token: the last one again; its result is not stored
     rows[k] = static_cast<const float*>(y.x) + (row + (k < left ? k : left - 1)) * y.d_in;
-  const float* A = static_cast<const float*>(y.A) + p * y.A_stride;
+  const float* A = static_cast<const float*>(y.A) + p % y.A_groups * y.rank * y.d_in;
   float sum[kSums] = {};
   add_features<R>(y, rows, A, sum);
 
@@ -75,8 +75,9 @@ __global__ void __launch_bounds__(kProjectWarps* kWarpSize) project_float(const 
 template <int R, int kSplit>
 __device__ __forceinline__ void add_tokens(const Layer& y, int64_t p, int64_t column, int first, float (&sum)[4][R]) {
   constexpr int kInFlight = R <= 8 ? 8 : 4;
-  const float* delta = static_cast<const float*>(y.delta) + p * y.tokens * y.d_out + (column < y.d_out ? column : 0);
-  const float* U = y.U + p * y.tokens * R;
+  const float* delta =
+      static_cast<const float*>(y.delta) + p % y.delta_groups * y.tokens * y.d_out + (column < y.d_out ? column : 0);
+  const float* U = y.U + p % y.x_groups * y.tokens * R;
   const auto add = [&](const float (&v)[4], int64_t k) {
 #pragma unroll
     for (int j = 0; j < R; j += 4) {
@@ -103,19 +104,21 @@ __device__ __forceinline__ void add_tokens(const Layer& y, int64_t p, int64_t co
   }
 }
 
-// Stores four ranks of one column, times the scale. `all`: all four exist and the address is aligned.
+// Stores, or adds, four ranks of one column, times the scale. `all`: all four exist and the address is aligned.
 __device__ __forceinline__ void store_ranks(const Layer& y, int64_t p, int64_t column, int j, float4 v, bool all) {
   if (column >= y.d_out) return;
   float* out = y.grad_B + (p * y.d_out + column) * y.rank + j;
   v = make_float4(y.scale * v.x, y.scale * v.y, y.scale * v.z, y.scale * v.w);
   if (all) {
-    *reinterpret_cast<float4*>(out) = v;
+    float4* whole = reinterpret_cast<float4*>(out);
+    if (y.adds) v = make_float4(whole->x + v.x, whole->y + v.y, whole->z + v.z, whole->w + v.w);
+    *whole = v;
     return;
   }
-  if (j < y.rank) out[0] = v.x;
-  if (j + 1 < y.rank) out[1] = v.y;
-  if (j + 2 < y.rank) out[2] = v.z;
-  if (j + 3 < y.rank) out[3] = v.w;
+  if (j < y.rank) out[0] = y.adds ? out[0] + v.x : v.x;
+  if (j + 1 < y.rank) out[1] = y.adds ? out[1] + v.y : v.y;
+  if (j + 2 < y.rank) out[2] = y.adds ? out[2] + v.z : v.z;
+  if (j + 3 < y.rank) out[3] = y.adds ? out[3] + v.w : v.w;
 }
 
 template <int R, int kSplit>

@@ -10,11 +10,12 @@ struct Layer {
   const void *x, *delta, *A;
   float *U, *grad_B;
   int64_t tokens, d_in, d_out;
-  int64_t project_tokens;                   // per group; in float32 all groups that share A count as one group
-  int64_t A_stride;                         // elements from one group's A to the next; 0 if shared
+  int64_t project_tokens;  // per group; in float32 all groups that share A count as one group
+  int64_t x_groups, delta_groups, A_groups;
   int64_t first_project, first_accumulate;  // index of the layer's first item of each kernel
   float scale;
   int rank;
+  bool adds;
 };
 
 constexpr int kMaxLayers = 64;

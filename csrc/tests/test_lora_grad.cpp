@@ -1,5 +1,6 @@
 // lora_grad's CUDA source, run by the emulator, against a plain double loop. The argument "quick" selects fewer shapes
 // (for the sanitizers).
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <stdexcept>
@@ -16,6 +17,9 @@ struct Shape {
   int64_t groups, tokens, d_in, d_out, rank;
 };
 
+// What the groups of a layer share. kX and kDelta: groups p, p + n, ... have one x, or one delta; kX also adds.
+enum class Shared { kNothing, kA, kX, kDelta };
+
 // A layer's arrays, its description for the kernel, and the expected result.
 struct Case {
   Shape shape;
@@ -23,35 +27,52 @@ struct Case {
   LoraGradLayer layer;
   std::vector<double> expected;
 
-  Case(DType dtype, const Shape& s, bool A_per_group, std::mt19937& random)
+  Case(DType dtype, const Shape& s, Shared shared, std::mt19937& random)
+      : Case(dtype, s, shared == Shared::kX ? fewer(s.groups) : s.groups,
+             shared == Shared::kDelta ? fewer(s.groups) : s.groups,
+             shared == Shared::kA         ? 1
+             : shared == Shared::kNothing ? std::max<int64_t>(1, s.groups)
+                                          : std::max<int64_t>(1, fewer(s.groups)),
+             shared == Shared::kX, random) {}
+
+  Case(DType dtype, const Shape& s, int64_t x_groups, int64_t delta_groups, int64_t A_groups, bool adds,
+       std::mt19937& random)
       : shape(s),
-        x(dtype, s.groups * s.tokens * s.d_in, random),
-        delta(dtype, s.groups * s.tokens * s.d_out, random),
-        A(dtype, (A_per_group ? s.groups : 1) * s.rank * s.d_in, random),
-        grad_B(DType::kFloat32, s.groups * s.d_out * s.rank, random, false),
-        expected(static_cast<size_t>(s.groups * s.d_out * s.rank)) {
+        x(dtype, x_groups * s.tokens * s.d_in, random),
+        delta(dtype, delta_groups * s.tokens * s.d_out, random),
+        A(dtype, A_groups * s.rank * s.d_in, random),
+        grad_B(DType::kFloat32, s.groups * s.d_out * s.rank, random, adds),
+        expected(grad_B.values) {
     layer.groups = s.groups, layer.tokens = s.tokens, layer.d_in = s.d_in, layer.d_out = s.d_out, layer.rank = s.rank;
-    layer.x = x.data(), layer.delta = delta.data(), layer.A = A.data(), layer.A_per_group = A_per_group;
+    layer.x_groups = x_groups, layer.delta_groups = delta_groups, layer.A_groups = A_groups, layer.adds = adds;
+    layer.x = x.data(), layer.delta = delta.data(), layer.A = A.data();
     layer.scale = 0.5, layer.grad_B = static_cast<float*>(grad_B.data());
+    expected.resize(static_cast<size_t>(s.groups * s.d_out * s.rank));
+    if (!adds) expected.assign(expected.size(), 0);
     for (int64_t p = 0; p < s.groups; ++p)
-      for (int64_t n = p * s.tokens; n < (p + 1) * s.tokens; ++n)
+      for (int64_t n = 0; n < s.tokens; ++n)
         for (int64_t j = 0; j < s.rank; ++j) {
+          const int64_t q = p % x_groups, d = p % delta_groups;
           double u = 0;
           for (int64_t i = 0; i < s.d_in; ++i)
-            u += value(x, n * s.d_in + i) * value(A, ((A_per_group ? p : 0) * s.rank + j) * s.d_in + i);
+            u += value(x, (q * s.tokens + n) * s.d_in + i) * value(A, (q % A_groups * s.rank + j) * s.d_in + i);
           for (int64_t o = 0; o < s.d_out; ++o)
-            expected[static_cast<size_t>((p * s.d_out + o) * s.rank + j)] += 0.5 * value(delta, n * s.d_out + o) * u;
+            expected[static_cast<size_t>((p * s.d_out + o) * s.rank + j)] +=
+                0.5 * value(delta, (d * s.tokens + n) * s.d_out + o) * u;
         }
   }
+
+  static int64_t fewer(int64_t groups) { return groups % 3 == 0 ? groups / 3 : groups % 2 == 0 ? groups / 2 : groups; }
 
   static double value(const Array& array, int64_t i) { return array.values[static_cast<size_t>(i)]; }
 };
 
-int check(DType dtype, const std::vector<Shape>& shapes, bool A_per_group) {
+int check(DType dtype, const std::vector<Shape>& shapes, Shared shared) {
   std::mt19937 random(static_cast<unsigned>(shapes.size() + 10 * shapes[0].tokens + 100 * shapes[0].rank));
   std::vector<Case> cases;
   std::vector<LoraGradLayer> layers;
-  for (size_t l = 0; l < shapes.size(); ++l) cases.emplace_back(dtype, shapes[l], A_per_group != (l % 3 == 1), random);
+  for (size_t l = 0; l < shapes.size(); ++l)  // every third layer shares what the next value of `Shared` says
+    cases.emplace_back(dtype, shapes[l], static_cast<Shared>((static_cast<int>(shared) + (l % 3 == 1)) % 4), random);
   for (Case& c : cases) {
     layers.push_back(c.layer);
     if (!lora_grad_cuda_takes(dtype, c.layer)) return std::printf("WRONG: a layer of the test is not taken\n"), 1;
@@ -68,10 +89,10 @@ int check(DType dtype, const std::vector<Shape>& shapes, bool A_per_group) {
     ++wrong;
   }
   if (wrong != 0)
-    std::printf("  in %s, %zu layers, the first P=%lld N=%lld d_in=%lld d_out=%lld r=%lld, A per group=%d\n",
-                name_of(dtype), shapes.size(), static_cast<long long>(shapes[0].groups),
-                static_cast<long long>(shapes[0].tokens), static_cast<long long>(shapes[0].d_in),
-                static_cast<long long>(shapes[0].d_out), static_cast<long long>(shapes[0].rank), A_per_group);
+    std::printf("  in %s, %zu layers, the first P=%lld N=%lld d_in=%lld d_out=%lld r=%lld, shared=%d\n", name_of(dtype),
+                shapes.size(), static_cast<long long>(shapes[0].groups), static_cast<long long>(shapes[0].tokens),
+                static_cast<long long>(shapes[0].d_in), static_cast<long long>(shapes[0].d_out),
+                static_cast<long long>(shapes[0].rank), static_cast<int>(shared));
   return wrong;
 }
 
@@ -90,7 +111,7 @@ std::vector<std::vector<Shape>> shape_lists(int64_t vector, int64_t max_rank, bo
       std::vector<Shape>(70, Shape{1, 3, v, 2 * v, 4}),  // more layers than a table holds
   };
   if (!quick)
-    lists.insert(lists.end(), {{{700, 2, v, 3 * 128, 4}}, {{2100, 1, v, v, 4}}});  // enough items for one warp each
+    lists.insert(lists.end(), {{{702, 2, v, 3 * 128, 4}}, {{2100, 1, v, v, 4}}});  // enough items for one warp each
   return lists;
 }
 
@@ -98,12 +119,12 @@ int all(bool quick) {
   int wrong = 0, count = 0;
   for (DType dtype : {DType::kFloat32, DType::kBFloat16})
     for (const auto& shapes : shape_lists(dtype == DType::kFloat32 ? 4 : 8, dtype == DType::kFloat32 ? 16 : 32, quick))
-      for (bool A_per_group : {false, true}) {
-        wrong += check(dtype, shapes, A_per_group) != 0;
+      for (Shared shared : {Shared::kNothing, Shared::kA, Shared::kX, Shared::kDelta}) {
+        wrong += check(dtype, shapes, shared) != 0;
         ++count;
       }
   std::mt19937 random(1);
-  Case plain(DType::kFloat32, {1, 2, 8, 8, 4}, false, random);
+  Case plain(DType::kFloat32, {1, 2, 8, 8, 4}, Shared::kNothing, random);
   for (int change = 0; change < 5; ++change) {  // layers that the kernels do not support
     LoraGradLayer layer = plain.layer;
     if (change == 0) layer.rank = 17;

@@ -1,9 +1,9 @@
 // torch.ops.r2f.lora_grad and lora_grad_tangent. The schemas and the meaning are in r2f_ext/ops.
 //
 // Matrix products are library calls, layer by layer in C++. On CUDA, all layers that kernels/lora_grad.cu supports are
-// computed by its two launches. The library's products also scale their results and write them directly to the output,
-// because a separate pass for either takes as long as a small product. On the CPU, products that read and write long
-// rows are faster.
+// computed by its two launches, or four for tangents. The library's products also scale their results and write them
+// directly to the output, because a separate pass for either takes as long as a small product. On the CPU, products
+// that read and write long rows are faster.
 #include "kernels/lora_grad.h"
 
 #include <ATen/Parallel.h>
@@ -147,34 +147,34 @@ at::Tensor tangent_of(const at::Tensor& x, const at::Tensor& delta, const at::Te
   return result.view({K, P, rank, d_out}).mT();
 }
 
-using TangentOf = at::Tensor (*)(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 const at::Tensor&, double);
-
-template <TangentOf tangent_of>
-Tensors lora_grad_tangent(at::TensorList x, at::TensorList delta, at::TensorList dx, at::TensorList ddelta,
-                          at::TensorList A, at::ArrayRef<double> scales) {
+void check_lora_grad_tangent(at::TensorList x, at::TensorList delta, at::TensorList dx, at::TensorList ddelta,
+                             at::TensorList A, at::ArrayRef<double> scales) {
   const char* op = "lora_grad_tangent";
   TORCH_CHECK(!x.empty() && x.size() == delta.size() && x.size() == dx.size() && x.size() == ddelta.size() &&
                   x.size() == A.size() && x.size() == scales.size(),
               "lora_grad_tangent: lists of one length are needed");
-  const c10::DeviceGuard guard(x[0].device());
-  glue::dtype_of(op, x[0]);
   for (at::TensorList list : {x, delta, dx, ddelta, A}) check_alike(op, x[0], list);
-  Tensors found;
   for (size_t l = 0; l < x.size(); ++l) {
     check_layer(op, x[l], delta[l], A[l]);
     TORCH_CHECK(dx[l].dim() == 4 && dx[l].sizes().slice(1) == x[l].sizes(), op, ": dx must be [K, P, N, d_in]");
     TORCH_CHECK(
         ddelta[l].dim() == 4 && ddelta[l].sizes().slice(1) == delta[l].sizes() && ddelta[l].size(0) == dx[l].size(0),
         op, ": ddelta must be [K, P, N, d_out]");
-    found.push_back(tangent_of(x[l], delta[l], dx[l], ddelta[l], A[l], scales[l]));
   }
+}
+
+Tensors lora_grad_tangent_on_cpu(at::TensorList x, at::TensorList delta, at::TensorList dx, at::TensorList ddelta,
+                                 at::TensorList A, at::ArrayRef<double> scales) {
+  check_lora_grad_tangent(x, delta, dx, ddelta, A, scales);
+  glue::dtype_of("lora_grad_tangent", x[0]);
+  Tensors found;
+  for (size_t l = 0; l < x.size(); ++l) found.push_back(tangent_of(x[l], delta[l], dx[l], ddelta[l], A[l], scales[l]));
   return found;
 }
 
 TORCH_LIBRARY_IMPL(r2f, CPU, library) {
   library.impl("lora_grad", &lora_grad_on_cpu);
-  library.impl("lora_grad_tangent", &lora_grad_tangent<tangent_of>);
+  library.impl("lora_grad_tangent", &lora_grad_tangent_on_cpu);
 }
 
 #ifdef R2F_WITH_CUDA
@@ -208,12 +208,25 @@ bool library_wins(DType dtype, size_t layers, int64_t rank) {
   return layers <= 2 && dtype == DType::kFloat32 && rank > 8;
 }
 
-LoraGradLayer describe(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale) {
+// grad_B [groups, d_out, r] of a layer, whose x, delta and A are contiguous and have as many groups or divide them.
+LoraGradLayer describe(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& A, double scale,
+                       int64_t groups) {
   LoraGradLayer layer;
-  layer.groups = x.size(0), layer.tokens = x.size(1), layer.d_in = x.size(2), layer.d_out = delta.size(2);
-  layer.rank = A.size(-2), layer.A_per_group = A.dim() == 3, layer.scale = scale;
+  layer.groups = groups, layer.tokens = x.size(1), layer.d_in = x.size(2), layer.d_out = delta.size(2);
+  layer.rank = A.size(-2), layer.scale = scale;
+  layer.x_groups = x.size(0), layer.delta_groups = delta.size(0), layer.A_groups = A.dim() == 3 ? A.size(0) : 1;
   layer.x = x.const_data_ptr(), layer.delta = delta.const_data_ptr(), layer.A = A.const_data_ptr();
   return layer;
+}
+
+// Queues the kernels for all layers on the current stream. Their inputs may be freed afterwards.
+void run_kernels(const char* op, const at::Tensor& like, DType dtype, const std::vector<LoraGradLayer>& layers) {
+  if (layers.empty()) return;
+  const auto count = static_cast<int64_t>(layers.size());
+  const at::Tensor workspace =
+      at::empty({lora_grad_cuda_workspace(dtype, layers.data(), count)}, glue::result_options(like));
+  glue::check_launch(op, lora_grad_cuda(dtype, layers.data(), count, workspace.mutable_data_ptr<float>(),
+                                        glue::current_stream(like.device())));
 }
 
 std::tuple<Tensors, Tensors> lora_grad_on_cuda(at::TensorList x, at::TensorList delta, at::TensorList A,
@@ -226,7 +239,7 @@ std::tuple<Tensors, Tensors> lora_grad_on_cuda(at::TensorList x, at::TensorList 
   for (size_t l = 0; l < x.size(); ++l) {
     const at::Tensor x_l = x[l].contiguous(), delta_l = delta[l].contiguous();
     const at::Tensor A_l = shared_or_per_group(A[l]).contiguous();
-    LoraGradLayer layer = describe(x_l, delta_l, A_l, scales[l]);
+    LoraGradLayer layer = describe(x_l, delta_l, A_l, scales[l], x_l.size(0));
     if (library_wins(dtype, x.size(), layer.rank) || !lora_grad_cuda_takes(dtype, layer)) {
       grad_B.push_back(grad_B_on_cuda(x_l, delta_l, A_l, scales[l]));
       continue;
@@ -236,19 +249,43 @@ std::tuple<Tensors, Tensors> lora_grad_on_cuda(at::TensorList x, at::TensorList 
     layers.push_back(layer);
     contiguous.insert(contiguous.end(), {x_l, delta_l, A_l});
   }
-  if (!layers.empty()) {
-    const auto count = static_cast<int64_t>(layers.size());
-    const at::Tensor workspace =
-        at::empty({lora_grad_cuda_workspace(dtype, layers.data(), count)}, glue::result_options(x[0]));
-    glue::check_launch("lora_grad", lora_grad_cuda(dtype, layers.data(), count, workspace.mutable_data_ptr<float>(),
-                                                   glue::current_stream(x[0].device())));
-  }
+  run_kernels("lora_grad", x[0], dtype, layers);
   return {grad_A_of(x, delta, B, scales), grad_B};
+}
+
+// Group k P + p of a layer belongs to direction k of group p. The kernels first compute delta^T (dx A^T) of all layers,
+// then add ddelta^T (x A^T); x, delta and A are those of group p in all directions.
+Tensors lora_grad_tangent_on_cuda(at::TensorList x, at::TensorList delta, at::TensorList dx, at::TensorList ddelta,
+                                  at::TensorList A, at::ArrayRef<double> scales) {
+  check_lora_grad_tangent(x, delta, dx, ddelta, A, scales);
+  const DType dtype = glue::dtype_of("lora_grad_tangent", x[0]);
+  const c10::DeviceGuard guard(x[0].device());
+  Tensors found, contiguous;  // `contiguous` keeps the inputs alive until the kernels are queued
+  std::vector<LoraGradLayer> by_dx, by_ddelta;
+  for (size_t l = 0; l < x.size(); ++l) {
+    const at::Tensor x_l = x[l].contiguous(), delta_l = delta[l].contiguous();
+    const at::Tensor dx_l = dx[l].flatten(0, 1).contiguous(), ddelta_l = ddelta[l].flatten(0, 1).contiguous();
+    const at::Tensor A_l = shared_or_per_group(A[l]).contiguous();
+    LoraGradLayer first = describe(dx_l, delta_l, A_l, scales[l], dx_l.size(0));
+    LoraGradLayer second = describe(x_l, ddelta_l, A_l, scales[l], dx_l.size(0));
+    if (!lora_grad_cuda_takes(dtype, first) || !lora_grad_cuda_takes(dtype, second)) {
+      found.push_back(tangent_on_cuda(x[l], delta[l], dx[l], ddelta[l], A[l], scales[l]));
+      continue;
+    }
+    found.push_back(at::empty({dx[l].size(0), x_l.size(0), first.d_out, first.rank}, glue::result_options(x_l)));
+    first.grad_B = second.grad_B = found.back().mutable_data_ptr<float>();
+    second.adds = true;
+    by_dx.push_back(first), by_ddelta.push_back(second);
+    contiguous.insert(contiguous.end(), {x_l, delta_l, dx_l, ddelta_l, A_l});
+  }
+  run_kernels("lora_grad_tangent", x[0], dtype, by_dx);
+  run_kernels("lora_grad_tangent", x[0], dtype, by_ddelta);
+  return found;
 }
 
 TORCH_LIBRARY_IMPL(r2f, CUDA, library) {
   library.impl("lora_grad", &lora_grad_on_cuda);
-  library.impl("lora_grad_tangent", &lora_grad_tangent<tangent_on_cuda>);
+  library.impl("lora_grad_tangent", &lora_grad_tangent_on_cuda);
 }
 #endif
 
