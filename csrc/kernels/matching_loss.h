@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/matching_terms.h"
+#include "kernels/total_variation.h"
 #include "r2f/dtype.h"
 
 namespace r2f {
@@ -50,29 +51,35 @@ void matching_layer_sums_cpu(const MatchingArgs& args, const MatchingSums* chunk
 void matching_loss_backward_cpu(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,
                                 int64_t first, int64_t last);
 
-// On CUDA: both queue their work on `stream` (a cudaStream_t) and return null, or CUDA's error message. Losses and
-// their gradients have the accumulation type. `image_losses` [trials], float64: added to the losses, times
-// `image_weight`. `workspace`: matching_loss_cuda_workspace() bytes of device memory.
-const char* matching_loss_cuda(DType dtype, const MatchingArgs& args, const double* image_losses, double image_weight,
-                               MatchingSums* sums, void* losses, void* workspace, void* stream);
-const char* matching_loss_backward_cuda(DType dtype, const MatchingArgs& args, const void* grads,
-                                        const MatchingSums* sums, void* workspace, void* stream);
-// The forward and the backward in two steps each, for gradients that are never all in memory at once. Forward:
-// matching_sums_cuda() computes the sums [layers, trials] of some of the layers, then matching_losses_cuda() the losses
-// from the sums of all layers. Backward: matching_coefficients_cuda() computes the coefficients [layers, trials] of all
-// layers, then matching_gradients_cuda() the gradients of some of the layers. The two functions for some of the layers
-// do not read `args.weights` and `args.kind`. A candidate may be overwritten by its own gradient. `weights`: on the
-// host; `double* workspace`: device memory for one float64 number a layer.
-const char* matching_sums_cuda(DType dtype, const MatchingArgs& args, MatchingSums* sums, void* workspace,
-                               void* stream);
-const char* matching_gradients_cuda(DType dtype, const MatchingArgs& args, const MatchingCoefficients* coefficients,
-                                    void* stream);
-const char* matching_losses_cuda(DType dtype, MatchingKind kind, const double* weights, int64_t layers, int64_t trials,
-                                 const MatchingSums* sums, const double* image_losses, double image_weight,
-                                 void* losses, double* workspace, void* stream);
-const char* matching_coefficients_cuda(DType dtype, MatchingKind kind, const double* weights, int64_t layers,
-                                       int64_t trials, const MatchingSums* sums, const void* grads,
-                                       MatchingCoefficients* coefficients, double* workspace, void* stream);
-int64_t matching_loss_cuda_workspace(const MatchingArgs& args);
+// Images whose total variation, times `weight`, is added to the losses.
+struct MatchingImages {
+  DType dtype = DType::kFloat32;
+  TotalVariationArgs args;  // the trials of the gradients
+  double weight = 0;
+  void* gradient = nullptr;  // like the images, of the accumulation type; null if no gradient is computed
+};
+
+// The losses of the trials, or their gradients: float64 if the gradients of the layers are, else float32.
+struct TrialNumbers {
+  void* data;      // gradients only: null if all are 1
+  int64_t stride;  // elements from one trial to the next
+};
+
+// On CUDA. Each function queues its work on `stream` (a cudaStream_t) and returns null, or CUDA's error message. It
+// takes one launch, and more only for more than 64 layers, or if the images have another dtype than the gradients.
+//
+// The forward is matching_chunk_sums_cuda(), then matching_losses_cuda(), which returns the sums [layers, trials] as
+// well; the backward is matching_gradients_cuda(). The first and the last process the layers first <= l < last, and
+// with first = 0 also the images, so that the gradients need not all be in memory at once: pointers of other layers are
+// not read. A candidate may be overwritten by its own gradient. `workspace`: matching_cuda_workspace() bytes of device
+// memory, the same in both calls of the forward.
+const char* matching_chunk_sums_cuda(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
+                                     const MatchingImages& images, void* workspace, void* stream);
+const char* matching_losses_cuda(DType dtype, const MatchingArgs& args, const MatchingImages& images, void* workspace,
+                                 MatchingSums* sums, TrialNumbers losses, void* stream);
+const char* matching_gradients_cuda(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
+                                    const MatchingImages& images, const MatchingSums* sums, TrialNumbers grads,
+                                    void* workspace, void* stream);
+int64_t matching_cuda_workspace(const MatchingArgs& args, const MatchingImages& images);
 
 }  // namespace r2f

@@ -51,7 +51,7 @@ R2F_HOST_DEVICE MatchingCoefficients matching_coefficients(MatchingKind kind, do
                                                            const MatchingSums& layer, const MatchingSums& total) {
   const double factor = grad * weight;
   if (kind == MatchingKind::kL2) return {-2 * factor, 2 * factor};
-  const MatchingSums& s = kind == MatchingKind::kCosine ? total : layer;
+  const MatchingSums s = kind == MatchingKind::kCosine ? total : layer;
   if (has_no_cosine(s)) return {0, 0};
   const double by_norms = factor / sqrt(s.candidate) / sqrt(s.observed);
   return {-by_norms, by_norms * s.inner / s.candidate};

@@ -1,4 +1,5 @@
-// Total variation of images, one term of the matching losses: the arguments of the kernels. No torch and no CUDA here.
+// Total variation of images, one term of the matching losses: the arguments of the kernels. On CUDA it is computed by
+// the kernels of matching_loss. No torch and no CUDA here.
 #pragma once
 
 #include <cstdint>
@@ -37,13 +38,5 @@ void total_variation_cpu(DType dtype, const TotalVariationArgs& args, int64_t fi
 // grad_images, of the accumulation type: the gradient of sum_t weight grads[t] value[t].
 void total_variation_backward_cpu(DType dtype, const TotalVariationArgs& args, const double* grads, double weight,
                                   void* grad_images, int64_t first, int64_t last);
-
-// Queued on `stream` (a cudaStream_t); both return null, or CUDA's error message. Device memory: `values`
-// [trials]; `workspace` total_variation_cuda_workspace(args) elements; `grads` [trials] of the accumulation type.
-const char* total_variation_cuda(DType dtype, const TotalVariationArgs& args, double* values, double* workspace,
-                                 void* stream);
-const char* total_variation_backward_cuda(DType dtype, const TotalVariationArgs& args, const void* grads, double weight,
-                                          void* grad_images, void* stream);
-int64_t total_variation_cuda_workspace(const TotalVariationArgs& args);
 
 }  // namespace r2f

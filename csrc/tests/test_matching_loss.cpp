@@ -7,6 +7,9 @@
 
 #include "check.h"
 #include "kernels/matching_loss.h"
+#ifdef R2F_TEST_EMULATED
+#include "r2f/cuda.h"
+#endif
 
 namespace r2f::test {
 namespace {
@@ -18,23 +21,55 @@ struct Case {
   std::vector<int64_t> sizes;
 };
 
-constexpr double kImageWeight = 0.5;
-
 #ifdef R2F_TEST_EMULATED
-void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums,
-         Doubles& losses) {
+constexpr double kImageWeight = 0.5;
+constexpr int64_t kWidth = 1100;  // more than a chunk of pixels
+constexpr int64_t kMany = 64;     // layers of one launch
+
+// Images of one row: 0, 1, 0, 1, ... The total variation of each is 1.
+struct Stripes {
+  Array pixels, gradient;
+  MatchingImages images;
+  Stripes(DType dtype, int64_t trials, std::mt19937& random)
+      : pixels(dtype, trials * kWidth, random),
+        gradient(dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, trials * kWidth, random, false) {
+    for (int64_t p = 0; p < trials * kWidth; ++p) pixels.set(p, static_cast<double>(p % kWidth % 2));
+    images = {dtype, {pixels.data(), trials, 1, 1, kWidth, false}, kImageWeight, gradient.data()};
+  }
+  int check(const Doubles& grads) {
+    Doubles want;
+    for (double grad : grads)
+      for (int64_t p = 0; p < kWidth; ++p) {
+        const double neighbors = p == 0 || p + 1 == kWidth ? 1 : 2, sign = p % 2 == 0 ? -1 : 1;
+        want.push_back(sign * neighbors * kImageWeight * grad / static_cast<double>(kWidth - 1));
+      }
+    const DType accumulation = images.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    return compare("gradient of the images", gradient, accumulation, want);
+  }
+};
+
+// Computes the sums and gradients of the layers in two parts if there are many, as factored_matching_loss does.
+void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums, Doubles& losses,
+         const MatchingImages& images) {
   std::mt19937 random;
   const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  Array workspace(DType::kFloat64, (matching_loss_cuda_workspace(args) + 7) / 8, random, false);
-  Array narrow_losses(accumulation, args.trials, random, false), narrow_grads(accumulation, args.trials, random, false);
-  for (int64_t t = 0; t < args.trials; ++t) narrow_grads.set(t, grads[static_cast<size_t>(t)]);
-  const Doubles image_losses(static_cast<size_t>(args.trials), 2.0);
-  const char* error = matching_loss_cuda(dtype, args, image_losses.data(), kImageWeight, sums.data(),
-                                         narrow_losses.data(), workspace.data(), nullptr);
-  if (error == nullptr)
-    error = matching_loss_backward_cuda(dtype, args, narrow_grads.data(), sums.data(), workspace.data(), nullptr);
-  if (error != nullptr) throw std::runtime_error(error);
-  for (int64_t t = 0; t < args.trials; ++t) losses[static_cast<size_t>(t)] = narrow_losses.get(t) - kImageWeight * 2.0;
+  const int64_t half = args.count > kMany ? args.count / 3 : args.count;
+  Array workspace(DType::kFloat64, matching_cuda_workspace(args, images) / 8, random, false);
+  Array narrow_losses(accumulation, args.trials, random, false);
+  Array narrow_grads(accumulation, 2 * args.trials, random, false);  // of which every second element is read
+  for (int64_t t = 0; t < args.trials; ++t) narrow_grads.set(2 * t, grads[static_cast<size_t>(t)]);
+  void* memory = workspace.data();
+  const auto check = [](const char* error) {
+    if (error != nullptr) throw std::runtime_error(error);
+  };
+  check(matching_chunk_sums_cuda(dtype, args, 0, half, images, memory, nullptr));
+  if (half < args.count) check(matching_chunk_sums_cuda(dtype, args, half, args.count, images, memory, nullptr));
+  check(matching_losses_cuda(dtype, args, images, memory, sums.data(), {narrow_losses.data(), 1}, nullptr));
+  check(matching_gradients_cuda(dtype, args, 0, half, images, sums.data(), {narrow_grads.data(), 2}, memory, nullptr));
+  if (half < args.count)
+    check(matching_gradients_cuda(dtype, args, half, args.count, images, sums.data(), {narrow_grads.data(), 2}, memory,
+                                  nullptr));
+  for (int64_t t = 0; t < args.trials; ++t) losses[static_cast<size_t>(t)] = narrow_losses.get(t) - kImageWeight;
 }
 #else
 void run(DType dtype, const MatchingArgs& args, const Doubles& grads, std::vector<MatchingSums>& sums,
@@ -134,7 +169,7 @@ int check_one_pass(DType dtype, const MatchingArgs& args, std::list<Layer>& laye
 }
 #endif
 
-int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
+int check(DType dtype, const Case& c, MatchingKind kind, bool shared, [[maybe_unused]] DType images) {
   const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   std::mt19937 random(static_cast<unsigned>(c.trials + 10 * static_cast<int64_t>(c.sizes.size()) + c.sizes[0]));
   std::list<Layer> layers;
@@ -155,7 +190,18 @@ int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
 
   int wrong = 0;
   try {
+#ifdef R2F_TEST_EMULATED
+    Stripes stripes(images, c.trials, random);
+    const int before = emu::launches;
+    run(dtype, args, grads, sums, losses, stripes.images);
+    wrong += stripes.check(grads);
+    const int launches = emu::launches - before, most = images == dtype ? 3 : 5;
+    if (args.count <= kMany && launches > most)
+      std::printf("WRONG %d launches for the losses and their gradients, expected at most %d\n", launches, most),
+          ++wrong;
+#else
     run(dtype, args, grads, sums, losses);
+#endif
     for (size_t t = 0; t < losses.size(); ++t)
       if (!(std::fabs(losses[t] - want.losses[t]) <=
             (dtype == DType::kFloat64 ? 1e-12 : 2e-5) * std::fmax(1, std::fabs(want.losses[t])))) {
@@ -176,9 +222,9 @@ int check(DType dtype, const Case& c, MatchingKind kind, bool shared) {
     ++wrong;
   }
   if (wrong != 0)
-    std::printf("  in %s T=%lld layers=%zu first=%lld kind=%d shared=%d\n", name_of(dtype),
+    std::printf("  in %s T=%lld layers=%zu first=%lld kind=%d shared=%d images %s\n", name_of(dtype),
                 static_cast<long long>(c.trials), c.sizes.size(), static_cast<long long>(c.sizes[0]),
-                static_cast<int>(kind), shared);
+                static_cast<int>(kind), shared, name_of(images));
   return wrong;
 }
 
@@ -192,6 +238,8 @@ std::vector<Case> cases(bool quick) {
   Case many{2, {}};  // more than one table of layers and, unless quick, of weights
   for (int64_t l = 0; l < (quick ? 70 : 260); ++l) many.sizes.push_back(l % 7 + 1);
   all.push_back(many);
+  all.push_back({2, std::vector<int64_t>(48, 5)});  // a model of usual depth
+  all.push_back({35, {3}});                         // more trials than a block holds the coefficients of
   return all;
 }
 
@@ -200,7 +248,10 @@ int all(bool quick) {
   for (const Case& c : cases(quick))
     for (DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16})
       for (MatchingKind kind : {MatchingKind::kLayerCosine, MatchingKind::kCosine, MatchingKind::kL2})
-        for (bool shared : {false, true}) wrong += check(dtype, c, kind, shared), ++count;
+        for (bool shared : {false, true}) {  // images of the gradients' dtype and, in most cases, of another
+          const DType other = kind == MatchingKind::kCosine ? DType::kFloat32 : DType::kFloat64;
+          wrong += check(dtype, c, kind, shared, shared ? dtype : other), ++count;
+        }
   std::printf("%d of %d cases wrong\n", wrong, count);
   return wrong == 0 ? 0 : 1;
 }

@@ -1,11 +1,12 @@
 // total_variation against a plain double loop. Compiled twice: for the CPU kernel, and with R2F_TEST_EMULATED for the
-// CUDA source run by the emulator. The argument "quick" selects fewer shapes (for the sanitizers).
+// CUDA source of matching_loss, which computes it, run by the emulator. The argument "quick" selects fewer shapes (for
+// the sanitizers).
 #include <exception>
 #include <stdexcept>
 #include <string>
 
 #include "check.h"
-#include "kernels/total_variation.h"
+#include "kernels/matching_loss.h"
 
 namespace r2f::test {
 namespace {
@@ -19,17 +20,24 @@ constexpr double kWeight = 0.5;
 // Computes values [trials] and grad_images.
 void run(DType dtype, const TotalVariationArgs& args, const std::vector<double>& grads, std::vector<double>& values,
          void* grad_images) {
-#ifdef R2F_TEST_EMULATED
+#ifdef R2F_TEST_EMULATED  // as the losses of no layers
   std::mt19937 random;
   const DType accumulation = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  Array workspace(DType::kFloat64, total_variation_cuda_workspace(args), random, false);
-  Array narrow(accumulation, args.trials, random, false);
-  for (int64_t t = 0; t < args.trials; ++t) narrow.set(t, grads[static_cast<size_t>(t)]);
-  double* memory = static_cast<double*>(workspace.data());
-  if (const char* error = total_variation_cuda(dtype, args, values.data(), memory, nullptr))
-    throw std::runtime_error(error);
-  if (const char* error = total_variation_backward_cuda(dtype, args, narrow.data(), kWeight, grad_images, nullptr))
-    throw std::runtime_error(error);
+  const MatchingArgs none{nullptr, nullptr, 0, args.trials, MatchingKind::kL2};
+  const MatchingImages images{dtype, args, kWeight, grad_images};
+  for (DType of_losses : {accumulation, dtype}) {  // bfloat16 images with float32 gradients, then with bfloat16 ones
+    Array workspace(DType::kFloat64, matching_cuda_workspace(none, images) / 8, random, false);
+    Array losses(accumulation, args.trials, random, false), narrow(accumulation, args.trials, random, false);
+    for (int64_t t = 0; t < args.trials; ++t) narrow.set(t, grads[static_cast<size_t>(t)]);
+    void* memory = workspace.data();
+    const char* error = matching_chunk_sums_cuda(of_losses, none, 0, 0, images, memory, nullptr);
+    if (error == nullptr)
+      error = matching_losses_cuda(of_losses, none, images, memory, nullptr, {losses.data(), 1}, nullptr);
+    if (error == nullptr)
+      error = matching_gradients_cuda(of_losses, none, 0, 0, images, nullptr, {narrow.data(), 1}, memory, nullptr);
+    if (error != nullptr) throw std::runtime_error(error);
+    for (int64_t t = 0; t < args.trials; ++t) values[static_cast<size_t>(t)] = losses.get(t) / kWeight;
+  }
 #else
   const int64_t planes = args.planes(), half = planes / 2;  // in two parts, as two threads would
   std::vector<double> of_planes(static_cast<size_t>(planes));

@@ -10,8 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kernels/matching_terms.h"
-#include "kernels/total_variation.h"
+#include "kernels/matching_loss.h"
 #include "torch/glue.h"
 
 namespace r2f::glue {
@@ -52,18 +51,17 @@ inline const MatchingSums* checked_sums(const char* op, const at::Tensor& sums, 
   return static_cast<const MatchingSums*>(sums.const_data_ptr());
 }
 
-// Contiguous images and their description.
-struct Images {
+// Contiguous images and their description. `weight` and `gradient` are set for the CUDA kernels only.
+struct Images : MatchingImages {
   at::Tensor pixels;
-  DType dtype;
-  TotalVariationArgs args;
 };
 
 inline Images prepare_images(const char* op, const at::Tensor& images, int64_t trials, const at::Device& device,
                              bool isotropic) {
   TORCH_CHECK(images.dim() == 4 && images.size(0) == trials, op, ": images must be [T, c, h, w] with the gradients' T");
   TORCH_CHECK(images.device() == device, op, ": all tensors must be on one device");
-  Images result{images.contiguous(), dtype_of(op, images), {}};
+  Images result;
+  result.pixels = images.contiguous(), result.dtype = dtype_of(op, images);
   result.args = {result.pixels.const_data_ptr(), trials, images.size(1), images.size(2), images.size(3), isotropic};
   return result;
 }
@@ -79,30 +77,13 @@ inline void add_planes(const TotalVariationArgs& args, const Doubles& plane_valu
 }
 
 #ifdef R2F_WITH_CUDA
-inline at::Tensor doubles_on(const at::Device& device, int64_t size) {
-  return at::empty({size}, at::TensorOptions(at::kDouble).device(device));
+// Memory for the CUDA kernels.
+inline at::Tensor workspace_for(const MatchingArgs& args, const Images& images) {
+  return at::empty({matching_cuda_workspace(args, images)}, images.pixels.options().dtype(at::kByte));
 }
 
-inline double* doubles(const at::Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
-
-// Total variation [T], float64.
-inline at::Tensor image_values_on_cuda(const Images& images) {
-  const at::Device device = images.pixels.device();
-  const at::Tensor values = doubles_on(device, images.args.trials);
-  const at::Tensor workspace = doubles_on(device, total_variation_cuda_workspace(images.args));
-  check_launch("total variation", total_variation_cuda(images.dtype, images.args, doubles(values), doubles(workspace),
-                                                       current_stream(device)));
-  return values;
-}
-
-// The gradient of sum_t weight grads[t] value[t].
-inline at::Tensor image_gradient_on_cuda(const Images& images, const at::Tensor& grads, double weight) {
-  const at::Tensor result = empty_gradient(images), own = grads.to(result.options()).contiguous();
-  check_launch("total variation",
-               total_variation_backward_cuda(images.dtype, images.args, own.const_data_ptr(), weight,
-                                             result.mutable_data_ptr(), current_stream(images.pixels.device())));
-  return result;
-}
+// [T] numbers as the CUDA kernels take them.
+inline TrialNumbers trial_numbers(const at::Tensor& numbers) { return {numbers.data_ptr(), numbers.stride(0)}; }
 #endif
 
 }  // namespace r2f::glue

@@ -1,7 +1,6 @@
 // torch.ops.r2f.matching_loss and its backward on compiled kernels. The schemas and their meaning are in r2f_ext/ops.
 #include "kernels/matching_loss.h"
 
-#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -180,18 +179,14 @@ TORCH_LIBRARY_IMPL(r2f, CPU, library) {
 }
 
 #ifdef R2F_WITH_CUDA
-Backward run_backward_on_cuda(Call& call, const at::Tensor& grad_loss, const MatchingSums* sums, double tv_weight,
-                              const at::Tensor& workspace) {
+Backward run_backward_on_cuda(Call& call, TrialNumbers grads, const MatchingSums* sums, const at::Tensor& workspace) {
   Tensors grad_candidate = empty_gradients(call);
-  const at::Tensor grads = grad_loss.to(call.result).contiguous();
-  const char* error = matching_loss_backward_cuda(call.dtype, call.args, grads.const_data_ptr(), sums,
-                                                  workspace.mutable_data_ptr(), current_stream(call.result.device()));
+  const at::Tensor grad_images = empty_gradient(call.images);
+  call.images.gradient = data_or_null(grad_images);
+  const char* error = matching_gradients_cuda(call.dtype, call.args, 0, call.args.count, call.images, sums, grads,
+                                              workspace.mutable_data_ptr(), current_stream(call.result.device()));
   check_launch("matching_loss", error);
-  return {std::move(grad_candidate), image_gradient_on_cuda(call.images, grad_loss, tv_weight)};
-}
-
-at::Tensor workspace_for(const Call& call) {
-  return at::empty({matching_loss_cuda_workspace(call.args)}, call.result.dtype(at::kByte));
+  return {std::move(grad_candidate), grad_images};
 }
 
 Forward forward_on_cuda(at::TensorList candidate, at::TensorList observed, at::ArrayRef<double> weights,
@@ -200,15 +195,16 @@ Forward forward_on_cuda(at::TensorList candidate, at::TensorList observed, at::A
   TORCH_CHECK(!candidate.empty(), "matching_loss: at least one candidate tensor");
   const c10::DeviceGuard guard(candidate[0].device());
   Call call = prepare(candidate, observed, weights, kind, images, isotropic);
-  const at::Tensor values = image_values_on_cuda(call.images), sums = empty_sums(call);
-  const at::Tensor loss = at::empty({call.args.trials}, call.result), workspace = workspace_for(call);
-  const char* error =
-      matching_loss_cuda(call.dtype, call.args, doubles(values), tv_weight, data_of(sums), loss.mutable_data_ptr(),
-                         workspace.mutable_data_ptr(), current_stream(sums.device()));
-  check_launch("matching_loss", error);
+  call.images.weight = tv_weight;
+  const at::Tensor loss = at::empty({call.args.trials}, call.result), sums = empty_sums(call);
+  const at::Tensor memory = workspace_for(call.args, call.images);
+  void *workspace = memory.mutable_data_ptr(), *stream = current_stream(sums.device());
+  check_launch("matching_loss",
+               matching_chunk_sums_cuda(call.dtype, call.args, 0, call.args.count, call.images, workspace, stream));
+  check_launch("matching_loss", matching_losses_cuda(call.dtype, call.args, call.images, workspace, data_of(sums),
+                                                     trial_numbers(loss), stream));
   if (!with_gradients) return {loss, sums, Tensors(), at::empty({0}, result_options(call.images.pixels))};
-  auto [grad_candidate, grad_images] =
-      run_backward_on_cuda(call, at::ones({call.args.trials}, call.result), data_of(sums), tv_weight, workspace);
+  auto [grad_candidate, grad_images] = run_backward_on_cuda(call, {nullptr, 0}, data_of(sums), memory);
   return {loss, sums, std::move(grad_candidate), grad_images};
 }
 
@@ -218,7 +214,10 @@ Backward backward_on_cuda(const at::Tensor& grad_loss, at::TensorList candidate,
   TORCH_CHECK(!candidate.empty(), "matching_loss: at least one candidate tensor");
   const c10::DeviceGuard guard(candidate[0].device());
   Call call = prepare(candidate, observed, weights, kind, images, isotropic);
-  return run_backward_on_cuda(call, grad_loss, checked_sums(call, sums, grad_loss), tv_weight, workspace_for(call));
+  call.images.weight = tv_weight;
+  const MatchingSums* given = checked_sums(call, sums, grad_loss);
+  const at::Tensor grads = grad_loss.to(call.result);
+  return run_backward_on_cuda(call, trial_numbers(grads), given, workspace_for(call.args, call.images));
 }
 
 TORCH_LIBRARY_IMPL(r2f, CUDA, library) {

@@ -90,6 +90,7 @@ struct Block {
   alignas(16) unsigned char shared[kMaxSharedBytes];
 };
 inline thread_local Block* block = nullptr;
+inline int launches = 0;  // of kernels so far; the tests count them
 
 // Saves the callee-saved registers and the stack pointer of one fiber and restores another's.
 extern "C" void r2f_emu_switch(void** save, void* load);
@@ -275,6 +276,7 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, void (*call)(
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error("emu: bad grid size");
   if (shared_bytes > kMaxSharedBytes) throw std::runtime_error("emu: too much shared memory");
+  ++launches;
   static const int schedule = setting("EMU_SCHED", 0), workers = std::max(1, setting("EMU_THREADS", 1));
   static auto& pool =
       *new std::vector<std::unique_ptr<Block>>;  // never destroyed: fibers are reused until the process ends
