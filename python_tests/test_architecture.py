@@ -10,7 +10,7 @@ import r2f_ext
 
 PACKAGE = Path(r2f_ext.__file__).parent
 LAYERS = (
-    ("errors", "discovery"),
+    ("errors", "discovery", "onednn"),
     (
         "types",
         "files",

@@ -18,6 +18,8 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 
+from r2f_ext import onednn
+
 _aten = torch.ops.aten
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
 _ZERO_IF_FIRST_IS = {  # operators whose result is zero if their first argument is zero
@@ -52,7 +54,7 @@ class Traced:
             # a whole stack trace, for each of thousands of operators: 40 % of its time.
             one_mode = tracing(TracingContext(FakeTensorMode()))
             with torch.enable_grad(), _without_torchs_own_deprecation(), one_mode:
-                self._graphs[key] = simplify(make_fx(plain)(*inputs))
+                self._graphs[key] = onednn.rewritten(simplify(make_fx(plain)(*inputs)))
         return self._graphs[key](*inputs)
 
 

@@ -11,6 +11,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from r2f_ext.errors import R2FError
+from r2f_ext.onednn import linear
 
 BLOCK = 256  # rows of a block; smaller ones compute less of what is mirrored, but in slower products
 GRAM_COLUMNS = 4096  # columns that are copied to float64 at a time
@@ -23,7 +24,7 @@ def gram(rows: Tensor) -> Tensor:
     result = rows.new_empty(count, count)
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
-        torch.mm(rows[first:], rows[first:last].mT, out=result[first:, first:last])
+        result[first:, first:last] = linear(rows[first:], rows[first:last])
         result[first:last, last:] = result[last:, first:last].mT
     return result
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from r2f_ext.errors import R2FError
 from r2f_ext.gpu import float32_products
+from r2f_ext.onednn import linear_layers
 from r2f_ext.types import FactoredGradient, Target
 
 # On a GPU, FlashAttention's backward adds blocks of 128 keys in no fixed order; with two, the order changes no bit. For
@@ -108,7 +109,7 @@ class Capture:
             float32_products(self.tf32),
             fused_attention(self.target.base.model, fused),
         ):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=low), linear_layers(not low):
                 logits = self.target.base.model(self.target.base.normalize(images.flatten(0, 1)))
             logits = logits.float() if low else logits  # its gradient is a difference of probabilities
             loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / size

@@ -1,0 +1,100 @@
+"""Products by oneDNN against PyTorch's own, on every processor that has the operator."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from r2f_ext import onednn
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="a torch without oneDNN")
+CALL = torch.ops.mkldnn._linear_pointwise.default
+
+
+@pytest.fixture(autouse=True)
+def faster(monkeypatch):
+    """As on a processor on which oneDNN is faster."""
+    monkeypatch.setattr(onednn, "wins", lambda: True)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(70, 24), (5, 17, 24), (64, 24)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_values_and_all_first_derivatives_are_those_of_a_linear_layer(shape, with_bias):
+    x, weight, bias = torch.randn(shape), torch.randn(40, 24), torch.randn(40) if with_bias else None
+    inputs = [each.requires_grad_() for each in (x, weight, bias) if each is not None]
+    found, expected = onednn.linear(x, weight, bias), F.linear(x, weight, bias)
+    assert type(found.grad_fn).__name__ == "_LinearBackward"
+    close(found, expected)
+    seed = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, seed), torch.autograd.grad(expected, inputs, seed), strict=True
+    ):
+        close(one, other)
+
+
+def test_second_derivatives_are_those_of_a_linear_layer():
+    """Of a matching loss: the slope at the input of a norm of the gradient at the input of a layer below."""
+    x, first, second = torch.randn(80, 24), torch.randn(30, 24), torch.randn(9, 30)
+
+    def slope(linear):
+        images = x.clone().requires_grad_()
+        hidden = F.gelu(linear(images, first))
+        (delta,) = torch.autograd.grad(linear(hidden, second).square().sum(), hidden, create_graph=True)
+        return torch.autograd.grad(delta.square().mean(), images)[0]
+
+    close(slope(onednn.linear), slope(F.linear))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.randn(63, 8), torch.randn(4, 8)),
+        (torch.randn(70, 8).double(), torch.randn(4, 8).double()),
+        (torch.randn(70, 8), torch.randn(8)),
+        (torch.randn(8), torch.randn(4, 8)),
+    ],
+    ids=["few rows", "float64", "a vector", "a row"],
+)
+def test_what_it_is_not_for_is_left_to_pytorch(x, weight):
+    assert torch.equal(onednn.linear(x, weight), F.linear(x, weight))
+    assert onednn.linear(x.requires_grad_(), weight).grad_fn.name() != "_LinearBackward"
+
+
+def test_layers_of_a_model_use_it_inside_the_context_only():
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)), torch.randn(70, 8)
+    with onednn.linear_layers():
+        inside = model(x)
+    with onednn.linear_layers(False):
+        unwanted = model(x)
+    close(inside, unwanted)
+    names = [type(each.grad_fn).__name__ for each in (inside, unwanted, model(x))]
+    assert names == ["_LinearBackward", "AddmmBackward0", "AddmmBackward0"]
+
+
+def test_products_of_a_graph_are_replaced_where_they_are_large():
+    def function(x, weight):
+        return x @ weight, x[:9] @ weight, (x.double() @ weight.double()).float()
+
+    x, weight = torch.randn(70, 24), torch.randn(24, 10)
+    graph = onednn.rewritten(make_fx(functionalize(function))(x, weight))
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(CALL) == 1 and targets.count(torch.ops.aten.mm.default) == 2
+    for found, expected in zip(graph(x, weight), function(x, weight), strict=True):
+        close(found, expected)
+
+
+def test_it_is_chosen_by_the_processor_alone(monkeypatch):
+    monkeypatch.undo()
+    chosen = {}
+    for capability in ("AVX512", "AVX2"):
+        for maker in ("AuthenticAMD", "GenuineIntel"):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+            monkeypatch.setattr(onednn.Path, "read_text", lambda self, maker=maker: f"vendor_id : {maker}\n")
+            chosen[capability, maker] = onednn.wins.__wrapped__()
+    assert [key for key, yes in chosen.items() if yes] == [("AVX512", "AuthenticAMD")]

@@ -1,0 +1,115 @@
+"""float32 products by oneDNN on processors for which MKL, PyTorch's default, has no code of full width.
+
+MKL chooses its code by the maker of the processor. On AMD's processors with AVX-512 it reaches less than half the rate
+of oneDNN, which is part of PyTorch as well (benchmarks/onednn.py). PyTorch itself uses oneDNN for float32 only in
+convolutions, and in the operator of compiled models that is called here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+ROWS = 64  # of the left factor; with fewer, oneDNN takes longer to prepare the product than MKL to compute it
+_aten = torch.ops.aten
+
+
+@cache
+def wins() -> bool:
+    """Whether oneDNN multiplies float32 matrices faster than MKL here: with AVX-512, on a processor not by Intel."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, x [..., k] @ weight.T [k, n] + bias [n], by oneDNN where it is faster. It has all derivatives."""
+    if not _takes(x, weight):
+        return F.linear(x, weight, bias)
+    found: Tensor = _Linear.apply(x, weight, bias)
+    return found
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    return (
+        wins()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.ndim >= 2
+        and weight.ndim == 2
+        and x.shape[:-1].numel() >= ROWS
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return found
+
+
+class _Linear(torch.autograd.Function):
+    """x @ weight.T + bias; its derivatives are products of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, (to_x, to_weight, to_bias) = grad.flatten(0, -2), ctx.needs_input_grad
+        return (
+            linear(grad, weight.mT) if to_x else None,
+            linear(rows.mT, x.flatten(0, -2).mT) if to_weight else None,
+            rows.sum(0) if to_bias else None,
+        )
+
+
+class _Mode(TorchFunctionMode):
+    """`F.linear` is `linear`."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def linear_layers(wanted: bool = True) -> Iterator[None]:
+    """In this context a model's linear layers use `linear`, if `wanted`."""
+    if not wanted or not wins():
+        yield
+        return
+    with _Mode():
+        yield
+
+
+def rewritten(graph: fx.GraphModule) -> fx.GraphModule:
+    """The traced graph, changed in place: its products of matrices are oneDNN's where these are faster."""
+    if not wins():
+        return graph
+    for node in graph.graph.find_nodes(op="call_function", target=_aten.mm.default):
+        left, right = node.args
+        meta = left.meta.get("tensor_meta")
+        if meta is None or meta.dtype != torch.float32 or meta.shape[0] < ROWS:
+            continue
+        with graph.graph.inserting_before(node):
+            weight = graph.graph.call_function(_aten.t.default, (right,))
+            product = graph.graph.call_function(
+                torch.ops.mkldnn._linear_pointwise.default, (left, weight, None, "none", [], "")
+            )
+        node.replace_all_uses_with(product)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
