@@ -10,7 +10,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from r2f_ext import onednn
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="a torch without oneDNN")
-CALL = torch.ops.mkldnn._linear_pointwise.default
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +22,10 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(70, 24), (5, 17, 24), (64, 24)])
+@pytest.mark.parametrize("shape", [(700, 64), (5, 140, 64)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_values_and_all_first_derivatives_are_those_of_a_linear_layer(shape, with_bias):
-    x, weight, bias = torch.randn(shape), torch.randn(40, 24), torch.randn(40) if with_bias else None
+    x, weight, bias = torch.randn(shape), torch.randn(40, 64), torch.randn(40) if with_bias else None
     inputs = [each.requires_grad_() for each in (x, weight, bias) if each is not None]
     found, expected = onednn.linear(x, weight, bias), F.linear(x, weight, bias)
     assert type(found.grad_fn).__name__ == "_LinearBackward"
@@ -40,7 +39,7 @@ def test_values_and_all_first_derivatives_are_those_of_a_linear_layer(shape, wit
 
 def test_second_derivatives_are_those_of_a_linear_layer():
     """Of a matching loss: the slope at the input of a norm of the gradient at the input of a layer below."""
-    x, first, second = torch.randn(80, 24), torch.randn(30, 24), torch.randn(9, 30)
+    x, first, second = torch.randn(800, 64), torch.randn(90, 64), torch.randn(20, 90)
 
     def slope(linear):
         images = x.clone().requires_grad_()
@@ -51,15 +50,30 @@ def test_second_derivatives_are_those_of_a_linear_layer():
     close(slope(onednn.linear), slope(F.linear))
 
 
+def test_strides_that_are_slow_for_onednn_are_copied_first(monkeypatch):
+    given, call = [], torch.ops.mkldnn._linear_pointwise.default
+
+    def recorded(x, weight, *others):
+        given.append((x.is_contiguous(), weight.is_contiguous() or weight.mT.is_contiguous()))
+        return call(x, weight, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn._linear_pointwise, "default", recorded)
+    x, weight = torch.randn(800, 128), torch.randn(80, 128)
+    for left, right in ((x[:, ::2], weight[:, ::2]), (x[:1].expand(800, 128), weight), (x[:, :80], weight[:, :80].mT)):
+        close(onednn.linear(left, right), F.linear(left, right))
+    assert given == [(True, True)] * 3
+
+
 @pytest.mark.parametrize(
     ("x", "weight"),
     [
-        (torch.randn(63, 8), torch.randn(4, 8)),
-        (torch.randn(70, 8).double(), torch.randn(4, 8).double()),
-        (torch.randn(70, 8), torch.randn(8)),
-        (torch.randn(8), torch.randn(4, 8)),
+        (torch.randn(63, 8), torch.randn(40, 8)),
+        (torch.randn(7, 1000), torch.randn(1000, 1000)),
+        (torch.randn(800, 64).double(), torch.randn(40, 64).double()),
+        (torch.randn(800, 2000), torch.randn(2000)),
+        (torch.randn(2000), torch.randn(2000, 2000)),
     ],
-    ids=["few rows", "float64", "a vector", "a row"],
+    ids=["small", "narrow", "float64", "a vector", "a row"],
 )
 def test_what_it_is_not_for_is_left_to_pytorch(x, weight):
     assert torch.equal(onednn.linear(x, weight), F.linear(x, weight))
@@ -67,7 +81,7 @@ def test_what_it_is_not_for_is_left_to_pytorch(x, weight):
 
 
 def test_layers_of_a_model_use_it_inside_the_context_only():
-    model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)), torch.randn(70, 8)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32)), torch.randn(800, 64)
     with onednn.linear_layers():
         inside = model(x)
     with onednn.linear_layers(False):
@@ -81,10 +95,10 @@ def test_products_of_a_graph_are_replaced_where_they_are_large():
     def function(x, weight):
         return x @ weight, x[:9] @ weight, (x.double() @ weight.double()).float()
 
-    x, weight = torch.randn(70, 24), torch.randn(24, 10)
+    x, weight = torch.randn(800, 64), torch.randn(64, 40)
     graph = onednn.rewritten(make_fx(functionalize(function))(x, weight))
     targets = [node.target for node in graph.graph.nodes]
-    assert targets.count(CALL) == 1 and targets.count(torch.ops.aten.mm.default) == 2
+    assert targets.count(onednn._matmul) == 1 and targets.count(torch.ops.aten.mm.default) == 2
     for found, expected in zip(graph(x, weight), function(x, weight), strict=True):
         close(found, expected)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-ROWS = 64  # of the left factor; with fewer, oneDNN takes longer to prepare the product than MKL to compute it
+# Multiplications of a product, and the smallest of its three sizes: below either, oneDNN's preparations take longer
+# than MKL's product.
+LEAST, NARROWEST = 1 << 20, 8
 _aten = torch.ops.aten
 
 
@@ -48,13 +51,23 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.ndim >= 2
         and weight.ndim == 2
-        and x.shape[:-1].numel() >= ROWS
+        and _large(x.shape[:-1].numel(), *weight.shape)
     )
 
 
+def _large(*sizes: int) -> bool:
+    return prod(sizes) >= LEAST and min(sizes) >= NARROWEST
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        weight = weight.contiguous()  # for other strides oneDNN takes a thousand times as long
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
     return found
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    return _product(left, right.mT)
 
 
 class _Linear(torch.autograd.Function):
@@ -100,16 +113,9 @@ def rewritten(graph: fx.GraphModule) -> fx.GraphModule:
     if not wins():
         return graph
     for node in graph.graph.find_nodes(op="call_function", target=_aten.mm.default):
-        left, right = node.args
-        meta = left.meta.get("tensor_meta")
-        if meta is None or meta.dtype != torch.float32 or meta.shape[0] < ROWS:
-            continue
-        with graph.graph.inserting_before(node):
-            weight = graph.graph.call_function(_aten.t.default, (right,))
-            product = graph.graph.call_function(
-                torch.ops.mkldnn._linear_pointwise.default, (left, weight, None, "none", [], "")
-            )
-        node.replace_all_uses_with(product)
-        graph.graph.erase_node(node)
+        shape = node.meta["tensor_meta"].shape
+        left = node.args[0].meta.get("tensor_meta")
+        if left is not None and left.dtype == torch.float32 and _large(*shape, left.shape[1]):
+            node.target = _matmul
     graph.recompile()
     return graph
