@@ -24,6 +24,7 @@ from measure import device_parser, interleaved_medians, row, sentence, write_jso
 from r2f_ext.capture.hooks import fused_attention
 from r2f_ext.data import load_images
 from r2f_ext.models import load_base
+from r2f_ext.onednn import linear_layers
 
 SAMPLES = 200
 
@@ -42,6 +43,7 @@ def main() -> None:
         usual = asked.device == "cuda" and (autocast or dtype == torch.bfloat16)
 
         @fused_attention(model, usual != other)
+        @linear_layers(not autocast and dtype is None)
         def run() -> None:
             for first in range(0, SAMPLES, size):
                 x = inputs[first : first + size].to(dtype or torch.float32, copy=True).requires_grad_()
