@@ -40,8 +40,8 @@ class Capture:
         tf32: on a GPU, multiply float32 numbers rounded to TF32's 11 bits.
         fused: in bfloat16 on a GPU, use fused attention for up to FUSED_TOKENS tokens (half as many if heads are wide;
             beyond that equal passes would not give equal bits). A pass that keeps its graph is never fused, because
-            fused attention has no double backward. On a CPU a pass takes as long in float32, with twice the rounding
-            error in early layers, and three times as long in bfloat16 (benchmarks/pairs/model_ablation.py).
+            fused attention has no double backward. On a CPU a pass takes 4 % less time in float32, with twice the
+            rounding error in early layers, and three times as long in bfloat16 (benchmarks/pairs/model_ablation.py).
 
     Raises:
         R2FError: the base has no such layer.
