@@ -44,6 +44,7 @@ class Replayed:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._captures: dict[tuple[object, ...], _Captured | None] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pool: Any = None
 
     @staticmethod
@@ -73,7 +74,10 @@ class Replayed:
     def _recorded(self, own: list[Tensor]) -> tuple[Graph, Any] | None:
         """The graph of a call and the tensors of its results; None if the function waits for the device."""
         with torch.cuda.device(own[0].device):  # a capture records the current device
-            side = torch.cuda.Stream()
+            # The graphs of all shapes share their memory: of one call at a time, only the results are in use. Memory is
+            # reused on the stream on which it was allocated.
+            side = self._streams.setdefault(own[0].device, torch.cuda.Stream())
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP - 1):
@@ -83,10 +87,8 @@ class Replayed:
             torch.cuda.synchronize()
             if waits:
                 return None
-            # The graphs of all shapes share their memory: of one call at a time, only the results are in use.
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self._pool, side):  # by default on a stream of the first capture's device
+            with torch.cuda.graph(graph, self._pool, side):
                 results = self._function(*own)
             return graph, results
 

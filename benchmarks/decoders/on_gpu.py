@@ -1,6 +1,6 @@
 """The time that decoders, gradient matching and the amortised start take on a GPU.
 
-    python benchmarks/decoders/on_gpu.py --json benchmarks/results/0.1.0/gpu_decoders.json
+    python benchmarks/decoders/on_gpu.py --json benchmarks/results/0.1.0/nvidia-h200-decoder-rates.json
 
 The embedded model, an adapter of all its linear layers, 20,000 pairs from Fashion-MNIST. Matching: 24 victims at once
 for 320 steps, with and without the capture of its iterations. Ridge: fit, and the decoding of 1,000 updates. MLP: 20

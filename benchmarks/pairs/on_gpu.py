@@ -1,6 +1,6 @@
 """Pairs a second on a GPU, against the bare model's own forward and backward in the same batches.
 
-    python benchmarks/pairs/on_gpu.py --json benchmarks/results/0.1.0/gpu_pairs.json
+    python benchmarks/pairs/on_gpu.py --json benchmarks/results/0.1.0/nvidia-h200-pair-rates.json
 
 The embedded model, with procedural images that are made while the stream runs, with images that are in memory, and with
 pairs written into shards on disk; ViT-B/16 at 224 with random weights. Three precisions (shards: float32 only); the

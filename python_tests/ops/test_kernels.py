@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2f_ext.ops import factored_matching_loss, lora_grad, matching_loss, reference, signed_adam_step_
+from r2f_ext.ops import (
+    factored_matching_loss,
+    lora_grad,
+    lora_grad_tangent,
+    matching_loss,
+    reference,
+    signed_adam_step_,
+)
 from r2f_ext.ops.matching_loss import KINDS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -61,6 +68,21 @@ def check_lora_grad(device, dtype, shapes, rank, per_group) -> None:
     assert_close(lora_grad(*on(device, x, delta, A), scales=scales).grad_B, expected, dtype)
 
 
+@pytest.mark.parametrize("per_group", [False, True], ids=["one A", "A per group"])
+@pytest.mark.parametrize(
+    ("dtype", "rank"), [(torch.float32, 3), (torch.float32, 16), (torch.bfloat16, 8), (torch.bfloat16, 29)], ids=str
+)
+def test_lora_grad_tangent(device, dtype, rank, per_group):
+    """Two directions, which share x, delta and A."""
+    shapes = LAYERS if dtype == torch.bfloat16 else [(P, N, d_in + 4, d_out + 4) for P, N, d_in, d_out in LAYERS]
+    x, dx = (draw(dtype, *((*K, P, N, d_in) for P, N, d_in, _ in shapes)) for K in ((), (2,)))
+    delta, ddelta = (draw(dtype, *((*K, P, N, d_out) for P, N, _, d_out in shapes)) for K in ((), (2,)))
+    A = draw(dtype, *((*[P] * per_group, rank, d_in) for P, _, d_in, _ in shapes))
+    lists, scales = (x, delta, dx, ddelta, A), [0.5] * len(shapes)
+    expected = reference.lora_grad_tangent(*lists, scales)
+    assert_close(lora_grad_tangent(*on(device, *lists), scales=scales), expected, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("trials", "shared"), [(1, True), (3, False)])
@@ -71,6 +93,11 @@ def test_matching_loss(device, dtype, kind, trials, shared):
     observed = draw(dtype, *((1 if shared else trials, *s) for s in shapes))
     images = draw(dtype, (trials, 2, 7, 33))[0]
     check_matching(device, dtype, kind, [*candidate, candidate[4][:, 1:]], [*observed, observed[4][:, 1:]], images)
+
+
+def test_matching_loss_of_images_of_another_dtype(device):
+    candidate, observed = draw(torch.bfloat16, (2, 40), (2, 7)), draw(torch.bfloat16, (2, 40), (1, 7))
+    check_matching(device, torch.bfloat16, "l2", candidate, observed, draw(torch.float32, (2, 1, 5, 6))[0])
 
 
 def test_matching_loss_of_more_layers_than_a_table_holds(device):
