@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-# Multiplications of a product, and the smallest of its three sizes: below either, oneDNN's preparations take longer
-# than MKL's product.
-LEAST, NARROWEST = 1 << 20, 8
+# Multiplications of a product, and the smallest of its three sizes: below either, oneDNN's preparations and the calls of
+# autograd in Python cost more than is gained.
+LEAST, NARROWEST = 1 << 23, 8
 _aten = torch.ops.aten
 
 
