@@ -90,7 +90,7 @@ rates() { # STEP, SCRIPT, ARGUMENTS
 }
 
 operators=("lora_grad and float32" "lora_grad and bfloat16" "test_matching and float32" "test_matching and float64"
-  "test_matching and bfloat16" "test_matching and table" test_factored test_signed)
+  "test_matching and bfloat16" "test_matching and table" "test_matching and another" test_factored test_signed)
 
 step() {
   case $1 in

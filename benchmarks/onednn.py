@@ -46,6 +46,7 @@ def main() -> None:
         medians = interleaved_medians({"ours": by(True), "MKL": by(False)}, ROUNDS)
         rows.append(row(what, [], torch.float32, medians))
         print(sentence(rows[-1]), flush=True)
+    onednn.wins = lambda: chosen  # type: ignore[assignment]
     if asked.json:
         write_json(asked.json, {"machine": machine(), "chosen": chosen, "rows": rows})
 

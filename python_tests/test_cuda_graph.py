@@ -43,6 +43,24 @@ def test_a_shape_is_captured_once_and_a_call_overwrites_the_last_results(device)
     assert len(called) == times and second.tolist() == [2, 2] and first.tolist() == [2, 2]
 
 
+def test_the_emulation_spoils_the_results_of_other_shapes_and_sees_what_waits():
+    with emulated_graphs() as captures:
+        replayed = Replayed(lambda x: x + 1)
+        first = replayed(torch.zeros(2))
+        replayed(torch.zeros(3))
+        assert first.isnan().all() and replayed(torch.zeros(2)).tolist() == [1, 1]
+        assert list(captures) == [True, True]
+        for function in (
+            lambda x: x[x > 0],
+            lambda x: x * torch.tensor(2.0),
+            lambda x: torch.linalg.cholesky(x[:, None] * x),
+            lambda x: x.repeat_interleave(x.long()),
+            lambda x: x * bool(x.sum() > 0),
+        ):
+            Replayed(function)(torch.ones(1))
+    assert list(captures[2:]) == [False] * 5
+
+
 @pytest.mark.parametrize("device", CAPTURING, indirect=True)
 def test_a_function_that_waits_for_the_device_is_called_as_it_is(device):
     called = []

@@ -104,6 +104,34 @@ def test_products_of_a_graph_are_replaced_where_they_are_large():
         close(found, expected)
 
 
+def test_products_of_other_devices_stay_in_a_graph():
+    """A GPU's graph beside a processor on which oneDNN is faster."""
+    x, weight = torch.randn(800, 64, device="meta"), torch.randn(64, 40, device="meta")
+    graph = onednn.rewritten(make_fx(lambda x, weight: x @ weight)(x, weight))
+    assert [node.target for node in graph.graph.nodes].count(torch.ops.aten.mm.default) == 1
+
+
+def test_names_of_arguments_odd_biases_and_autocast_are_those_of_a_linear_layer():
+    x, weight = torch.randn(800, 64), torch.randn(40, 64)
+    with onednn.linear_layers():
+        close(F.linear(input=x, weight=weight, bias=None), x @ weight.T)
+        for bias in (torch.randn(1), torch.randn(1, 40), torch.randn(800, 40)):
+            close(F.linear(x, weight, bias), x @ weight.T + bias)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            F.linear(x[:, 1:], weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.linear(x, weight).dtype == torch.bfloat16
+
+
+def test_a_weight_may_change_before_a_backward_that_does_not_need_it():
+    x, weight = torch.randn(800, 64), torch.randn(40, 64, requires_grad=True)
+    loss = onednn.linear(x, weight).sum()
+    with torch.no_grad():
+        weight.add_(1)
+    (found,) = torch.autograd.grad(loss, weight)
+    close(found, x.sum(0).expand(40, -1))
+
+
 def test_it_is_chosen_by_the_processor_alone(monkeypatch):
     monkeypatch.undo()
     chosen = {}

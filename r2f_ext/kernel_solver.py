@@ -113,15 +113,15 @@ def fit_by_leave_one_out(kernel: Tensor, wanted: Tensor, shares: Sequence[float]
 
     def fit(share: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         inverse = 1 / (values.clamp_min(0) + share * values[-1])
-        inverse[0] = 0
+        inverse[:1].zero_()
         dual = vectors @ (inverse[:, None] * columns)
         return dual, dual / (squares @ inverse)[:, None]
 
     sketch = turned if turned.shape[1] <= SKETCH else turned @ _combinations(turned)
     candidates = torch.tensor(shares, dtype=values.dtype, device=values.device)
     # Compared on the device: the host waits for it once, not once for every lambda.
-    sizes = torch.stack([fit(share, sketch)[1].square().mean() for share in candidates]).nan_to_num(nan=torch.inf)
-    least, best = sizes.min(0)
+    sizes = torch.stack([fit(share, sketch)[1].square().mean() for share in candidates])
+    least, best = torch.where(sizes.isnan(), torch.inf, sizes).min(0)
     if not bool(least.isfinite()):
         raise R2FError("a kernel regression has no finite leave-one-out error: its updates hold NaN or do not vary.")
     return fit(candidates.take(best), turned)

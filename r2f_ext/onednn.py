@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-# Multiplications of a product, and the smallest of its three sizes: below either, oneDNN's preparations and the calls of
-# autograd in Python cost more than is gained.
+# Multiplications of a product, and the smallest of its three sizes: below either, oneDNN's preparations and autograd's
+# calls in Python cost more than is gained.
 LEAST, NARROWEST = 1 << 23, 8
 _aten = torch.ops.aten
 
@@ -36,21 +36,28 @@ def wins() -> bool:
         return False
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, x [..., k] @ weight.T [k, n] + bias [n], by oneDNN where it is faster. It has all derivatives."""
-    if not _takes(x, weight):
-        return F.linear(x, weight, bias)
-    found: Tensor = _Linear.apply(x, weight, bias)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, input [..., k] @ weight.T [k, n] + bias [n], by oneDNN where it is faster.
+
+    By oneDNN it has derivatives of every order in reverse mode, but none for torch.func, in forward mode or for batches
+    of gradients.
+    """
+    if not _takes(input, weight, bias):
+        return F.linear(input, weight, bias)
+    found: Tensor = _Linear.apply(input, weight, bias)
     return found
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    given = (x, weight) if bias is None else (x, weight, bias)
     return (
         wins()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and all(each.device.type == "cpu" and each.dtype == torch.float32 for each in given)
+        and not torch.is_autocast_enabled("cpu")
         and x.ndim >= 2
         and weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
         and _large(x.shape[:-1].numel(), *weight.shape)
     )
 
@@ -75,7 +82,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        to_x, to_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
@@ -100,7 +108,7 @@ class _Mode(TorchFunctionMode):
 
 @contextmanager
 def linear_layers(wanted: bool = True) -> Iterator[None]:
-    """In this context a model's linear layers use `linear`, if `wanted`."""
+    """In this context calls of `F.linear`, as the linear layers of a model make them, are `linear`, if `wanted`."""
     if not wanted or not wins():
         yield
         return
@@ -113,9 +121,10 @@ def rewritten(graph: fx.GraphModule) -> fx.GraphModule:
     if not wins():
         return graph
     for node in graph.graph.find_nodes(op="call_function", target=_aten.mm.default):
-        shape = node.meta["tensor_meta"].shape
-        left = node.args[0].meta.get("tensor_meta")
-        if left is not None and left.dtype == torch.float32 and _large(*shape, left.shape[1]):
+        found, left = node.meta.get("val"), node.args[0].meta.get("val")
+        if found is None or left is None or found.device.type != "cpu" or found.dtype != torch.float32:
+            continue
+        if _large(*left.shape, found.shape[1]):
             node.target = _matmul
     graph.recompile()
     return graph

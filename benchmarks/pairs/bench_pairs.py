@@ -5,7 +5,8 @@ sequential PEFT    the definition, one image at a time: one forward and backward
                    gradients and those of A and B; one SGD step; record B1 A1 and G; reset
 vmap(grad)         torch.func, per-sample gradients of the PEFT model's B factors, in the same batches as ours
 opacus             per-sample gradients of the same B factors by Opacus' hooks (only where opacus is installed)
-bare model         forward and backward to the pixels of the base alone, with no gradient of any weight: a lower bound
+bare model         forward and backward to the pixels of the base alone, with no gradient of any weight; its products
+                   are PyTorch's, where ours may be oneDNN's (r2f_ext/onednn.py)
 """
 
 from __future__ import annotations

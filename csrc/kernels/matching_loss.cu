@@ -347,7 +347,7 @@ int64_t matching_cuda_workspace(const MatchingArgs& args, const MatchingImages& 
 
 const char* matching_chunk_sums_cuda(DType dtype, const MatchingArgs& args, int64_t first, int64_t last,
                                      const MatchingImages& images, void* workspace, void* stream) {
-  if (images.args.channels * images.args.height * images.args.width > INT32_MAX) return "an image of over 2^31 pixels";
+  if (images.args.channels * images.args.height * images.args.width > INT32_MAX) return "an image of 2^31 pixels or more";
   MatchingSums* sums = Workspace(args, images, workspace).chunk_sums;
   for_tables(dtype, args, first, last, images, [&](auto type, const Table& table) {
     const int64_t of_images = table.variation.items, items = of_images + table.chunks * table.trials;

@@ -61,7 +61,7 @@ def test_steps_that_are_captured_learn_what_calls_learn(kind, precision, device,
         decoder.precision = precision
         with emulated_graphs() if device.type == "cpu" else nullcontext([True]) as captures:
             decoder.fit(pairs, 150)
-        assert all(captures)
+        assert decoded or (captures and all(captures))  # the second time nothing is captured
         decoded.append(decoder.decode(next(iter(pairs.batches(0, 20))).updates).dense)
         monkeypatch.setattr(learned, "Replayed", lambda function: function)
     for name, expected in decoded[1].items():

@@ -235,9 +235,9 @@ def test_evaluations_that_are_replayed_give_the_search_of_calls(kind, optimizer,
         objective = UpdateObjective(model, a, updates) if kind == "update" else GradientObjective(factors)
     config = replace(CONFIG, optimizer=optimizer, second_order=second_order, restarts=2, steps=15, tv_weight=0.01)
     start = torch.full_like(images, 0.5)
-    with emulated_graphs() if device.type == "cpu" else nullcontext([True]) as captures:
+    with emulated_graphs() if device.type == "cpu" else nullcontext() as captures:
         replayed = match(model, objective, start, labels, config, "", "")
-    assert list(captures) == [True]
+    assert captures is None or list(captures) == [True]
     monkeypatch.setattr(matching, "Replayed", lambda function: function)
     called = match(model, objective, start, labels, config, "", "")
     assert replayed.details["loss_end"] < replayed.details["loss_start"]

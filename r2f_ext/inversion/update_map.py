@@ -102,7 +102,7 @@ class UpdateMap:
     def _pass(self, batches: Tensor, labels: Tensor) -> Tensor:
         """`together` in one pass through the model."""
         count = len(batches)
-        if not Replayed.captures_on(batches.device) or count * batches.shape[1] > GRAPH_IMAGES:
+        if not Replayed.captures_on(batches.device) or not 0 < count * batches.shape[1] <= GRAPH_IMAGES:
             return self._values_of(batches, labels)
         return self._values(*_filled(1 << (count - 1).bit_length(), batches, labels))[:count].clone()
 
