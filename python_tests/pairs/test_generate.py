@@ -51,6 +51,20 @@ def test_an_update_is_minus_b_over_lr_of_a_real_victim(lora, size):
         assert b.any()
 
 
+def test_the_victims_of_a_pass_are_prepared_before_the_last_one_is_handed_over(monkeypatch):
+    """The host then prepares them while a GPU computes."""
+    monkeypatch.setattr(generate, "BATCH_GROUPS", 2)
+    base = tiny_base(torch.float32)
+    target = target_of(base, LINEAR)
+    a = {layer.name: torch.randn(layer.rank, layer.d_in) for layer in target.layers}
+    pairs, prepared = GeneratedPairs(target, a, proxy_set(5, base)), []
+    prepare = pairs._victims
+    monkeypatch.setattr(pairs, "_victims", lambda *one: (prepared.append(one), prepare(*one))[1])
+    seen = [(len(batch.labels), len(prepared)) for batch in pairs.batches()]
+    assert seen == [(2, 2), (2, 3), (1, 3)] and prepared == [(0, 2), (2, 2), (4, 1)]
+    assert list(pairs.batches(3, 3)) == []
+
+
 def test_pairs_of_a_proxy_are_victims_of_its_images(bound, embedded, proxy):
     """End to end in float32: pair i is the victim whose batch is samples 2i and 2i + 1."""
     target, update = bound

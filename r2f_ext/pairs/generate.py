@@ -167,15 +167,16 @@ class GeneratedPairs(ProxyPairs):
         return shard_groups(self.batch_groups, self._sample.stored * self.group_size, self.target.base.device)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[PairBatch]:
-        passes = self._passes(start, stop)
-        precision = PRECISIONS[self.precision]
+        upcoming = (self._victims(*one) for one in self._passes(start, stop))
+        victims, precision = next(upcoming, None), PRECISIONS[self.precision]
         with Capture(self.target, precision, self.precision == "tf32", fused=True) as capture:
-            for one in passes:
-                images, labels, a0 = self._victims(*one)
+            while victims is not None:
+                images, labels, a0 = victims
                 gradient = capture(images, labels)
                 updates = project(self.target, gradient, self.a if a0 is None else a0)
                 if self.precision != "float32":
                     gradient = gradient.float32()
+                victims = next(upcoming, None)  # the host prepares them while a GPU computes these
                 yield PairBatch(updates, gradient, images, labels, a0)
 
 
