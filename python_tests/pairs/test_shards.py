@@ -19,7 +19,7 @@ from r2f_ext.data import load_images
 from r2f_ext.errors import R2FError
 from r2f_ext.models import load_base
 from r2f_ext.pairs import GeneratedPairs, StoredPairs, generate, plan_pairs, shards, write_pairs
-from r2f_ext.pairs.shards import read_manifest
+from r2f_ext.pairs.manifest import read_manifest
 from r2f_ext.types import AdaptedLayer, Target
 
 REPOSITORY = Path(r2f_ext.__file__).parent.parent

@@ -15,7 +15,6 @@ are made again), and another recipe is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -31,14 +30,21 @@ from torch import Tensor
 from r2f_ext import distributed
 from r2f_ext.errors import R2FError
 from r2f_ext.files import need_space, output_folder, sha256, sha256_of, write_atomically, write_tensors, write_text
-from r2f_ext.json_file import read_json_file
 from r2f_ext.linalg import first_not_finite
 from r2f_ext.pairs.generate import PairSource
+from r2f_ext.pairs.manifest import (
+    MANIFEST,
+    SCHEMA,
+    check_same_everywhere,
+    check_same_recipe,
+    read_manifest,
+    run_of,
+    shards_of,
+    size_of,
+)
 from r2f_ext.progress import Advance
 from r2f_ext.types import PairBatch
 
-SCHEMA = 3
-MANIFEST = "manifest.json"
 # bfloat16 keeps every exponent of float32 (deltas can be as small as 1e-8); its rounding lowers the cosine of G with
 # the exact gradient by 1e-6.
 FACTOR_DTYPE = torch.bfloat16
@@ -96,7 +102,7 @@ class PairsPlan:
         Raises:
             R2FError: a victim is not finite, or the disk is full.
         """
-        pairs, run = self.pairs, _run_of(self.recipe)
+        pairs, run = self.pairs, run_of(self.recipe)
         if self.replaces and distributed.rank() == 0:
             for path in _of_other_runs(self.folder, self.recipe):
                 path.unlink(missing_ok=True)
@@ -107,7 +113,7 @@ class PairsPlan:
         with ThreadPoolExecutor(writers) as threads:
             for shard in self.mine:
                 first = shard * pairs.shard_groups
-                (batch,) = pairs.batches(first, first + _size_of(shard, self.recipe))
+                (batch,) = pairs.batches(first, first + size_of(shard, self.recipe))
                 files = _files_of(self, shard, batch)
                 if len(writing) == writers:
                     advance(writing.popleft().result())
@@ -136,15 +142,15 @@ def plan_pairs(pairs: WritablePairs, count: int, folder: str | Path, dense: bool
     """
     folder = output_folder(folder)
     recipe = _recipe(pairs, count, dense)
-    _check_same_everywhere(recipe)
+    check_same_everywhere(recipe)
     manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
     if manifest is not None:
-        _check_same_recipe(folder, manifest, recipe)
+        check_same_recipe(folder, manifest, recipe)
     stored = manifest["shards"] if manifest is not None else []
-    mine = _shards_of(recipe)[distributed.rank() :: distributed.world_size()]
+    mine = shards_of(recipe)[distributed.rank() :: distributed.world_size()]
     missing = tuple(shard for shard in mine if _record(folder, shard, recipe, stored) is None)
     each = _bytes_of_pair(pairs, folder, recipe["dense"])
-    to_make = sum(distributed.gather(sum(_size_of(shard, recipe) for shard in missing)))
+    to_make = sum(distributed.gather(sum(size_of(shard, recipe) for shard in missing)))
     need_space(folder, each * to_make)
     return PairsPlan(
         pairs,
@@ -167,74 +173,6 @@ def write_pairs(pairs: WritablePairs, count: int, folder: str | Path, advance: A
         R2FError: see `plan_pairs` and `PairsPlan.write`.
     """
     return plan_pairs(pairs, count, folder, dense).write(advance)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of finished pairs.
-
-    Raises:
-        R2FError: it cannot be read, or it is not what `write_pairs` wrote.
-    """
-    remedy = "delete the folder and run r2f pairs again, or name another one"
-    manifest = read_json_file(path, "damaged", remedy)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list) or "schema" not in manifest:
-        raise R2FError(f"'{path}' is damaged: {remedy}.")
-    return manifest
-
-
-def _check_same_everywhere(recipe: dict[str, Any]) -> None:
-    """Refuse a distributed run whose processes would make different files; the sentence names what differs."""
-    for other in distributed.gather(recipe):
-        if (key := _first_difference(other, recipe)) is not None:
-            why = "GPUs of different memory" if key == "batch_groups" else _difference(key, other, recipe)
-            raise R2FError(
-                f"the processes of this run would not make the same files ({why}): use GPUs of one kind and the same "
-                "inputs everywhere, or one process."
-            )
-
-
-def _check_same_recipe(folder: Path, manifest: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """Refuse to write over finished pairs of another recipe; the sentence names what differs."""
-    if (key := _first_difference(manifest, recipe)) is not None:
-        raise R2FError(
-            f"'{folder}' holds finished pairs of another recipe ({_difference(key, manifest, recipe)}): name another "
-            "--out, or delete the folder first."
-        )
-
-
-def _first_difference(manifest: dict[str, Any], recipe: dict[str, Any]) -> str | None:
-    """The first key, `count` before all others, in which a recipe differs from another or from a manifest."""
-    manifest, recipe = json.loads(json.dumps([manifest, recipe]))  # as JSON has it: tuples are lists
-    keys = ("count", *recipe, *manifest)
-    return next((key for key in keys if key != "shards" and recipe.get(key) != manifest.get(key)), None)
-
-
-def _difference(key: str, manifest: dict[str, Any], recipe: dict[str, Any]) -> str:
-    """How two recipes differ in `key`, in words."""
-    known = {
-        "layers": "other layers, rank or alpha",
-        "start_sha256": "another adapter, whose A differs",
-        "base_sha256": "other weights of the base",
-        "proxy_sha256": "other proxy images, by --proxy or --seed",
-        "training": "another training of the victims",
-        "factors_of": "gradients of other pairs",
-    }
-    return known.get(key, f"{key} {manifest.get(key)}, not {recipe.get(key)}")
-
-
-def _shards_of(recipe: dict[str, Any]) -> range:
-    return range(-(-recipe["count"] // recipe["batch_groups"]))
-
-
-def _size_of(shard: int, recipe: dict[str, Any]) -> int:
-    """Number of pairs in a shard."""
-    groups: int = recipe["batch_groups"]
-    return min(groups, recipe["count"] - shard * groups)
-
-
-def _run_of(recipe: dict[str, Any]) -> str:
-    """Identifies the run that a recipe describes: equal recipes make equal shards."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def _check_finite(tensors: dict[str, Tensor], first: int) -> None:
@@ -280,7 +218,7 @@ def _record(
     names = shard_names(shard)
     try:
         record = _read_record(folder, shard)
-        if record.pop("run", None) != _run_of(recipe):
+        if record.pop("run", None) != run_of(recipe):
             record = stored[shard]
         if record["name"] != names[0]:
             return None
@@ -304,7 +242,7 @@ def _of_other_runs(folder: Path, recipe: dict[str, Any]) -> list[Path]:
     found = []
     for path in sorted(folder.glob("pairs-*.json")):
         number = path.stem.removeprefix("pairs-")
-        if number.isdecimal() and _read_record(folder, int(number)).get("run") != _run_of(recipe):
+        if number.isdecimal() and _read_record(folder, int(number)).get("run") != run_of(recipe):
             found += [path, *(folder / name for name in shard_names(int(number)))]
     return found
 
@@ -363,7 +301,7 @@ def _write_shard(plan: PairsPlan, shard: int, files: _Files, run: str) -> int:
 
 def _finish(plan: PairsPlan, run: str) -> None:
     """Write the common start and the manifest, then remove the records of the shards."""
-    folder, shards = plan.folder, _shards_of(plan.recipe)
+    folder, shards = plan.folder, shards_of(plan.recipe)
     start = dict(plan.pairs.a)
     start |= {f"b/{name}": tensor for name, tensor in (plan.pairs.b or {}).items()}
     write_tensors(folder / "start.safetensors", start)

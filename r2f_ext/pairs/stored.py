@@ -17,7 +17,8 @@ from r2f_ext.capture.project import project
 from r2f_ext.errors import R2FError
 from r2f_ext.files import sha256, sha256_of
 from r2f_ext.models import differing_layer
-from r2f_ext.pairs.shards import MANIFEST, SCHEMA, read_manifest, shard_names
+from r2f_ext.pairs.manifest import MANIFEST, SCHEMA, read_manifest
+from r2f_ext.pairs.shards import shard_names
 from r2f_ext.pairs.simulation import Training
 from r2f_ext.pairs.starts import random_a
 from r2f_ext.types import AdaptedLayer, BaseModel, FactoredGradient, LoraUpdate, PairBatch, Target
