@@ -91,14 +91,14 @@ def _is_view(func: Any) -> bool:
     return any(info is not None and not info.is_write for info in infos)
 
 
-class Captures(list[bool]):
-    """Whether each function that was to be captured could be, in the order of captures."""
-
-
 @contextmanager
-def emulated_graphs() -> Iterator[Captures]:
-    """Inside this context, functions of CPU tensors that are `Replayed` are captured."""
-    captures = Captures()
+def emulated_graphs() -> Iterator[list[bool]]:
+    """Inside this context, functions of CPU tensors that are `Replayed` are captured.
+
+    Yields:
+        whether each function that was to be captured could be, in the order of captures.
+    """
+    captures: list[bool] = []
 
     def recorded(self: cuda_graph.Replayed, own: list[Tensor]) -> tuple[cuda_graph.Graph, Any] | None:
         graph = Recorded(self)

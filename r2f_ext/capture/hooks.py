@@ -109,7 +109,10 @@ class Capture:
             float32_products(self.tf32),
             fused_attention(self.target.base.model, fused),
         ):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=low), linear_layers(not low):
+            with (
+                torch.autocast(images.device.type, torch.bfloat16, enabled=low),
+                linear_layers(images.is_cpu and not low),
+            ):
                 logits = self.target.base.model(self.target.base.normalize(images.flatten(0, 1)))
             logits = logits.float() if low else logits  # its gradient is a difference of probabilities
             loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / size

@@ -77,7 +77,7 @@ class UpdateMap:
         self.target, self.shape = target, shape
         self.directions, self.images = (GPU_DIRECTIONS, GPU_IMAGES) if on_gpu else (directions, directions)
         self.a = {layer.name: a[layer.name] for layer in target.layers}
-        self.tangents = CaptureTangents(target)
+        self._capture, self.tangents = Capture(target), CaptureTangents(target)
         self._values, self._tangents = Replayed(self._values_of), Replayed(self._tangents_of)
         self._slopes = Replayed(self._slopes_of)
         self._others: dict[BaseModel, UpdateMap] = {}
@@ -107,12 +107,12 @@ class UpdateMap:
         return self._values(*_filled(1 << (count - 1).bit_length(), batches, labels))[:count].clone()
 
     def _values_of(self, batches: Tensor, labels: Tensor) -> Tensor:
-        with Capture(self.target) as capture:
-            return self._updates(capture, batches, labels).detach()
+        return self._updates(batches, labels).detach()
 
-    def _updates(self, capture: Capture, batches: Tensor, labels: Tensor, create_graph: bool = False) -> Tensor:
+    def _updates(self, batches: Tensor, labels: Tensor, create_graph: bool = False) -> Tensor:
         images = batches.unflatten(2, self.shape)
-        gradient = capture(images, labels[:, None].expand(images.shape[:2]), create_graph)
+        with self._capture as capture:
+            gradient = capture(images, labels[:, None].expand(images.shape[:2]), create_graph)
         return flat_units(project(self.target, gradient, self.a))
 
     def jacobian(self, point: Tensor, label: Tensor, basis: Tensor) -> Tensor:
@@ -126,8 +126,8 @@ class UpdateMap:
 
     def differentiable(self, points: Tensor, labels: Tensor) -> Tensor:
         """z of points [n, c * h * w] and labels [n]: [n, R], with the graph that its slope at the points needs."""
-        with Capture(self.target) as capture, torch.enable_grad():
-            return self._updates(capture, points[:, None], labels, create_graph=True)
+        with torch.enable_grad():
+            return self._updates(points[:, None], labels, create_graph=True)
 
     def slopes(self, points: Tensor, labels: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
         """Misfits of n points and their slopes; a further call overwrites the results of this one.
